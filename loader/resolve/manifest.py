@@ -1,0 +1,196 @@
+"""TrainingCheckpoints + listings -> Manifest. Every problem of one kind is reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from os.path import commonprefix
+
+from loader.errors import ListingError, ResolveError
+from loader.resolve.patterns import literal_prefix, match_pathwise, match_pattern
+from loader.types import Artifact, Listing, Manifest, TrainingCheckpoints
+
+_SHARD = re.compile(r"^(?P<stem>.*)-(?P<i>\d{5,})-of-(?P<n>\d{5,})(?P<ext>\.safetensors|\.bin)$")
+_NAME_BYTES = 240  # leaves room below NAME_MAX for the temporary file's suffix
+_JOB = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+
+def resolve(
+    config: TrainingCheckpoints, listings: Sequence[Listing], *, case_sensitive: bool = True
+) -> Manifest:
+    """Return the files that *config* asks for, each once, sorted by path.
+
+    ``case_sensitive`` tells of the file system that will hold them.
+
+    Raises:
+        ListingError: a job has no listing, or one shorter than its ``total_count``.
+        ResolveError: patterns that match nothing, unsafe or colliding names, missing shards.
+    """
+    by_job: dict[str, list[Artifact]] = {}
+    for listing in listings:
+        check_count(listing)
+        by_job.setdefault(listing.job, []).extend(listing.artifacts)
+    wanted = {reference.training_job_id for reference in config.artifact_references}
+    if absent := sorted(wanted - set(by_job)):
+        raise ListingError(
+            "no listing for a job that the config names",
+            expected=", ".join(absent),
+            got=", ".join(sorted(by_job)) or "no listing at all",
+            next_step="give the listing of that job with --artifacts, or correct training_job_id",
+        )
+    chosen: dict[str, Artifact] = {}
+    unmatched: list[str] = []
+    warnings: list[str] = []
+    for reference in config.artifact_references:
+        artifacts = by_job[reference.training_job_id]
+        for pattern in reference.paths:
+            hits = _matching(pattern, artifacts)
+            if not hits:
+                unmatched.append(_explain_unmatched(reference.training_job_id, pattern, artifacts))
+            if warning := _pathwise_warning(pattern, hits):
+                warnings.append(warning)
+            for hit in hits:
+                _add(chosen, hit)
+    if unmatched:
+        raise ResolveError(
+            "patterns that match no file of the listing",
+            problems=unmatched,
+            next_step="correct training_checkpoints.artifact_references[].paths",
+        )
+    files = tuple(sorted(chosen.values(), key=lambda a: a.path))
+    check_names(files, case_sensitive=case_sensitive)
+    check_shards(files, {a.path for artifacts in by_job.values() for a in artifacts})
+    return Manifest(files, tuple(warnings))
+
+
+def _matching(pattern: str, artifacts: Iterable[Artifact]) -> list[Artifact]:
+    prefix = literal_prefix(pattern)
+    return [a for a in artifacts if a.name.startswith(prefix) and match_pattern(pattern, a.name)]
+
+
+def _add(chosen: dict[str, Artifact], hit: Artifact) -> None:
+    known = chosen.get(hit.path)
+    # Sizes may differ only by one being unknown; URLs differ by signature between listings.
+    sizes = known is not None and {known.size_bytes, hit.size_bytes} - {None}
+    if known is not None and (known.source != hit.source or (sizes and len(sizes) > 1)):
+        raise ResolveError(
+            "two different files would land at one place",
+            where=hit.path,
+            got=f"{known.source} and {hit.source}",
+            next_step="give each job's listing once, the newest",
+        )
+    if known is None or known.size_bytes is None:
+        chosen[hit.path] = hit
+
+
+def _explain_unmatched(job: str, pattern: str, artifacts: Sequence[Artifact]) -> str:
+    if pattern.endswith("/"):
+        names = {a.name.rpartition("/")[0] + "/" for a in artifacts}
+    else:
+        names = {a.name for a in artifacts}
+    # Edit distance is slow: ask it only about the names that begin most alike.
+    names_by_likeness = sorted(names, key=lambda n: (-len(commonprefix((n, pattern))), n))
+    near = difflib.get_close_matches(pattern, names_by_likeness[:500], n=3, cutoff=0.3)
+    return f"{job}: {pattern!r}; nearest in the listing: {', '.join(near) or 'nothing'}"
+
+
+def _pathwise_warning(pattern: str, hits: Sequence[Artifact]) -> str | None:
+    if "*" not in pattern and "?" not in pattern:
+        return None
+    extra = [a.name for a in hits if not match_pathwise(pattern, a.name)]
+    if not extra:
+        return None
+    return (
+        f"{pattern!r}: '*' also crosses '/', so {len(extra)} of {len(hits)} files are taken that "
+        f"a path-wise reading would leave out, such as {extra[0]!r}"
+    )
+
+
+def check_count(listing: Listing) -> None:
+    """Raise ListingError when *listing* holds fewer entries than it says it has."""
+    if listing.total_count is not None and len(listing.artifacts) < listing.total_count:
+        raise ListingError(
+            "the listing is shorter than its total_count",
+            where=f"job {listing.job}",
+            expected=f"{listing.total_count} files",
+            got=f"{len(listing.artifacts)} files",
+            next_step="fetch every page of the listing, then try again",
+        )
+
+
+def check_names(files: Sequence[Artifact], *, case_sensitive: bool = True) -> None:
+    """Raise ResolveError naming every file that would not land inside its own folder."""
+    folded: dict[str, str] = {}
+    paths = {a.path for a in files}
+    problems = [problem for a in files for problem in _name_problems(a, paths)]
+    for a in files:
+        other = folded.setdefault(a.path.casefold(), a.path)
+        if other != a.path and not case_sensitive:
+            problems.append(f"{a.path!r} and {other!r} differ only in case")
+    if problems:
+        raise ResolveError(
+            "file names that are refused",
+            problems=problems,
+            next_step="leave these files out by a narrower pattern",
+        )
+
+
+def _name_problems(a: Artifact, paths: set[str]) -> list[str]:
+    problems: list[str] = []
+    parts = a.relative_file_name.split("/")
+    if not _JOB.match(a.job) or a.node_rank < 0:
+        problems.append(f"{a.path!r}: the job id or the rank is not a plain name")
+    if "\0" in a.path or "\\" in a.path or any(p in ("", ".", "..") for p in parts):
+        problems.append(f"{a.path!r}: leaves its folder, or is no relative file name")
+    if any(len(p.encode()) > _NAME_BYTES for p in parts):
+        problems.append(f"{a.path!r}: a name longer than {_NAME_BYTES} bytes")
+    steps = a.path.split("/")
+    if any("/".join(steps[:depth]) in paths for depth in range(3, len(steps))):
+        problems.append(f"{a.path!r}: a folder of it is also a file in the listing")
+    return problems
+
+
+def check_shards(files: Sequence[Artifact], listed: set[str]) -> None:
+    """Raise ResolveError for every shard ``i-of-n`` beside the chosen ones that is not *listed*.
+
+    Ranks of one job count as one checkpoint: its shards may be spread over them.
+    """
+    sets: dict[tuple[str, str, int, str], set[int]] = {}
+    chosen: set[tuple[str, str, int, str]] = set()
+    wanted = {a.path for a in files}
+    for path in listed:
+        job, _, relative = path.split("/", 2)
+        if match := _SHARD.match(relative):
+            key = (job, match["stem"], int(match["n"]), match["ext"])
+            sets.setdefault(key, set()).add(int(match["i"]))
+            if path in wanted:
+                chosen.add(key)
+    holes = []
+    for job, stem, n, ext in sorted(chosen):
+        have = sets[job, stem, n, ext]
+        first = 0 if 0 in have else 1
+        missing = (i for i in range(first, first + min(n, 100_000)) if i not in have)
+        holes += [f"{job}: {stem}-{i:05d}-of-{n:05d}{ext}" for i in missing]
+    _refuse_holes(holes)
+
+
+def check_index(job: str, index_name: str, shard_names: Iterable[str], listed: set[str]) -> None:
+    """Raise ResolveError for every shard that an index names and no rank of *job* lists.
+
+    ``index_name`` is ``rank-<N>/<folder>/<file>``; shards are looked for in the same folder of
+    every rank.
+    """
+    folder = index_name.split("/", 1)[1].rpartition("/")[0]
+    relative = {path.split("/", 2)[2] for path in listed if path.startswith(f"{job}/")}
+    lacks = (n for n in sorted(set(shard_names)) if f"{folder}/{n}".lstrip("/") not in relative)
+    _refuse_holes([f"{job}: {index_name} names {n}" for n in lacks])
+
+
+def _refuse_holes(holes: Sequence[str]) -> None:
+    if holes:
+        raise ResolveError(
+            "shards that the listing lacks",
+            problems=holes,
+            next_step="wait until the training job has uploaded them, or give a newer listing",
+        )

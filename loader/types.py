@@ -1,0 +1,132 @@
+"""The values that travel between the rooms: frozen, checked where they are built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from loader.errors import redact
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactReference:
+    """Patterns of one training job, from ``training_checkpoints.artifact_references``."""
+
+    training_job_id: str
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingCheckpoints:
+    """The ``training_checkpoints`` section of a Truss config."""
+
+    download_folder: Path
+    artifact_references: tuple[ArtifactReference, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """One file of a listing. ``size_bytes`` is None where the listing has none."""
+
+    job: str
+    node_rank: int
+    relative_file_name: str
+    url: str = field(repr=False)
+    size_bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        """``rank-<node_rank>/<relative_file_name>``: what patterns are matched against."""
+        return f"rank-{self.node_rank}/{self.relative_file_name}"
+
+    @property
+    def path(self) -> str:
+        """The place below the download folder: ``<job>/rank-<N>/<relative_file_name>``."""
+        return f"{self.job}/{self.name}"
+
+    @property
+    def source(self) -> str:
+        """The URL without its signature."""
+        return redact(self.url)
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """All artifacts of one job. ``total_count`` is what the origin says there are, if it does."""
+
+    job: str
+    artifacts: tuple[Artifact, ...]
+    total_count: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The files to fetch, sorted by path, and what a person should know about the choice."""
+
+    files: tuple[Artifact, ...]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedFile:
+    """One file that is whole on disk; ``digest`` is ``crc64nvme:<base64>``, as S3 writes it."""
+
+    path: str
+    job: str
+    rank: int
+    size_bytes: int
+    digest: str
+    source: str
+    reused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A complete download."""
+
+    root: Path
+    files: tuple[FetchedFile, ...]
+    seconds: float
+    fetched_bytes: int
+
+
+class Kind(StrEnum):
+    """What a folder of files is."""
+
+    FULL = "full"
+    ADAPTER = "adapter"
+    RANK_SHARDS = "rank-shards"
+    DCP = "dcp"
+    ZERO = "zero"
+    WHISPER = "whisper"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One checkpoint folder and what it is."""
+
+    kind: Kind
+    path: Path
+    detail: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedAdapter:
+    """An adapter that the engine serves by name."""
+
+    name: str
+    path: Path
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyModel:
+    """What an engine needs: a Hugging Face folder and the adapters to attach."""
+
+    path: Path
+    adapters: tuple[ServedAdapter, ...]
+    max_lora_rank: int | None
+    tokenizer: Path
+    provenance: dict[str, object]
