@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from os.path import commonprefix
+from itertools import takewhile
 
 from loader.errors import ListingError, ResolveError
 from loader.resolve.patterns import literal_prefix, match_pathwise, match_pattern
@@ -90,9 +90,13 @@ def _explain_unmatched(job: str, pattern: str, artifacts: Sequence[Artifact]) ->
     else:
         names = {a.name for a in artifacts}
     # Edit distance is slow: ask it only about the names that begin most alike.
-    names_by_likeness = sorted(names, key=lambda n: (-len(commonprefix((n, pattern))), n))
+    names_by_likeness = sorted(names, key=lambda n: (-_alike(n, pattern), n))
     near = difflib.get_close_matches(pattern, names_by_likeness[:500], n=3, cutoff=0.3)
     return f"{job}: {pattern!r}; nearest in the listing: {', '.join(near) or 'nothing'}"
+
+
+def _alike(a: str, b: str) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _pathwise_warning(pattern: str, hits: Sequence[Artifact]) -> str | None:
