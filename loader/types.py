@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
 from loader.errors import redact
+
+JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # matched whole: it becomes a folder's name
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,10 @@ from itertools import takewhile
 
 from loader.errors import ListingError, ResolveError
 from loader.resolve.patterns import literal_prefix, match_pathwise, match_pattern
-from loader.types import Artifact, Listing, Manifest, TrainingCheckpoints
+from loader.types import JOB_ID, Artifact, Listing, Manifest, TrainingCheckpoints
 
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<i>\d{5,})-of-(?P<n>\d{5,})(?P<ext>\.safetensors|\.bin)$")
 _NAME_BYTES = 240  # leaves room below NAME_MAX for the temporary file's suffix
-_JOB = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
 def resolve(
@@ -143,7 +142,7 @@ def check_names(files: Sequence[Artifact], *, case_sensitive: bool = True) -> No
 def _name_problems(a: Artifact, paths: set[str]) -> list[str]:
     problems: list[str] = []
     parts = a.relative_file_name.split("/")
-    if not _JOB.match(a.job) or a.node_rank < 0:
+    if not JOB_ID.fullmatch(a.job) or a.node_rank < 0:
         problems.append(f"{a.path!r}: the job id or the rank is not a plain name")
     if "\0" in a.path or "\\" in a.path or any(p in ("", ".", "..") for p in parts):
         problems.append(f"{a.path!r}: leaves its folder, or is no relative file name")

@@ -1,0 +1,357 @@
+"""What the user asked for: one Truss ``config.yaml``, ``PODLOADER_*`` over it, arguments over both.
+
+The only place that reads the environment. Secrets are looked up by name and kept as ``SecretStr``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import yaml
+from pydantic import ByteSize, Field, InstanceOf, SecretStr, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+from pydantic_settings.exceptions import SettingsError
+
+from loader.errors import ConfigError
+from loader.types import JOB_ID, ArtifactReference, TrainingCheckpoints
+
+DOWNLOAD_FOLDER = "/tmp/training_checkpoints"  # the default of Truss's CheckpointList
+SECRETS_FOLDER = Path("/secrets")
+_PREFIX = "PODLOADER_"
+_SECTION = "model_metadata.podloader"
+_OUTSIDE = {"training", "hf_token", "api_key"}
+
+
+class Secrets(Protocol):
+    """Look-up only, as Truss gives them: iterating over them raises."""
+
+    def __getitem__(self, key: str, /) -> str: ...
+
+
+class Settings(BaseSettings):
+    """podloader's own settings, the training checkpoints they are about, and the secrets."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True
+    )
+
+    training: InstanceOf[TrainingCheckpoints]
+    hf_token: SecretStr | None = None
+    api_key: SecretStr | None = None
+
+    artifacts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        repr=False,
+        description="Where the artifact listings are: paths or URLs of listing JSON files.",
+    )
+    base_model: str | None = Field(
+        None,
+        description="The model that adapters were trained over: a local folder, a Hugging Face id, "
+        "or `checkpoint:<job>/rank-<N>/<folder>/`. Default: what the adapter's config names.",
+    )
+    base_revision: str | None = Field(
+        None, description="Branch, tag or commit of a Hugging Face base model."
+    )
+    adapter_policy: Literal["auto", "attach", "merge"] = Field(
+        "auto",
+        description="`attach`: the engine serves adapters by name. `merge`: one adapter is folded "
+        "into the base's weights. `auto`: attach what the engine can attach, else merge.",
+    )
+    engine: Literal["vllm", "transformers"] = Field(
+        "vllm", description="What answers: vLLM, or transformers + PEFT for smoke tests."
+    )
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict,
+        repr=False,
+        description="Arguments of the engine, named as vLLM's `AsyncEngineArgs` names them.",
+    )
+    served_model_name: str | None = Field(
+        None, description="The name requests give the model. Default: the job id or base model."
+    )
+    concurrency: int = Field(
+        16, ge=1, le=256, description="Connections that download at the same time."
+    )
+    range_size: ByteSize = Field(
+        ByteSize(16 * 2**20),
+        ge=2**16,
+        description="Bytes asked for in one request, such as `16MiB`; larger files come in ranges.",
+    )
+    cache_folder: Path | None = Field(
+        None,
+        description="Where merged models are kept. Default: `.podloader` in the download folder.",
+    )
+    verify: Literal["size", "sample", "full"] = Field(
+        "sample",
+        description="What a file that an earlier start fetched has to prove: its size and time "
+        "stamp, the digests of a few ranges as well, or the digest of every byte.",
+    )
+    allow_pickle: bool = Field(
+        False, description="Read `.bin` and `.pt` weights, restricted to tensors."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Let transformers and vLLM run code that lies in the checkpoint."
+    )
+    ca_bundle: Path | None = Field(
+        None, description="PEM file of certificates to trust besides the system's."
+    )
+    connect_timeout_s: float = Field(10.0, gt=0, description="Limit for opening a connection.")
+    stall_timeout_s: float = Field(
+        30.0, gt=0, description="A connection that brings no byte for so long is given up."
+    )
+    retries: int = Field(
+        6, ge=0, le=100, description="Further tries of one range after a passing failure."
+    )
+
+    @field_validator("artifacts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        """A variable holds a JSON list or words between blanks; a config may hold one string."""
+        if isinstance(value, str):
+            if not value.lstrip().startswith("["):
+                return value.split()
+            try:
+                return json.loads(value)
+            except json.JSONDecodeError:
+                raise ValueError("expected a JSON list or words between blanks") from None
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what ``load`` passes: it has put the sources in order."""
+        return (init_settings,)
+
+    @classmethod
+    def load(
+        cls,
+        config: Path | str | Mapping[str, Any],
+        *,
+        overrides: Mapping[str, Any] | None = None,
+        secrets: Secrets | None = None,
+    ) -> Settings:
+        """Return the settings of a Truss config, given as a file or as its contents.
+
+        ``overrides`` win over ``PODLOADER_*``, which win over the config. ``secrets`` are Truss's.
+
+        Raises:
+            ConfigError: naming every key that is wrong.
+        """
+        where, document = _read(config)
+        section = _mapping(document, "model_metadata.podloader", where)
+        if hidden := sorted(_OUTSIDE & set(section)):
+            raise ConfigError(
+                f"not a setting of {_SECTION}: {', '.join(hidden)}",
+                where=where,
+                next_step="put secrets into Truss's secrets, training_checkpoints at the top level",
+            )
+        merged = {**section, **_environment(where), **(overrides or {})}
+        try:
+            return cls(
+                **{
+                    **merged,
+                    "training": _training(document, where),
+                    "hf_token": _secret("hf_access_token", ("HF_TOKEN",), secrets),
+                    "api_key": _secret("baseten_api_key", ("BASETEN_API_KEY",), secrets),
+                }
+            )
+        except ValidationError as error:
+            problems = _problems(error)
+        raise ConfigError(
+            f"settings that are wrong in {_SECTION} or {_PREFIX}* variables",
+            where=where,
+            problems=problems,
+            next_step="correct them; the README's table lists every setting",
+        )
+
+
+def setting_names() -> tuple[str, ...]:
+    """Return the names that may stand in ``model_metadata.podloader``, in the table's order."""
+    return tuple(name for name in Settings.model_fields if name not in _OUTSIDE)
+
+
+def settings_table() -> str:
+    """Return the documented settings as a Markdown table."""
+    rows = ["| setting | variable | default | what it does |", "|---|---|---|---|"]
+    for name in setting_names():
+        field = Settings.model_fields[name]
+        default = field.get_default(call_default_factory=True, validated_data={})
+        if isinstance(default, ByteSize):
+            shown = default.human_readable(separator="").replace(".0", "")
+        else:
+            shown = json.dumps(default)
+        rows.append(f"| `{name}` | `{_PREFIX}{name.upper()}` | `{shown}` | {field.description} |")
+    return "\n".join(rows)
+
+
+def _read(config: Path | str | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(config, Mapping):
+        return "the Truss config", config
+    path = Path(config)
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(
+            "the config cannot be read",
+            where=str(path),
+            expected="a Truss config.yaml",
+            got=str(reason),
+            next_step="give the path of the config.yaml itself",
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            "the config is not valid YAML",
+            where=f"{path}{_yaml_place(error)}",
+            got=str(getattr(error, "problem", None) or "unreadable text"),
+            next_step="correct the file at that line",
+        ) from None
+    if not isinstance(document, dict):
+        raise ConfigError(
+            "the config is not a mapping",
+            where=str(path),
+            expected="keys and values, as a Truss config.yaml has them",
+            got=type(document).__name__,
+            next_step="give a Truss config.yaml with training_checkpoints in it",
+        )
+    return str(path), document
+
+
+def _yaml_place(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+
+
+def _mapping(document: Mapping[str, Any], dotted: str, where: str) -> Mapping[str, Any]:
+    """Return the mapping at *dotted*, empty where there is none."""
+    value: object = document
+    for depth, key in enumerate(dotted.split(".")):
+        value = value.get(key) if isinstance(value, Mapping) else None
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            raise ConfigError(
+                f"{'.'.join(dotted.split('.')[: depth + 1])} is not a mapping",
+                where=where,
+                expected="keys and values",
+                got=type(value).__name__,
+                next_step="write each key on its own line below it",
+            )
+    assert isinstance(value, Mapping)
+    return value
+
+
+def _environment(where: str) -> dict[str, Any]:
+    known = {_PREFIX + name.upper() for name in setting_names()}
+    given = [name for name in os.environ if name.upper().startswith(_PREFIX)]
+    if unknown := sorted(name for name in given if name.upper() not in known):
+        raise ConfigError(
+            f"{_PREFIX}* variables that are no settings",
+            where="the environment",
+            problems=[_suggest(name, sorted(known)) for name in unknown],
+            next_step="correct or unset them",
+        )
+    try:
+        values = EnvSettingsSource(Settings)()
+    except SettingsError as error:
+        raise ConfigError(
+            str(error),
+            where="the environment",
+            expected="JSON for engine_args",
+            next_step=f"""write it like {_PREFIX}ENGINE_ARGS='{{"max_model_len": 4096}}'""",
+        ) from None
+    return {name: value for name, value in values.items() if name not in _OUTSIDE}
+
+
+def _secret(name: str, variables: tuple[str, ...], secrets: Secrets | None) -> SecretStr | None:
+    """Return a secret from Truss, its mounted file or variable, or the tool's own *variables*."""
+    if secrets is not None:
+        try:
+            return SecretStr(secrets[name].strip())
+        except Exception:  # Truss raises a type of its own, which only a pod can import
+            pass
+    mounted = SECRETS_FOLDER / name
+    if mounted.is_file():
+        return SecretStr(mounted.read_text(encoding="utf-8").strip())
+    for variable in (f"TRUSS_SECRET_{name}", *variables):
+        if value := os.environ.get(variable, "").strip():
+            return SecretStr(value)
+    return None
+
+
+def _training(document: Mapping[str, Any], where: str) -> TrainingCheckpoints:
+    section = _mapping(document, "training_checkpoints", where)
+    if section.get("loops_checkpoint_ids"):
+        raise ConfigError(
+            "training_checkpoints.loops_checkpoint_ids is not supported yet",
+            where=where,
+            expected="training_checkpoints.artifact_references",
+            got="loops_checkpoint_ids",
+            next_step="name the training job and its paths in artifact_references",
+        )
+    problems: list[str] = []
+    references = section.get("artifact_references") or []
+    folder = section.get("download_folder", DOWNLOAD_FOLDER)
+    if not isinstance(folder, str) or not folder or "\0" in folder:
+        problems.append(f"download_folder: expected a path, got {folder!r}")
+        folder = DOWNLOAD_FOLDER
+    if not isinstance(references, list) or not references:
+        problems.append("artifact_references: expected a list with at least one training job")
+        references = []
+    parsed = [_reference(i, entry, problems) for i, entry in enumerate(references)]
+    if problems:
+        raise ConfigError(
+            "training_checkpoints is wrong or missing",
+            where=where,
+            problems=problems,
+            next_step="write it as Truss defines it: download_folder, artifact_references",
+        )
+    return TrainingCheckpoints(Path(folder), tuple(parsed))
+
+
+def _reference(i: int, entry: object, problems: list[str]) -> ArtifactReference:
+    at = f"artifact_references[{i}]"
+    fields = entry if isinstance(entry, Mapping) else {}
+    job, paths = fields.get("training_job_id"), fields.get("paths")
+    if not isinstance(job, str) or not JOB_ID.fullmatch(job):
+        problems.append(f"{at}.training_job_id: expected a job id, got {job!r}")
+    if not isinstance(paths, list) or not paths:
+        problems.append(f"{at}.paths: expected a list of patterns that is not empty")
+        paths = []
+    for j, pattern in enumerate(paths):
+        if not isinstance(pattern, str) or not pattern:
+            problems.append(f"{at}.paths[{j}]: expected a pattern, got {pattern!r}")
+    return ArtifactReference(str(job), tuple(map(str, paths)))
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """Return one line per wrong key; values stay out, they may be secrets."""
+    lines = []
+    for detail in error.errors(include_input=False, include_url=False):
+        name = ".".join(map(str, detail["loc"]))
+        if detail["type"] == "extra_forbidden":
+            lines.append(_suggest(name, setting_names()))
+        else:
+            lines.append(f"{name}: {detail['msg']}")
+    return lines
+
+
+def _suggest(name: str, known: tuple[str, ...] | list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"{name!r} is not a setting" + (f"; did you mean {near[0]!r}?" if near else "")
