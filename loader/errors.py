@@ -103,9 +103,10 @@ class FetchError(LoaderError):
 
 
 class TransientError(FetchError):
-    """A failure that asking again may cure."""
+    """A failure that asking again may cure, not before ``retry_after_s`` where it is given."""
 
     retryable = True
+    retry_after_s: float | None = None
 
 
 class ExpiredError(FetchError):

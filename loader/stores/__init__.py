@@ -1,0 +1,1 @@
+"""Where artifacts and base models lie. The only network code; foreign errors end here."""

@@ -1,0 +1,62 @@
+"""Signed URLs: when they end, and what a refusal means."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+from urllib.parse import parse_qs, urlsplit
+
+from loader.errors import ExpiredError, FetchError
+
+_CODE = re.compile(rb"<Code>(\w{1,64})</Code>")
+_EXPIRED_CODES = {"ExpiredToken", "RequestExpired", "TokenRefreshRequired"}
+
+
+def expiry(url: str) -> datetime | None:
+    """Return when the signature of *url* ends: SigV2's ``Expires``, or SigV4's date plus seconds.
+
+    Source: Amazon S3 API reference, "Query string authentication".
+    """
+    query = {name.lower(): values[0] for name, values in parse_qs(urlsplit(url).query).items()}
+    try:
+        if "x-amz-date" in query:
+            signed = datetime.strptime(query["x-amz-date"], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+            return signed + timedelta(seconds=int(query["x-amz-expires"]))
+        if "expires" in query:
+            return datetime.fromtimestamp(int(query["expires"]), UTC)
+    except (KeyError, ValueError, OverflowError):
+        return None
+    return None
+
+
+def refused(url: str, status: int, reason: str, body: bytes) -> FetchError:
+    """Return the error for a final refusal. *body* may hold S3's ``<Code>``."""
+    match = _CODE.search(body)
+    code = match[1].decode() if match else ""
+    got = f"HTTP {status} {reason}" + (f", {code}" if code else "")
+    ends = expiry(url)
+    passed = ends is not None and ends <= datetime.now(UTC)
+    if status in (400, 401, 403) and (passed or code in _EXPIRED_CODES):
+        when = f" at {ends:%Y-%m-%d %H:%M:%S} UTC" if ends and passed else ""
+        return ExpiredError(
+            f"the signed URL has expired{when}",
+            where=url,
+            got=got,
+            next_step="get a new listing (truss train get_checkpoint_urls) and run again; what has "
+            "been fetched is kept",
+        )
+    if status in (401, 403):
+        return FetchError(
+            "the origin refuses access",
+            where=url,
+            got=got,
+            next_step="check that the URL is whole and that its signer may read the object",
+        )
+    if status in (404, 410):
+        return FetchError(
+            "the object is not there",
+            where=url,
+            got=got,
+            next_step="get a new listing; the job may have removed the file",
+        )
+    return FetchError("the origin refuses the request", where=url, got=got)
