@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import TypeGuard
 
 from loader.errors import ListingError
 from loader.types import JOB_ID, Artifact, Listing
@@ -87,6 +88,8 @@ def _artifact(job: str, entry: object) -> Artifact | str:
         return "url: expected an http(s) URL"
     if not isinstance(name, str) or not name:
         return "relative_file_name: expected a name"
+    if not name.isascii() and not _is_unicode(name):
+        return f"relative_file_name: not valid Unicode: {name!a}"
     if not _is_count(rank):
         return f"node_rank: expected a number that is not negative, got {rank!r}"
     if size is not None and not _is_count(size):
@@ -94,8 +97,15 @@ def _artifact(job: str, entry: object) -> Artifact | str:
     return Artifact(job, rank, name, url, size)
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _shape(document: object) -> str:

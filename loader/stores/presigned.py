@@ -14,7 +14,7 @@ _LISTING_LIMIT_BYTES = 1 << 30
 
 
 class PresignedStore:
-    """A ``Store`` of artifacts that each carry their URL. HEAD is refused there, so none is sent."""
+    """A ``Store`` of artifacts that each carry their URL. Never sends HEAD, which is refused."""
 
     def __init__(self, client: HttpClient) -> None:
         self._client = client
