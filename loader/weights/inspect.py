@@ -1,0 +1,271 @@
+"""What a folder of files is: decided from names, small JSON files and headers; torch stays out.
+
+A checkpoint of several nodes is one checkpoint. ``Checkpoint.path`` is the folder to open; where
+the files are spread, ``detail["folders"]`` are all folders that hold some of them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from pathlib import Path
+
+from loader.errors import CheckpointError, FormatError
+from loader.types import Checkpoint, Kind
+from loader.weights.header import read_header
+from loader.weights.index import read_weight_map
+from loader.weights.layout import Place, group_places, walk_names
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+SINGLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SHARD = re.compile(r"^(model|pytorch_model)-(\d{5,})-of-(\d{5,})\.(safetensors|bin)$")
+_DCP_OF_PARENT = re.compile(r"^(pytorch_model_fsdp_\d+|model(_\d+)?)$")
+_OPTIMIZER = re.compile(r"^optim(izer)?(_\d+)?$")
+_ZERO = re.compile(r"mp_rank_\d+_(optim|model)_states\.pt$")
+_ZERO_TAG = re.compile(r"^global_step\d+$")
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Return what *folder* is; UNKNOWN, with the list, when it holds several checkpoints.
+
+    Raises:
+        CheckpointError: there is no such folder.
+        FormatError: a config or an index in it is malformed.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            "no such checkpoint folder",
+            where=str(folder),
+            expected="a folder with a model or an adapter",
+            got="a file" if folder.exists() else "nothing",
+            next_step="correct the path",
+        )
+    found = find_checkpoints(folder)
+    if len(found) == 1:
+        return found[0]
+    if here := [c for c in found if c.path == folder]:
+        return here[0]
+    names = [f"{c.path.relative_to(folder)} ({c.kind})" for c in found]
+    return Checkpoint(Kind.UNKNOWN, folder, {"found": names, "lacks": "one checkpoint of its own"})
+
+
+def find_checkpoints(root: Path, names: Iterable[str] | None = None) -> tuple[Checkpoint, ...]:
+    """Return the checkpoints below *root*, sorted by job and folder.
+
+    ``names`` are paths relative to *root*; when given, only these files count. A job in which
+    nothing is known gives one UNKNOWN.
+
+    Raises:
+        FormatError: a config or an index is malformed.
+    """
+    places = group_places(root, walk_names(root) if names is None else names)
+    found: list[Checkpoint] = []
+    for _, group in groupby(places, key=lambda place: place.job):
+        of_job = tuple(group)
+        known = _find_in_job(of_job)
+        found += known or [_describe_unknown(of_job)]
+    return tuple(found)
+
+
+def _find_in_job(places: tuple[Place, ...]) -> list[Checkpoint]:
+    by_folder = {place.relative: place for place in places}
+    whole = {p.relative: c for p in places if (c := _find_adapters(p) or _find_models(p))}
+    zero = _find_zero(places, by_folder)
+    for relative in set(zero) & set(whole):
+        # ZeRO-3 without gathering leaves a model file of empty tensors beside the true weights.
+        if not any(_is_hollow(c) for c in whole[relative]):
+            del zero[relative]
+    dcp = _find_dcp(places, by_folder)
+    sharded = {r: [c] for r, c in {**dcp, **zero}.items() if r in zero or r not in whole}
+    merged = {**whole, **sharded}
+    return [c for relative in sorted(merged) for c in merged[relative]]
+
+
+def _find_adapters(place: Place) -> list[Checkpoint]:
+    ranks = [
+        rank
+        for rank in place.holders(ADAPTER_CONFIG)
+        if any(name in place.files[rank] for name in ADAPTER_WEIGHTS)
+    ]
+    found: dict[tuple[object, ...], Checkpoint] = {}
+    for rank in ranks:
+        folder = place.folder(rank)
+        config = read_json(folder / ADAPTER_CONFIG)
+        detail = {
+            "base_model": config.get("base_model_name_or_path"),
+            "rank": config.get("r"),
+            "targets": config.get("target_modules"),
+            "peft_type": config.get("peft_type"),
+        }
+        weights = next(name for name in ADAPTER_WEIGHTS if name in place.files[rank])
+        # Every node may have written the same adapter: the lowest rank's is taken for all.
+        alike = (json.dumps(config, sort_keys=True), weights, _file_bytes(folder / weights))
+        found.setdefault(alike, Checkpoint(Kind.ADAPTER, folder, detail))
+    return list(found.values())
+
+
+def _find_models(place: Place) -> list[Checkpoint]:
+    configs = place.holders("config.json")
+    names = place.names
+    if not configs or not any(_is_weights(name) for name in names):
+        return []
+    config = read_json(place.folder(configs[0]) / "config.json")
+    holders = [rank for rank in place.ranks if any(_is_weights(n) for n in place.files[rank])]
+    whole = [r for r in holders if not _missing_shards(place, place.files[r], r)]
+    spread = len(holders) > 1 and not whole
+    missing = _missing_shards(place, names, None) if not whole else []
+    detail = _describe_model(config, names)
+    if missing:
+        detail["missing"] = missing
+    if spread:
+        detail["folders"] = [str(place.folder(rank)) for rank in place.ranks]
+        return [Checkpoint(Kind.RANK_SHARDS, place.folder(configs[0]), detail)]
+    # A rank with both config and weights first; copies on other ranks are the same model.
+    at = next((r for r in whole or holders if r in configs), None)
+    if at is None and len(place.ranks) > 1:
+        detail["folders"] = [str(place.folder(rank)) for rank in place.ranks]
+        return [Checkpoint(Kind.RANK_SHARDS, place.folder(configs[0]), detail)]
+    kind = Kind.WHISPER if config.get("model_type") == "whisper" else Kind.FULL
+    return [Checkpoint(kind, place.folder(at), detail)]
+
+
+def _is_weights(name: str) -> bool:
+    return name in SINGLE_WEIGHTS or bool(_SHARD.match(name))
+
+
+def _missing_shards(place: Place, names: frozenset[str], rank: int | None) -> list[str]:
+    """Return the shards that *names* lack; the index of *rank*, else of any rank, says which."""
+    if any(name in names for name in SINGLE_WEIGHTS):
+        return []
+    wanted: set[str] = set()
+    for index in INDEXES:
+        for holder in place.holders(index):
+            if rank is None or holder == rank:
+                wanted |= set(read_weight_map(place.folder(holder) / index).values())
+    for match in filter(None, map(_SHARD.match, names)):
+        stem, n, kind = match[1], int(match[3]), match[4]
+        first = 0 if f"{stem}-{0:05d}-of-{n:05d}.{kind}" in names else 1
+        if not wanted:
+            wanted = {f"{stem}-{i:05d}-of-{n:05d}.{kind}" for i in range(first, first + n)}
+    return sorted(wanted - names)
+
+
+def _describe_model(config: Mapping[str, object], names: frozenset[str]) -> dict[str, object]:
+    weights = sorted(name for name in names if _is_weights(name))
+    safe = [name for name in weights if name.endswith(".safetensors")]
+    detail: dict[str, object] = {
+        "model_type": config.get("model_type"),
+        "architectures": config.get("architectures"),
+        "dtype": config.get("dtype", config.get("torch_dtype")),
+        "format": "safetensors" if safe else "bin",
+        "files": safe or weights,
+    }
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict):
+        detail["quantization"] = quantization.get("quant_method", "unnamed")
+    return detail
+
+
+def _find_zero(places: tuple[Place, ...], by_folder: dict[str, Place]) -> dict[str, Checkpoint]:
+    tags: dict[str, list[Place]] = {}
+    for place in places:
+        owner = by_folder.get(place.parent)
+        tagged = _ZERO_TAG.match(place.base) or (owner and "latest" in owner.names)
+        if tagged and any(_ZERO.search(name) for name in place.names):
+            tags.setdefault(place.parent, []).append(place)
+    found = {}
+    for relative, tagged_places in tags.items():
+        chosen = max(tagged_places, key=lambda p: (len(p.base), p.base))
+        owner = by_folder.get(relative)
+        latest = _read_latest(owner) if owner else None
+        chosen = next((p for p in tagged_places if p.base == latest), chosen)
+        roots = [chosen.folder(rank).parent for rank in chosen.ranks]
+        detail: dict[str, object] = {"tag": chosen.base, "folders": [str(r) for r in roots]}
+        detail["tags"] = [p.base for p in tagged_places]
+        detail["files"] = len(chosen.names)
+        found[relative] = Checkpoint(Kind.ZERO, _folder_with_config(owner, roots[0]), detail)
+    return found
+
+
+def _read_latest(owner: Place) -> str | None:
+    for rank in owner.holders("latest"):
+        return (owner.folder(rank) / "latest").read_text(encoding="utf-8").strip()
+    return None
+
+
+def _find_dcp(places: tuple[Place, ...], by_folder: dict[str, Place]) -> dict[str, Checkpoint]:
+    found = {}
+    for place in places:
+        parts = [name for name in place.names if name.endswith(".distcp")]
+        if not parts or _OPTIMIZER.match(place.base):
+            continue
+        relative = place.parent if _DCP_OF_PARENT.match(place.base) else place.relative
+        owner = by_folder.get(relative)
+        detail: dict[str, object] = {
+            "folders": [str(place.folder(rank)) for rank in place.ranks],
+            "files": len(parts),
+            "has_metadata": ".metadata" in place.names,
+        }
+        home = place.folder(place.ranks[0])
+        root = home if relative == place.relative else home.parent
+        found[relative] = Checkpoint(Kind.DCP, _folder_with_config(owner, root), detail)
+    return found
+
+
+def _folder_with_config(owner: Place | None, otherwise: Path) -> Path:
+    ranks = owner.holders("config.json") if owner else ()
+    return owner.folder(ranks[0]) if owner and ranks else otherwise
+
+
+def _is_hollow(checkpoint: Checkpoint) -> bool:
+    path = checkpoint.path / SINGLE_WEIGHTS[0]
+    if checkpoint.kind is not Kind.FULL or not path.is_file():
+        return False
+    tensors = read_header(path).tensors.values()
+    return any(0 in tensor.shape for tensor in tensors)
+
+
+def _describe_unknown(places: tuple[Place, ...]) -> Checkpoint:
+    names = sorted({f"{p.relative}/{n}".lstrip("/") for p in places for n in p.names})
+    kinds = {name.rpartition("/")[2] for name in names}
+    lacks = "anything that podloader knows"
+    if ADAPTER_CONFIG in kinds:
+        lacks = " or ".join(ADAPTER_WEIGHTS)
+    elif any(name in kinds for name in ADAPTER_WEIGHTS):
+        lacks = ADAPTER_CONFIG
+    elif any(_is_weights(name) for name in kinds):
+        lacks = "config.json"
+    elif "config.json" in kinds:
+        lacks = " or ".join(SINGLE_WEIGHTS)
+    detail: dict[str, object] = {"found": names[:20], "files": len(names), "lacks": lacks}
+    job = places[0].job
+    return Checkpoint(Kind.UNKNOWN, places[0].root / job if job else places[0].root, detail)
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Return the JSON object of a small file.
+
+    Raises:
+        FormatError: it cannot be read or is no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        value = str(error)
+    if not isinstance(value, dict):
+        raise FormatError(
+            "malformed JSON file in a checkpoint",
+            where=str(path),
+            expected="a JSON object",
+            got=str(value)[:200],
+            next_step="fetch the file again, or save the checkpoint again",
+        )
+    return value
+
+
+def _file_bytes(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
