@@ -30,7 +30,10 @@ class TrainingCheckpoints:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """One file of a listing. ``size_bytes`` is None where the listing has none."""
+    """One file of a listing. ``size_bytes`` is None where the listing has none.
+
+    ``name`` is ``rank-<node_rank>/<relative_file_name>``, ``path`` is ``<job>/<name>``.
+    """
 
     job: str
     node_rank: int
@@ -38,15 +41,14 @@ class Artifact:
     url: str = field(repr=False)
     size_bytes: int | None = None
 
-    @property
-    def name(self) -> str:
-        """``rank-<node_rank>/<relative_file_name>``: what patterns are matched against."""
-        return f"rank-{self.node_rank}/{self.relative_file_name}"
+    # What patterns are matched against, and the place below the download folder. Listings are
+    # long, so both are made once.
+    name: str = field(init=False, repr=False, compare=False)
+    path: str = field(init=False, compare=False)
 
-    @property
-    def path(self) -> str:
-        """The place below the download folder: ``<job>/rank-<N>/<relative_file_name>``."""
-        return f"{self.job}/{self.name}"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", f"rank-{self.node_rank}/{self.relative_file_name}")
+        object.__setattr__(self, "path", f"{self.job}/{self.name}")
 
     @property
     def source(self) -> str:

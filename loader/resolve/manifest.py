@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
 from loader.errors import ListingError, ResolveError
-from loader.resolve.patterns import literal_prefix, match_pathwise, match_pattern
+from loader.resolve.patterns import compile_pathwise, compile_pattern
 from loader.types import JOB_ID, Artifact, Listing, Manifest, TrainingCheckpoints
 
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<i>\d{5,})-of-(?P<n>\d{5,})(?P<ext>\.safetensors|\.bin)$")
@@ -64,8 +64,8 @@ def resolve(
 
 
 def _matching(pattern: str, artifacts: Iterable[Artifact]) -> list[Artifact]:
-    prefix = literal_prefix(pattern)
-    return [a for a in artifacts if a.name.startswith(prefix) and match_pattern(pattern, a.name)]
+    match = compile_pattern(pattern)
+    return [a for a in artifacts if match(a.name)]
 
 
 def _add(chosen: dict[str, Artifact], hit: Artifact) -> None:
@@ -101,7 +101,8 @@ def _alike(a: str, b: str) -> int:
 def _pathwise_warning(pattern: str, hits: Sequence[Artifact]) -> str | None:
     if "*" not in pattern and "?" not in pattern:
         return None
-    extra = [a.name for a in hits if not match_pathwise(pattern, a.name)]
+    pathwise = compile_pathwise(pattern)
+    extra = [a.name for a in hits if not pathwise(a.name)]
     if not extra:
         return None
     return (
@@ -124,13 +125,19 @@ def check_count(listing: Listing) -> None:
 
 def check_names(files: Sequence[Artifact], *, case_sensitive: bool = True) -> None:
     """Raise ResolveError naming every file that would not land inside its own folder."""
-    folded: dict[str, str] = {}
     paths = {a.path for a in files}
-    problems = [problem for a in files for problem in _name_problems(a, paths)]
+    folders: dict[str, list[str]] = {}
+    problems: list[str] = []
     for a in files:
-        other = folded.setdefault(a.path.casefold(), a.path)
-        if other != a.path and not case_sensitive:
-            problems.append(f"{a.path!r} and {other!r} differ only in case")
+        folder, _, base = a.path.rpartition("/")
+        if folder not in folders:
+            folders[folder] = _folder_problems(folder, paths)
+        if found := folders[folder] or _part_problems(base):
+            problems += [f"{a.path!r}: {problem}" for problem in found]
+    if not case_sensitive:
+        folded: dict[str, str] = {}
+        pairs = ((folded.setdefault(path.casefold(), path), path) for path in sorted(paths))
+        problems += [f"{p!r} and {o!r} differ only in case" for o, p in pairs if o != p]
     if problems:
         raise ResolveError(
             "file names that are refused",
@@ -139,18 +146,23 @@ def check_names(files: Sequence[Artifact], *, case_sensitive: bool = True) -> No
         )
 
 
-def _name_problems(a: Artifact, paths: set[str]) -> list[str]:
+def _folder_problems(folder: str, paths: set[str]) -> list[str]:
+    """Return what is wrong with ``<job>/rank-<N>/<folder>``, given all files' *paths*."""
+    parts = folder.split("/")
+    problems = [problem for part in parts for problem in _part_problems(part)]
+    if not JOB_ID.fullmatch(parts[0]) or not parts[1].removeprefix("rank-").isdecimal():
+        problems.append("the job id or the rank is not a plain name")
+    if any("/".join(parts[:depth]) in paths for depth in range(3, len(parts) + 1)):
+        problems.append("a folder of it is also a file in the listing")
+    return problems
+
+
+def _part_problems(part: str) -> list[str]:
     problems: list[str] = []
-    parts = a.relative_file_name.split("/")
-    if not JOB_ID.fullmatch(a.job) or a.node_rank < 0:
-        problems.append(f"{a.path!r}: the job id or the rank is not a plain name")
-    if "\0" in a.path or "\\" in a.path or any(p in ("", ".", "..") for p in parts):
-        problems.append(f"{a.path!r}: leaves its folder, or is no relative file name")
-    if any(len(p.encode()) > _NAME_BYTES for p in parts):
-        problems.append(f"{a.path!r}: a name longer than {_NAME_BYTES} bytes")
-    steps = a.path.split("/")
-    if any("/".join(steps[:depth]) in paths for depth in range(3, len(steps))):
-        problems.append(f"{a.path!r}: a folder of it is also a file in the listing")
+    if part in ("", ".", "..") or "\0" in part or "\\" in part:
+        problems.append("leaves its folder, or is no relative file name")
+    if len(part) > _NAME_BYTES // 4 and len(part.encode()) > _NAME_BYTES:
+        problems.append(f"a name longer than {_NAME_BYTES} bytes")
     return problems
 
 
@@ -164,7 +176,8 @@ def check_shards(files: Sequence[Artifact], listed: set[str]) -> None:
     wanted = {a.path for a in files}
     for path in listed:
         job, _, relative = path.split("/", 2)
-        if match := _SHARD.match(relative):
+        match = _SHARD.match(relative) if "-of-" in relative else None
+        if match:
             key = (job, match["stem"], int(match["n"]), match["ext"])
             sets.setdefault(key, set()).add(int(match["i"]))
             if path in wanted:

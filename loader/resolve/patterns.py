@@ -6,43 +6,81 @@ document says ("Wildcards * match to an arbitrary number of chars while ? matche
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 
 def match_pattern(pattern: str, name: str) -> bool:
     """Return whether *name* matches; never worse than ``len(pattern) * len(name)`` steps."""
-    if pattern.endswith("/"):
-        pattern += "*"
-    p = n = 0
-    star, mark = -1, 0
-    while n < len(name):
-        if p < len(pattern) and pattern[p] == "*":
-            star, mark = p, n
-            p += 1
-        elif p < len(pattern) and (pattern[p] == "?" or pattern[p] == name[n]):
-            p += 1
-            n += 1
-        elif star >= 0:
-            # Back to the last star only: an earlier one can never do better.
-            mark += 1
-            p, n = star + 1, mark
-        else:
-            return False
-    return all(c == "*" for c in pattern[p:])
+    return compile_pattern(pattern)(name)
 
 
 def match_pathwise(pattern: str, name: str) -> bool:
     """Return whether *name* matches when ``*`` and ``?`` stop at ``/``, as a shell reads it."""
-    parts, names = pattern.split("/"), name.split("/")
+    return compile_pathwise(pattern)(name)
+
+
+def compile_pattern(pattern: str) -> Callable[[str], bool]:
+    """Return the function that tells whether a name matches *pattern*."""
     if pattern.endswith("/"):
-        parts.pop()
-        if len(names) <= len(parts):
+        pattern += "*"
+    head, *rest = [_Run(text) for text in pattern.split("*")]
+    if not rest:
+        return lambda name: len(name) == head.length and head.at(name, 0)
+    *middle, tail = rest
+
+    def match(name: str) -> bool:
+        # Leftmost is enough: no run can do better by starting later.
+        last = len(name) - tail.length
+        if last < head.length or not head.at(name, 0) or not tail.at(name, last):
             return False
-        names = names[: len(parts)]
-    return len(parts) == len(names) and all(
-        match_pattern(p, n) if p else not n for p, n in zip(parts, names, strict=True)
-    )
+        place = head.length
+        for run in middle:
+            found = run.find(name, place, last)
+            if found < 0:
+                return False
+            place = found + run.length
+        return True
+
+    return match
 
 
-def literal_prefix(pattern: str) -> str:
-    """Return the part of *pattern* before its first wildcard."""
-    cut = min((i for i in (pattern.find("*"), pattern.find("?")) if i >= 0), default=len(pattern))
-    return pattern[:cut]
+def compile_pathwise(pattern: str) -> Callable[[str], bool]:
+    """Return the function that reads *pattern* as a shell would."""
+    parts = pattern.split("/")
+    folder = pattern.endswith("/")
+    if folder:
+        parts.pop()
+    matchers = [compile_pattern(part) for part in parts]
+
+    def match(name: str) -> bool:
+        names = name.split("/")
+        if folder and len(names) > len(matchers):
+            names = names[: len(matchers)]
+        elif folder or len(names) != len(matchers):
+            return False
+        return all(match(name) for match, name in zip(matchers, names, strict=True))
+
+    return match
+
+
+class _Run:
+    """A piece of a pattern without ``*``: literal characters, and ``?`` for any one."""
+
+    def __init__(self, text: str) -> None:
+        self.length = len(text)
+        self._text = text
+        dots = "".join("." if c == "?" else re.escape(c) for c in text)
+        self._regex = re.compile(dots, re.DOTALL) if "?" in text else None
+
+    def at(self, name: str, place: int) -> bool:
+        if self._regex is not None:
+            return self._regex.match(name, place) is not None
+        return name.startswith(self._text, place)
+
+    def find(self, name: str, start: int, end: int) -> int:
+        """Return the leftmost place in ``name[start:end]``, or -1."""
+        if self._regex is None:
+            return name.find(self._text, start, end)
+        found = self._regex.search(name, start, end)
+        return found.start() if found else -1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loader.resolve.patterns import literal_prefix, match_pathwise, match_pattern
+from loader.resolve.patterns import match_pathwise, match_pattern
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,3 @@ def test_matching_is_linear_on_hostile_patterns() -> None:
 )
 def test_match_pathwise(pattern: str, name: str, expected: bool) -> None:
     assert match_pathwise(pattern, name) is expected
-
-
-def test_literal_prefix() -> None:
-    assert literal_prefix("rank-0/a*b?") == "rank-0/a"
-    assert literal_prefix("plain") == "plain"
