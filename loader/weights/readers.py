@@ -1,0 +1,239 @@
+"""Tensors by name from local files: read as wanted, nothing mapped, nothing kept.
+
+Reading goes by ``pread`` into fresh memory: a process that merges a model of any size holds a few
+rows of it at a time, and pages of a mapped file do not count against the pod.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Protocol, Self
+
+import torch
+
+from loader.errors import FormatError
+from loader.weights.header import TensorInfo, size_bytes
+from loader.weights.listing import StoredTensor, find_weight_files, list_tensors, refuse_pickle
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "BOOL": torch.bool,
+        "U8": torch.uint8,
+        "I8": torch.int8,
+        "U16": torch.uint16,
+        "I16": torch.int16,
+        "U32": torch.uint32,
+        "I32": torch.int32,
+        "U64": torch.uint64,
+        "I64": torch.int64,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F32": torch.float32,
+        "F64": torch.float64,
+        "C64": torch.complex64,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+        "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    }
+)
+CODES: Mapping[torch.dtype, str] = MappingProxyType({d: code for code, d in TORCH_DTYPES.items()})
+
+
+class Reader(Protocol):
+    """Tensors by name; what merging, consolidating and writing read from."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors; the offsets are those of the file that holds each."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the whole tensor, as stored, in memory of its own."""
+
+    def read_rows(self, name: str, start: int, end: int) -> torch.Tensor:
+        """Return rows [start, end) of the first dimension, as stored, in memory of their own."""
+
+    def read_raw(self, name: str) -> memoryview:
+        """Return the tensor's bytes as safetensors stores them."""
+
+
+class SafetensorsReader:
+    """A ``Reader`` over local safetensors files; keeps one descriptor per file until closed."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self.stored = stored
+        self._descriptors: dict[Path, int] = {}
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors by name."""
+        return MappingProxyType({name: s.info for name, s in self.stored.items()})
+
+    def descriptor(self, path: Path) -> int:
+        """Return the open descriptor of a file, for copies inside the kernel."""
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._descriptors[path]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the whole tensor.
+
+        Raises:
+            FormatError: the file became shorter, or torch has no such dtype.
+        """
+        info = self.stored[name].info
+        return self._pread(name, info.start, info.end).reshape(info.shape)
+
+    def read_rows(self, name: str, start: int, end: int) -> torch.Tensor:
+        """Return rows [start, end) of the first dimension.
+
+        Raises:
+            FormatError: as ``read``.
+        """
+        info = self.stored[name].info
+        stride = size_bytes(info.dtype, info.shape[1:])
+        rows = self._pread(name, info.start + start * stride, info.start + end * stride)
+        return rows.reshape(end - start, *info.shape[1:])
+
+    def read_raw(self, name: str) -> memoryview:
+        """Return the tensor's bytes.
+
+        Raises:
+            FormatError: the file became shorter.
+        """
+        stored = self.stored[name]
+        buffer = bytearray(stored.info.size_bytes)
+        self._fill(memoryview(buffer), stored, stored.info.start)
+        return memoryview(buffer)
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _pread(self, name: str, start: int, end: int) -> torch.Tensor:
+        stored = self.stored[name]
+        dtype = TORCH_DTYPES.get(stored.info.dtype)
+        if dtype is None:
+            raise FormatError(
+                "a dtype that torch cannot hold",
+                where=f"{stored.path}: {name}",
+                expected=", ".join(TORCH_DTYPES),
+                got=stored.info.dtype,
+                next_step="convert the checkpoint to bfloat16",
+            )
+        raw = torch.empty(end - start, dtype=torch.uint8)
+        self._fill(raw.numpy().data, stored, start)
+        return raw.view(dtype)
+
+    def _fill(self, buffer: memoryview, stored: StoredTensor, start: int) -> None:
+        descriptor = self.descriptor(stored.path)
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], start + done)
+            if count == 0:
+                raise FormatError(
+                    "a weight file became shorter while it was read",
+                    where=str(stored.path),
+                    expected=f"{start + len(buffer)} bytes",
+                    got=f"{start + done} bytes",
+                    next_step="fetch the checkpoint again",
+                )
+            done += count
+
+
+class MemoryReader:
+    """A ``Reader`` over tensors in memory, such as those of a pickle."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+            {
+                n: TensorInfo(n, CODES[t.dtype], tuple(t.shape), 0, t.nbytes)
+                for n, t in _typed(tensors)
+            }
+        )
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a copy of the tensor."""
+        return self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
+
+    def read_rows(self, name: str, start: int, end: int) -> torch.Tensor:
+        """Return a copy of rows [start, end)."""
+        rows = self._tensors[name].detach()[start:end]
+        return rows.clone(memory_format=torch.contiguous_format)
+
+    def read_raw(self, name: str) -> memoryview:
+        """Return the tensor's bytes."""
+        return tensor_bytes(self.read(name))
+
+
+def _typed(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    if odd := [f"{n}: {t.dtype}" for n, t in tensors.items() if t.dtype not in CODES]:
+        raise FormatError("dtypes that safetensors cannot hold", problems=odd)
+    return list(tensors.items())
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor, without a copy."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def open_weights(
+    folder: Path, *, stem: str = "model", allow_pickle: bool = False
+) -> SafetensorsReader | MemoryReader:
+    """Return a reader over the weights of *folder*.
+
+    Raises:
+        FormatError: no weights, broken files, or a pickle without ``allow_pickle``.
+    """
+    files = find_weight_files(folder, stem)
+    if not files.pickled:
+        return SafetensorsReader(list_tensors(files))
+    if not allow_pickle:
+        raise refuse_pickle(files.paths[0])
+    tensors: dict[str, torch.Tensor] = {}
+    for path in files.paths:
+        tensors |= load_pickle(path)
+    return MemoryReader(tensors)
+
+
+def load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a torch pickle, by the restricted unpickler only.
+
+    Raises:
+        FormatError: it holds anything but tensors by name.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except Exception as error:  # torch raises a dozen kinds for a bad file
+        raise FormatError(
+            "a pickle that the restricted unpickler refuses",
+            where=str(path),
+            expected="a state dict of tensors, and nothing else",
+            got=str(error).splitlines()[0][:300] if str(error) else type(error).__name__,
+            next_step="save with safe_serialization=True",
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
+        raise FormatError(
+            "a pickle that is no state dict",
+            where=str(path),
+            expected="tensors by name",
+            got=type(found).__name__,
+            next_step="save with safe_serialization=True",
+        )
+    return {str(name): tensor for name, tensor in found.items()}
