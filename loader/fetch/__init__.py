@@ -1,0 +1,1 @@
+"""Manifest -> files on this disk, whole or absent."""

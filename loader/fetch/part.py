@@ -1,0 +1,198 @@
+"""A file that is on its way: bytes at their offsets, a journal of what is whole, a last rename."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+
+from loader.errors import FormatError, TransientError
+from loader.fetch.files import (
+    Places,
+    Record,
+    disk_errors,
+    read_journal,
+    write_journal,
+    write_record,
+)
+from loader.fetch.plan import DoneRange, Range, combine, missing_ranges, sound_ranges
+from loader.fetch.verify import check_structure, proved_ranges
+from loader.stores.base import ObjectInfo
+from loader.types import Artifact, FetchedFile
+
+
+class PartFile:
+    """One artifact's part file. ``write`` and ``finish`` may be called from many threads."""
+
+    def __init__(
+        self, artifact: Artifact, info: ObjectInfo, place: Places, range_bytes: int, boot_id: str
+    ) -> None:
+        self.artifact = artifact
+        self.info = info
+        self._place = place
+        self._boot_id = boot_id
+        self._lock = threading.Lock()
+        self._fd: int | None = None
+        self._journal: int | None = None
+        self._have = list(self._resume())
+        step = range_bytes if info.ranges else max(info.size_bytes, 1)
+        self.missing: tuple[Range, ...] = missing_ranges(self._have, info.size_bytes, step)
+        self._left = len(self.missing)
+        self.done = self._adopt()
+
+    @property
+    def have_bytes(self) -> int:
+        """The bytes that need not be fetched again."""
+        return sum(entry.end - entry.start for entry in self._have)
+
+    @property
+    def needed_bytes(self) -> int:
+        """The bytes that the disk has yet to find room for."""
+        try:
+            held = self._place.part.stat().st_blocks * 512
+        except OSError:
+            held = 0
+        return max(0, self.info.size_bytes - held)
+
+    def open(self) -> None:
+        """Make the part file and its journal, or go on with those of an earlier run."""
+        with self._lock, disk_errors(self._place.part):
+            if self._fd is not None:
+                return
+            self._place.part.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            fd = os.open(self._place.part, flags, 0o644)
+            try:
+                os.ftruncate(fd, self.info.size_bytes)
+                write_journal(self._place.journal, self._key(), tuple(self._have))
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+                self._journal = os.open(self._place.journal, flags)
+            except BaseException:
+                os.close(fd)
+                raise
+            self._fd = fd
+
+    def write(self, data: memoryview, place: int) -> None:
+        """Put *data* at the offset *place*."""
+        if self._fd is None:
+            self.open()
+        assert self._fd is not None
+        with disk_errors(self._place.part):
+            while data:
+                count = os.pwrite(self._fd, data, place)
+                data, place = data[count:], place + count
+
+    def finish(self, entry: DoneRange) -> bool:
+        """Note a range as whole; the last one publishes the file. Return whether it was."""
+        line = json.dumps([entry.start, entry.end, entry.crc]) + "\n"
+        with self._lock:
+            assert self._journal is not None
+            with disk_errors(self._place.journal):
+                os.write(self._journal, line.encode())
+            self._have.append(entry)
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self.publish()
+        return last
+
+    def publish(self) -> None:
+        """Give the whole file its name, then write its record.
+
+        Raises:
+            FormatError: the bytes are what the origin sent, and no whole file of their format.
+        """
+        self.open()
+        self.close()
+        place = self._place
+        have = sound_ranges(self._have, self.info.size_bytes)
+        try:
+            check_structure(place.part, self.artifact.path)
+        except FormatError as error:
+            place.journal.unlink(missing_ok=True)
+            raise FormatError(
+                f"the origin's file is broken: {error.what}",
+                where=self.artifact.path,
+                expected=error.expected,
+                got=error.got,
+                problems=error.problems,
+                next_step="wait until the training job has uploaded it whole, or leave it out",
+            ) from None
+        with disk_errors(place.final):
+            place.final.parent.mkdir(parents=True, exist_ok=True)
+            place.record.unlink(missing_ok=True)
+            mtime_ns = place.part.stat().st_mtime_ns
+            place.part.replace(place.final)
+        self.done = self._promote(have, mtime_ns)
+
+    def close(self) -> None:
+        """Close what is open; nothing is lost."""
+        with self._lock:
+            for fd in (self._fd, self._journal):
+                if fd is not None:
+                    with contextlib.suppress(OSError):
+                        os.close(fd)
+            self._fd = self._journal = None
+
+    def ended_early(self, place: int, end: int) -> TransientError:
+        """Return the error for a body that stopped at *place*."""
+        return TransientError(
+            "the body ended before the range did",
+            where=self.artifact.source,
+            expected=f"bytes up to {end}",
+            got=f"bytes up to {place}",
+        )
+
+    def _adopt(self) -> FetchedFile | None:
+        """Return the final file where an earlier run was killed between its name and record."""
+        place = self._place
+        if place.part.exists() or not place.final.is_file():
+            return None
+        have = sound_ranges(read_journal(place.journal, self._key()), self.info.size_bytes)
+        whole = sum(entry.end - entry.start for entry in have) == self.info.size_bytes
+        if not whole or place.final.stat().st_size != self.info.size_bytes:
+            return None
+        if len(proved_ranges(place.final, have)) != len(have):
+            return None
+        return self._promote(have, place.final.stat().st_mtime_ns, reused=True)
+
+    def _promote(
+        self, have: tuple[DoneRange, ...], mtime_ns: int, *, reused: bool = False
+    ) -> FetchedFile:
+        size, digest = self.info.size_bytes, combine(have)
+        record = Record(
+            size, digest, self.artifact.source, self.info.version, mtime_ns, self._boot_id, have
+        )
+        write_record(self._place.record, record)
+        with disk_errors(self._place.journal):
+            self._place.journal.unlink(missing_ok=True)
+        return fetched_file(self.artifact, record, reused=reused)
+
+    def _resume(self) -> tuple[DoneRange, ...]:
+        """Return the ranges of an earlier run that are still sound."""
+        if not self.info.ranges:
+            return ()
+        claimed = sound_ranges(read_journal(self._place.journal, self._key()), self.info.size_bytes)
+        return proved_ranges(self._place.part, claimed)
+
+    def _key(self) -> dict[str, object]:
+        """What a journal must have been written for, to be believed."""
+        return {
+            "size_bytes": self.info.size_bytes,
+            "version": self.info.version,
+            "source": self.artifact.source,
+        }
+
+
+def fetched_file(artifact: Artifact, record: Record, *, reused: bool) -> FetchedFile:
+    """Return what a snapshot says about a whole file."""
+    return FetchedFile(
+        path=artifact.path,
+        job=artifact.job,
+        rank=artifact.node_rank,
+        size_bytes=record.size_bytes,
+        digest=record.digest,
+        source=record.source,
+        reused=reused,
+    )

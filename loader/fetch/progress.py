@@ -1,0 +1,88 @@
+"""How a fetch tells that it moves; plain lines for logs. Bars are the command line's."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Protocol
+
+_log = logging.getLogger("podloader")
+_EVERY_S = 5.0
+
+
+class Progress(Protocol):
+    """Told from many threads."""
+
+    def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
+        """So many files and bytes in all, of which *have_bytes* are here."""
+
+    def advance(self, count_bytes: int) -> None:
+        """So many bytes more; fewer, when an origin without ranges starts over."""
+
+    def finish_file(self, path: str) -> None:
+        """One file more is whole."""
+
+    def finish(self) -> None:
+        """The fetch is over, well or not."""
+
+
+class LogProgress:
+    """One line every few seconds: files done, bytes, rate, time left."""
+
+    def __init__(self, every_s: float = _EVERY_S) -> None:
+        self._every_s = every_s
+        self._lock = threading.Lock()
+        self._files = self._total_files = 0
+        self._bytes = self._total_bytes = self._had_bytes = 0
+        self._began = self._told = time.monotonic()
+
+    def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
+        """Say what is to come."""
+        self._total_files, self._total_bytes = files, size_bytes
+        self._bytes = self._had_bytes = have_bytes
+        self._began = self._told = time.monotonic()
+        here = f", {show_bytes(have_bytes)} of it here already" if have_bytes else ""
+        _log.info("fetching %d files, %s%s", files, show_bytes(size_bytes), here)
+
+    def advance(self, count_bytes: int) -> None:
+        """Count, and tell now and then."""
+        with self._lock:
+            self._bytes += count_bytes
+            now = time.monotonic()
+            if now - self._told < self._every_s:
+                return
+            self._told = now
+        self._tell()
+
+    def finish_file(self, path: str) -> None:
+        """Count."""
+        with self._lock:
+            self._files += 1
+
+    def finish(self) -> None:
+        """Say how far it came."""
+        self._tell()
+
+    def _tell(self) -> None:
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        rate = (self._bytes - self._had_bytes) / seconds
+        left_s = (self._total_bytes - self._bytes) / rate if rate > 0 else 0.0
+        _log.info(
+            "%d/%d files, %s of %s, %s/s, %.0f s left",
+            self._files,
+            self._total_files,
+            show_bytes(self._bytes),
+            show_bytes(self._total_bytes),
+            show_bytes(rate),
+            left_s,
+        )
+
+
+def show_bytes(count: float) -> str:
+    """Return *count* in the unit that fits, such as ``1.5 GB`` (decimal, as networks count)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,35 @@
+"""When to ask again, and after which pause."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+
+from tenacity import RetryCallState, Retrying, retry_if_exception
+from tenacity.nap import sleep_using_event
+
+from loader.errors import LoaderError
+
+_FIRST_WAIT_S = 0.2
+_LONGEST_WAIT_S = 20.0
+_LONGEST_ASKED_S = 60.0
+
+
+def retrying(gives_up: Callable[[RetryCallState], bool], stop: threading.Event) -> Retrying:
+    """Return tenacity's loop for errors that are ``retryable``; *stop* ends a pause."""
+    return Retrying(
+        retry=retry_if_exception(lambda e: isinstance(e, LoaderError) and e.retryable),
+        stop=lambda state: stop.is_set() or gives_up(state),
+        wait=wait_s,
+        sleep=sleep_using_event(stop),
+        reraise=True,
+    )
+
+
+def wait_s(state: RetryCallState) -> float:
+    """Return the pause: doubled each time, capped, jittered, never less than was asked for."""
+    error = state.outcome.exception() if state.outcome else None
+    asked_s = float(getattr(error, "retry_after_s", None) or 0.0)
+    doubled_s = min(_FIRST_WAIT_S * 2 ** min(state.attempt_number - 1, 10), _LONGEST_WAIT_S)
+    return max(min(asked_s, _LONGEST_ASKED_S), doubled_s * random.uniform(0.5, 1.0))

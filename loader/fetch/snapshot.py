@@ -1,0 +1,242 @@
+"""Manifest -> Snapshot: look, prove, ask the origin, check the room, transfer, publish."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from loader.errors import DiskError, FetchError, LoaderError
+from loader.fetch.files import (
+    STATE,
+    Record,
+    boot_id,
+    check_way,
+    disk_errors,
+    lock,
+    places,
+    read_record,
+)
+from loader.fetch.part import PartFile, fetched_file
+from loader.fetch.progress import LogProgress, Progress, show_bytes
+from loader.fetch.retry import retrying
+from loader.fetch.transfer import transfer
+from loader.fetch.verify import Verify, is_intact
+from loader.stores.base import ObjectInfo, Store
+from loader.types import Artifact, FetchedFile, Manifest, Snapshot
+
+_SPARE_BYTES = 64 << 20  # journals, records, folders
+_log = logging.getLogger("podloader")
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+@dataclass(frozen=True, slots=True)
+class FetchOptions:
+    """Limits of one fetch.
+
+    ``concurrency``: connections at a time. ``retries``: how often one range or file is asked for
+    again without any progress. ``range_bytes``: asked for in one request. ``verify``: what files
+    of an earlier fetch have to prove.
+    """
+
+    concurrency: int = 16
+    retries: int = 6
+    range_bytes: int = 16 << 20
+    verify: Verify = "sample"
+
+
+def fetch(
+    manifest: Manifest,
+    root: Path,
+    store: Store,
+    options: FetchOptions | None = None,
+    progress: Progress | None = None,
+) -> Snapshot:
+    """Return *manifest*'s files, every one whole below *root*.
+
+    A file that an earlier fetch completed is proved and kept; one that it began is completed.
+
+    Raises:
+        ResolveError: something lies in the way.
+        DiskError: no room, or the disk refuses.
+        FetchError: bytes could not be brought here; what has arrived stays for the next run.
+        FormatError: the origin's file is broken.
+    """
+    options, progress = options or FetchOptions(), progress or LogProgress()
+    root = root.absolute()
+    check_way(root, manifest.files)
+    began = time.monotonic()
+    with lock(root):
+        boot = boot_id()
+        kept = _kept(manifest.files, root, options, boot)
+        infos = _ask(manifest.files, kept, store, options)
+        reused = {a.path: r for a, r in kept.items() if _is_same(r, infos[a])}
+        done = {
+            a.path: fetched_file(a, reused[a.path], reused=True)
+            for a in manifest.files
+            if a.path in reused
+        }
+
+        def begin(artifact: Artifact) -> PartFile:
+            info = infos[artifact]
+            assert info is not None
+            return PartFile(artifact, info, places(root, artifact), options.range_bytes, boot)
+
+        parts = _map(begin, [a for a in manifest.files if a.path not in done], options.concurrency)
+        done |= {part.artifact.path: part.done for part in parts if part.done}
+        parts = [part for part in parts if part.done is None]
+        fetched_bytes = _transfer(parts, done, root, store, options, progress)
+    files = tuple(done[a.path] for a in manifest.files)
+    return Snapshot(root, files, time.monotonic() - began, fetched_bytes)
+
+
+def sizes(manifest: Manifest, store: Store, concurrency: int) -> Manifest:
+    """Return *manifest* with the sizes that the listing lacks, asked of the origin.
+
+    Raises:
+        FetchError: the origin does not tell.
+    """
+    unknown = [a for a in manifest.files if a.size_bytes is None]
+    found = dict(zip(unknown, _map(store.stat, unknown, concurrency), strict=True))
+    files = tuple(
+        Artifact(a.job, a.node_rank, a.relative_file_name, a.url, found[a].size_bytes)
+        if a in found
+        else a
+        for a in manifest.files
+    )
+    return Manifest(files, manifest.warnings)
+
+
+def _kept(
+    files: Sequence[Artifact], root: Path, options: FetchOptions, boot: str
+) -> dict[Artifact, Record]:
+    """Return the files that an earlier fetch completed and that are still intact."""
+
+    def look(artifact: Artifact) -> Record | None:
+        place = places(root, artifact)
+        record = read_record(place.record)
+        if record is None or record.source != artifact.source:
+            return None
+        if artifact.size_bytes not in (None, record.size_bytes):
+            return None
+        if is_intact(place.final, record, options.verify, boot):
+            return record
+        if place.final.exists():
+            _log.warning("%s is not what was fetched; it is fetched again", artifact.path)
+        return None
+
+    records = _map(look, files, options.concurrency)
+    return {a: r for a, r in zip(files, records, strict=True) if r is not None}
+
+
+def _ask(
+    files: Sequence[Artifact], kept: dict[Artifact, Record], store: Store, options: FetchOptions
+) -> dict[Artifact, ObjectInfo | None]:
+    """Return every object's version; None for kept files where the origin does not answer."""
+    silent: list[LoaderError] = []
+
+    def ask(artifact: Artifact) -> ObjectInfo | None:
+        if artifact not in kept:
+            return _stat(artifact, store, options.retries)
+        try:
+            return None if silent else store.stat(artifact)
+        except FetchError as error:
+            silent.append(error)
+            return None
+
+    infos = _map(ask, files, options.concurrency)
+    if silent:
+        _log.warning(
+            "the origin does not tell whether %d files here are its newest: %s",
+            sum(1 for info in infos if info is None),
+            silent[0].what,
+        )
+    return dict(zip(files, infos, strict=True))
+
+
+def _stat(artifact: Artifact, store: Store, retries: int) -> ObjectInfo:
+    for attempt in retrying(lambda state: state.attempt_number > retries, threading.Event()):
+        with attempt:
+            return store.stat(artifact)
+    raise AssertionError("the loop ends by returning or raising")
+
+
+def _is_same(record: Record, info: ObjectInfo | None) -> bool:
+    if info is None:
+        return True
+    known = record.version is None or info.version is None
+    return record.size_bytes == info.size_bytes and (known or record.version == info.version)
+
+
+def _transfer(
+    parts: list[PartFile],
+    done: dict[str, FetchedFile],
+    root: Path,
+    store: Store,
+    options: FetchOptions,
+    progress: Progress,
+) -> int:
+    """Fetch *parts* into *done* and return the count of bytes that moved."""
+    _check_room(parts, root)
+    total = sum(part.info.size_bytes for part in parts)
+    have = sum(part.have_bytes for part in parts)
+    here = sum(file.size_bytes for file in done.values())
+    progress.start(len(parts) + len(done), total + here, have + here)
+    for path in done:
+        progress.finish_file(path)
+    # The largest first: the end of the fetch then belongs to small ones.
+    parts.sort(key=lambda part: -part.info.size_bytes)
+    try:
+        for part in parts:
+            if not part.missing:
+                part.publish()
+                progress.finish_file(part.artifact.path)
+        transfer(
+            (p for p in parts if p.missing),
+            store,
+            progress,
+            concurrency=options.concurrency,
+            retries=options.retries,
+        )
+    finally:
+        for part in parts:
+            part.close()
+        progress.finish()
+    for part in parts:
+        assert part.done is not None
+        done[part.artifact.path] = part.done
+    return total - have
+
+
+def _check_room(parts: Sequence[PartFile], root: Path) -> None:
+    needed = sum(part.needed_bytes for part in parts)
+    with disk_errors(root):
+        free = shutil.disk_usage(root).free
+    if needed and needed + _SPARE_BYTES > free:
+        raise DiskError(
+            "not enough free space for the download",
+            where=str(root),
+            expected=f"{show_bytes(needed + _SPARE_BYTES)} free",
+            got=f"{show_bytes(free)} free",
+            next_step=f"free some space, choose another download_folder, or remove {STATE}'s parts",
+        )
+
+
+def _map(function: Callable[[_In], _Out], values: Sequence[_In], concurrency: int) -> list[_Out]:
+    """Return *function* of each value, on threads; the first failure stops the rest."""
+    if len(values) < 2:
+        return [function(value) for value in values]
+    with ThreadPoolExecutor(min(concurrency, len(values))) as pool:
+        futures = [pool.submit(function, value) for value in values]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -1,0 +1,80 @@
+"""Proofs that bytes on this disk are the ones that were fetched."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from awscrt.checksums import crc64nvme
+
+from loader.fetch.files import Record
+from loader.fetch.plan import DoneRange
+from loader.weights.header import read_header
+
+Verify = Literal["size", "sample", "full"]
+_CHUNK_BYTES = 1 << 20
+_SAMPLES = 4
+
+
+def proved_ranges(path: Path, claimed: Iterable[DoneRange]) -> tuple[DoneRange, ...]:
+    """Return those of the *claimed* ranges whose bytes in *path* have their CRC."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return ()
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    try:
+        return tuple(r for r in claimed if _range_crc(fd, r, buffer) == r.crc)
+    except OSError:  # unreadable sectors prove nothing
+        return ()
+    finally:
+        os.close(fd)
+
+
+def is_intact(path: Path, record: Record, verify: Verify, boot_id: str) -> bool:
+    """Return whether *path* is still what *record* says, as far as *verify* looks.
+
+    Everything is read where the time stamp has changed, or the machine went down since.
+    """
+    try:
+        found = path.stat(follow_symlinks=False)
+    except OSError:
+        return False
+    if found.st_size != record.size_bytes:
+        return False
+    touched = found.st_mtime_ns != record.mtime_ns
+    if touched or verify == "full" or (verify == "sample" and record.boot_id != boot_id):
+        wanted: Sequence[DoneRange] = record.ranges
+    elif verify == "sample":
+        wanted = _sample(record.ranges)
+    else:
+        wanted = ()
+    return len(proved_ranges(path, wanted)) == len(wanted)
+
+
+def check_structure(path: Path, named: str) -> None:
+    """Raise FormatError where a file *named* ``.safetensors`` is not a whole one."""
+    if named.endswith(".safetensors"):
+        read_header(path)
+
+
+def _sample(ranges: Sequence[DoneRange]) -> list[DoneRange]:
+    """Return the first and the last range, and some between them."""
+    inner = list(ranges[1:-1])
+    chosen = random.sample(inner, min(_SAMPLES - 2, len(inner)))
+    return list(dict.fromkeys([*ranges[:1], *chosen, *ranges[-1:]]))
+
+
+def _range_crc(fd: int, claimed: DoneRange, buffer: memoryview) -> int | None:
+    """Return the CRC of the range's bytes, None where the file ends before them."""
+    crc, place = 0, claimed.start
+    while place < claimed.end:
+        count = os.preadv(fd, [buffer[: claimed.end - place]], place)
+        if not count:
+            return None
+        crc = crc64nvme(buffer[:count], crc)
+        place += count
+    return crc
