@@ -31,5 +31,5 @@ def wait_s(state: RetryCallState) -> float:
     """Return the pause: doubled each time, capped, jittered, never less than was asked for."""
     error = state.outcome.exception() if state.outcome else None
     asked_s = float(getattr(error, "retry_after_s", None) or 0.0)
-    doubled_s = min(_FIRST_WAIT_S * 2 ** min(state.attempt_number - 1, 10), _LONGEST_WAIT_S)
+    doubled_s = min(_FIRST_WAIT_S * (1 << min(state.attempt_number - 1, 10)), _LONGEST_WAIT_S)
     return max(min(asked_s, _LONGEST_ASKED_S), doubled_s * random.uniform(0.5, 1.0))

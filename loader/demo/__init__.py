@@ -1,0 +1,1 @@
+"""The main job on an embedded default: trained, published and fetched on one machine."""
