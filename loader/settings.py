@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-import yaml
 from pydantic import ByteSize, Field, InstanceOf, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
@@ -24,12 +25,14 @@ from pydantic_settings import (
 from pydantic_settings.exceptions import SettingsError
 
 from loader.errors import ConfigError
-from loader.types import JOB_ID, ArtifactReference, TrainingCheckpoints
+from loader.truss_config import mapping_at, read_config, training_checkpoints
+from loader.types import JOB_ID, TrainingCheckpoints
 
-DOWNLOAD_FOLDER = "/tmp/training_checkpoints"  # the default of Truss's CheckpointList
 SECRETS_FOLDER = Path("/secrets")
+CHECKPOINT_SCHEME = "checkpoint:"
 _PREFIX = "PODLOADER_"
 _SECTION = "model_metadata.podloader"
+_CHECKPOINT = re.compile(rf"{CHECKPOINT_SCHEME}{JOB_ID.pattern}/rank-[^/]+(/.*)?")
 _OUTSIDE = {"training", "hf_token", "api_key"}
 
 
@@ -37,6 +40,14 @@ class Secrets(Protocol):
     """Look-up only, as Truss gives them: iterating over them raises."""
 
     def __getitem__(self, key: str, /) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointName:
+    """A folder of a training job: ``name`` is ``rank-<N>/<folder>``, without a slash at its end."""
+
+    job: str
+    name: str
 
 
 class Settings(BaseSettings):
@@ -113,6 +124,24 @@ class Settings(BaseSettings):
         6, ge=0, le=100, description="Further tries of one range after a passing failure."
     )
 
+    @property
+    def base_checkpoint(self) -> CheckpointName | None:
+        """The base model, where it is another training checkpoint."""
+        if self.base_model is None or not self.base_model.startswith(CHECKPOINT_SCHEME):
+            return None
+        job, _, name = self.base_model.removeprefix(CHECKPOINT_SCHEME).partition("/")
+        return CheckpointName(job, name.rstrip("/"))
+
+    @field_validator("base_model")
+    @classmethod
+    def _check_base(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith(CHECKPOINT_SCHEME):
+            if not _CHECKPOINT.fullmatch(value):
+                raise ValueError("expected checkpoint:<job>/rank-<N>/<folder>/")
+        elif not (value or value is None):
+            raise ValueError("expected a folder, a Hugging Face id or checkpoint:...")
+        return value
+
     @field_validator("artifacts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -153,8 +182,8 @@ class Settings(BaseSettings):
         Raises:
             ConfigError: naming every key that is wrong.
         """
-        where, document = _read(config)
-        section = _mapping(document, "model_metadata.podloader", where)
+        where, document = read_config(config)
+        section = mapping_at(document, "model_metadata.podloader", where)
         if hidden := sorted(_OUTSIDE & set(section)):
             raise ConfigError(
                 f"not a setting of {_SECTION}: {', '.join(hidden)}",
@@ -166,7 +195,7 @@ class Settings(BaseSettings):
             return cls(
                 **{
                     **merged,
-                    "training": _training(document, where),
+                    "training": training_checkpoints(document, where),
                     "hf_token": _secret("hf_access_token", ("HF_TOKEN",), secrets),
                     "api_key": _secret("baseten_api_key", ("BASETEN_API_KEY",), secrets),
                 }
@@ -198,63 +227,6 @@ def settings_table() -> str:
             shown = json.dumps(default)
         rows.append(f"| `{name}` | `{_PREFIX}{name.upper()}` | `{shown}` | {field.description} |")
     return "\n".join(rows)
-
-
-def _read(config: Path | str | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    if isinstance(config, Mapping):
-        return "the Truss config", config
-    path = Path(config)
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(
-            "the config cannot be read",
-            where=str(path),
-            expected="a Truss config.yaml",
-            got=str(reason),
-            next_step="give the path of the config.yaml itself",
-        ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            "the config is not valid YAML",
-            where=f"{path}{_yaml_place(error)}",
-            got=str(getattr(error, "problem", None) or "unreadable text"),
-            next_step="correct the file at that line",
-        ) from None
-    if not isinstance(document, dict):
-        raise ConfigError(
-            "the config is not a mapping",
-            where=str(path),
-            expected="keys and values, as a Truss config.yaml has them",
-            got=type(document).__name__,
-            next_step="give a Truss config.yaml with training_checkpoints in it",
-        )
-    return str(path), document
-
-
-def _yaml_place(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    return f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-
-
-def _mapping(document: Mapping[str, Any], dotted: str, where: str) -> Mapping[str, Any]:
-    """Return the mapping at *dotted*, empty where there is none."""
-    value: object = document
-    for depth, key in enumerate(dotted.split(".")):
-        value = value.get(key) if isinstance(value, Mapping) else None
-        if value is None:
-            return {}
-        if not isinstance(value, Mapping):
-            raise ConfigError(
-                f"{'.'.join(dotted.split('.')[: depth + 1])} is not a mapping",
-                where=where,
-                expected="keys and values",
-                got=type(value).__name__,
-                next_step="write each key on its own line below it",
-            )
-    assert isinstance(value, Mapping)
-    return value
 
 
 def _environment(where: str) -> dict[str, Any]:
@@ -293,51 +265,6 @@ def _secret(name: str, variables: tuple[str, ...], secrets: Secrets | None) -> S
         if value := os.environ.get(variable, "").strip():
             return SecretStr(value)
     return None
-
-
-def _training(document: Mapping[str, Any], where: str) -> TrainingCheckpoints:
-    section = _mapping(document, "training_checkpoints", where)
-    if section.get("loops_checkpoint_ids"):
-        raise ConfigError(
-            "training_checkpoints.loops_checkpoint_ids is not supported yet",
-            where=where,
-            expected="training_checkpoints.artifact_references",
-            got="loops_checkpoint_ids",
-            next_step="name the training job and its paths in artifact_references",
-        )
-    problems: list[str] = []
-    references = section.get("artifact_references") or []
-    folder = section.get("download_folder", DOWNLOAD_FOLDER)
-    if not isinstance(folder, str) or not folder or "\0" in folder:
-        problems.append(f"download_folder: expected a path, got {folder!r}")
-        folder = DOWNLOAD_FOLDER
-    if not isinstance(references, list) or not references:
-        problems.append("artifact_references: expected a list with at least one training job")
-        references = []
-    parsed = [_reference(i, entry, problems) for i, entry in enumerate(references)]
-    if problems:
-        raise ConfigError(
-            "training_checkpoints is wrong or missing",
-            where=where,
-            problems=problems,
-            next_step="write it as Truss defines it: download_folder, artifact_references",
-        )
-    return TrainingCheckpoints(Path(folder), tuple(parsed))
-
-
-def _reference(i: int, entry: object, problems: list[str]) -> ArtifactReference:
-    at = f"artifact_references[{i}]"
-    fields = entry if isinstance(entry, Mapping) else {}
-    job, paths = fields.get("training_job_id"), fields.get("paths")
-    if not isinstance(job, str) or not JOB_ID.fullmatch(job):
-        problems.append(f"{at}.training_job_id: expected a job id, got {job!r}")
-    if not isinstance(paths, list) or not paths:
-        problems.append(f"{at}.paths: expected a list of patterns that is not empty")
-        paths = []
-    for j, pattern in enumerate(paths):
-        if not isinstance(pattern, str) or not pattern:
-            problems.append(f"{at}.paths[{j}]: expected a pattern, got {pattern!r}")
-    return ArtifactReference(str(job), tuple(map(str, paths)))
 
 
 def _problems(error: ValidationError) -> list[str]:

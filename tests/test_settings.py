@@ -14,6 +14,7 @@ from truss.base.truss_config import TrussConfig
 from loader import settings
 from loader.errors import ConfigError
 from loader.settings import Settings, setting_names, settings_table
+from loader.truss_config import DOWNLOAD_FOLDER
 from loader.types import ArtifactReference
 
 README = Path(__file__).parent.parent / "README.md"
@@ -39,7 +40,7 @@ def test_reads_what_truss_writes(tmp_path: Path) -> None:
     truss.write_to_yaml_file(tmp_path / "config.yaml", verbose=True)
     loaded = Settings.load(tmp_path / "config.yaml")
     assert loaded.concurrency == 3
-    assert loaded.training.download_folder == Path(settings.DOWNLOAD_FOLDER)
+    assert loaded.training.download_folder == Path(DOWNLOAD_FOLDER)
     assert loaded.training.artifact_references == (
         ArtifactReference("job1", ("rank-*/checkpoint-10/", "rank-0/x.json")),
     )

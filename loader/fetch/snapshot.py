@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from tenacity import Retrying
+
 from loader.errors import DiskError, FetchError, LoaderError
 from loader.fetch.files import (
     STATE,
@@ -31,6 +33,7 @@ from loader.fetch.verify import Verify, is_intact
 from loader.stores.base import ObjectInfo, Store
 from loader.types import Artifact, FetchedFile, Manifest, Snapshot
 
+_SMALL_BYTES = 256 << 20
 _SPARE_BYTES = 64 << 20  # journals, records, folders
 _log = logging.getLogger("podloader")
 _In = TypeVar("_In")
@@ -114,6 +117,35 @@ def sizes(manifest: Manifest, store: Store, concurrency: int) -> Manifest:
     return Manifest(files, manifest.warnings)
 
 
+def read_artifact(artifact: Artifact, root: Path, store: Store) -> bytes:
+    """Return the contents of a small file: from *root* where it was fetched, else from the origin.
+
+    Raises:
+        FetchError: it cannot be read, or is longer than 256 MiB.
+    """
+    place = places(root, artifact)
+    record = read_record(place.record)
+    if record is not None and is_intact(place.final, record, "size", boot_id()):
+        return place.final.read_bytes()
+    info = _stat(artifact, store, FetchOptions().retries)
+    if info.size_bytes > _SMALL_BYTES:
+        raise FetchError(
+            "a small file was expected",
+            where=artifact.path,
+            expected=f"at most {show_bytes(_SMALL_BYTES)}",
+            got=show_bytes(info.size_bytes),
+        )
+    content = memoryview(bytearray(info.size_bytes))
+    for attempt in _attempts(FetchOptions().retries):
+        with attempt:
+            stream = store.open_range(artifact, 0, info.size_bytes, info)
+            try:
+                stream.readinto(content)
+            finally:
+                stream.close()
+    return bytes(content)
+
+
 def _kept(
     files: Sequence[Artifact], root: Path, options: FetchOptions, boot: str
 ) -> dict[Artifact, Record]:
@@ -162,10 +194,14 @@ def _ask(
 
 
 def _stat(artifact: Artifact, store: Store, retries: int) -> ObjectInfo:
-    for attempt in retrying(lambda state: state.attempt_number > retries, threading.Event()):
+    for attempt in _attempts(retries):
         with attempt:
             return store.stat(artifact)
     raise AssertionError("the loop ends by returning or raising")
+
+
+def _attempts(retries: int) -> Retrying:
+    return retrying(lambda state: state.attempt_number > retries, threading.Event())
 
 
 def _is_same(record: Record, info: ObjectInfo | None) -> bool:

@@ -1,0 +1,166 @@
+"""The main job: settings -> manifest -> snapshot -> checkpoints -> ReadyModel -> engine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from loader.errors import ConfigError, FetchError
+from loader.fetch.files import is_case_sensitive
+from loader.fetch.progress import Progress
+from loader.fetch.snapshot import FetchOptions, fetch, read_artifact, sizes
+from loader.ready import make_ready
+from loader.resolve.manifest import check_index, resolve
+from loader.settings import Settings
+from loader.stores.http import HttpClient, HttpOptions
+from loader.stores.presigned import PresignedStore, read_listings
+from loader.timeline import Timeline
+from loader.types import (
+    ArtifactReference,
+    Listing,
+    Manifest,
+    ReadyModel,
+    Snapshot,
+    TrainingCheckpoints,
+)
+from loader.weights.index import shard_names
+from loader.weights.inspect import find_checkpoints
+
+if TYPE_CHECKING:
+    from loader.serve.model import ServedModel
+
+_INDEXES = (".safetensors.index.json", ".bin.index.json")
+_MOST_SIZES = 5_000  # more are not asked for one by one by ``plan``
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The listings of every job, and the store that holds their artifacts."""
+
+    listings: tuple[Listing, ...]
+    store: PresignedStore
+
+
+def prepare(
+    settings: Settings, progress: Progress | None = None, timeline: Timeline | None = None
+) -> ReadyModel:
+    """Return what an engine needs, on this disk. A second call finds what the first left.
+
+    Raises:
+        LoaderError: see ``loader.errors``.
+    """
+    timeline = timeline or Timeline()
+    snapshot = fetch_files(settings, progress, timeline)
+    with timeline.stage("inspect"):
+        checkpoints = find_checkpoints(snapshot.root, [file.path for file in snapshot.files])
+    return make_ready(settings, snapshot, checkpoints, timeline)
+
+
+def start(ready: ReadyModel, settings: Settings, timeline: Timeline | None = None) -> ServedModel:
+    """Return an engine that answers.
+
+    Raises:
+        EngineError: it did not start.
+        ConfigError: ``engine_args`` that it does not know.
+    """
+    model: ServedModel
+    if settings.engine == "vllm":
+        from loader.serve.vllm import VLLMModel as Model
+    else:
+        from loader.serve.transformers import TransformersModel as Model  # type: ignore[assignment]
+    model = Model(
+        ready,
+        engine_args=settings.engine_args,
+        served_model_name=settings.served_model_name,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    with (timeline or Timeline()).stage("engine start"):
+        model.load()
+    return model
+
+
+def fetch_files(
+    settings: Settings, progress: Progress | None = None, timeline: Timeline | None = None
+) -> Snapshot:
+    """Return the files that the config asks for, whole, below its download folder."""
+    timeline = timeline or Timeline()
+    root = settings.training.download_folder
+    with open_origin(settings, timeline) as origin:
+        with timeline.stage("resolve"):
+            manifest = _resolve(settings, origin)
+            _check_indexes(settings, manifest, origin)
+        options = FetchOptions(
+            concurrency=settings.concurrency,
+            retries=settings.retries,
+            range_bytes=int(settings.range_size),
+            verify=settings.verify,
+        )
+        with timeline.stage("download"):
+            return fetch(manifest, root, origin.store, options, progress)
+
+
+def plan(settings: Settings, *, with_sizes: bool = True) -> Manifest:
+    """Return what would be fetched; with sizes where the origin tells them."""
+    with open_origin(settings, Timeline()) as origin:
+        manifest = resolve(_wanted(settings), origin.listings)
+        unknown = sum(1 for artifact in manifest.files if artifact.size_bytes is None)
+        if not with_sizes or not unknown:
+            return manifest
+        reason = f"the listing lacks {unknown} of them, too many to ask for one by one"
+        if unknown <= _MOST_SIZES:
+            try:
+                return sizes(manifest, origin.store, settings.concurrency)
+            except FetchError as error:
+                reason = f"{error.what} ({error.where})"
+        return replace(manifest, warnings=(*manifest.warnings, f"sizes are unknown: {reason}"))
+
+
+@contextlib.contextmanager
+def open_origin(settings: Settings, timeline: Timeline) -> Iterator[Origin]:
+    """Give the listings and the store that the settings name, for the length of the block."""
+    if not settings.artifacts:
+        raise ConfigError(
+            "no artifact listing is given",
+            expected="a listing JSON, as a path or an http(s) URL",
+            next_step="give --artifacts LISTING, or set artifacts in model_metadata.podloader",
+        )
+    client = HttpClient(
+        HttpOptions(
+            connect_timeout_s=settings.connect_timeout_s,
+            stall_timeout_s=settings.stall_timeout_s,
+            ca_bundle=settings.ca_bundle,
+        )
+    )
+    try:
+        with timeline.stage("listing"):
+            listings = [one for src in settings.artifacts for one in read_listings(src, client)]
+        yield Origin(tuple(listings), PresignedStore(client))
+    finally:
+        client.close()
+
+
+def _resolve(settings: Settings, origin: Origin) -> Manifest:
+    sensitive = is_case_sensitive(settings.training.download_folder)
+    return resolve(_wanted(settings), origin.listings, case_sensitive=sensitive)
+
+
+def _wanted(settings: Settings) -> TrainingCheckpoints:
+    """Return the config's references, and the base model's where it is a checkpoint too."""
+    base = settings.base_checkpoint
+    if base is None:
+        return settings.training
+    reference = ArtifactReference(base.job, (f"{base.name}/",))
+    references = (*settings.training.artifact_references, reference)
+    return replace(settings.training, artifact_references=references)
+
+
+def _check_indexes(settings: Settings, manifest: Manifest, origin: Origin) -> None:
+    """Read every index among the files and refuse holes, before anything large is fetched."""
+    listed = {artifact.path for listing in origin.listings for artifact in listing.artifacts}
+    for artifact in manifest.files:
+        if artifact.name.endswith(_INDEXES):
+            text = read_artifact(artifact, settings.training.download_folder, origin.store)
+            names = shard_names(text, artifact.path)
+            check_index(artifact.job, artifact.name, names, listed)

@@ -1,0 +1,109 @@
+"""Base models from the Hugging Face Hub, by huggingface-hub: its cache, token and offline mode."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from loader.errors import ConfigError, FetchError, TransientError
+
+# What a server needs. Weights come apart: .bin only where there is no safetensors.
+_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+_UNWANTED = ("original/*", "*/*.safetensors", "onnx/*", "*/*.bin")
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class HubModel:
+    """A model in huggingface-hub's cache, and the commit that it is."""
+
+    path: Path
+    commit: str
+
+
+def fetch_model(
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    token: str | None = None,
+    allow_pickle: bool = False,
+    concurrency: int = 8,
+) -> HubModel:
+    """Return the model *repo_id*, downloaded where the cache lacks it.
+
+    ``HF_HOME``, ``HF_HUB_OFFLINE`` and ``HF_ENDPOINT`` are honoured by huggingface-hub itself.
+
+    Raises:
+        ConfigError: no such model or revision, or no right to read it.
+        FetchError: offline and not in the cache, or only pickled weights.
+        TransientError: the Hub did not answer.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                token=token,
+                allow_patterns=[*_SIDE_FILES, "*.safetensors"],
+                ignore_patterns=list(_UNWANTED),
+                max_workers=concurrency,
+            )
+        )
+        if not any(folder.glob("*.safetensors")):
+            if not allow_pickle:
+                raise FetchError(
+                    "the base model has no safetensors weights",
+                    where=repo_id,
+                    next_step="choose a revision that has, or set allow_pickle to read .bin files",
+                )
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                token=token,
+                allow_patterns=["*.bin"],
+                ignore_patterns=list(_UNWANTED),
+                max_workers=concurrency,
+            )
+    except FetchError:
+        raise
+    except Exception as error:
+        raise _translate(error, repo_id, revision) from None
+    return HubModel(folder, folder.name)
+
+
+def _translate(error: Exception, repo_id: str, revision: str | None) -> Exception:
+    from huggingface_hub import errors
+
+    where = f"{repo_id}@{revision}" if revision else repo_id
+    if isinstance(error, errors.GatedRepoError):
+        return ConfigError(
+            "the base model is gated",
+            where=where,
+            next_step="accept its licence on the Hub and give hf_access_token or HF_TOKEN",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+        return ConfigError(
+            "no such base model on the Hub, or it is private",
+            where=where,
+            next_step="correct base_model, give a local folder, or set hf_access_token",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return ConfigError(
+            "no such revision of the base model", where=where, next_step="correct base_revision"
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        return FetchError(
+            "the base model is not in the cache and the Hub is not to be reached",
+            where=where,
+            next_step="unset HF_HUB_OFFLINE, bring the model into HF_HOME, or set base_model to a "
+            "local folder",
+        )
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.HfHubHTTPError) and status is not None and status < 500:
+        return FetchError("the Hub refuses", where=where, got=f"HTTP {status}")
+    if isinstance(error, OSError | errors.HfHubHTTPError):
+        return TransientError("the Hub did not answer", where=where, got=type(error).__name__)
+    return error
