@@ -1,3 +1,22 @@
 """podloader: from training-checkpoint storage to a model that answers."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loader.hook import TrussModel as TrussModel
+    from loader.serve.vllm import VLLMModel as VLLMModel
+
 __version__ = "0.1.0"
+
+_ROOMS = {"TrussModel": "loader.hook", "VLLMModel": "loader.serve.vllm"}
+
+
+def __getattr__(name: str) -> object:
+    """Import a class when it is asked for: ``import loader`` itself costs nothing."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'loader' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_ROOMS[name]), name)

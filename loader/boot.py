@@ -11,7 +11,6 @@ from loader.errors import ConfigError, FetchError
 from loader.fetch.files import is_case_sensitive
 from loader.fetch.progress import Progress
 from loader.fetch.snapshot import FetchOptions, fetch, read_artifact, sizes
-from loader.ready import make_ready
 from loader.resolve.manifest import check_index, resolve
 from loader.settings import Settings
 from loader.stores.http import HttpClient, HttpOptions
@@ -51,6 +50,8 @@ def prepare(
     Raises:
         LoaderError: see ``loader.errors``.
     """
+    from loader.ready import make_ready  # fetch and plan do without it
+
     timeline = timeline or Timeline()
     snapshot = fetch_files(settings, progress, timeline)
     with timeline.stage("inspect"):
@@ -103,7 +104,7 @@ def fetch_files(
 
 def plan(settings: Settings, *, with_sizes: bool = True) -> Manifest:
     """Return what would be fetched; with sizes where the origin tells them."""
-    with open_origin(settings, Timeline()) as origin:
+    with open_origin(settings, Timeline(quiet=True)) as origin:
         manifest = resolve(_wanted(settings), origin.listings)
         unknown = sum(1 for artifact in manifest.files if artifact.size_bytes is None)
         if not with_sizes or not unknown:

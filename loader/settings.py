@@ -236,7 +236,7 @@ def _environment(where: str) -> dict[str, Any]:
         raise ConfigError(
             f"{_PREFIX}* variables that are no settings",
             where="the environment",
-            problems=[_suggest(name, sorted(known)) for name in unknown],
+            problems=[suggest(name, sorted(known)) for name in unknown],
             next_step="correct or unset them",
         )
     try:
@@ -273,12 +273,25 @@ def _problems(error: ValidationError) -> list[str]:
     for detail in error.errors(include_input=False, include_url=False):
         name = ".".join(map(str, detail["loc"]))
         if detail["type"] == "extra_forbidden":
-            lines.append(_suggest(name, setting_names()))
+            lines.append(suggest(name, setting_names()))
         else:
             lines.append(f"{name}: {detail['msg']}")
     return lines
 
 
-def _suggest(name: str, known: tuple[str, ...] | list[str]) -> str:
+def parse_value(name: str, text: str) -> object:
+    """Return what *text* means for the setting *name*: JSON for ``engine_args``, else text."""
+    if name != "engine_args":
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ConfigError(
+            "engine_args is not JSON", expected="""like {"max_model_len": 4096}"""
+        ) from None
+
+
+def suggest(name: str, known: tuple[str, ...] | list[str]) -> str:
+    """Return that *name* is no setting, and the nearest that is."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"{name!r} is not a setting" + (f"; did you mean {near[0]!r}?" if near else "")

@@ -26,9 +26,10 @@ class Stage:
 
 
 class Timeline:
-    """Collects stages, and logs each as it ends."""
+    """Collects stages, and logs each as it ends unless it is to be *quiet*."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._level = logging.DEBUG if quiet else logging.INFO
         self._began = time.monotonic()
         self.stages: list[Stage] = []
 
@@ -39,4 +40,4 @@ class Timeline:
         yield
         stage = Stage(name, start_s, time.monotonic() - self._began)
         self.stages.append(stage)
-        _log.info("%s: %.2f s", name, stage.seconds)
+        _log.log(self._level, "%s: %.2f s", name, stage.seconds)

@@ -1,0 +1,207 @@
+"""The commands. Rooms are imported inside them, so that ``--help`` waits for none."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from loader import __version__
+from loader.cli.report import errors_shown, say, set_up_logging, write_json
+
+if TYPE_CHECKING:
+    from loader.settings import Settings
+
+app = typer.Typer(
+    name="podloader",
+    help="From a training job's checkpoint storage to a vLLM that answers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # its tracebacks show local variables, signatures among them
+    rich_markup_mode=None,
+)
+
+Config = Annotated[Path, typer.Argument(help="A Truss config.yaml.", metavar="CONFIG")]
+Artifacts = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time
+    typer.Option(
+        "--artifacts", metavar="SRC", help="An artifact listing: path or URL. Repeatable."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output.")]
+Set = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--set", metavar="NAME=VALUE", help="A setting, over the config. Repeatable."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
+) -> None:
+    """From a training job's checkpoint storage to a vLLM that answers."""
+    set_up_logging(verbose)
+    if version:
+        typer.echo(f"podloader {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def plan(
+    config: Config,
+    artifacts: Artifacts = None,
+    set_: Set = None,
+    sizes: Annotated[
+        bool, typer.Option("--sizes/--no-sizes", help="Ask the origin for sizes not listed.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Show what would be fetched: files, sizes, total, free disk."""
+    from loader.cli.documents import plan_document
+    from loader.cli.tables import show_plan
+
+    with errors_shown(as_json):
+        from loader import boot
+
+        settings = _settings(config, artifacts, set_)
+        manifest = boot.plan(settings, with_sizes=sizes)
+        folder = settings.training.download_folder
+        document = plan_document(manifest, folder, _free_bytes(folder))
+        show_plan(manifest, folder, _free_bytes(folder))
+        if as_json:
+            write_json(document)
+
+
+@app.command()
+def fetch(
+    config: Config, artifacts: Artifacts = None, set_: Set = None, as_json: Json = False
+) -> None:
+    """Download the files into the config's download_folder."""
+    with errors_shown(as_json):
+        from loader import boot
+        from loader.cli.bars import choose_progress
+        from loader.cli.documents import fetch_document
+        from loader.fetch.progress import show_bytes
+
+        snapshot = boot.fetch_files(_settings(config, artifacts, set_), choose_progress())
+        kept = sum(1 for file in snapshot.files if file.reused)
+        say(
+            f"{len(snapshot.files)} files in {snapshot.root}: {show_bytes(snapshot.fetched_bytes)} "
+            f"fetched, {kept} files kept, {snapshot.seconds:.1f} s"
+        )
+        if as_json:
+            write_json(fetch_document(snapshot))
+
+
+@app.command()
+def prepare(
+    config: Config, artifacts: Artifacts = None, set_: Set = None, as_json: Json = False
+) -> None:
+    """Fetch, then attach or merge; print the model that is ready."""
+    with errors_shown(as_json):
+        from loader import boot
+        from loader.cli.bars import choose_progress
+        from loader.cli.documents import ready_document
+        from loader.cli.tables import show_ready, show_timeline
+        from loader.timeline import Timeline
+
+        timeline = Timeline()
+        ready = boot.prepare(_settings(config, artifacts, set_), choose_progress(), timeline)
+        show_ready(ready)
+        show_timeline(timeline)
+        if as_json:
+            write_json(ready_document(ready))
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(metavar="PATH_OR_URL", help="A folder or a listing.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a checkpoint is, and what would be done with it."""
+    with errors_shown(as_json):
+        from loader.cli.documents import checkpoints_document
+        from loader.cli.tables import show_checkpoints
+        from loader.remote import inspect_source
+
+        checkpoints = inspect_source(source)
+        show_checkpoints(checkpoints)
+        if as_json:
+            write_json(checkpoints_document(checkpoints))
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Option(help="The base model: a folder.")],
+    adapter: Annotated[
+        list[str], typer.Option(metavar="DIR[=WEIGHT]", help="A LoRA folder. Repeatable.")
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to make.")],
+    allow_pickle: Annotated[bool, typer.Option(help="Read .bin weights too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fold LoRA adapters into a base model's weights."""
+    with errors_shown(as_json):
+        from loader.adapters.merge import WeightedAdapter
+        from loader.adapters.merge import merge as merge_folders
+        from loader.cli.documents import ready_document
+        from loader.cli.tables import show_ready
+
+        weighted = [WeightedAdapter(*_weighted(text)) for text in adapter]
+        ready = merge_folders(Path(base), weighted, output, allow_pickle=allow_pickle)
+        show_ready(ready)
+        if as_json:
+            write_json(ready_document(ready))
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the demo keeps its files.")] = Path(".demo"),
+) -> None:
+    """Do the whole job with a tiny model, trained on the spot."""
+    with errors_shown(False):
+        from loader.demo.run import run
+
+        run(folder)
+
+
+def main() -> None:
+    """Run the command line."""
+    gc.set_threshold(100_000)  # a long listing is a million small objects that all stay
+    app()
+
+
+def _settings(config: Path, artifacts: list[str] | None, given: list[str] | None) -> Settings:
+    from loader.errors import ConfigError
+    from loader.settings import Settings, parse_value, setting_names, suggest
+
+    overrides: dict[str, Any] = {"artifacts": tuple(artifacts)} if artifacts else {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not equals or name not in setting_names():
+            raise ConfigError(
+                "--set takes a setting and its value",
+                expected="NAME=VALUE",
+                got=name if equals else "no =",
+                problems=[suggest(name, setting_names())] if equals else [],
+            )
+        overrides[name] = parse_value(name, value)
+    return Settings.load(config, overrides=overrides)
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    folder, equals, weight = text.rpartition("=")
+    try:
+        return (Path(folder), float(weight)) if equals else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
+
+
+def _free_bytes(folder: Path) -> int:
+    """Return the room where *folder* is or would be made."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free

@@ -1,0 +1,75 @@
+"""What a command says: people's lines to standard error, one JSON document to standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import NoReturn
+
+import typer
+
+from loader.errors import LoaderError, redact
+
+VERSION = 1  # of every JSON document; a field may be added without a new number
+_UNEXPECTED = 1
+_INTERRUPTED = 130
+
+
+class _Redacted(logging.Formatter):
+    """Lines without signatures, whoever logged them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Send log lines to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Redacted("%(message)s"))
+    logger = logging.getLogger("podloader")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def say(line: str = "") -> None:
+    """Write a line for a person."""
+    sys.stderr.write(redact(line) + "\n")
+    sys.stderr.flush()
+
+
+def write_json(document: dict[str, object]) -> None:
+    """Write the one document of a command."""
+    sys.stdout.write(json.dumps({"version": VERSION, **document}) + "\n")
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def errors_shown(as_json: bool) -> Iterator[None]:
+    """Turn what goes wrong in the block into lines and the documented exit code."""
+    try:
+        yield
+    except LoaderError as error:
+        say(f"error: {error}")
+        if as_json:
+            write_json({"error": error.to_json()})
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        say("interrupted; what has been fetched is kept")
+        raise typer.Exit(_INTERRUPTED) from None
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except Exception as error:
+        _unexpected(error, as_json)
+
+
+def _unexpected(error: Exception, as_json: bool) -> NoReturn:
+    say("".join(traceback.format_exception(error)).rstrip())
+    say("error: this is a fault of podloader or of a library; the lines above say where")
+    if as_json:
+        write_json({"error": {"error": type(error).__name__, "what": redact(str(error))}})
+    raise typer.Exit(_UNEXPECTED) from None

@@ -1,0 +1,70 @@
+"""The same for people: tables and lines on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from loader.cli.report import say
+from loader.fetch.progress import show_bytes
+from loader.timeline import Timeline
+from loader.types import Checkpoint, Kind, Manifest, ReadyModel
+
+_SHOWN = 50
+_WOULD = {
+    Kind.FULL: "would be served as it is",
+    Kind.ADAPTER: "would be attached to its base, or merged into it",
+    Kind.RANK_SHARDS: "has to be consolidated: not supported yet",
+    Kind.DCP: "has to be consolidated: not supported yet",
+    Kind.ZERO: "has to be consolidated: not supported yet",
+    Kind.WHISPER: "is not served yet",
+    Kind.UNKNOWN: "would be refused",
+}
+
+
+def show_plan(manifest: Manifest, folder: Path, free_bytes: int) -> None:
+    """Show the files, the sum, the free disk and the warnings."""
+    for artifact in manifest.files[:_SHOWN]:
+        size = "?" if artifact.size_bytes is None else show_bytes(artifact.size_bytes)
+        say(f"{size:>10}  {artifact.path}")
+    if (more := len(manifest.files) - _SHOWN) > 0:
+        say(f"{'':>10}  … and {more} more")
+    known = [artifact.size_bytes for artifact in manifest.files if artifact.size_bytes is not None]
+    unknown = len(manifest.files) - len(known)
+    rest = f", {unknown} of them of unknown size" if unknown else ""
+    total = show_bytes(sum(known)) if known or not unknown else "?"
+    say(f"{total:>10}  {len(manifest.files)} files{rest} -> {folder}")
+    say(f"{show_bytes(free_bytes):>10}  free")
+    for warning in manifest.warnings:
+        say(f"warning: {warning}")
+
+
+def show_ready(ready: ReadyModel) -> None:
+    """Show what an engine would be given."""
+    say(f"model      {ready.path}")
+    say(f"tokenizer  {ready.tokenizer}")
+    for adapter in ready.adapters:
+        say(f"adapter    {adapter.name} (rank {adapter.rank})  {adapter.path}")
+    if ready.max_lora_rank is not None:
+        say(f"max rank   {ready.max_lora_rank}")
+
+
+def show_timeline(timeline: Timeline) -> None:
+    """Show the seconds of every stage."""
+    for stage in timeline.stages:
+        say(f"{stage.seconds:>9.2f} s  {stage.name}")
+
+
+def show_checkpoints(checkpoints: Sequence[Checkpoint]) -> None:
+    """Show what each checkpoint is and what would be done with it."""
+    for checkpoint in checkpoints:
+        say(f"{checkpoint.kind.value}: {checkpoint.path}")
+        for name, value in checkpoint.detail.items():
+            if value not in (None, [], {}):
+                say(f"    {name}: {_short(value)}")
+        say(f"    {_WOULD[checkpoint.kind]}")
+
+
+def _short(value: object) -> str:
+    items = list(map(str, value)) if isinstance(value, list | tuple | set) else [str(value)]
+    return ", ".join(items[:8]) + (f", … ({len(items)})" if len(items) > 8 else "")

@@ -1,0 +1,59 @@
+"""What is a checkpoint that was not downloaded: its names, and the few small files that tell."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from loader.fetch.snapshot import read_artifact
+from loader.resolve.manifest import check_count, check_names
+from loader.stores.http import HttpClient, HttpOptions
+from loader.stores.presigned import PresignedStore, read_listings
+from loader.types import Artifact, Checkpoint
+from loader.weights.inspect import find_checkpoints, open_checkpoint
+
+_TELLING = ("config.json", "adapter_config.json", ".index.json", "/latest")
+
+
+def inspect_source(source: str) -> tuple[Checkpoint, ...]:
+    """Return the checkpoints in a folder, or behind a listing (a JSON file or an http(s) URL).
+
+    Of a listing, only small files that tell the kind are read; paths are ``<job>/rank-<N>/…``.
+
+    Raises:
+        CheckpointError: there is no such folder.
+        ListingError: not a listing.
+        FormatError: a config or an index is malformed.
+    """
+    remote = source.startswith(("http://", "https://"))
+    path = Path(source)
+    if not remote and not path.is_file():
+        found = find_checkpoints(path) if path.is_dir() else ()
+        return found or (open_checkpoint(path),)
+    client = HttpClient(HttpOptions())
+    try:
+        listings = read_listings(source, client)
+        for listing in listings:
+            check_count(listing)
+            check_names(listing.artifacts)
+        store = PresignedStore(client)
+        with tempfile.TemporaryDirectory(prefix="podloader-") as folder:
+            root = Path(folder)
+            names = []
+            for artifact in (a for listing in listings for a in listing.artifacts):
+                names.append(artifact.path)
+                if artifact.name.endswith(_TELLING):
+                    _put(artifact, root, store)
+            return tuple(
+                replace(c, path=c.path.relative_to(root)) for c in find_checkpoints(root, names)
+            )
+    finally:
+        client.close()
+
+
+def _put(artifact: Artifact, root: Path, store: PresignedStore) -> None:
+    text = read_artifact(artifact, root, store)
+    place = root / artifact.path
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(text)
