@@ -1,0 +1,1 @@
+"""Engines that answer OpenAI requests. The only room that names vLLM."""

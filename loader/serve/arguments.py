@@ -1,0 +1,159 @@
+"""ReadyModel and engine_args -> the arguments of ``vllm serve``.
+
+The engine inside a Truss and the server that a container becomes get the same arguments through
+vLLM's own parser, so that one config means one thing in both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from loader.errors import ConfigError
+from loader.types import ReadyModel
+
+_SECTION = "model_metadata.podloader.engine_args"
+# Arguments that follow from the checkpoints, and the setting that decides each.
+_OWNED = {
+    "model": "training_checkpoints or base_model",
+    "tokenizer": "the checkpoint's own tokenizer",
+    "served_model_name": "served_model_name",
+    "trust_remote_code": "trust_remote_code",
+    "enable_lora": "adapter_policy",
+    "lora_modules": "training_checkpoints",
+}
+# Adapters that one batch may mix. Each takes memory for its own rank beside the weights; the
+# others wait in main memory, so none is read from disk twice.
+_ADAPTERS_IN_A_BATCH = 4
+
+
+def serve_arguments(
+    ready: ReadyModel,
+    engine_args: Mapping[str, object],
+    *,
+    served_model_name: str | None = None,
+    trust_remote_code: bool = False,
+    extra: Sequence[str] = (),
+) -> tuple[str, ...]:
+    """Return what follows ``vllm serve`` on its command line; *extra* stands last and wins.
+
+    Pure and quick: vLLM is not imported.
+
+    Raises:
+        ConfigError: *engine_args* hold what podloader itself decides, or a name is served twice.
+    """
+    _refuse_owned(engine_args)
+    name = base_name(ready, served_model_name)
+    arguments: dict[str, object] = {"tokenizer": str(ready.tokenizer), "served_model_name": name}
+    if trust_remote_code:
+        arguments["trust_remote_code"] = True
+    if ready.adapters:
+        _refuse_name_twice([name, *(a.name for a in ready.adapters)])
+        arguments |= {
+            "enable_lora": True,
+            "max_lora_rank": ready.max_lora_rank,
+            "max_loras": min(len(ready.adapters), _ADAPTERS_IN_A_BATCH),
+            "max_cpu_loras": len(ready.adapters),
+            "lora_modules": [{"name": a.name, "path": str(a.path)} for a in ready.adapters],
+        }
+    arguments |= engine_args
+    written = (word for key, value in arguments.items() for word in _write(key, value))
+    return (str(ready.path), *written, *extra)
+
+
+def base_name(ready: ReadyModel, served_model_name: str | None) -> str:
+    """Return the name that requests give the base or merged model."""
+    return served_model_name or ready.path.name
+
+
+def parse_arguments(arguments: Sequence[str]) -> Any:
+    """Return vLLM's namespace for ``vllm serve``'s *arguments*, after vLLM's own checks.
+
+    Raises:
+        ConfigError: with vLLM's message.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
+    parser.error = _refuse  # argparse would print its usage and end the process
+    try:
+        args = parser.parse_args(list(arguments))
+        validate_parsed_serve_args(args)
+    except (ValueError, TypeError) as error:
+        _refuse(str(error))
+    args.model = args.model_tag
+    # The parser takes one name or several; the server wants a list.
+    if isinstance(args.served_model_name, str):
+        args.served_model_name = [args.served_model_name]
+    return args
+
+
+def check_engine_args(engine_args: Mapping[str, object]) -> None:
+    """Raise ConfigError for names that vLLM does not know, each with the nearest that it does."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+
+    _refuse_owned(engine_args)
+    fields = (*dataclasses.fields(AsyncEngineArgs), *dataclasses.fields(FrontendArgs))
+    known = sorted({field.name for field in fields} - _OWNED.keys())
+    if unknown := [_suggest(name, known) for name in engine_args if name not in known]:
+        raise ConfigError(
+            "engine arguments that vLLM does not know",
+            where=_SECTION,
+            expected="names of vLLM's AsyncEngineArgs",
+            problems=unknown,
+            next_step="correct or remove them",
+        )
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name.lower().replace("-", "_").lstrip("_"), known, n=1)
+    return f"{name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(
+        "vLLM refuses its arguments",
+        where=_SECTION,
+        got=message,
+        next_step="correct the value; `vllm serve --help=all` lists what each argument takes",
+    ) from None
+
+
+def _refuse_owned(engine_args: Mapping[str, object]) -> None:
+    if owned := [name for name in engine_args if name in _OWNED]:
+        raise ConfigError(
+            "engine arguments that podloader decides itself",
+            where=_SECTION,
+            problems=[f"{name!r} follows from {_OWNED[name]}" for name in owned],
+            next_step="remove them",
+        )
+
+
+def _refuse_name_twice(names: Sequence[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(
+            "one name for two served models",
+            got=", ".join(twice),
+            next_step="choose another served_model_name",
+        )
+
+
+def _write(key: str, value: object) -> list[str]:
+    """Return ``--key value`` as vLLM's parser reads it back: lists as words, mappings as JSON."""
+    flag = "--" + key.replace("_", "-")
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [flag if value else "--no-" + flag.removeprefix("--")]
+    if isinstance(value, (list, tuple)):
+        return [flag, *map(_word, value)]
+    return [flag, _word(value)]
+
+
+def _word(value: object) -> str:
+    return json.dumps(value) if isinstance(value, Mapping) else str(value)

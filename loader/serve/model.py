@@ -1,0 +1,35 @@
+"""What every engine offers, whichever library answers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Protocol
+
+
+class ServedModel(Protocol):
+    """A model that answers OpenAI chat and completions requests once it is loaded."""
+
+    def load(self) -> None:
+        """Start the engine; a second call does nothing. May run in any thread.
+
+        Raises:
+            ConfigError: arguments that the engine does not know or refuses.
+            EngineError: the engine did not start.
+        """
+
+    async def predict(self, request: Mapping[str, Any]) -> dict[str, Any] | AsyncIterator[str]:
+        """Return the answer to an OpenAI body, or with ``stream: true`` its server-sent events.
+
+        Any number of calls may run at once, on any event loop. One that is cancelled, or whose
+        stream is closed, stops generating.
+
+        Raises:
+            RequestError: the body is wrong; ``status`` is the HTTP status.
+            EngineError: the engine is not running.
+        """
+
+    def is_healthy(self) -> bool:
+        """Return whether requests can be answered now."""
+
+    def close(self) -> None:
+        """Stop the engine and free what it holds; a second call does nothing."""

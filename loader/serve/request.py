@@ -1,0 +1,64 @@
+"""The checks on a request body that hold for every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loader.errors import RequestError
+
+
+def check_request(
+    request: object, *, base: str, adapters: Sequence[str], endpoint: str | None = None
+) -> dict[str, Any]:
+    """Return the body with its ``model`` filled in.
+
+    A body without ``model`` gets the fine-tuned one where there is just one, so that a checkpoint
+    answers alike whether its adapter was attached or merged; with several it has to choose.
+    ``endpoint`` is ``messages`` or ``prompt`` where the HTTP path has said which it must be.
+
+    Raises:
+        RequestError: 400 for a wrong body, 404 for a model that is not served.
+    """
+    if not isinstance(request, Mapping):
+        raise RequestError(
+            "the request is not a JSON object",
+            expected="an OpenAI chat or completions body",
+            got=type(request).__name__,
+        )
+    body = dict(request)
+    given = [key for key in ("messages", "prompt") if body.get(key) is not None]
+    if len(given) != 1 or (endpoint is not None and given != [endpoint]):
+        raise RequestError(
+            "the request needs either messages or prompt",
+            expected=endpoint or "messages (chat) or prompt (completions), not both",
+            got=" and ".join(given) or "neither",
+        )
+    body["model"] = _choose_model(body.get("model"), base, adapters)
+    return body
+
+
+def _choose_model(name: object, base: str, adapters: Sequence[str]) -> str:
+    names = ", ".join([*adapters, base])
+    if name is None or name == "":
+        if len(adapters) > 1:
+            raise RequestError(
+                "the request names no model and several are served",
+                where="model",
+                expected=f"one of {names}",
+                got="none",
+            )
+        return adapters[0] if adapters else base
+    if not isinstance(name, str):
+        raise RequestError(
+            "model is not a name", where="model", expected=f"one of {names}", got=repr(name)
+        )
+    if name != base and name not in adapters:
+        raise RequestError(
+            f"the model {name!r} does not exist",
+            status=404,
+            where="model",
+            expected=f"one of {names}",
+            got=name,
+        )
+    return name

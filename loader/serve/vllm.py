@@ -1,0 +1,216 @@
+"""vLLM in this process: its async engine under its own OpenAI serving layer."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loader.errors import ConfigError, EngineError, LoaderError, RequestError
+from loader.serve.arguments import base_name, check_engine_args, parse_arguments, serve_arguments
+from loader.serve.loop import LoopThread
+from loader.serve.request import check_request
+from loader.types import ReadyModel
+
+_SHOWN_ERRORS = 5  # a body that is wrong in every element would be answered with a book
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """The engine, vLLM's application state, and the loop that both belong to."""
+
+    loop: LoopThread
+    engine: Any
+    state: Any
+    resources: AsyncExitStack
+
+
+class VLLMModel:
+    """A model folder and its adapters, answered by vLLM inside this process.
+
+    ``engine_args`` are named as vLLM's ``AsyncEngineArgs``. ``served_model_name`` is what requests
+    call the base or merged model, by default its folder's name; adapters keep their own names.
+    """
+
+    def __init__(
+        self,
+        ready: ReadyModel | Path | str,
+        *,
+        engine_args: Mapping[str, object] | None = None,
+        served_model_name: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._ready = ready if isinstance(ready, ReadyModel) else ready_folder(Path(ready))
+        self._engine_args = dict(engine_args or {})
+        self._base = base_name(self._ready, served_model_name)
+        self._adapters = tuple(adapter.name for adapter in self._ready.adapters)
+        self._arguments = serve_arguments(
+            self._ready,
+            self._engine_args,
+            served_model_name=served_model_name,
+            trust_remote_code=trust_remote_code,
+        )
+        self._lock = threading.Lock()
+        self._running: _Running | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that a request's ``model`` may give, the base's first."""
+        return (self._base, *self._adapters)
+
+    def load(self) -> None:
+        """Start the engine; a second call does nothing. May run in any thread.
+
+        Raises:
+            ConfigError: ``engine_args`` that vLLM does not know or refuses.
+            EngineError: vLLM did not start.
+        """
+        with self._lock:
+            if self._running is None:
+                self._running = self._start()
+
+    async def predict(self, request: Mapping[str, Any]) -> dict[str, Any] | AsyncIterator[str]:
+        """Return vLLM's answer to an OpenAI chat or completions body.
+
+        With ``stream: true`` it is an async generator of server-sent events, each a whole
+        ``data: …`` line and the blank one after it. Closing it, or cancelling the call, makes vLLM
+        drop the request.
+
+        Raises:
+            RequestError: the body is wrong, with vLLM's message and HTTP status.
+            EngineError: the engine is not running or failed.
+        """
+        running = self._running
+        if running is None or not running.loop.alive:
+            raise EngineError("the engine is not running", next_step="call load() first")
+        body = check_request(request, base=self._base, adapters=self._adapters)
+        answer = await running.loop.run(_answer(running.state, body))
+        return answer if isinstance(answer, dict) else running.loop.stream(answer)
+
+    def is_healthy(self) -> bool:
+        """Return whether the engine is loaded and its processes live."""
+        running = self._running
+        return running is not None and running.loop.alive and not running.engine.errored
+
+    def close(self) -> None:
+        """Stop the engine's processes; requests under way fail. A second call does nothing."""
+        with self._lock:
+            running, self._running = self._running, None
+        if running is not None:
+            running.loop.call(running.resources.aclose())
+            running.loop.close()
+
+    def _start(self) -> _Running:
+        # As vLLM's own command line does: a fork of a process that already runs threads (Truss's
+        # server, torch's OpenMP after a merge) can hang in the child.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        try:
+            import uvloop
+            import vllm  # noqa: F401
+        except ImportError as error:
+            raise EngineError(
+                "vLLM cannot be imported",
+                got=str(error),
+                next_step="install podloader[vllm], or set engine: transformers",
+            ) from error
+        check_engine_args(self._engine_args)
+        args = parse_arguments(self._arguments)
+        loop = LoopThread("vllm", uvloop.new_event_loop)
+        try:
+            return loop.call(_start_engine(loop, args))
+        except LoaderError:
+            loop.close()
+            raise
+        except Exception as error:
+            loop.close()
+            raise EngineError(
+                "vLLM did not start",
+                where=str(self._ready.path),
+                got=f"{type(error).__name__}: {error}",
+                next_step="the engine's own log lines above name the cause; memory is set by "
+                "engine_args gpu_memory_utilization and max_model_len",
+            ) from error
+
+
+def ready_folder(path: Path) -> ReadyModel:
+    """Return the ReadyModel of a Hugging Face folder without adapters.
+
+    Raises:
+        ConfigError: there is no model in *path*.
+    """
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            "no model folder",
+            where=str(path),
+            expected="a Hugging Face folder with a config.json",
+            got="a folder without one" if path.is_dir() else "no such folder",
+            next_step="give the folder that `podloader prepare` printed",
+        )
+    return ReadyModel(path, (), None, path, {})
+
+
+async def _start_engine(loop: LoopThread, args: Any) -> _Running:
+    from starlette.datastructures import State
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+
+    async with AsyncExitStack() as stack:
+        engine = await stack.enter_async_context(build_async_engine_client(args))
+        state = State()
+        await init_app_state(engine, state, args, await engine.get_supported_tasks())
+        return _Running(loop, engine, state, stack.pop_all())
+    raise AssertionError("unreachable")
+
+
+async def _answer(state: Any, body: dict[str, Any]) -> dict[str, Any] | AsyncGenerator[str, None]:
+    """Return what vLLM's handler for *body* returns, on the engine's loop."""
+    from pydantic import BaseModel, ValidationError
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+    chat = body.get("messages") is not None
+    handler = state.openai_serving_chat if chat else state.openai_serving_completion
+    if handler is None:
+        raise RequestError("the model does not generate text", status=501)
+    try:
+        if chat:
+            result = await handler.create_chat_completion(ChatCompletionRequest(**body))
+        else:
+            result = await handler.create_completion(CompletionRequest(**body))
+    except ValidationError as error:
+        raise _refuse_body(error) from None
+    except Exception as error:
+        raise _translate(error) from error
+    if isinstance(result, ErrorResponse):
+        raise RequestError(result.error.message, status=result.error.code)
+    if isinstance(result, BaseModel):
+        return result.model_dump(mode="json")
+    stream: AsyncGenerator[str, None] = result
+    return stream
+
+
+def _refuse_body(error: Any) -> RequestError:
+    found = error.errors(include_url=False, include_input=False)
+    lines = [f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in found[:_SHOWN_ERRORS]]
+    more = len(found) - len(lines)
+    return RequestError("; ".join(lines) + (f"; and {more} more" if more else ""))
+
+
+def _translate(error: Exception) -> LoaderError:
+    """Return our error for one of vLLM's, by the status that its own server would answer with."""
+    from vllm.entrypoints.serve import create_error_response
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+    info = create_error_response(error).error
+    if isinstance(error, (EngineDeadError, EngineGenerateError)) or info.code == 500:
+        return EngineError(
+            "the engine failed while answering",
+            got=info.message,
+            next_step="the engine's log lines name the cause; is_healthy tells whether it lives",
+        )
+    return RequestError(info.message, status=info.code)
