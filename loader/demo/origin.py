@@ -41,7 +41,9 @@ class Origin(ThreadingHTTPServer):
 
     def start(self) -> Origin:
         """Serve on a thread and return the origin itself."""
-        threading.Thread(target=self.serve_forever, name="origin", daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, args=(0.02,), name="origin", daemon=True
+        ).start()
         return self
 
     def stop(self) -> None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from tenacity import Retrying
 
-from loader.errors import DiskError, FetchError, LoaderError
+from loader.errors import DiskError, FetchError, LoaderError, TransientError
 from loader.fetch.files import (
     STATE,
     Record,
@@ -135,14 +135,25 @@ def read_artifact(artifact: Artifact, root: Path, store: Store) -> bytes:
             expected=f"at most {show_bytes(_SMALL_BYTES)}",
             got=show_bytes(info.size_bytes),
         )
-    content = memoryview(bytearray(info.size_bytes))
     for attempt in _attempts(FetchOptions().retries):
         with attempt:
-            stream = store.open_range(artifact, 0, info.size_bytes, info)
-            try:
-                stream.readinto(content)
-            finally:
-                stream.close()
+            return _read_whole(artifact, info, store)
+    raise AssertionError("the loop ends by returning or raising")
+
+
+def _read_whole(artifact: Artifact, info: ObjectInfo, store: Store) -> bytes:
+    if not info.size_bytes:
+        return b""
+    content = bytearray(info.size_bytes)
+    rest = memoryview(content)
+    stream = store.open_range(artifact, 0, info.size_bytes, info)
+    try:
+        while rest and (count := stream.readinto(rest)):
+            rest = rest[count:]
+    finally:
+        stream.close()
+    if rest:
+        raise TransientError("the body ended before its length", where=artifact.source)
     return bytes(content)
 
 

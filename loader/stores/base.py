@@ -28,7 +28,7 @@ class ByteStream(Protocol):
         """The version of the object that these bytes belong to."""
 
     def readinto(self, buffer: memoryview, /) -> int:
-        """Fill *buffer* as far as the range goes and return the count, 0 at its end.
+        """Put what has arrived into *buffer* and return the count, 0 at the range's end.
 
         Raises:
             TransientError: the connection broke, stalled, or the body ended early.

@@ -199,16 +199,25 @@ class HttpStream:
         self._connection = connection
         self._response = response
         self._url = url
+        self._left = response.length
         self.info = info
 
     def readinto(self, buffer: memoryview, /) -> int:
-        """Fill *buffer* and return the count, 0 at the body's end."""
+        """Put what has arrived into *buffer* and return the count, 0 at the body's end."""
         try:
-            count = self._response.readinto(buffer)
+            if self._left is None:
+                return self._response.readinto(buffer)
+            # One read of the socket: bytes that came before a failure are not lost with it.
+            count = self._response.fp.readinto1(buffer[: self._left]) if self._left else 0
         except (OSError, http.client.HTTPException) as error:
             raise _translate(error, self._url) from None
-        if count < len(buffer) and self._response.length:
-            raise TransientError("the body ended before its length", where=self._url)
+        if not count and self._left:
+            raise TransientError(
+                "the body ended before its length",
+                where=self._url,
+                got=f"{self._left} bytes too few",
+            )
+        self._left -= count
         return count
 
     def read_all(self, limit_bytes: int) -> bytes:
@@ -229,10 +238,11 @@ class HttpStream:
 
     def close(self) -> None:
         """Give the connection back where the body was read to its end, else drop it."""
-        if self._response.isclosed() and not self._response.will_close:
+        whole = self._left == 0 or self._response.isclosed()
+        self._response.close()
+        if whole and not self._response.will_close:
             self._client.give_back(self._origin, self._connection)
         else:
-            self._response.close()
             self._connection.close()
 
 

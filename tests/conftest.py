@@ -1,0 +1,33 @@
+"""Fixtures of more than one room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from loader.stores.http import HttpClient, HttpOptions
+from loader.stores.presigned import PresignedStore
+from tests.origin import FaultyOrigin, serving
+
+
+@pytest.fixture
+def origin(tmp_path: Path) -> Iterator[FaultyOrigin]:
+    """An origin of signed URLs over an empty folder."""
+    with serving(tmp_path / "origin") as found:
+        yield found
+
+
+@pytest.fixture
+def client() -> Iterator[HttpClient]:
+    """A client that gives up soon."""
+    found = HttpClient(HttpOptions(connect_timeout_s=2, stall_timeout_s=0.5))
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def store(client: HttpClient) -> PresignedStore:
+    """A store over that client."""
+    return PresignedStore(client)
