@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -111,14 +112,17 @@ def train_or_draw_lora(
     distribution of deviation *spread*. ``lora`` go to ``LoraConfig``.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
-    tuned = get_peft_model(model, LoraConfig(**(settings | lora)))
-    if steps:
-        train(tuned, base, text, steps)
-    else:
-        draw_adapter(tuned, seed=seed, spread=spread)
-    tuned.save_pretrained(out, safe_serialization=safe_serialization)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT tells of choices that tests make on purpose
+        tuned = get_peft_model(model, LoraConfig(**(settings | lora)))
+        if steps:
+            train(tuned, base, text, steps)
+        else:
+            draw_adapter(tuned, seed=seed, spread=spread)
+        tuned = tuned.to(dtype) if dtype else tuned
+        tuned.save_pretrained(out, safe_serialization=safe_serialization)
     return out
 
 

@@ -146,6 +146,10 @@ class CheckpointWriter:
         self._close()
         self._partial.__exit__(kind, error, trace)
 
+    def files(self) -> tuple[Mapping[str, TensorInfo], ...]:
+        """Return the planned tensors of each file, in the order of their bytes."""
+        return tuple(plan.tensors for plan in self._plans)
+
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a whole tensor of the planned shape and dtype.
 
@@ -243,7 +247,7 @@ class CheckpointWriter:
                 where=str(self.folder),
                 problems=missing,
             )
-        if len(self._plans) > 1:
+        if [plan.file_name for plan in self._plans] != [f"{self._stem}.safetensors"]:
             index = self.path / f"{self._stem}.safetensors.index.json"
             index.write_text(json.dumps(describe_index(self._plans), indent=2), encoding="utf-8")
 

@@ -1,0 +1,143 @@
+"""A merge plan carried out: touched tensors a few rows at a time, the others copied as they are."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+
+import torch
+
+from loader.adapters.edits import Edit, Replace
+from loader.adapters.fold import Exact, fold_all, make_fold, needs_whole
+from loader.adapters.plan import MergePlan
+from loader.errors import AdapterError
+from loader.weights.readers import Reader
+from loader.weights.writer import CheckpointWriter
+
+_CHUNK_VALUES = 1 << 21  # 8 MiB of float32: what the arithmetic of one step holds several times
+_THREADS = 2
+
+Progress = Callable[[int, int], None]
+
+
+class _Counter:
+    """Bytes done so far, told to whoever wants to know."""
+
+    def __init__(self, total: int, tell: Progress | None) -> None:
+        self._total, self._tell = total, tell
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            if self._tell:
+                self._tell(self._done, self._total)
+
+
+def merge_tensors(
+    reader: Reader,
+    sources: Sequence[Reader],
+    plan: MergePlan,
+    writer: CheckpointWriter,
+    exact: Exact,
+    on_progress: Progress | None = None,
+) -> None:
+    """Write every tensor of *plan* and every other tensor of *reader*.
+
+    Raises:
+        AdapterError: a merged tensor with NaN or infinite values.
+    """
+    files = writer.files()
+    counter = _Counter(sum(t.size_bytes for f in files for t in f.values()), on_progress)
+    touched = {*plan.edits, *plan.origins}
+
+    def copy(names: list[str]) -> None:
+        writer.copy(names, reader)
+        counter.add(sum(reader.tensors[name].size_bytes for name in names))
+
+    def change(name: str, count: int) -> None:
+        _merge_tensor(name, reader, sources, plan, writer, exact)
+        counter.add(count)
+
+    with ThreadPoolExecutor(_THREADS, "merge") as pool:
+        jobs = []
+        for tensors in files:
+            if untouched := [name for name in tensors if name not in touched]:
+                jobs.append(pool.submit(copy, untouched))
+            for name, info in tensors.items():
+                if name in touched:
+                    jobs.append(pool.submit(change, name, info.size_bytes))
+        done, left = wait(jobs, return_when=FIRST_EXCEPTION)
+        for job in left:
+            job.cancel()
+    for job in done:
+        job.result()
+
+
+def _merge_tensor(
+    name: str,
+    reader: Reader,
+    sources: Sequence[Reader],
+    plan: MergePlan,
+    writer: CheckpointWriter,
+    exact: Exact,
+) -> None:
+    def read(part: str) -> torch.Tensor:
+        if len(sources) == 1:
+            return sources[0].read(part)
+        number, _, own = part.partition(":")
+        return sources[int(number)].read(own)
+
+    edits = plan.edits.get(name, ())
+    origin = plan.origins.get(name, name)
+    shape = plan.shapes.get(name, reader.tensors[origin].shape)
+    folds = [make_fold(edit, read, exact) for edit in edits]
+    if not shape:
+        value = fold_all(folds, reader.read(origin).reshape(1), 0)
+        writer.write(name, value.reshape(()))
+        return
+    step = shape[0] if any(map(needs_whole, edits)) else _rows_at_once(shape)
+    for start in range(0, shape[0], step):
+        end = min(start + step, shape[0])
+        rows = _first_rows(reader, origin, edits, shape, start, end)
+        merged = fold_all(folds, rows, start)
+        if folds:
+            _check_finite(name, merged)
+        writer.write_rows(name, start, merged)
+
+
+def _rows_at_once(shape: tuple[int, ...]) -> int:
+    width = 1
+    for size in shape[1:]:
+        width *= size
+    return max(1, _CHUNK_VALUES // max(1, width))
+
+
+def _first_rows(
+    reader: Reader,
+    origin: str,
+    edits: Sequence[Edit],
+    shape: tuple[int, ...],
+    start: int,
+    end: int,
+) -> torch.Tensor:
+    """Return the base's rows; what a replacement overwrites anyway is not read."""
+    if edits and isinstance(edits[0], Replace):
+        kind = reader.read_rows(origin, 0, 0).dtype
+        return torch.empty((end - start, *shape[1:]), dtype=kind)
+    return reader.read_rows(origin, start, end)
+
+
+def _check_finite(name: str, merged: torch.Tensor) -> None:
+    # The sum is one pass; it is not finite also when it overflows, which the second look decides.
+    if merged.sum(dtype=torch.float32).isfinite() or merged.isfinite().all():
+        return
+    raise AdapterError(
+        "NaN or infinite values in a merged tensor",
+        where=name,
+        expected="finite values",
+        got=f"{int((~merged.isfinite()).sum())} that are not, in one piece of it",
+        next_step="the adapter, or the base under it, is broken: train or fetch it again",
+    )

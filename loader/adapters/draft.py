@@ -1,0 +1,74 @@
+"""A plan while it is made: the base as its headers show it, the edits so far, what was wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from loader.adapters.config import AdapterConfig
+from loader.adapters.edits import Edit
+from loader.adapters.names import find_embedding, find_tensor, is_head
+from loader.weights.header import TensorInfo
+
+Shapes = Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What is known of the base before its weights are read: tensors and ``config.json``."""
+
+    tensors: Shapes
+    config: Mapping[str, object]
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name."""
+        return str(self.config.get("model_type") or "")
+
+    @property
+    def tied_to(self) -> str | None:
+        """The embedding that is also the output head, None where the head is its own."""
+        text = self.config.get("text_config")
+        asked = self.config.get("tie_word_embeddings")
+        if asked is None and isinstance(text, dict):
+            asked = text.get("tie_word_embeddings")
+        has_head = any(is_head(name.removesuffix(".weight")) for name in self.tensors)
+        return find_embedding(self.tensors) if asked or not has_head else None
+
+
+@dataclass(slots=True)
+class Draft:
+    """A plan while it is made, and what was found wrong so far."""
+
+    config: AdapterConfig
+    base: Base
+    tensors: Shapes
+    edits: dict[str, list[Edit]] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+    origins: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def add(self, edit: Edit) -> None:
+        """Take *edit* into the plan."""
+        self.edits.setdefault(edit.target, []).append(edit)
+        self.used.update(edit.inputs)
+
+    def blame(self, text: str, *names: str) -> None:
+        """Say what is wrong with the adapter's tensors *names*."""
+        self.problems.append(f"{', '.join(names)}: {text}")
+        self.used.update(names)
+
+    def shape_of(self, target: str) -> tuple[int, ...]:
+        """The shape that *target* will have."""
+        origin = self.origins.get(target, target)
+        return self.shapes.get(target) or self.base.tensors[origin].shape
+
+    def find(self, module: str, leaf: str = "weight") -> str | None:
+        """Return the base's tensor that ``<module>.<leaf>`` means; an untied head becomes one."""
+        name = find_tensor(self.base.tensors, module, leaf)
+        tied = self.base.tied_to
+        if tied and leaf == "weight" and is_head(module):
+            name = name or f"{module}.{leaf}"
+            self.origins[name] = tied
+        return name

@@ -1,0 +1,272 @@
+"""Base + adapters -> a ready Hugging Face folder, tensor by tensor and published whole.
+
+::
+
+    <output>/*.safetensors            the base's files: same names, same tensors, same order
+    <output>/config.json              the base's, with what the merge changed
+    <output>/<tokenizer, chat template, generation config>
+    <output>/podloader.json           what it was made from
+
+A tensor that no adapter touches is copied inside the kernel; of the others a few rows at a time are
+in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+
+from loader.adapters.apply import merge_tensors
+from loader.adapters.combine import (
+    Combination,
+    WeightedPlan,
+    check_ranks,
+    combine_plans,
+    scale_plan,
+)
+from loader.adapters.config import AdapterConfig, read_adapter_config
+from loader.adapters.draft import Base
+from loader.adapters.edits import Edit, LowRank, Replace
+from loader.adapters.effect import check_effect
+from loader.adapters.fold import Exact
+from loader.adapters.names import find_embedding
+from loader.adapters.plan import MergePlan, plan_merge
+from loader.adapters.surroundings import list_surroundings, write_config
+from loader.errors import AdapterError, CheckpointError, UnsupportedError
+from loader.types import ReadyModel
+from loader.weights.inspect import read_json
+from loader.weights.publishing import disk_error
+from loader.weights.readers import MemoryReader, SafetensorsReader, open_weights
+from loader.weights.writer import CheckpointWriter, ShardPlan, TensorSpec, plan_shard, plan_shards
+
+PROVENANCE = "podloader.json"
+_FLOATS = ("F32", "F16", "BF16", "F64")
+_log = logging.getLogger("podloader")
+
+LocalReader = SafetensorsReader | MemoryReader
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedAdapter:
+    """An adapter's folder and what its change is multiplied by."""
+
+    folder: Path
+    weight: float = 1.0
+
+
+def merge(
+    base: Path,
+    adapters: Sequence[WeightedAdapter],
+    output: Path,
+    *,
+    exact: Exact = "peft",
+    combine: Combination = "linear",
+    allow_pickle: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ReadyModel:
+    """Return the merged model in *output*, which appears only when it is complete.
+
+    ``exact="peft"`` gives the bits of ``merge_and_unload``; ``"float32"`` rounds once at the end.
+    ``combine`` is how several adapters become one. ``on_progress(done_bytes, total_bytes)``.
+
+    Raises:
+        AdapterError: an adapter that does not fit its base, is left over, or has no effect.
+        UnsupportedError: a quantised base, or a method that does not fold into weights.
+        FormatError: broken files, or pickles without ``allow_pickle``.
+        DiskError: no room, or the disk refused.
+    """
+    _check_output(output)
+    configs = [read_adapter_config(adapter.folder) for adapter in adapters]
+    _check_mergeable(base, configs)
+    with ExitStack() as stack:
+        reader = _open(stack, base, "model", allow_pickle)
+        sources = [_open(stack, a.folder, "adapter_model", allow_pickle) for a in adapters]
+        view = Base(reader.tensors, read_json(base / "config.json"))
+        for adapter, source in zip(adapters, sources, strict=True):
+            check_effect(adapter.folder, source.tensors, source.read_raw)
+        plan = _plan(adapters, configs, sources, view, combine)
+        _check_dtypes(base, plan, reader)
+        beside = list_surroundings(base, [adapter.folder for adapter in adapters])
+        provenance = _describe(base, adapters, configs, exact, combine)
+        with CheckpointWriter(output, _plan_files(reader, plan)) as writer:
+            merge_tensors(reader, sources, plan, writer, exact, on_progress)
+            _write_beside(writer.path, beside, _config_changes(plan, view), provenance)
+    return ReadyModel(output, (), None, output, provenance)
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and not (output / PROVENANCE).is_file():
+        if output.is_dir() and not any(output.iterdir()):
+            return
+        raise CheckpointError(
+            "the output is in the way",
+            where=str(output),
+            expected="nothing there, or a folder that an earlier merge wrote",
+            next_step="remove it, or choose another output",
+        )
+
+
+def _check_mergeable(base: Path, configs: Sequence[AdapterConfig]) -> None:
+    if not configs:
+        raise AdapterError("no adapter to merge", next_step="name one or more adapters")
+    if not (base / "config.json").is_file():
+        raise AdapterError(
+            "the base model is missing",
+            where=str(base),
+            expected="a folder with config.json and weights",
+            got="no config.json" if base.is_dir() else "no such folder",
+            next_step=f"give the base model, such as {configs[0].base_model or 'its folder'}",
+        )
+    obstacles = [f"{c.folder}: {text}" for c in configs for text in c.merge_obstacles()]
+    if obstacles:
+        raise UnsupportedError(
+            "adapters that do not fold into weights",
+            problems=obstacles,
+            next_step="convert them to plain LoRA with PEFT",
+        )
+    quantization = read_json(base / "config.json").get("quantization_config")
+    if isinstance(quantization, dict):
+        raise UnsupportedError(
+            "a quantised base cannot take up an adapter",
+            where=str(base),
+            got=str(quantization.get("quant_method", "quantization_config in config.json")),
+            expected="weights in bfloat16, float16 or float32",
+            next_step="merge into the original model and quantise the result, or attach instead",
+        )
+
+
+def _open(stack: ExitStack, folder: Path, stem: str, allow_pickle: bool) -> LocalReader:
+    reader = open_weights(folder, stem=stem, allow_pickle=allow_pickle)
+    if isinstance(reader, SafetensorsReader):
+        stack.callback(reader.close)
+    return reader
+
+
+def _plan(
+    adapters: Sequence[WeightedAdapter],
+    configs: Sequence[AdapterConfig],
+    sources: Sequence[LocalReader],
+    base: Base,
+    combine: Combination,
+) -> MergePlan:
+    plans = [
+        WeightedPlan(str(adapter.folder), adapter.weight, plan_merge(config, source.tensors, base))
+        for adapter, config, source in zip(adapters, configs, sources, strict=True)
+    ]
+    if len(plans) == 1:
+        return _keep_tied(scale_plan(plans[0]), sources[0])
+    check_ranks([(str(c.folder), c.max_rank) for c in configs], combine)
+    return combine_plans(plans, combine)
+
+
+def _keep_tied(plan: MergePlan, source: LocalReader) -> MergePlan:
+    """Leave a head tied when the adapter does the very same to it and to its embedding.
+
+    PEFT saves a tied pair twice, the LoRA of one as the transpose of the other's.
+    """
+    edits, origins = dict(plan.edits), dict(plan.origins)
+    for head, embedding in plan.origins.items():
+        pairs = list(zip_longest(edits.get(head, ()), edits.get(embedding, ())))
+        if all(_is_same(ours, theirs, source) for ours, theirs in pairs):
+            edits.pop(head, None)
+            del origins[head]
+    return replace(plan, edits=edits, origins=origins)
+
+
+def _is_same(head: Edit | None, embedding: Edit | None, source: LocalReader) -> bool:
+    if isinstance(head, Replace) and isinstance(embedding, Replace):
+        return source.read_raw(head.source) == source.read_raw(embedding.source)
+    if isinstance(head, LowRank) and isinstance(embedding, LowRank):
+        a, b = source.read(head.a), source.read(head.b)
+        turned = source.read(embedding.b).T, source.read(embedding.a).T
+        plain = not head.magnitude and not embedding.magnitude
+        return plain and a.equal(turned[0]) and b.equal(turned[1])
+    return False
+
+
+def _check_dtypes(base: Path, plan: MergePlan, reader: LocalReader) -> None:
+    names = [plan.origins.get(target, target) for target in plan.edits]
+    odd = [
+        f"{n}: {reader.tensors[n].dtype}" for n in names if reader.tensors[n].dtype not in _FLOATS
+    ]
+    if odd:
+        raise UnsupportedError(
+            "tensors that cannot take up an adapter",
+            where=str(base),
+            problems=odd,
+            expected=", ".join(_FLOATS),
+            next_step="merge into the unquantised model",
+        )
+
+
+def _plan_files(reader: LocalReader, plan: MergePlan) -> tuple[ShardPlan, ...]:
+    """Return the files to write: the base's own, with the head that the merge adds if it does."""
+    specs: dict[str, list[TensorSpec]] = {}
+    for name, info in reader.tensors.items():
+        file = reader.stored[name].path.name if isinstance(reader, SafetensorsReader) else ""
+        shape = plan.shapes.get(name, info.shape)
+        specs.setdefault(file, []).append(TensorSpec(name, info.dtype, shape))
+        for added, origin in plan.origins.items():
+            if origin == name and added not in reader.tensors:
+                like = plan.shapes.get(added, info.shape)
+                specs[file].append(TensorSpec(added, info.dtype, like))
+    if list(specs) == [""]:
+        return plan_shards(specs[""])
+    return tuple(plan_shard(file, of_file) for file, of_file in specs.items())
+
+
+def _config_changes(plan: MergePlan, base: Base) -> dict[str, object]:
+    changes: dict[str, object] = {}
+    if plan.origins:
+        changes["tie_word_embeddings"] = False
+    embedding = find_embedding(base.tensors)
+    if embedding and embedding in plan.shapes:
+        changes["vocab_size"] = plan.shapes[embedding][0]
+    return changes
+
+
+def _describe(
+    base: Path,
+    adapters: Sequence[WeightedAdapter],
+    configs: Sequence[AdapterConfig],
+    exact: Exact,
+    combine: Combination,
+) -> dict[str, object]:
+    warnings = []
+    for config in configs:
+        named = (config.base_model or "").rstrip("/").rpartition("/")[2]
+        if named and named not in str(base):
+            warnings.append(f"{config.folder} was trained over {config.base_model}, not {base}")
+            _log.warning("every shape fits, but %s", warnings[-1])
+    return {
+        "kind": "merged",
+        "base": str(base),
+        "adapters": [{"folder": str(a.folder), "weight": a.weight} for a in adapters],
+        "exact": exact,
+        **({"combine": combine} if len(adapters) > 1 else {}),
+        **({"warnings": warnings} if warnings else {}),
+    }
+
+
+def _write_beside(
+    folder: Path,
+    beside: Mapping[str, Path],
+    changes: Mapping[str, object],
+    provenance: Mapping[str, object],
+) -> None:
+    try:
+        for name, path in beside.items():
+            if name == "config.json" and changes:
+                write_config(path, folder / name, changes)
+            elif name != PROVENANCE:
+                shutil.copyfile(path, folder / name)
+        text = json.dumps(provenance, indent=2, ensure_ascii=False) + "\n"
+        (folder / PROVENANCE).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise disk_error(folder, error) from error

@@ -1,0 +1,200 @@
+"""Merging, compared in every bit with PEFT's ``merge_and_unload``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from loader.adapters.merge import PROVENANCE, WeightedAdapter, merge
+from tests.adapters.peft import (
+    differing,
+    load,
+    load_with_adapter,
+    logits,
+    merged_state,
+    state,
+)
+from tests.models import tiny_llama, train_or_draw_lora
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bases")
+    return {
+        "bf16": tiny_llama(root / "bf16", dtype=torch.bfloat16, max_shard_size="200KB"),
+        "f16": tiny_llama(root / "f16", dtype=torch.float16, attention_bias=True),
+        "f32": tiny_llama(root / "f32"),
+        "tied32": tiny_llama(root / "tied32", tie_word_embeddings=True),
+        "tied": tiny_llama(root / "tied", dtype=torch.bfloat16, tie_word_embeddings=True),
+    }
+
+
+def merged(base: Path, adapter: Path, output: Path, **options: Any) -> Path:
+    ready = merge(base, [WeightedAdapter(adapter)], output, **options)
+    assert (ready.path, ready.adapters, ready.tokenizer) == (output, (), output)
+    return output
+
+
+# PEFT warns of settings that are chosen here on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "all linear layers": ("bf16", {"target_modules": LINEAR, "r": 8}),
+    "float16": ("f16", {"target_modules": LINEAR}),
+    "float32": ("f32", {"target_modules": LINEAR}),
+    "adapter in bfloat16": ("bf16", {"dtype": torch.bfloat16}),
+    "rsLoRA": ("bf16", {"use_rslora": True, "r": 6}),
+    "patterns": (
+        "bf16",
+        {
+            "target_modules": LINEAR,
+            "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 16, r"^model.*\.o_proj": 3},
+            "alpha_pattern": {"k_proj": 3, "layers.1.mlp.up_proj": 1},
+        },
+    ),
+    "rsLoRA with patterns": ("f16", {"use_rslora": True, "rank_pattern": {"layers.0.*q_proj": 9}}),
+    "embedding and head": ("bf16", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "modules to save": ("bf16", {"modules_to_save": ["lm_head", "embed_tokens", "norm"]}),
+    "tokens": ("bf16", {"trainable_token_indices": [7, 3, 200]}),
+    "tokens of a tied base": ("tied", {"trainable_token_indices": {"embed_tokens": [7, 3]}}),
+    "biases": ("f16", {"bias": "all"}),
+    "biases of LoRA layers": ("f16", {"bias": "lora_only"}),
+    "LoRA biases": ("f16", {"lora_bias": True}),
+    "DoRA": ("bf16", {"use_dora": True, "target_modules": [*LINEAR, "embed_tokens", "lm_head"]}),
+    "DoRA with rsLoRA": ("f32", {"use_dora": True, "use_rslora": True}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equal_to_peft_in_every_bit(bases: dict[str, Path], tmp_path: Path, name: str) -> None:
+    base, lora = CASES[name]
+    adapter = train_or_draw_lora(bases[base], tmp_path / "adapter", **lora)
+    ours = state(merged(bases[base], adapter, tmp_path / "out"))
+    assert not differing(ours, merged_state(bases[base], adapter))
+    assert differing(ours, state(bases[base])), "the adapter changed nothing"
+
+
+@pytest.mark.parametrize("name", ["all linear layers", "embedding and head"])
+def test_float32_mode_is_within_one_rounding(
+    bases: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    base, lora = CASES[name]
+    adapter = train_or_draw_lora(bases[base], tmp_path / "adapter", **lora)
+    ours = state(merged(bases[base], adapter, tmp_path / "out", exact="float32"))
+    for tensor, theirs in merged_state(bases[base], adapter).items():
+        torch.testing.assert_close(ours[tensor], theirs, rtol=2**-7, atol=2**-8)
+
+
+def test_everything_that_belongs_to_a_model_is_there(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base = bases["bf16"]
+    adapter = train_or_draw_lora(base, tmp_path / "adapter")
+    seen: list[tuple[int, int]] = []
+    out = merged(base, adapter, tmp_path / "out", on_progress=lambda *at: seen.append(at))
+    assert {p.name for p in out.iterdir()} == {p.name for p in base.iterdir()} | {PROVENANCE}
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    assert (
+        seen[-1][0] == seen[-1][1] == sum(done for done, _ in seen[:1]) + seen[-1][0] - seen[0][0]
+    )
+    assert json.loads((out / PROVENANCE).read_text())["base"] == str(base)
+    # Files that were not touched keep their bytes; all keep their tensors.
+    for path in base.glob("*.safetensors"):
+        assert list(load_file(path)) == list(load_file(out / path.name))
+
+
+@pytest.mark.parametrize(
+    ("lora", "stays"),
+    [
+        ({"target_modules": ["lm_head"]}, False),
+        ({"target_modules": ["embed_tokens"]}, False),
+        ({"target_modules": ["embed_tokens", "lm_head"]}, False),
+        ({"modules_to_save": ["lm_head"]}, False),
+        ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, True),
+        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
+        ({"target_modules": ["q_proj"]}, True),
+    ],
+)
+def test_tied_embeddings_answer_as_the_adapter_did(
+    bases: dict[str, Path], tmp_path: Path, lora: dict[str, Any], stays: bool
+) -> None:
+    base = bases["tied32"]
+    adapter = train_or_draw_lora(
+        base, tmp_path / "adapter", steps=3 * ("ensure_weight_tying" in lora), **lora
+    )
+    out = merged(base, adapter, tmp_path / "out")
+    expected = logits(load_with_adapter(base, adapter))
+    torch.testing.assert_close(logits(load(out)), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(load(base)), expected, rtol=1e-3, atol=1e-3)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is stays
+
+
+def test_conv1d(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=365, n_embd=64, n_layer=2, n_head=2, n_positions=64)
+    GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "gpt2")
+    cases: dict[str, dict[str, Any]] = {
+        "plain": {"target_modules": ["c_attn", "c_proj", "c_fc"]},
+        "dora": {"target_modules": ["c_attn", "c_proj"], "use_dora": True},
+    }
+    for name, lora in cases.items():
+        adapter = train_or_draw_lora(tmp_path / "gpt2", tmp_path / name, **lora)
+        ours = state(merged(tmp_path / "gpt2", adapter, tmp_path / f"{name}-out"))
+        assert not differing(ours, merged_state(tmp_path / "gpt2", adapter))
+
+
+@pytest.mark.parametrize("how", ["linear", "cat"])
+def test_several_adapters_with_weights(bases: dict[str, Path], tmp_path: Path, how: Any) -> None:
+    base = bases["f32"]
+    folders = [
+        train_or_draw_lora(base, tmp_path / f"a{i}", seed=i, target_modules=targets)
+        for i, targets in enumerate((LINEAR, ["q_proj", "k_proj", "embed_tokens"], ["q_proj"]))
+    ]
+    weights = [1.0, 0.5, -0.25]
+    model = PeftModel.from_pretrained(load(base), folders[0], adapter_name="0")
+    for i, folder in enumerate(folders[1:], 1):
+        model.load_adapter(folder, adapter_name=str(i))
+    model.add_weighted_adapter(["0", "1", "2"], weights, "all", combination_type=how)
+    model.set_adapter("all")
+    theirs = dict(model.merge_and_unload().state_dict())
+    merge(
+        base,
+        [WeightedAdapter(f, w) for f, w in zip(folders, weights, strict=True)],
+        tmp_path / "out",
+        combine=how,
+    )
+    ours = state(tmp_path / "out")
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_one_adapter_with_a_weight(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = bases["f32"]
+    adapter = train_or_draw_lora(base, tmp_path / "adapter")
+    merge(base, [WeightedAdapter(adapter, 0.0)], tmp_path / "out")
+    assert not differing(state(tmp_path / "out"), state(base))
+
+
+def test_pickled_adapter_and_base(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = bases["f32"]
+    adapter = train_or_draw_lora(base, tmp_path / "adapter", safe_serialization=False)
+    assert (adapter / "adapter_model.bin").exists()
+    ours = state(merged(base, adapter, tmp_path / "out", allow_pickle=True))
+    assert not differing(ours, merged_state(base, adapter))
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_bytes((base / "config.json").read_bytes())
+    torch.save(load_file(base / "model.safetensors"), pickled / "pytorch_model.bin")
+    again = state(merged(pickled, adapter, tmp_path / "out2", allow_pickle=True))
+    assert not differing(again, ours)
