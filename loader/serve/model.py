@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
+
+from loader.errors import ConfigError
+from loader.types import ReadyModel
 
 
 class ServedModel(Protocol):
@@ -33,3 +37,25 @@ class ServedModel(Protocol):
 
     def close(self) -> None:
         """Stop the engine and free what it holds; a second call does nothing."""
+
+
+def base_name(ready: ReadyModel, served_model_name: str | None) -> str:
+    """Return the name that requests give the base or merged model."""
+    return served_model_name or ready.path.name
+
+
+def ready_folder(path: Path) -> ReadyModel:
+    """Return the ReadyModel of a Hugging Face folder without adapters.
+
+    Raises:
+        ConfigError: there is no model in *path*.
+    """
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            "no model folder",
+            where=str(path),
+            expected="a Hugging Face folder with a config.json",
+            got="a folder without one" if path.is_dir() else "no such folder",
+            next_step="give the folder that `podloader prepare` printed",
+        )
+    return ReadyModel(path, (), None, path, {})

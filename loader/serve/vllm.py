@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loader.errors import ConfigError, EngineError, LoaderError, RequestError
-from loader.serve.arguments import base_name, check_engine_args, parse_arguments, serve_arguments
+from loader.errors import EngineError, LoaderError, RequestError
+from loader.serve.arguments import check_engine_args, parse_arguments, serve_arguments
 from loader.serve.loop import LoopThread
+from loader.serve.model import base_name, ready_folder
 from loader.serve.request import check_request
 from loader.types import ReadyModel
 
@@ -103,6 +104,8 @@ class VLLMModel:
         if running is not None:
             running.loop.call(running.resources.aclose())
             running.loop.close()
+            # vLLM leaves its sockets' context to the garbage collector, which complains of it.
+            running.engine.engine_core.resources.ctx.destroy(linger=0)
 
     def _start(self) -> _Running:
         # As vLLM's own command line does: a fork of a process that already runs threads (Truss's
@@ -134,23 +137,6 @@ class VLLMModel:
                 next_step="the engine's own log lines above name the cause; memory is set by "
                 "engine_args gpu_memory_utilization and max_model_len",
             ) from error
-
-
-def ready_folder(path: Path) -> ReadyModel:
-    """Return the ReadyModel of a Hugging Face folder without adapters.
-
-    Raises:
-        ConfigError: there is no model in *path*.
-    """
-    if not (path / "config.json").is_file():
-        raise ConfigError(
-            "no model folder",
-            where=str(path),
-            expected="a Hugging Face folder with a config.json",
-            got="a folder without one" if path.is_dir() else "no such folder",
-            next_step="give the folder that `podloader prepare` printed",
-        )
-    return ReadyModel(path, (), None, path, {})
 
 
 async def _start_engine(loop: LoopThread, args: Any) -> _Running:
