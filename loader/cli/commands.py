@@ -164,9 +164,11 @@ def demo(
 ) -> None:
     """Do the whole job with a tiny model, trained on the spot."""
     with errors_shown(False):
+        from loader.cli.bars import choose_progress
+        from loader.cli.tables import show_timeline
         from loader.demo.run import run
 
-        run(folder)
+        show_timeline(run(folder, say, choose_progress))
 
 
 def main() -> None:

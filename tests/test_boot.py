@@ -1,0 +1,299 @@
+"""The main job up to the engine, on real checkpoints behind signed URLs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loader import boot
+from loader.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    FormatError,
+    ListingError,
+    ResolveError,
+    UnsupportedError,
+)
+from loader.settings import Settings
+from tests.models import tiny_llama, train_or_draw_lora
+from tests.origin import FaultyOrigin, write_listing
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_or_draw_lora(base, tmp_path_factory.mktemp("models") / "adapter")
+
+
+class Job:
+    """Checkpoints behind an origin, and settings that ask for them."""
+
+    def __init__(self, origin: FaultyOrigin, folder: Path) -> None:
+        self.origin, self.folder = origin, folder
+        self.root = folder / "down"
+        self.listings: list[str] = []
+
+    def put(self, source: Path, name: str, job: str = "job1", rank: int = 0) -> Path:
+        return Path(shutil.copytree(source, self.origin.folder(job, rank) / name))
+
+    def settings(self, *paths: str, jobs: tuple[str, ...] = ("job1",), **own: Any) -> Settings:
+        listings = [str(write_listing(self.origin, self.folder / f"{j}.json", j)) for j in jobs]
+        references = [{"training_job_id": "job1", "paths": list(paths)}]
+        checkpoints = {"download_folder": str(self.root), "artifact_references": references}
+        return Settings.load(
+            {
+                "training_checkpoints": checkpoints,
+                "model_metadata": {"podloader": {"artifacts": listings} | own},
+            }
+        )
+
+
+@pytest.fixture
+def job(origin: FaultyOrigin, tmp_path: Path) -> Job:
+    return Job(origin, tmp_path)
+
+
+def test_a_full_model(job: Job, base: Path) -> None:
+    job.put(base, "checkpoint-10")
+    settings = job.settings("rank-*/checkpoint-10/")
+    ready = boot.prepare(settings)
+    assert ready.path == job.root / "job1/rank-0/checkpoint-10"
+    assert (ready.tokenizer, ready.adapters, ready.max_lora_rank) == (ready.path, (), None)
+    assert ready.provenance["checkpoint"] == "job1/rank-0/checkpoint-10"
+    before = len(job.origin.requests)
+    assert boot.prepare(settings) == ready
+    assert len(job.origin.requests) - before == len(list(base.iterdir()))
+
+
+def test_an_adapter_is_attached(job: Job, base: Path, adapter: Path) -> None:
+    job.put(adapter, "checkpoint-10")
+    ready = boot.prepare(job.settings("rank-0/checkpoint-10/", base_model=str(base)))
+    assert ready.path == base
+    assert [a.name for a in ready.adapters] == ["job1"]
+    assert ready.adapters[0].path == job.root / "job1/rank-0/checkpoint-10"
+    assert ready.max_lora_rank == 8
+    assert (ready.tokenizer / "tokenizer.json").is_file()
+    assert "attach" in str(ready.provenance["made_from"])
+
+
+def test_several_adapters_of_one_job_have_names_of_their_own(
+    job: Job, base: Path, adapter: Path
+) -> None:
+    job.put(adapter, "checkpoint-10")
+    job.put(adapter, "checkpoint-20")
+    ready = boot.prepare(job.settings("rank-0/", base_model=str(base)))
+    assert [a.name for a in ready.adapters] == ["job1-checkpoint-10", "job1-checkpoint-20"]
+
+
+def test_an_adapter_is_merged_once(job: Job, base: Path, adapter: Path) -> None:
+    job.put(adapter, "checkpoint-10")
+    settings = job.settings("rank-0/", base_model=str(base), adapter_policy="merge")
+    ready = boot.prepare(settings)
+    assert (ready.adapters, ready.tokenizer) == ((), ready.path)
+    assert job.root / ".podloader/models" in ready.path.parents
+    name = "model.layers.0.self_attn.q_proj.weight"
+    merged, plain = (
+        load_file(ready.path / "model.safetensors"),
+        load_file(base / "model.safetensors"),
+    )
+    assert not torch.equal(merged[name], plain[name])
+    made = (ready.path / "model.safetensors").stat().st_mtime_ns
+    again = boot.prepare(settings)
+    assert again.path == ready.path
+    assert (again.path / "model.safetensors").stat().st_mtime_ns == made
+
+
+def test_the_cache_folder_is_used(job: Job, base: Path, adapter: Path, tmp_path: Path) -> None:
+    job.put(adapter, "checkpoint-10")
+    cache = tmp_path / "cache"
+    ready = boot.prepare(
+        job.settings(
+            "rank-0/", base_model=str(base), adapter_policy="merge", cache_folder=str(cache)
+        )
+    )
+    assert cache in ready.path.parents
+
+
+def test_a_base_that_is_a_checkpoint_too(job: Job, base: Path, adapter: Path) -> None:
+    job.put(base, "checkpoint-5", job="basejob")
+    job.put(adapter, "checkpoint-10")
+    settings = job.settings(
+        "rank-0/checkpoint-10/",
+        jobs=("job1", "basejob"),
+        base_model="checkpoint:basejob/rank-0/checkpoint-5/",
+    )
+    ready = boot.prepare(settings)
+    assert ready.path == job.root / "basejob/rank-0/checkpoint-5"
+    assert [a.name for a in ready.adapters] == ["job1"]
+
+
+def test_the_base_that_the_adapter_names(job: Job, base: Path, adapter: Path) -> None:
+    place = job.put(adapter, "checkpoint-10")
+    assert boot.prepare(job.settings("rank-0/")).path == base
+    config = json.loads((place / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/mnt/gone/away/base"
+    (place / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="not there"):
+        boot.prepare(job.settings("rank-0/"))
+
+
+def test_a_base_of_other_shapes(job: Job, adapter: Path, tmp_path: Path) -> None:
+    other = tiny_llama(tmp_path / "other", hidden_size=64)
+    job.put(adapter, "checkpoint-10")
+    for policy in ("attach", "merge"):
+        with pytest.raises(AdapterError):
+            boot.prepare(job.settings("rank-0/", base_model=str(other), adapter_policy=policy))
+
+
+@pytest.mark.parametrize("name", ["checkpoint:job1/rank-0/checkpoint-10/", "checkpoint-folder"])
+def test_a_base_that_is_no_model(job: Job, adapter: Path, name: str) -> None:
+    job.put(adapter, "checkpoint-10")
+    model = str(adapter) if name == "checkpoint-folder" else name
+    with pytest.raises(ConfigError, match="no full model"):
+        boot.prepare(job.settings("rank-0/", base_model=model))
+
+
+def test_models_and_adapters_together(job: Job, base: Path, adapter: Path) -> None:
+    job.put(base, "checkpoint-5")
+    job.put(adapter, "checkpoint-10")
+    with pytest.raises(CheckpointError, match="together") as caught:
+        boot.prepare(job.settings("rank-0/"))
+    assert "checkpoint:job1/rank-0/checkpoint-5/" in caught.value.next_step
+    model = "checkpoint:job1/rank-0/checkpoint-5/"
+    assert boot.prepare(job.settings("rank-0/", base_model=model)).adapters[0].name == "job1"
+
+
+def test_two_full_models(job: Job, base: Path) -> None:
+    job.put(base, "checkpoint-5")
+    job.put(base, "checkpoint-10")
+    with pytest.raises(CheckpointError, match="2 full models"):
+        boot.prepare(job.settings("rank-0/"))
+
+
+def test_a_model_without_tokenizer_takes_the_bases(job: Job, base: Path) -> None:
+    place = job.put(base, "checkpoint-5")
+    for path in place.glob("*token*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        boot.prepare(job.settings("rank-0/"))
+    assert boot.prepare(job.settings("rank-0/", base_model=str(base))).tokenizer == base
+
+
+def test_an_unknown_folder_says_what_was_found(job: Job) -> None:
+    job.origin.put("checkpoint-1/notes.txt", b"x")
+    with pytest.raises(CheckpointError, match="knows") as caught:
+        boot.prepare(job.settings("rank-0/"))
+    assert "notes.txt" in caught.value.got
+
+
+def test_a_kind_that_is_not_served_yet_is_named(job: Job, base: Path) -> None:
+    place = job.put(base, "checkpoint-5")
+    config = json.loads((place / "config.json").read_text()) | {"model_type": "whisper"}
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match="whisper"):
+        boot.prepare(job.settings("rank-0/"))
+
+
+def test_pickled_weights_are_refused(job: Job, base: Path) -> None:
+    place = job.put(base, "checkpoint-5")
+    torch.save(load_file(place / "model.safetensors"), place / "pytorch_model.bin")
+    (place / "model.safetensors").unlink()
+    with pytest.raises(FormatError, match="pickled"):
+        boot.prepare(job.settings("rank-0/"))
+
+
+def sharded(job: Job, tmp_path: Path) -> Path:
+    model = tiny_llama(tmp_path / "sharded", max_shard_size="300KB")
+    return job.put(model, "checkpoint-5")
+
+
+def test_shards_that_the_listing_lacks_are_refused_before_the_download(
+    job: Job, tmp_path: Path
+) -> None:
+    place = sharded(job, tmp_path)
+    shards = sorted(place.glob("*-of-*.safetensors"))
+    assert len(shards) > 3
+    for path in shards[1:3]:
+        path.unlink()
+    with pytest.raises(ResolveError, match="lacks") as caught:
+        boot.prepare(job.settings("rank-0/"))
+    assert [path.name in str(caught.value) for path in shards[:4]] == [False, True, True, False]
+    assert not (job.root / "job1").exists()
+
+
+def test_an_index_that_names_other_shards_is_refused_before_the_download(
+    job: Job, tmp_path: Path
+) -> None:
+    place = sharded(job, tmp_path)
+    index = place / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001", "weights-00001"))
+    with pytest.raises(ResolveError, match="lacks"):
+        boot.prepare(job.settings("rank-0/"))
+    assert not (job.root / "job1").exists()
+
+
+def test_shards_that_the_patterns_leave_out(job: Job, tmp_path: Path) -> None:
+    place = sharded(job, tmp_path)
+    last = sorted(path.name for path in place.glob("*-of-*"))[-1]
+    names = [path.name for path in place.iterdir() if path.name != last]
+    with pytest.raises(CheckpointError, match="missing") as caught:
+        boot.prepare(job.settings(*(f"rank-0/checkpoint-5/{name}" for name in names)))
+    assert caught.value.problems == (last,)
+
+
+def test_a_listing_that_is_too_short_or_of_another_job(job: Job, base: Path) -> None:
+    job.put(base, "checkpoint-5")
+    settings = job.settings("rank-0/")
+    path = write_listing(job.origin, job.folder / "job1.json", total_count=99)
+    with pytest.raises(ListingError, match="total_count"):
+        boot.prepare(settings)
+    path.write_text(json.dumps(job.origin.listing("job1") | {"job": {"id": "other"}}))
+    with pytest.raises(ListingError, match="no listing for a job"):
+        boot.prepare(settings)
+
+
+def test_no_listing_at_all(job: Job) -> None:
+    settings = Settings.load(
+        {
+            "training_checkpoints": {
+                "artifact_references": [{"training_job_id": "job1", "paths": ["rank-0/"]}]
+            }
+        }
+    )
+    with pytest.raises(ConfigError, match="listing"):
+        boot.plan(settings)
+
+
+def test_plan_asks_for_sizes_or_not(job: Job, base: Path) -> None:
+    job.put(base, "checkpoint-5")
+    settings = job.settings("rank-0/")
+    assert all(a.size_bytes is None for a in boot.plan(settings, with_sizes=False).files)
+    assert job.origin.requests == []
+    manifest = boot.plan(settings)
+    assert all(a.size_bytes for a in manifest.files)
+    assert not job.root.exists()
+    job.origin.stop()
+    manifest = boot.plan(settings)
+    assert "sizes are unknown" in manifest.warnings[-1]
+    assert "Signature" not in manifest.warnings[-1]
+
+
+def test_a_lying_safetensors_header(job: Job, base: Path) -> None:
+    place = job.put(base, "checkpoint-5")
+    whole = (place / "model.safetensors").read_bytes()
+    (place / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(FormatError, match="broken"):
+        boot.prepare(job.settings("rank-0/"))
+    save_file({"x": torch.zeros(1)}, place / "model.safetensors")
+    assert boot.fetch_files(job.settings("rank-0/")).fetched_bytes > 0

@@ -1,0 +1,187 @@
+"""The command as its users meet it: a process, its streams and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.origin import FaultyOrigin, act, slow, status, write_listing
+
+
+def run(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "loader", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "100", **variables},
+        check=False,
+    )
+
+
+@pytest.fixture
+def config(origin: FaultyOrigin, tmp_path: Path) -> Path:
+    origin.put("checkpoint-10/model.bin", b"x" * 100_000)
+    origin.put("checkpoint-10/notes.txt", b"notes")
+    origin.put("checkpoint-20/notes.txt", b"notes", rank=1)
+    listing = write_listing(origin, tmp_path / "listing.json")
+    path = tmp_path / "config.yaml"
+    document: dict[str, Any] = {
+        "model_name": "m",
+        "training_checkpoints": {
+            "download_folder": str(tmp_path / "down"),
+            "artifact_references": [
+                {"training_job_id": "job1", "paths": ["rank-*/checkpoint-10/"]}
+            ],
+        },
+        "model_metadata": {"podloader": {"artifacts": [str(listing)]}},
+    }
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def test_plan_json(config: Path, origin: FaultyOrigin, tmp_path: Path) -> None:
+    done = run("plan", config, "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["version"] == 1
+    assert document["files"][0] == {
+        "path": "job1/rank-0/checkpoint-10/model.bin",
+        "job": "job1",
+        "rank": 0,
+        "size_bytes": 100_000,
+    }
+    assert document["total_bytes"] == 100_005
+    assert document["download_folder"] == str(tmp_path / "down")
+    assert "100.0 kB" in done.stderr
+    assert "Signature" not in done.stdout + done.stderr
+
+
+def test_plan_without_sizes_asks_nothing(config: Path, origin: FaultyOrigin) -> None:
+    document = json.loads(run("plan", config, "--no-sizes", "--json").stdout)
+    assert origin.requests == []
+    assert [file["size_bytes"] for file in document["files"]] == [None, None]
+    assert document["total_bytes"] is None
+
+
+def test_fetch_json(config: Path, tmp_path: Path) -> None:
+    done = run("fetch", config, "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert [file["path"] for file in document["files"]] == [
+        "job1/rank-0/checkpoint-10/model.bin",
+        "job1/rank-0/checkpoint-10/notes.txt",
+    ]
+    assert document["files"][0]["digest"].startswith("crc64nvme:")
+    assert (tmp_path / "down/job1/rank-0/checkpoint-10/notes.txt").read_bytes() == b"notes"
+    assert "2/2 files" in done.stderr
+    assert json.loads(run("fetch", config, "--json").stdout)["fetched_bytes"] == 0
+
+
+def test_artifacts_and_settings_from_the_command_line(config: Path, tmp_path: Path) -> None:
+    listing = tmp_path / "elsewhere.json"
+    (tmp_path / "listing.json").rename(listing)
+    assert run("plan", config).returncode == 3
+    assert run("plan", config, "--artifacts", listing).returncode == 0
+    assert run("plan", config, PODLOADER_ARTIFACTS=str(listing)).returncode == 0
+    done = run("plan", config, "--artifacts", listing, "--set", "concurrency=0")
+    assert done.returncode == 2
+    assert "concurrency" in done.stderr
+    done = run("plan", config, "--set", "concurency=3")
+    assert done.returncode == 2
+    assert "did you mean 'concurrency'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["plan", "none.yaml"], 2, "cannot be read"),
+        (["plan"], 2, "Missing argument"),
+        (["pln"], 2, "Did you mean 'plan'"),
+        (["fetch", "--artifact", "x", "c.yaml"], 2, "--artifacts"),
+        (["inspect", "/none"], 5, "no such checkpoint folder"),
+        (["merge", "--base", "/none", "--adapter", "/none", "--output", "out"], 5, "/none"),
+    ],
+)
+def test_mistakes(arguments: list[str], code: int, said: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_errors_as_json(config: Path) -> None:
+    done = run("plan", config, "--artifacts", "/none.json", "--json")
+    assert done.returncode == 3
+    error = json.loads(done.stdout)["error"]
+    assert error["error"] == "ListingError"
+    assert error["where"] == "/none.json"
+
+
+def test_a_fetch_that_fails_says_what_to_do(config: Path, origin: FaultyOrigin) -> None:
+    origin.fail("model.bin", act(lambda: None), *[status(404)] * 20)
+    done = run("fetch", config)
+    assert done.returncode == 4
+    assert "error: the object is not there" in done.stderr
+    assert "next:" in done.stderr
+    assert "Signature" not in done.stderr
+
+
+def test_interrupted_by_a_person(config: Path, origin: FaultyOrigin) -> None:
+    origin.put("checkpoint-10/model.bin", b"x" * 10_000_000)
+    origin.fail("model.bin", act(lambda: None), *[slow(0.2)] * 100)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loader", "fetch", str(config)], stderr=subprocess.PIPE, text=True
+    )
+    while len(origin.ranges_of("model.bin")) < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "interrupted; what has been fetched is kept" in said
+    assert "Traceback" not in said
+
+
+def test_bars_in_a_terminal(config: Path) -> None:
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loader", "fetch", str(config)],
+        stderr=follower,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+    )
+    assert process.wait(timeout=60) == 0
+    os.close(follower)
+    shown = os.read(leader, 1 << 20).decode()
+    os.close(leader)
+    assert "2/2 files" in shown
+    assert "━" in shown
+
+
+def test_inspect_a_listing_without_downloading_it(
+    config: Path, origin: FaultyOrigin, tmp_path: Path
+) -> None:
+    origin.put("checkpoint-30/adapter_model.safetensors", b"x" * 100)
+    origin.put(
+        "checkpoint-30/adapter_config.json",
+        json.dumps({"peft_type": "LORA", "r": 8, "base_model_name_or_path": "b"}).encode(),
+    )
+    listing = write_listing(origin, tmp_path / "listing.json")
+    done = run("inspect", listing, "--json")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)["checkpoints"]
+    assert found["kind"] == "adapter"
+    assert found["path"] == "job1/rank-0/checkpoint-30"
+    assert {path.rpartition("/")[2] for path, _ in origin.requests} == {"adapter_config.json"}
+
+
+def test_the_version(config: Path) -> None:
+    assert run("--version").stdout.startswith("podloader 0.")
