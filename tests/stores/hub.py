@@ -1,0 +1,82 @@
+"""A local Hub: the few answers of its API that a download needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves the files of one folder as the model ``org/base``; ``org/gated`` is refused."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.requests: list[tuple[str, str]] = []
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        """What ``HF_ENDPOINT`` has to be."""
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Model info, the file tree, and files."""
+
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def do_GET(self) -> None:
+        """Answer."""
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append((path, self.headers.get("Authorization", "")))
+        names = sorted(p.name for p in self.server.folder.iterdir())
+        if path.startswith("/api/models/org/gated"):
+            self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
+        elif path.startswith("/api/models/org/base/revision/none"):
+            self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        elif path.startswith("/api/models/org/base/tree/"):
+            tree = [self.entry(name) for name in names]
+            self.answer(200, json.dumps(tree).encode())
+        elif path.startswith("/api/models/org/base"):
+            siblings = [{"rfilename": name} for name in names]
+            info = {"id": "org/base", "modelId": "org/base", "sha": COMMIT, "siblings": siblings}
+            self.answer(200, json.dumps(info).encode())
+        elif path.startswith("/org/base/resolve/") and path.rpartition("/")[2] in names:
+            content = (self.server.folder / path.rpartition("/")[2]).read_bytes()
+            tag = hashlib.sha1(content).hexdigest()
+            self.answer(200, content, {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT})
+        else:
+            self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+    def do_HEAD(self) -> None:
+        """Answer without the body."""
+        self.do_GET()
+
+    def entry(self, name: str) -> dict[str, object]:
+        """Return what the tree says of a file."""
+        content = (self.server.folder / name).read_bytes()
+        oid = hashlib.sha1(content).hexdigest()
+        return {"type": "file", "path": name, "size": len(content), "oid": oid}
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        """Send *body*, or only its headers to HEAD."""
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Say nothing."""

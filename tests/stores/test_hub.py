@@ -1,0 +1,87 @@
+"""Base models through the real huggingface-hub, against a local Hub."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.stores.hub import COMMIT, Hub
+
+SCRIPT = """
+import sys
+from loader.errors import LoaderError
+from loader.stores.hub import fetch_model
+try:
+    model = fetch_model(sys.argv[1], sys.argv[2] or None, token=sys.argv[3] or None)
+    print(model.commit, *sorted(p.name for p in model.path.iterdir()))
+except LoaderError as error:
+    print(type(error).__name__, error.what)
+"""
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    folder = tmp_path / "repo"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    found = Hub(folder)
+    yield found
+    found.shutdown()
+    found.server_close()
+
+
+def ask(
+    hub: Hub, repo: str = "org/base", revision: str = "", token: str = "", **variables: str
+) -> str:
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(hub.folder.parent / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        **variables,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, repo, revision, token],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_only_what_a_server_needs(hub: Hub) -> None:
+    assert ask(hub, token="hf_x") == f"{COMMIT} config.json model.safetensors tokenizer.json"
+    assert {token for path, token in hub.requests if path.startswith("/api/")} == {"Bearer hf_x"}
+    asked = len(hub.requests)
+    assert COMMIT in ask(hub, HF_HUB_OFFLINE="1")
+    assert len(hub.requests) == asked
+
+
+def test_pickled_weights_alone_are_refused(hub: Hub) -> None:
+    (hub.folder / "model.safetensors").unlink()
+    assert "no safetensors" in ask(hub)
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision", "said"),
+    [
+        ("org/none", "", "ConfigError no such base model"),
+        ("org/gated", "", "ConfigError the base model is gated"),
+        ("org/base", "none", "ConfigError no such revision"),
+    ],
+)
+def test_refusals(hub: Hub, repo: str, revision: str, said: str) -> None:
+    assert ask(hub, repo, revision).startswith(said)
+
+
+def test_offline_and_not_in_the_cache(hub: Hub) -> None:
+    assert "not in the cache" in ask(hub, HF_HUB_OFFLINE="1")
