@@ -13,6 +13,7 @@ from pathlib import Path
 
 from loader.errors import AdapterError
 from loader.weights.inspect import read_json
+from loader.weights.publishing import PartialFolder, disk_error
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -83,16 +84,19 @@ def write_tokenizer(base: Path, adapters: Sequence[Path], output: Path) -> Path:
 
     Raises:
         AdapterError: adapters whose tokenizers or chat templates differ.
-        OSError: the disk refused.
+        DiskError: the disk refused.
     """
     files = list_tokenizer(base, adapters)
     folders = {path.parent for path in files.values()}
     if len(folders) == 1 and (base in folders or "config.json" in _names(next(iter(folders)))):
         return next(iter(folders))
-    output.mkdir(parents=True, exist_ok=True)
-    # Engines look for the model's type beside the tokenizer.
-    for name, path in {**_files_of(base, ("config.json",)), **files}.items():
-        shutil.copyfile(path, output / name)
+    with PartialFolder(output) as partial:
+        try:
+            # Engines look for the model's type beside the tokenizer.
+            for name, path in {**_files_of(base, ("config.json",)), **files}.items():
+                shutil.copyfile(path, partial.path / name)
+        except OSError as error:
+            raise disk_error(output, error) from error
     return output
 
 

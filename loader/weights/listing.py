@@ -90,6 +90,23 @@ def list_tensors(files: WeightFiles) -> Mapping[str, StoredTensor]:
     return MappingProxyType(found)
 
 
+def read_bytes(stored: StoredTensor) -> bytes:
+    """Return the bytes of one tensor.
+
+    Raises:
+        FormatError: the file cannot be read, or became shorter.
+    """
+    try:
+        with stored.path.open("rb") as file:
+            file.seek(stored.info.start)
+            data = file.read(stored.info.size_bytes)
+    except OSError as error:
+        raise FormatError("weights that cannot be read", where=str(stored.path)) from error
+    if len(data) != stored.info.size_bytes:
+        raise FormatError("a weight file became shorter", where=str(stored.path))
+    return data
+
+
 def refuse_pickle(path: Path) -> FormatError:
     """Return the error for a pickle where safetensors is expected."""
     return FormatError(

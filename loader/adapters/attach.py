@@ -1,0 +1,252 @@
+"""Adapters beside their base: named, checked from headers alone, ready for vLLM to serve by name.
+
+The rule of ``auto``: whatever vLLM can attach is attached. The server is then up sooner, by what
+writing and reading a merged model takes, and all adapters share one base; each token costs
+two small products more. What vLLM would refuse has to be merged, one adapter at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loader.adapters.config import AdapterConfig, read_adapter_config
+from loader.adapters.draft import Base
+from loader.adapters.edits import Replace
+from loader.adapters.effect import check_effect
+from loader.adapters.plan import MergePlan, plan_merge
+from loader.adapters.surroundings import write_tokenizer
+from loader.errors import AdapterError
+from loader.types import ReadyModel, ServedAdapter
+from loader.weights.header import TensorInfo
+from loader.weights.inspect import read_json
+from loader.weights.listing import (
+    StoredTensor,
+    find_weight_files,
+    list_tensors,
+    read_bytes,
+    refuse_pickle,
+)
+
+Policy = Literal["auto", "attach", "merge"]
+# vllm/config/lora.py, MaxLoRARanks; 1 is there since 0.33 only.
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_RANK = re.compile(r"^rank-\d+$")
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+# vllm/lora/utils.py, parse_fine_tuned_lora_name and is_base_embedding_weights.
+_ATTACHABLE = re.compile(
+    r"\.lora_[AB]\.weight$|\.lora_embedding_[AB]$|\.(score|classifier)\.(weight|bias)$"
+    r"|\.(embed_tokens|lm_head)\.base_layer\.weight$"
+)
+_log = logging.getLogger("podloader")
+
+
+@dataclass(frozen=True, slots=True)
+class NamedAdapter:
+    """An adapter and the model name that requests call it by."""
+
+    name: str
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do with the adapters, and why, in one line."""
+
+    mode: Literal["attach", "merge"]
+    why: str
+
+
+def name_adapters(folders: Sequence[tuple[str, Path]]) -> tuple[NamedAdapter, ...]:
+    """Return a name for each (job, folder), in order: ``<job>``, or ``<job>-<checkpoint>``.
+
+    The checkpoint is the folder's own name; where that does not tell two of a job apart, as many
+    folders above it as it takes come before it.
+    """
+    per_job = Counter(job for job, _ in folders)
+    names = {}
+    for job, folder in folders:
+        depth = 0 if per_job[job] == 1 else 1
+        others = [f for j, f in folders if j == job and f != folder]
+        while depth and any(_tail(f, depth) == _tail(folder, depth) for f in others):
+            depth += 1
+            if depth > len(folder.parts):
+                break
+        names[job, folder] = "-".join(filter(None, [job, _tail(folder, depth)]))
+    return _tell_apart([NamedAdapter(names[job, folder], folder) for job, folder in folders])
+
+
+def _tail(folder: Path, depth: int) -> str:
+    return _UNSAFE.sub("_", "-".join(folder.parts[-depth:])) if depth else ""
+
+
+def _tell_apart(named: Sequence[NamedAdapter]) -> tuple[NamedAdapter, ...]:
+    """Number what still collides: job "a" with checkpoint "b-c" and job "a-b" with "c"."""
+    taken: set[str] = set()
+    found = []
+    for adapter in named:
+        name, number = adapter.name, 2
+        while name in taken:
+            name, number = f"{adapter.name}-{number}", number + 1
+        taken.add(name)
+        found.append(NamedAdapter(name, adapter.folder))
+    return tuple(found)
+
+
+def decide(policy: Policy, adapters: Sequence[NamedAdapter]) -> Decision:
+    """Return whether to attach or to merge.
+
+    Raises:
+        AdapterError: several adapters of which one cannot be attached, several to be merged, or
+            ``attach`` for what vLLM refuses; also a malformed ``adapter_config.json``.
+    """
+    obstacles = {a.name: _obstacles(read_adapter_config(a.folder)) for a in adapters}
+    refused = {name: texts for name, texts in obstacles.items() if texts}
+    problems = [f"{name}: {'; '.join(texts)}" for name, texts in refused.items()]
+    if len(adapters) > 1 and policy == "merge":
+        raise AdapterError(
+            "several adapters cannot be merged into one model",
+            problems=[adapter.name for adapter in adapters],
+            expected="one adapter, or the policy attach",
+            next_step="narrow the paths to one adapter; `podloader merge` combines with weights",
+        )
+    if refused and (len(adapters) > 1 or policy == "attach"):
+        raise AdapterError(
+            "adapters that vLLM cannot attach",
+            problems=problems,
+            next_step="serve each alone, merged" if len(adapters) > 1 else "set the policy to auto",
+        )
+    if policy != "auto":
+        return Decision(policy, f"{policy}: the configuration asks for it")
+    if refused:
+        return Decision("merge", f"merge: vLLM cannot attach {problems[0]}")
+    if len(adapters) > 1:
+        return Decision("attach", f"attach: {len(adapters)} adapters share one base")
+    return Decision("attach", "attach: vLLM serves plain LoRA as it is, nothing to write first")
+
+
+def _obstacles(config: AdapterConfig) -> tuple[str, ...]:
+    found = config.attach_obstacles()
+    whole = [] if found else _whole_tensors(config.folder)
+    if whole:
+        found = (f"tensors that replace the base's own ({', '.join(whole[:3])})",)
+    if config.max_rank > LORA_RANKS[-1]:
+        found = (*found, f"rank {config.max_rank}, vLLM's limit is {LORA_RANKS[-1]}")
+    return found
+
+
+def _whole_tensors(folder: Path) -> list[str]:
+    """Return the tensors that vLLM knows no place for, such as resized embeddings."""
+    files = find_weight_files(folder, "adapter_model")
+    names = () if files.pickled else list_tensors(files)
+    return [name for name in names if not _ATTACHABLE.search(name)]
+
+
+def attach(
+    base: Path, adapters: Sequence[NamedAdapter], output: Path, *, allow_pickle: bool = False
+) -> ReadyModel:
+    """Return the base with *adapters* to be attached; nothing is written but a tokenizer folder.
+
+    ``tokenizer`` is a folder with tokenizer and chat template: the one they came in where it has
+    both, else *output*.
+
+    Raises:
+        AdapterError: tensors without a module, of other shapes, ranks that disagree, or no effect;
+            of each adapter everything wrong is listed.
+        FormatError: broken files, or pickles without ``allow_pickle``.
+        DiskError: the tokenizer folder could not be written.
+    """
+    view = Base(_list_base(base, allow_pickle), read_json(base / "config.json"))
+    configs = [read_adapter_config(adapter.folder) for adapter in adapters]
+    warnings = []
+    for adapter, config in zip(adapters, configs, strict=True):
+        _check_adapter(config, view, base, allow_pickle)
+        named = (config.base_model or "").rstrip("/").rpartition("/")[2]
+        if named and named not in str(base):
+            warnings.append(f"{adapter.name} was trained over {config.base_model}, not {base}")
+            _log.warning("every shape fits, but %s", warnings[-1])
+    tokenizer = write_tokenizer(base, [adapter.folder for adapter in adapters], output)
+    ranks = [config.max_rank for config in configs]
+    served = tuple(
+        ServedAdapter(adapter.name, adapter.folder, rank)
+        for adapter, rank in zip(adapters, ranks, strict=True)
+    )
+    limit = next((rank for rank in LORA_RANKS if rank >= max(ranks, default=0)), LORA_RANKS[-1])
+    provenance: dict[str, object] = {
+        "kind": "attached",
+        "base": str(base),
+        "adapters": {adapter.name: str(adapter.folder) for adapter in adapters},
+        **({"warnings": warnings} if warnings else {}),
+    }
+    return ReadyModel(base, served, limit if served else None, tokenizer, provenance)
+
+
+def _list_base(base: Path, allow_pickle: bool) -> Mapping[str, TensorInfo]:
+    if not (base / "config.json").is_file():
+        raise AdapterError(
+            "the base model is missing",
+            where=str(base),
+            expected="a folder with config.json and weights",
+            got="no config.json" if base.is_dir() else "no such folder",
+            next_step="give the base model that the adapter was trained over",
+        )
+    files = find_weight_files(base)
+    if files.pickled and allow_pickle:
+        from loader.weights.readers import open_weights  # torch
+
+        return open_weights(base, allow_pickle=True).tensors
+    return {name: stored.info for name, stored in list_tensors(files).items()}
+
+
+def _check_adapter(config: AdapterConfig, view: Base, base: Path, allow_pickle: bool) -> None:
+    files = find_weight_files(config.folder, "adapter_model")
+    if files.pickled:
+        if not allow_pickle:
+            raise refuse_pickle(files.paths[0])
+        from loader.weights.readers import open_weights  # torch
+
+        reader = open_weights(config.folder, stem="adapter_model", allow_pickle=True)
+        check_effect(config.folder, reader.tensors, reader.read_raw)
+        plan_merge(config, reader.tensors, view)
+        return
+    stored = list_tensors(files)
+    shapes = {name: tensor.info for name, tensor in stored.items()}
+    plan = plan_merge(config, shapes, view)
+    check_effect(config.folder, shapes, lambda name: read_bytes(stored[name]))
+    own = [
+        edit.source
+        for target, edits in plan.edits.items()
+        for edit in edits
+        if isinstance(edit, Replace) and _differs(edit, plan, stored, base)
+    ]
+    if own:
+        raise AdapterError(
+            "an adapter with embeddings of its own, which vLLM would leave out",
+            where=str(config.folder),
+            problems=own,
+            expected="the base's own values",
+            next_step="merge this adapter: set the policy to merge",
+        )
+
+
+def _differs(
+    edit: Replace, plan: MergePlan, stored: Mapping[str, StoredTensor], base: Path
+) -> bool:
+    """Return whether the copy of the base that PEFT saved is another than the base itself."""
+    if not edit.source.endswith(".base_layer.weight"):
+        return False
+    if edit.target in plan.shapes:
+        return True
+    origin = plan.origins.get(edit.target, edit.target)
+    own = list_tensors(find_weight_files(base)).get(origin)
+    ours = stored[edit.source]
+    return (
+        own is not None
+        and own.info.dtype == ours.info.dtype
+        and read_bytes(own) != read_bytes(ours)
+    )
