@@ -159,7 +159,7 @@ def _with_adapters(
     jobs = [(_place(c, snapshot).partition("/")[0], c.path) for c in checkpoints]
     adapters = name_adapters(jobs)
     decision = decide(settings.adapter_policy, adapters)
-    _log.info("adapters: %s, %s", decision.mode, decision.why)
+    _log.info("adapters: %s", decision.why)
     if base is None:
         with timeline.stage("base model"):
             found = _find_base(settings, settings.base_model or _named_base(checkpoints, snapshot))

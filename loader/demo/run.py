@@ -12,9 +12,9 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,14 @@ if TYPE_CHECKING:
     from loader.serve.model import ServedModel
 
 _LIFETIME_S = 900.0
-_QUIET = ("vllm", "transformers", "accelerate", "torch")
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 
 
 def run(folder: Path, say: Callable[[str], None], progress: Callable[[], Progress]) -> Timeline:
@@ -99,7 +106,11 @@ def _write_config(folder: Path, origin: Origin) -> Path:
                 "base_model": f"checkpoint:{BASE_JOB}/rank-0/checkpoint-{BASE_STEPS}/",
                 "served_model_name": BASE_JOB,
                 "engine": "vllm" if _has_vllm() else "transformers",
-                "engine_args": {"enforce_eager": True, "max_model_len": 256},
+                "engine_args": {
+                    "enforce_eager": True,
+                    "max_model_len": 256,
+                    "use_tqdm_on_load": False,
+                },
             }
         },
     }
@@ -135,12 +146,10 @@ def _has_vllm() -> bool:
 
 
 def _hush() -> None:
-    """Keep the libraries' own talk out of the demo, but for warnings."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in _QUIET:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    """Keep the libraries' own talk out of the demo, but for errors."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore")
 
 
 def _shown(path: Path) -> str:

@@ -95,7 +95,10 @@ def _train(
     """Train with the HF Trainer; its checkpoint becomes ``rank-0``'s, as a job uploads it."""
     import torch
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.set_num_threads(1)  # so small a model is slower on more, by far where they are shared
     rows = [{"input_ids": _tokens(tokenizer, *pair)} for pair in answers.items()]
     work = job_folder.with_name(f"{job_folder.name}.training")
@@ -119,6 +122,7 @@ def _train(
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         processing_class=tokenizer,
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     _lay_out(work / f"checkpoint-{steps}", job_folder)
     shutil.rmtree(work)

@@ -178,11 +178,8 @@ class PartFile:
 
     def _key(self) -> dict[str, object]:
         """What a journal must have been written for, to be believed."""
-        return {
-            "size_bytes": self.info.size_bytes,
-            "version": self.info.version,
-            "source": self.artifact.source,
-        }
+        version = self.info.version or f"at {self.artifact.source}"
+        return {"size_bytes": self.info.size_bytes, "version": version}
 
 
 def fetched_file(artifact: Artifact, record: Record, *, reused: bool) -> FetchedFile:

@@ -80,7 +80,7 @@ def fetch(
         boot = boot_id()
         kept = _kept(manifest.files, root, options, boot)
         infos = _ask(manifest.files, kept, store, options)
-        reused = {a.path: r for a, r in kept.items() if _is_same(r, infos[a])}
+        reused = {a.path: r for a, r in kept.items() if _is_same(a, r, infos[a])}
         done = {
             a.path: fetched_file(a, reused[a.path], reused=True)
             for a in manifest.files
@@ -165,9 +165,7 @@ def _kept(
     def look(artifact: Artifact) -> Record | None:
         place = places(root, artifact)
         record = read_record(place.record)
-        if record is None or record.source != artifact.source:
-            return None
-        if artifact.size_bytes not in (None, record.size_bytes):
+        if record is None or artifact.size_bytes not in (None, record.size_bytes):
             return None
         if is_intact(place.final, record, options.verify, boot):
             return record
@@ -215,11 +213,16 @@ def _attempts(retries: int) -> Retrying:
     return retrying(lambda state: state.attempt_number > retries, threading.Event())
 
 
-def _is_same(record: Record, info: ObjectInfo | None) -> bool:
+def _is_same(artifact: Artifact, record: Record, info: ObjectInfo | None) -> bool:
+    """Return whether *record* is of the object that *artifact* names now."""
+    same_place = record.source == artifact.source
     if info is None:
-        return True
-    known = record.version is None or info.version is None
-    return record.size_bytes == info.size_bytes and (known or record.version == info.version)
+        return same_place
+    if record.size_bytes != info.size_bytes:
+        return False
+    if record.version is None or info.version is None:
+        return same_place
+    return record.version == info.version  # wherever a new listing says that it lies
 
 
 def _transfer(

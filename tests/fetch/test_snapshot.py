@@ -32,6 +32,7 @@ from tests.origin import (
     cut,
     ignore_range,
     reset,
+    serving,
     slow,
     stall,
     status,
@@ -177,6 +178,21 @@ def test_a_new_version_is_fetched_again(setup: Setup) -> None:
     setup.fetch()
     setup.origin.put("big.bin", BIG[::-1])
     assert setup.fetch().fetched_bytes == len(BIG)
+    setup.check()
+
+
+def test_the_same_version_at_another_place_is_kept(setup: Setup, store: PresignedStore) -> None:
+    setup.fetch()
+    with serving(setup.origin.root) as moved:
+        found = Setup(moved, store, setup.root).fetch()
+    assert found.files[0].reused
+
+
+def test_an_interrupted_fetch_goes_on_at_another_place(setup: Setup, store: PresignedStore) -> None:
+    interrupted(setup)
+    with serving(setup.origin.root) as moved:
+        found = Setup(moved, store, setup.root).fetch(OPTIONS)
+    assert found.fetched_bytes == len(BIG) - 4 * RANGE
     setup.check()
 
 
