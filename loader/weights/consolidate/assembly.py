@@ -1,0 +1,125 @@
+"""Pieces of files -> the bytes of an output tensor, at their final offsets, block by block.
+
+A run of a tensor's bytes goes from file to file as it is, or is cast on the way. Boxes that are
+no runs (several dimensions were cut) are laid out in slabs of rows. Either way a few blocks are in
+memory at a time, whatever the tensor's size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+
+from loader.weights.consolidate.pieces import Piece, SourceTensor, flat_start
+from loader.weights.header import size_bytes
+from loader.weights.readers import TORCH_DTYPES, tensor_bytes
+from loader.weights.writer import CheckpointWriter
+
+BLOCK_BYTES = 16 << 20
+CASTABLE = frozenset({"F64", "F32", "F16", "BF16"})
+DTYPE_NAMES: Mapping[str, str] = MappingProxyType(
+    {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An output tensor and what it is made of; ``dtype`` as in "BF16"."""
+
+    name: str
+    dtype: str
+    source: SourceTensor
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes it takes."""
+        return size_bytes(self.dtype, self.source.shape)
+
+
+def write_target(target: Target, writer: CheckpointWriter, on_bytes: Callable[[int], None]) -> None:
+    """Write *target*; *on_bytes* is told of the bytes written as they are.
+
+    Raises:
+        DiskError: the disk refused.
+        FormatError: a file ended before its tensor did.
+    """
+    element = size_bytes(target.dtype, (1,))
+    source = target.source
+    starts = [flat_start(piece, source.grid) for piece in source.pieces]
+    if all(start is not None for start in starts):
+        for piece, start in zip(source.pieces, starts, strict=True):
+            at = (start or 0) * element
+            for block in _read_blocks(piece, target.dtype):
+                writer.write_bytes(target.name, at, block)
+                at += len(block)
+                on_bytes(len(block))
+        return
+    at = 0
+    for slab in _lay_out(source, target.dtype):
+        data = tensor_bytes(slab)
+        writer.write_bytes(target.name, at, data)
+        at += len(data)
+        on_bytes(len(data))
+
+
+def is_same(a: SourceTensor, b: SourceTensor) -> bool:
+    """Return whether two tensors are equal, byte for byte."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape) or len(a.grid) != len(b.grid):
+        return False
+    pairs = zip(_lay_out(a, a.dtype), _lay_out(b, b.dtype), strict=True)
+    return all(tensor_bytes(one) == tensor_bytes(other) for one, other in pairs)
+
+
+def _read_blocks(piece: Piece, dtype: str) -> Iterator[memoryview]:
+    """Give the elements of a piece in order, cast to *dtype*, some at a time."""
+    element = size_bytes(piece.dtype, (1,))
+    per_block = BLOCK_BYTES // element
+    buffer = torch.empty(min(per_block, piece.count) * element, dtype=torch.uint8)
+    for first in range(0, piece.count, per_block):
+        count = min(per_block, piece.count - first)
+        data = buffer[: count * element]
+        piece.file.read_into(piece.start + first * element, data.numpy().data)
+        if dtype == piece.dtype:
+            yield data.numpy().data
+        else:
+            yield tensor_bytes(data.view(TORCH_DTYPES[piece.dtype]).to(TORCH_DTYPES[dtype]))
+
+
+def _lay_out(source: SourceTensor, dtype: str) -> Iterator[torch.Tensor]:
+    """Give the tensor's rows in order, cast to *dtype*, some at a time."""
+    if not source.grid:
+        yield _read_rows(source.pieces[0], 0, 1).reshape(1).to(TORCH_DTYPES[dtype])
+        return
+    rows, rest = source.grid[0], source.grid[1:]
+    per_slab = max(1, BLOCK_BYTES // max(1, math.prod(rest) * size_bytes(source.dtype, (1,))))
+    for first in range(0, rows, per_slab):
+        last = min(first + per_slab, rows)
+        slab = torch.empty((last - first, *rest), dtype=TORCH_DTYPES[source.dtype])
+        for piece in source.pieces:
+            begin, end = piece.offsets[0], piece.offsets[0] + piece.sizes[0]
+            low, high = max(first, begin), min(last, end)
+            if low < high:
+                box = [slice(low - first, high - first)]
+                inner = zip(piece.offsets[1:], piece.sizes[1:], strict=True)
+                box += [slice(offset, offset + size) for offset, size in inner]
+                slab[tuple(box)] = _read_rows(piece, low - begin, high - begin)
+        yield slab.to(TORCH_DTYPES[dtype])
+
+
+def _read_rows(piece: Piece, low: int, high: int) -> torch.Tensor:
+    """Return rows [low, high) of a piece's box."""
+    dtype, element = TORCH_DTYPES[piece.dtype], size_bytes(piece.dtype, (1,))
+    if piece.strides is None:
+        row = math.prod(piece.sizes[1:])
+        raw = torch.empty((high - low) * row * element, dtype=torch.uint8)
+        piece.file.read_into(piece.start + low * row * element, raw.numpy().data)
+        return raw.view(dtype).reshape(high - low, *piece.sizes[1:])
+    # Saved with its dimensions in another order in memory: all that the box reaches over is read.
+    reach = sum((s - 1) * d for s, d in zip(piece.sizes, piece.strides, strict=True)) + 1
+    raw = torch.empty(reach * element, dtype=torch.uint8)
+    piece.file.read_into(piece.start, raw.numpy().data)
+    return raw.view(dtype).as_strided(piece.sizes, piece.strides)[low:high]

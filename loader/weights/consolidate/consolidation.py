@@ -1,0 +1,248 @@
+"""Checkpoint -> folder: plan which tensor is made of which bytes, then write them.
+
+::
+
+    <output>/config.json, generation_config.json, tokenizer…      from whichever rank has them
+    <output>/model.safetensors                                    or shards with their index
+    <output>/adapter_config.json, adapter_model.safetensors       where a LoRA was trained
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from loader.errors import CheckpointError, ConfigError, UnsupportedError
+from loader.types import Checkpoint, Kind
+from loader.weights.consolidate.adapter import has_adapter, match_adapter
+from loader.weights.consolidate.assembly import (
+    CASTABLE,
+    DTYPE_NAMES,
+    Target,
+    is_same,
+    write_target,
+)
+from loader.weights.consolidate.dcp import DcpSource
+from loader.weights.consolidate.expected import ModelNames, read_model_names
+from loader.weights.consolidate.files import Files, LocalFiles
+from loader.weights.consolidate.names import match_names
+from loader.weights.consolidate.pieces import SourceTensor
+from loader.weights.consolidate.sidecars import CONFIG, find_sidecars, write_sidecars
+from loader.weights.writer import MAX_SHARD_BYTES, CheckpointWriter, TensorSpec, plan_shards
+
+_THREADS = 4
+Progress = Callable[[int, int], None]
+
+
+class ShardedSource(Protocol):
+    """The tensors of a sharded checkpoint, whatever its format."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def open(self, names: Sequence[str], dtype: str | None) -> tuple[SourceTensor, ...]:
+        """Return these tensors as pieces, best read for *dtype* ("BF16"), None as trained.
+
+        Raises:
+            CheckpointError: parts that are missing; all are listed.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Consolidation:
+    """What would be written: tensors in order, small files, and what the weight files are called.
+
+    ``dtype`` is what most of it is stored in ("bfloat16"), None where nothing is floating.
+    """
+
+    targets: tuple[Target, ...]
+    sidecars: Mapping[str, Path]
+    stem: str
+    dtype: str | None
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(target.size_bytes for target in self.targets)
+
+
+def consolidate(
+    checkpoint: Checkpoint,
+    output: Path,
+    *,
+    base: Path | None = None,
+    names: Mapping[str, tuple[int, ...]] | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_progress: Progress | None = None,
+) -> Path:
+    """Return *output*, a Hugging Face folder (or a PEFT adapter's) made of a sharded checkpoint.
+
+    The folder appears when all of it is written. Tensors are named as the model names them, from
+    the checkpoint's config.json, else from the one in *base*; or *names* (name -> shape) are
+    expected. ``dtype`` ("bfloat16") casts floating tensors, None leaves them as they were trained.
+    ``on_progress(done, total)`` is told of bytes. Some blocks of 16 MiB are in memory at a time.
+
+    Raises:
+        CheckpointError: missing ranks or truncated shards (every hole is named by tensor), or
+            tensors that are not the model's (all are listed).
+        FormatError: a file is not what its format says.
+        UnsupportedError: a layout that is known and cannot be consolidated.
+        DiskError: no room, or the disk refused.
+    """
+    code = _dtype_code(dtype)
+    with LocalFiles(_weight_folders(checkpoint)) as files:
+        plan = plan_consolidation(checkpoint, files, base=base, names=names, dtype=code)
+        specs = [TensorSpec(t.name, t.dtype, t.source.shape) for t in plan.targets]
+        shards = plan_shards(specs, max_shard_bytes=max_shard_bytes, stem=plan.stem)
+        with CheckpointWriter(output, shards, stem=plan.stem) as writer:
+            _write_all(plan, writer, on_progress)
+            write_sidecars(plan.sidecars, writer.path, dtype=plan.dtype)
+    return output
+
+
+def plan_consolidation(
+    checkpoint: Checkpoint,
+    files: Files,
+    *,
+    base: Path | None = None,
+    names: Mapping[str, tuple[int, ...]] | None = None,
+    dtype: str | None = None,
+) -> Consolidation:
+    """Return what ``consolidate`` would write; only descriptions of tensors are read.
+
+    ``dtype`` as in "BF16".
+
+    Raises:
+        LoaderError: as ``consolidate``, but for the disk.
+    """
+    where = str(checkpoint.path)
+    source = _open_source(checkpoint, files)
+    sidecars = find_sidecars(_home_folders(checkpoint))
+    if has_adapter(source.shapes):
+        matched = match_adapter(source.shapes, sidecars, where)
+        targets = _targets(matched, source, dtype)
+        return Consolidation(targets, sidecars, "adapter_model", _main_dtype(targets))
+    if CONFIG not in sidecars and base is not None:
+        sidecars = {**find_sidecars([base]), **sidecars}
+    expected = ModelNames(names) if names is not None else _expected(sidecars, where)
+    match = match_names(source.shapes, expected, where)
+    targets = _targets(match.names, source, dtype)
+    _check_copies(targets, match.copies, source, where)
+    return Consolidation(targets, sidecars, "model", _main_dtype(targets))
+
+
+def _open_source(checkpoint: Checkpoint, files: Files) -> ShardedSource:
+    if checkpoint.kind is Kind.DCP:
+        return DcpSource(files)
+    raise UnsupportedError(
+        "a checkpoint that is not sharded over ranks",
+        where=str(checkpoint.path),
+        expected="torch.distributed.checkpoint, DeepSpeed ZeRO, or shards spread over ranks",
+        got=checkpoint.kind.value,
+        next_step="serve it as it is",
+    )
+
+
+def _weight_folders(checkpoint: Checkpoint) -> list[Path]:
+    """Return the folders that hold the weights, one per rank."""
+    folders = checkpoint.detail.get("folders")
+    found = [Path(str(f)) for f in folders] if isinstance(folders, list | tuple) else []
+    return found or [checkpoint.path]
+
+
+def _home_folders(checkpoint: Checkpoint) -> list[Path]:
+    """Return the folders where configs and tokenizers lie: of each rank, the checkpoint's own."""
+    name = checkpoint.path.name
+    folders = _weight_folders(checkpoint)
+    return [checkpoint.path, *(f if f.name == name else f.parent for f in folders)]
+
+
+def _expected(sidecars: Mapping[str, Path], where: str) -> ModelNames:
+    if CONFIG not in sidecars:
+        raise CheckpointError(
+            "no rank has the config.json of the model",
+            where=where,
+            expected=f"{CONFIG} beside the weights on one rank, or a base model's",
+            next_step="set base_model to the model that was trained",
+        )
+    return read_model_names(sidecars[CONFIG].parent)
+
+
+def _targets(
+    names: Mapping[str, str], source: ShardedSource, dtype: str | None
+) -> tuple[Target, ...]:
+    opened = source.open(list(names.values()), dtype)
+    return tuple(
+        Target(name, dtype if dtype and tensor.dtype in CASTABLE else tensor.dtype, tensor)
+        for name, tensor in zip(names, opened, strict=True)
+    )
+
+
+def _check_copies(
+    targets: Sequence[Target],
+    copies: Mapping[str, tuple[str, ...]],
+    source: ShardedSource,
+    where: str,
+) -> None:
+    """Raise CheckpointError where tied tensors were saved twice and are not the same."""
+    kept = {target.name: target for target in targets}
+    problems = [
+        f"{other.name} differs from {kept[name].source.name}"
+        for name, others in copies.items()
+        for other in source.open(others, kept[name].dtype)
+        if not is_same(kept[name].source, other)
+    ]
+    if problems:
+        raise CheckpointError(
+            "tied weights that are not the same",
+            where=where,
+            problems=problems,
+            next_step='if they were trained apart, set "tie_word_embeddings": false in config.json',
+        )
+
+
+def _main_dtype(targets: Sequence[Target]) -> str | None:
+    used: Counter[str] = Counter()
+    for target in targets:
+        if target.dtype in CASTABLE:
+            used[DTYPE_NAMES[target.dtype]] += target.size_bytes
+    return used.most_common(1)[0][0] if used else None
+
+
+def _dtype_code(dtype: str | None) -> str | None:
+    codes = {name: code for code, name in DTYPE_NAMES.items()}
+    if dtype is not None and dtype not in codes:
+        raise ConfigError(
+            "a dtype that weights cannot be cast to",
+            expected=", ".join(sorted(codes)),
+            got=dtype,
+            next_step="leave it out to keep the weights as they were trained",
+        )
+    return codes[dtype] if dtype else None
+
+
+def _write_all(plan: Consolidation, writer: CheckpointWriter, on_progress: Progress | None) -> None:
+    lock = threading.Lock()
+    done = 0
+
+    def count(written: int) -> None:
+        nonlocal done
+        if on_progress is not None:
+            with lock:
+                done += written
+                on_progress(done, plan.size_bytes)
+
+    workers = min(_THREADS, os.cpu_count() or 1)
+    executor = ThreadPoolExecutor(workers, "consolidate")
+    try:
+        futures = [executor.submit(write_target, t, writer, count) for t in plan.targets]
+        for future in futures:
+            future.result()
+    finally:
+        executor.shutdown(cancel_futures=True)

@@ -1,0 +1,61 @@
+"""Which files of a checkpoint a server needs, from their names alone. Pure; torch stays out.
+
+Optimizer, scheduler and RNG state, logs and trainer arguments are left out: they are never read,
+so they need not be fetched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_SIDECAR = re.compile(
+    r"^(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|"
+    r"added_tokens|vocab|chat_template|preprocessor_config|processor_config|video_preprocessor_"
+    r"config|image_processor_config|tekken|normalizer|params|modules|sentence_bert_config)\.json$"
+    r"|^(merges|vocab)\.txt$|\.(tiktoken|jinja)$|^(tokenizer|sentencepiece\.bpe|spiece)\.model$"
+)
+_TEMPLATES = re.compile(r"(^|/)additional_chat_templates/[^/]+\.jinja$")
+_INDEX = re.compile(r"\.(safetensors|bin)\.index\.json$")
+_WHOLE_WEIGHTS = re.compile(r"\.safetensors$|^(pytorch_model|adapter_model)[^/]*\.bin$")
+_DCP = re.compile(r"^(\.metadata|__\d+_\d+\.distcp)$")
+_DCP_OPTIMIZER = re.compile(r"(^|/)optim(izer)?(_\d+)?/[^/]+$")
+_ZERO_MODEL = re.compile(r"mp_rank_\d+_model_states\.pt$")
+_ZERO_PARTITION = re.compile(r"mp_rank_\d+_optim_states\.pt$")
+_UNIVERSAL = re.compile(r"(^|/)zero/[^/]+/fp32\.pt$")
+_ZERO_STAGE_3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt$")
+
+
+def is_sidecar(base: str) -> bool:
+    """Return whether a file of this base name is a config, a tokenizer or a chat template."""
+    return bool(_SIDECAR.search(base))
+
+
+def serving_files(names: Iterable[str]) -> frozenset[str]:
+    """Return those of *names* (paths of files, ``/`` between parts) that serving needs.
+
+    ZeRO 1 and 2 keep the model whole beside the partitions: then the optimizer files stay out. In
+    ZeRO 3 they hold the weights and are needed, though only a part of each is read.
+    """
+    names = tuple(names)
+    whole = {_run(name) for name in names if _ZERO_MODEL.search(name)}
+    whole -= {_run(name) for name in names if _ZERO_STAGE_3.search(name)}
+    return frozenset(name for name in names if _is_needed(name, whole))
+
+
+def _is_needed(name: str, whole: set[str]) -> bool:
+    base = name.rpartition("/")[2]
+    if _ZERO_PARTITION.search(base):
+        return _run(name) not in whole
+    if _DCP.match(base):
+        return not _DCP_OPTIMIZER.search(name)
+    if _ZERO_MODEL.search(base) or base == "latest" or _UNIVERSAL.search(name):
+        return True
+    if _INDEX.search(base) or _TEMPLATES.search(name) or is_sidecar(base):
+        return True
+    return bool(_WHOLE_WEIGHTS.search(base)) and not base.startswith(("optimizer", "scheduler"))
+
+
+def _run(name: str) -> str:
+    """Return the folder of a file without its rank: what all nodes of a run have in common."""
+    return re.sub(r"(^|/)rank-\d+/", r"\1", name).rpartition("/")[0]

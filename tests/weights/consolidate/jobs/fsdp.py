@@ -1,0 +1,194 @@
+"""Under torchrun, four ranks on two nodes: FSDP1, FSDP2, HSDP x TP and LoRA, saved by DCP.
+
+``fsdp.py BASE OUT``: every case leaves ``OUT/<case>/rank-<node>/checkpoint-10`` with what that
+node wrote, and ``OUT/<case>/full.safetensors``, the framework's own full state dict.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp import ShardedStateDictConfig, StateDictType, fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from transformers import LlamaForCausalLM
+
+warnings.simplefilter("ignore")
+RANKS_PER_NODE = 2
+BASE, OUT = Path(sys.argv[1]), Path(sys.argv[2])
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def node_folder(case: str) -> Path:
+    node = dist.get_rank() // RANKS_PER_NODE
+    folder = OUT / case / f"rank-{node}" / "checkpoint-10"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def load(dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    return LlamaForCausalLM.from_pretrained(BASE, dtype=dtype, **overrides)
+
+
+def step(model: torch.nn.Module, data: int = 0) -> torch.optim.Optimizer:
+    """Take one real step, so that weights are not those of the base."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    torch.manual_seed(data)
+    ids = torch.randint(0, 300, (2, 8))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    return optimizer
+
+
+def keep_reference(case: str, state: dict[str, Any]) -> None:
+    if dist.get_rank() == 0:
+        tensors = {k: v.detach().clone().contiguous() for k, v in state.items()}
+        save_file(tensors, OUT / case / "full.safetensors")
+
+
+def copy_sidecars(case: str, node: int = 0) -> None:
+    """Put what the trainer writes beside the weights where one node would have it."""
+    if dist.get_rank() == node * RANKS_PER_NODE:
+        for path in BASE.glob("*.json"):
+            if "index" not in path.name:
+                shutil.copy(path, node_folder(case))
+
+
+def fsdp2(case: str) -> None:
+    """Layers sharded on their own, model and optimizer in one checkpoint: torchtitan's way."""
+    model = load()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = step(model)
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments, "step": 10}, checkpoint_id=node_folder(case))
+    keep_reference(case, get_model_state_dict(model, options=FULL))
+    copy_sidecars(case)
+
+
+def fsdp2_bf16_tied(case: str) -> None:
+    """Trained in bfloat16 with tied embeddings, under torch.compile and checkpointing's names."""
+    model = load(torch.bfloat16, tie_word_embeddings=True)
+    fully_shard(model)
+    step(model)
+    state = {f"_orig_mod.{k}": v for k, v in model.state_dict().items()}
+    dcp.save(state, checkpoint_id=node_folder(case))
+    keep_reference(case, get_model_state_dict(model, options=FULL))
+    copy_sidecars(case, node=1)
+    if dist.get_rank() == RANKS_PER_NODE:
+        model.config.save_pretrained(node_folder(case))
+
+
+def fsdp1(case: str) -> None:
+    """ShardedTensor chunks, in accelerate's folder, under its key ``model``."""
+    model = FSDP1(load(), use_orig_params=True, device_id=torch.device("cpu"))
+    step(model)
+    config = ShardedStateDictConfig(offload_to_cpu=True)
+    with FSDP1.state_dict_type(model, StateDictType.SHARDED_STATE_DICT, config):
+        folder = node_folder(case) / "pytorch_model_fsdp_0"
+        dcp.save({"model": model.state_dict()}, checkpoint_id=folder)
+    with FSDP1.state_dict_type(model, StateDictType.FULL_STATE_DICT):
+        keep_reference(case, model.state_dict())
+    copy_sidecars(case)
+
+
+def hsdp_tp(case: str) -> None:
+    """A mesh of two dimensions: tensor-parallel columns and rows, sharded again by FSDP2."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = load()
+    column, row = ColwiseParallel(), RowwiseParallel()
+    plan = {
+        **{f"model.layers.*.self_attn.{n}_proj": column for n in "qkv"},
+        "model.layers.*.self_attn.o_proj": row,
+        "model.layers.*.mlp.gate_proj": column,
+        "model.layers.*.mlp.up_proj": column,
+        "model.layers.*.mlp.down_proj": row,
+    }
+    parallelize_module(model, mesh["tp"], plan)
+    fully_shard(model, mesh=mesh["dp"])
+    step(model)
+    dcp.save(model.state_dict(), checkpoint_id=node_folder(case))
+    keep_reference(case, get_model_state_dict(model, options=FULL))
+    copy_sidecars(case)
+
+
+def full_state(case: str) -> None:
+    """The full state dict, every tensor whole, written by whichever rank DCP chose."""
+    model = load(torch.float16)
+    dcp.save({"app": {"model": model.state_dict()}}, checkpoint_id=node_folder(case))
+    keep_reference(case, model.state_dict())
+    copy_sidecars(case)
+
+
+def hf_storage(case: str) -> None:
+    """DCP's own safetensors storage, each rank with the shards it holds."""
+    model = load()
+    fully_shard(model)
+    step(model)
+    state = model.state_dict()
+    writer = HuggingFaceStorageWriter(str(node_folder(case)), save_distributed=True)
+    dcp.save(state, storage_writer=writer)
+    keep_reference(case, get_model_state_dict(model, options=FULL))
+    copy_sidecars(case)
+
+
+def lora(case: str) -> None:
+    """Only the adapter's parameters were trained and saved."""
+    model = get_peft_model(
+        load(),
+        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    )
+    fully_shard(model)
+    step(model)
+    step(model, data=1)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    state = {k: v for k, v in get_model_state_dict(model).items() if k in trained}
+    dcp.save({"model": state}, checkpoint_id=node_folder(case))
+    full = get_model_state_dict(model, options=FULL)
+    keep_reference(case, {k: v for k, v in full.items() if k in trained})
+    if dist.get_rank() == 0:
+        model.peft_config["default"].save_pretrained(node_folder(case))
+
+
+CASES: dict[str, Callable[[str], None]] = {
+    "fsdp2": fsdp2,
+    "fsdp2-bf16-tied": fsdp2_bf16_tied,
+    "fsdp1": fsdp1,
+    "hsdp-tp": hsdp_tp,
+    "full": full_state,
+    "hf-storage": hf_storage,
+    "lora": lora,
+}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for name in sys.argv[3:] or CASES:
+        CASES[name](name)
+        dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # torch's threads may take seconds to end, and nothing is left to write
