@@ -39,6 +39,7 @@ OWNERS = {
     "yaml": {"truss_config", "demo"},
     "tenacity": {"fetch"},
     "awscrt": {"fetch"},
+    "starlette": {"hook", "serve"},
 }
 HEAVY = ("torch", "transformers", "peft", "vllm", "boto3", "huggingface_hub", "fsspec")
 

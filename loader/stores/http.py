@@ -347,11 +347,20 @@ def _translate(error: BaseException, url: str) -> BaseException:
             next_step="set ca_bundle to the PEM file of the authority that signed it",
         )
     if isinstance(error, socket.gaierror):
-        return TransientError("the host's name cannot be resolved", where=url)
+        return _passing("the host's name cannot be resolved", url)
     if isinstance(error, TimeoutError):
-        return TransientError("the connection brought nothing in time", where=url)
+        return _passing("the connection brought nothing in time", url)
     if isinstance(error, OSError):
-        return TransientError(error.strerror or type(error).__name__, where=url)
+        return _passing(error.strerror or type(error).__name__, url)
     if isinstance(error, http.client.HTTPException):
-        return TransientError(f"not a whole HTTP answer ({type(error).__name__})", where=url)
+        return _passing(f"not a whole HTTP answer ({type(error).__name__})", url)
     return error
+
+
+def _passing(what: str, url: str) -> TransientError:
+    return TransientError(
+        what,
+        where=url,
+        next_step="check that this machine reaches the origin, then run again; what has been "
+        "fetched is kept",
+    )
