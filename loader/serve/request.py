@@ -8,17 +8,25 @@ from typing import Any
 from loader.errors import RequestError
 
 
-def check_request(
-    request: object, *, base: str, adapters: Sequence[str], endpoint: str | None = None
-) -> dict[str, Any]:
+def check_request(request: object, *, base: str, adapters: Sequence[str]) -> dict[str, Any]:
     """Return the body with its ``model`` filled in.
 
     A body without ``model`` gets the fine-tuned one where there is just one, so that a checkpoint
     answers alike whether its adapter was attached or merged; with several it has to choose.
-    ``endpoint`` is ``messages`` or ``prompt`` where the HTTP path has said which it must be.
 
     Raises:
         RequestError: 400 for a wrong body, 404 for a model that is not served.
+    """
+    body = check_prompt(request)
+    body["model"] = _choose_model(body.get("model"), base, adapters)
+    return body
+
+
+def check_prompt(request: object, needed: str | None = None) -> dict[str, Any]:
+    """Return the body as a dict that holds ``messages`` or ``prompt``, or the one that is *needed*.
+
+    Raises:
+        RequestError: 400.
     """
     if not isinstance(request, Mapping):
         raise RequestError(
@@ -26,16 +34,14 @@ def check_request(
             expected="an OpenAI chat or completions body",
             got=type(request).__name__,
         )
-    body = dict(request)
-    given = [key for key in ("messages", "prompt") if body.get(key) is not None]
-    if len(given) != 1 or (endpoint is not None and given != [endpoint]):
+    given = [key for key in ("messages", "prompt") if request.get(key) is not None]
+    if len(given) != 1 or (needed is not None and given != [needed]):
         raise RequestError(
-            "the request needs either messages or prompt",
-            expected=endpoint or "messages (chat) or prompt (completions), not both",
+            f"the request needs {needed or 'either messages or prompt'}",
+            expected=needed or "messages (chat) or prompt (completions), not both",
             got=" and ".join(given) or "neither",
         )
-    body["model"] = _choose_model(body.get("model"), base, adapters)
-    return body
+    return dict(request)
 
 
 def _choose_model(name: object, base: str, adapters: Sequence[str]) -> str:

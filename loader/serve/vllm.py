@@ -14,9 +14,11 @@ from loader.errors import EngineError, LoaderError, RequestError
 from loader.serve.arguments import check_engine_args, parse_arguments, serve_arguments
 from loader.serve.loop import LoopThread
 from loader.serve.model import base_name, ready_folder
+from loader.serve.orphans import OrphanGuard
 from loader.serve.request import check_request
 from loader.types import ReadyModel
 
+_CORE = "EngineCore"  # what vLLM calls the process that it starts
 _SHOWN_ERRORS = 5  # a body that is wrong in every element would be answered with a book
 
 
@@ -28,6 +30,7 @@ class _Running:
     engine: Any
     state: Any
     resources: AsyncExitStack
+    guard: OrphanGuard
 
 
 class VLLMModel:
@@ -106,6 +109,7 @@ class VLLMModel:
             running.loop.close()
             # vLLM leaves its sockets' context to the garbage collector, which complains of it.
             running.engine.engine_core.resources.ctx.destroy(linger=0)
+            running.guard.close()
 
     def _start(self) -> _Running:
         # As vLLM's own command line does: a fork of a process that already runs threads (Truss's
@@ -148,7 +152,7 @@ async def _start_engine(loop: LoopThread, args: Any) -> _Running:
         engine = await stack.enter_async_context(build_async_engine_client(args))
         state = State()
         await init_app_state(engine, state, args, await engine.get_supported_tasks())
-        return _Running(loop, engine, state, stack.pop_all())
+        return _Running(loop, engine, state, stack.pop_all(), OrphanGuard(_CORE))
     raise AssertionError("unreachable")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loader.errors import RequestError
-from loader.serve.request import check_request
+from loader.serve.request import check_prompt, check_request
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_no_model_among_several_is_refused() -> None:
 
 def test_the_path_decides_what_the_body_must_hold() -> None:
     body = {"prompt": "x", "model": "base"}
-    assert check_request(body, base="base", adapters=[], endpoint="prompt") == body
-    with pytest.raises(RequestError) as error:
-        check_request(body, base="base", adapters=[], endpoint="messages")
+    assert check_prompt(body, "prompt") == body
+    with pytest.raises(RequestError, match="needs messages") as error:
+        check_prompt(body, "messages")
     assert (error.value.expected, error.value.got) == ("messages", "prompt")

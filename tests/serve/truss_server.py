@@ -1,0 +1,110 @@
+"""The real Truss server in a process of its own, laid out as its image would be."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import truss
+from truss.base.truss_config import TrussConfig
+
+TEMPLATES = Path(__file__).parents[2] / "truss_templates"
+_PARTS = Path(truss.__file__).parent / "templates"
+_GRACE_S = 30
+
+
+@dataclass(frozen=True, slots=True)
+class TrussServer:
+    """A server that has loaded its model."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def predict(self, body: object) -> httpx.Response:
+        """POST to Truss's own path."""
+        return httpx.post(f"{self.url}/v1/models/model:predict", json=body, timeout=120)
+
+
+def lay_out(template: str, folder: Path, change: Callable[[TrussConfig], None]) -> TrussConfig:
+    """Copy a template with Truss's server around it, its config complete and changed."""
+    shutil.copytree(TEMPLATES / template, folder)
+    shutil.copytree(_PARTS / "server", folder, dirs_exist_ok=True)
+    shutil.copytree(_PARTS / "shared", folder / "_truss_shared")
+    config = TrussConfig.from_yaml(folder / "config.yaml")
+    change(config)
+    config.write_to_yaml_file(folder / "config.yaml", verbose=True)
+    return config
+
+
+@contextmanager
+def running(
+    folder: Path, environment: Mapping[str, str], ready_s: float = 300
+) -> Iterator[TrussServer]:
+    """Run the server in *folder* until the block ends; its process tree must end with it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "main.py"],
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # HOME: Truss notes a crash there.
+            env={**os.environ, "HOME": str(folder), "INFERENCE_SERVER_PORT": str(port)}
+            | dict(environment),
+        )
+    server = TrussServer(f"http://127.0.0.1:{port}", log, process)
+    try:
+        _wait_until_ready(server, ready_s)
+        yield server
+    finally:
+        children = psutil.Process(process.pid).children(recursive=True) if _lives(process) else []
+        process.terminate()
+        try:
+            process.wait(_GRACE_S)
+            left = _wait_until_gone(children)
+        finally:
+            process.kill()
+            for child in children:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+    assert not left, f"processes that outlived the server: {left}"
+
+
+def _wait_until_gone(children: list[psutil.Process]) -> list[psutil.Process]:
+    """Return those that still run after a while; one that nobody reaps has ended, too."""
+    ends = time.monotonic() + _GRACE_S
+    left = children
+    while left and time.monotonic() < ends:
+        time.sleep(0.1)
+        left = [c for c in left if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]
+    return left
+
+
+def _lives(process: subprocess.Popen[bytes]) -> bool:
+    return process.poll() is None
+
+
+def _wait_until_ready(server: TrussServer, ready_s: float) -> None:
+    ends = time.monotonic() + ready_s
+    while time.monotonic() < ends and _lives(server.process):
+        try:
+            if httpx.get(f"{server.url}/v1/models/model", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise AssertionError(f"the Truss server is not ready:\n{server.log.read_text()[-8000:]}")

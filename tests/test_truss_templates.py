@@ -1,0 +1,189 @@
+"""The Truss templates: read by Truss's own config, run by Truss's own server."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import APIStatusError, OpenAI
+from truss.base.truss_config import TrussConfig
+
+from loader.settings import Settings
+from tests.models import tiny_llama, train_or_draw_lora
+from tests.origin import serving, write_listing
+from tests.serve.truss_server import TEMPLATES, TrussServer, lay_out, running
+
+NAMES = sorted(path.parent.name for path in TEMPLATES.glob("*/config.yaml"))
+PROMPT = {"prompt": "the capital of france", "temperature": 0, "max_tokens": 8}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_truss_and_podloader_read_the_config(name: str, tmp_path: Path) -> None:
+    config = TrussConfig.from_yaml(TEMPLATES / name / "config.yaml")
+    config.write_to_yaml_file(tmp_path / "config.yaml", verbose=True)
+    settings = Settings.load(tmp_path / "config.yaml")
+    assert settings.artifacts
+    assert settings.training.artifact_references
+    assert {"hf_access_token", "baseten_api_key"} <= config.secrets.keys()
+
+
+class Job:
+    """A base model, two adapters of one job, and their listing behind signed URLs."""
+
+    def __init__(self, folder: Path, origin: Any) -> None:
+        self.base = tiny_llama(folder / "base")
+        for seed, name in enumerate(("checkpoint-1", "checkpoint-2"), start=1):
+            lora = train_or_draw_lora(self.base, folder / name, seed=seed, spread=0.3)
+            shutil.copytree(lora, origin.folder("job1") / name)
+        self.listing = write_listing(origin, folder / "checkpoints.json", "job1")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+    folder = tmp_path_factory.mktemp("job")
+    with serving(folder / "origin") as origin:
+        yield Job(folder, origin)
+
+
+def start(job: Job, template: str, folder: Path, **settings: str) -> Any:
+    """Run *template* on *job*'s checkpoints."""
+
+    def change(config: TrussConfig) -> None:
+        checkpoints = config.training_checkpoints
+        assert checkpoints is not None
+        checkpoints.download_folder = str(folder / "down")
+        del checkpoints.artifact_references[1:]
+        checkpoints.artifact_references[0].training_job_id = "job1"
+        checkpoints.artifact_references[0].paths = ["rank-0/checkpoint-*/"]
+        shutil.copy(job.listing, folder / "truss" / "listing.json")
+
+    lay_out(template, folder / "truss", change)
+    environment = {
+        "PODLOADER_ARTIFACTS": "listing.json",
+        "PODLOADER_BASE_MODEL": str(job.base),
+        "PODLOADER_SERVED_MODEL_NAME": "base",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    return running(folder / "truss", environment | settings)
+
+
+def text_of(server: TrussServer, body: dict[str, Any]) -> str:
+    response = server.predict(body)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    assert answer["model"] == body["model"]
+    return str(answer["choices"][0]["text"])
+
+
+@pytest.fixture(scope="module")
+def vllm_server(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrussServer]:
+    engine_args = {"enforce_eager": True, "dtype": "float32", "max_model_len": 256}
+    with start(
+        job,
+        "vllm-model",
+        tmp_path_factory.mktemp("pod"),
+        PODLOADER_ENGINE_ARGS=json.dumps(engine_args),
+    ) as server:
+        yield server
+
+
+@pytest.mark.engine
+class TestVLLMModel:
+    """The template ``vllm-model`` on vLLM."""
+
+    def test_completions_of_base_and_adapters(self, vllm_server: TrussServer) -> None:
+        names = ("base", "job1-checkpoint-1", "job1-checkpoint-2")
+        texts = {text_of(vllm_server, PROMPT | {"model": name}) for name in names}
+        assert len(texts) == 3
+
+    def test_a_streamed_completion(self, vllm_server: TrussServer) -> None:
+        body = PROMPT | {"model": "job1-checkpoint-1"}
+        url = f"{vllm_server.url}/v1/models/model:predict"
+        with httpx.stream("POST", url, json=body | {"stream": True}) as response:
+            assert response.headers["content-type"].startswith("text/event-stream")
+            lines = [line for line in response.iter_lines() if line]
+        assert lines.pop() == "data: [DONE]"
+        events = [json.loads(line.removeprefix("data: ")) for line in lines]
+        assert "".join(e["choices"][0]["text"] for e in events) == text_of(vllm_server, body)
+
+    def test_the_openai_client(self, vllm_server: TrussServer) -> None:
+        client = OpenAI(base_url=f"{vllm_server.url}/v1", api_key="none", max_retries=0)
+        messages: Any = [{"role": "user", "content": "hi"}]
+        chat = client.chat.completions.create(
+            model="job1-checkpoint-2", messages=messages, max_tokens=3
+        )
+        assert chat.choices[0].message.role == "assistant"
+        stream = client.chat.completions.create(
+            model="base", messages=messages, max_tokens=3, stream=True
+        )
+        assert sum(1 for _ in stream) > 1
+        assert client.completions.create(model="base", prompt="x", max_tokens=2).choices
+        with pytest.raises(APIStatusError) as error:
+            client.chat.completions.create(model="absent", messages=messages)
+        assert error.value.status_code == 404
+        assert "job1-checkpoint-1" in error.value.message
+
+    @pytest.mark.parametrize(
+        ("body", "status"),
+        [
+            ({}, 400),
+            ([], 400),
+            (PROMPT, 400),  # no model among several
+            (PROMPT | {"model": "absent"}, 404),
+            (PROMPT | {"model": "base", "max_tokens": -1}, 400),
+            (PROMPT | {"model": "base", "max_tokens": -1, "stream": True}, 400),
+        ],
+    )
+    def test_bad_requests(self, vllm_server: TrussServer, body: Any, status: int) -> None:
+        response = vllm_server.predict(body)
+        assert response.status_code == status
+        error = response.json()["error"]
+        assert error["message"]
+        assert error["code"] == status
+        assert httpx.get(f"{vllm_server.url}/v1/models/model").status_code == 200
+
+    def test_each_path_takes_its_own_bodies(self, vllm_server: TrussServer) -> None:
+        body = PROMPT | {"model": "base"}
+        assert httpx.post(f"{vllm_server.url}/v1/completions", json=body).status_code == 200
+        assert httpx.post(f"{vllm_server.url}/v1/chat/completions", json=body).status_code == 400
+
+    def test_clients_that_go_away_stop_their_requests(self, vllm_server: TrussServer) -> None:
+        before = _generated_tokens(vllm_server)
+        long = PROMPT | {"model": "base", "max_tokens": 240, "ignore_eos": True}
+        url = f"{vllm_server.url}/v1/models/model:predict"
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=long, timeout=httpx.Timeout(5, read=0.1))
+        with httpx.stream("POST", url, json=long | {"stream": True}) as response:
+            next(response.iter_lines())
+        assert 0 < _generated_tokens(vllm_server) - before < 240
+
+    def test_the_log_tells_of_the_boot(self, vllm_server: TrussServer) -> None:
+        log = vllm_server.log.read_text()
+        assert "adapters: attach" in log
+        assert "fetching" in log
+
+
+def _generated_tokens(server: TrussServer) -> float:
+    """Return the count of vLLM's own metrics once it no longer grows."""
+    counts = [-1.0, -2.0]
+    while counts[-1] != counts[-2]:
+        time.sleep(0.5)
+        lines = httpx.get(f"{server.url}/metrics/").text.splitlines()
+        found = [line for line in lines if line.startswith("vllm:generation_tokens_total{")]
+        counts.append(sum(float(line.rpartition(" ")[2]) for line in found))
+    return counts[-1]
+
+
+@pytest.mark.engine
+def test_lora_multi(job: Job, tmp_path: Path) -> None:
+    with start(job, "lora-multi", tmp_path, PODLOADER_ENGINE="transformers") as server:
+        names = ("base", "job1-checkpoint-1", "job1-checkpoint-2")
+        texts = {text_of(server, PROMPT | {"model": name}) for name in names}
+        assert len(texts) == 3
+        assert server.predict(PROMPT | {"model": "absent"}).status_code == 404
