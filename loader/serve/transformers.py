@@ -32,8 +32,8 @@ class TransformersModel:
     """A model folder and its adapters, answered by transformers.
 
     Takes what ``VLLMModel`` takes; of ``engine_args`` it heeds ``dtype`` (by default the
-    checkpoint's, where vLLM turns float32 into bfloat16) and ``max_model_len``. Runs on the first
-    CUDA device, else on the CPU.
+    checkpoint's, where vLLM turns float32 into bfloat16) and ``max_model_len``. ``device`` is
+    torch's name of one; by default the first CUDA device, else the CPU.
     """
 
     def __init__(
@@ -43,10 +43,12 @@ class TransformersModel:
         engine_args: Mapping[str, object] | None = None,
         served_model_name: str | None = None,
         trust_remote_code: bool = False,
+        device: str | None = None,
     ) -> None:
         self._ready = ready if isinstance(ready, ReadyModel) else ready_folder(Path(ready))
         self._engine_args = dict(engine_args or {})
         self._trust_remote_code = trust_remote_code
+        self._device = device
         self._base = base_name(self._ready, served_model_name)
         self._adapters = tuple(adapter.name for adapter in self._ready.adapters)
         self._lock = threading.Lock()
@@ -138,8 +140,9 @@ class TransformersModel:
         model.generation_config = GenerationConfig()
         if ready.adapters:
             model = _with_adapters(model, ready)
+        device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
         return LoadedModel(
-            model=model.to("cuda" if torch.cuda.is_available() else "cpu").eval(),
+            model=model.to(device).eval(),
             tokenizer=AutoTokenizer.from_pretrained(
                 ready.tokenizer, trust_remote_code=self._trust_remote_code
             ),
