@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from itertools import zip_longest
 
 import torch
 
 from loader.adapters.edits import Edit, Replace
-from loader.adapters.fold import Exact, fold_all, make_fold, needs_whole
+from loader.adapters.fold import Exact, Scratch, fold_all, make_fold, needs_whole
 from loader.adapters.plan import MergePlan
 from loader.errors import AdapterError
-from loader.weights.readers import Reader
+from loader.weights.header import size_bytes
+from loader.weights.readers import TORCH_DTYPES, Reader
 from loader.weights.writer import CheckpointWriter
 
-_CHUNK_VALUES = 1 << 21  # 8 MiB of float32: what the arithmetic of one step holds several times
-_THREADS = 2
+# 1 MiB of float32: what the arithmetic of one step touches stays in a core's own cache.
+_CHUNK_VALUES = 1 << 18
+_MOST_THREADS = 16
 
 Progress = Callable[[int, int], None]
 
@@ -52,28 +57,43 @@ def merge_tensors(
     files = writer.files()
     counter = _Counter(sum(t.size_bytes for f in files for t in f.values()), on_progress)
     touched = {*plan.edits, *plan.origins}
+    local = threading.local()
 
     def copy(names: list[str]) -> None:
         writer.copy(names, reader)
         counter.add(sum(reader.tensors[name].size_bytes for name in names))
 
     def change(name: str, count: int) -> None:
-        _merge_tensor(name, reader, sources, plan, writer, exact)
+        scratch = local.__dict__.setdefault("scratch", Scratch())
+        _merge_tensor(name, reader, sources, plan, writer, exact, scratch)
         counter.add(count)
 
-    with ThreadPoolExecutor(_THREADS, "merge") as pool:
-        jobs = []
-        for tensors in files:
-            if untouched := [name for name in tensors if name not in touched]:
-                jobs.append(pool.submit(copy, untouched))
-            for name, info in tensors.items():
-                if name in touched:
-                    jobs.append(pool.submit(change, name, info.size_bytes))
+    with _one_thread_each(), ThreadPoolExecutor(_count_threads(), "merge") as pool:
+        untouched = ([name for name in tensors if name not in touched] for tensors in files)
+        jobs = [pool.submit(copy, names) for names in untouched if names]
+        # In turns over the files: writers of one file wait for each other.
+        for turn in zip_longest(*([t for t in f.values() if t.name in touched] for f in files)):
+            jobs += [pool.submit(change, t.name, t.size_bytes) for t in turn if t]
         done, left = wait(jobs, return_when=FIRST_EXCEPTION)
         for job in left:
             job.cancel()
     for job in done:
         job.result()
+
+
+def _count_threads() -> int:
+    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Let every thread compute by itself: the tensors are many, the products small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _merge_tensor(
@@ -83,6 +103,7 @@ def _merge_tensor(
     plan: MergePlan,
     writer: CheckpointWriter,
     exact: Exact,
+    scratch: Scratch,
 ) -> None:
     def read(part: str) -> torch.Tensor:
         if len(sources) == 1:
@@ -95,15 +116,15 @@ def _merge_tensor(
     shape = plan.shapes.get(name, reader.tensors[origin].shape)
     folds = [make_fold(edit, read, exact) for edit in edits]
     if not shape:
-        value = fold_all(folds, reader.read(origin).reshape(1), 0)
+        value = fold_all(folds, reader.read(origin).reshape(1), 0, scratch)
         writer.write(name, value.reshape(()))
         return
     step = shape[0] if any(map(needs_whole, edits)) else _rows_at_once(shape)
     for start in range(0, shape[0], step):
         end = min(start + step, shape[0])
-        rows = _first_rows(reader, origin, edits, shape, start, end)
-        merged = fold_all(folds, rows, start)
-        if folds:
+        rows = _first_rows(reader, origin, edits, (end - start, *shape[1:]), start, scratch)
+        merged = fold_all(folds, rows, start, scratch)
+        if folds and not scratch.finite:
             _check_finite(name, merged)
         writer.write_rows(name, start, merged)
 
@@ -121,13 +142,14 @@ def _first_rows(
     edits: Sequence[Edit],
     shape: tuple[int, ...],
     start: int,
-    end: int,
+    scratch: Scratch,
 ) -> torch.Tensor:
-    """Return the base's rows; what a replacement overwrites anyway is not read."""
+    """Return the base's rows from *start* on; what a replacement overwrites anyway is not read."""
+    info = reader.tensors[origin]
     if edits and isinstance(edits[0], Replace):
-        kind = reader.read_rows(origin, 0, 0).dtype
-        return torch.empty((end - start, *shape[1:]), dtype=kind)
-    return reader.read_rows(origin, start, end)
+        return scratch.take("rows", shape, TORCH_DTYPES[info.dtype])
+    memory = scratch.raw("rows", size_bytes(info.dtype, shape))
+    return reader.read_rows(origin, start, start + shape[0], memory)
 
 
 def _check_finite(name: str, merged: torch.Tensor) -> None:

@@ -3,11 +3,13 @@
 Formulas and their order of operations are PEFT's (0.21, ``merge_and_unload`` on a CPU after
 ``PeftModel.from_pretrained``, which holds adapters in float32): the change is computed in float32,
 added to the base in float32 and rounded once. ``exact="peft"`` keeps every single rounding of it;
-``exact="float32"`` leaves out those that only lose precision, and is faster.
+``exact="float32"`` leaves out those that only lose precision. A fused product stands in for PEFT's
+three steps only where it was seen to give the same bits for the same shapes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
@@ -25,15 +27,43 @@ from loader.adapters.edits import (
     ReplaceRows,
 )
 
+_SUSPICIOUS = 1e30
+
 Exact = Literal["float32", "peft"]
 Read = Callable[[str], torch.Tensor]
+
+
+class Scratch:
+    """Memory that one thread uses again and again: fresh pages cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[str, torch.Tensor] = {}
+        # Whether the fused product gives the bits of PEFT's steps, by the shapes it was tried on.
+        self.fused_is_same: dict[tuple[float, ...], bool] = {}
+        # Whether the last fold saw only values that are finite in any dtype; None: it did not look.
+        self.finite: bool | None = None
+
+    def raw(self, use: str, size_bytes: int) -> torch.Tensor:
+        """Return uint8 memory of that size; it is the same for the same *use*."""
+        block = self._blocks.get(use)
+        if block is None or len(block) < size_bytes:
+            block = self._blocks[use] = torch.empty(size_bytes, dtype=torch.uint8)
+        return block[:size_bytes]
+
+    def take(self, use: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor in that memory; its values are whatever is there."""
+        size = math.prod(shape) * dtype.itemsize
+        return self.raw(use, size).view(dtype).view(tuple(shape))
 
 
 class Fold(Protocol):
     """One edit with its inputs in memory."""
 
-    def __call__(self, rows: torch.Tensor, start: int) -> torch.Tensor:
-        """Return *rows*, [start, start + len(rows)) of the target, with the edit made."""
+    def __call__(self, rows: torch.Tensor, start: int, scratch: Scratch) -> torch.Tensor:
+        """Return *rows*, [start, start + len(rows)) of the target, with the edit made.
+
+        Both *rows* and *scratch* may be written over.
+        """
 
 
 def needs_whole(edit: Edit) -> bool:
@@ -54,12 +84,14 @@ def make_fold(edit: Edit, read: Read, exact: Exact) -> Fold:
             return _fold_experts(edit, read, exact)
         case Replace():
             source = read(edit.source)
-            return lambda rows, start: source[start : start + len(rows)].to(rows.dtype)
+            return lambda rows, start, _: source[start : start + len(rows)].to(rows.dtype)
         case ReplaceRows():
             return _fold_rows(edit, read)
         case AddScaled():
             added = _wide(read(edit.source)) * edit.scaling
-            return lambda rows, start: _add(rows, added[start : start + len(rows)])
+            return lambda rows, start, scratch: _add(
+                rows, added[start : start + len(rows)], scratch
+            )
         case Multiply():
             return _fold_factors(edit, read)
         case Factored():
@@ -71,10 +103,20 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
 
-def _add(rows: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+def _add(rows: torch.Tensor, change: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """Return *rows* plus *change*, added in the wider dtype and rounded once."""
     if rows.dtype == change.dtype:
         return rows.add_(change)
-    return change.add_(rows).to(rows.dtype)
+    wide = scratch.take("wide", rows.shape, change.dtype)
+    return _round(rows, wide.copy_(rows).add_(change), scratch)
+
+
+def _round(rows: torch.Tensor, wide: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """Return *wide* in the memory of *rows*, rounded to their dtype; look at it on the way."""
+    # float16 overflows by rounding what is finite here; bfloat16 has the range of float32.
+    if rows.dtype == torch.bfloat16:
+        scratch.finite = abs(float(wide.sum())) < _SUSPICIOUS
+    return rows.copy_(wide.view(rows.shape))
 
 
 def _factors(edit: LowRank, read: Read) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,14 +140,23 @@ def _fold_pair(
     if left.ndim > 2 or right.ndim > 2:  # convolutions: A (rank, in, *kernel), B (out, rank, 1…)
         left, right = left.flatten(1), right.flatten(1)
 
-    def fold(rows: torch.Tensor, start: int) -> torch.Tensor:
+    def fold(rows: torch.Tensor, start: int, scratch: Scratch) -> torch.Tensor:
         part = left[start : start + len(rows)]
-        if exact == "float32":
-            wide = torch.addmm(rows.flatten(1).to(left.dtype), part, right, alpha=scaling)
-            return wide.to(rows.dtype).view(rows.shape)
-        change = torch.mm(part, right).mul_(scaling).view(rows.shape)
+        shape = (len(rows), right.shape[1])
+        key = (*part.shape, *right.shape, scaling)
+        fuse = exact == "float32" or (not rounded and scratch.fused_is_same.get(key))
+        if fuse:
+            wide = scratch.take("wide", shape, left.dtype).copy_(rows.flatten(1))
+            return _round(rows, wide.addmm_(part, right, alpha=scaling), scratch)
+        change = scratch.take("change", shape, left.dtype)
+        torch.mm(part, right, out=change).mul_(scaling)
+        if not rounded and key not in scratch.fused_is_same:
+            base = rows.flatten(1).to(left.dtype)
+            fused = torch.addmm(base, part, right, alpha=scaling)
+            scratch.fused_is_same[key] = torch.equal(fused, base + change)
+        change = change.view(rows.shape)
         # PEFT rounds the change of an embedding to the base's dtype before it adds it.
-        return _add(rows, change.to(rows.dtype) if rounded else change)
+        return _add(rows, change.to(rows.dtype) if rounded else change, scratch)
 
     return fold
 
@@ -137,7 +188,7 @@ def _fold_dora(edit: LowRank, read: Read) -> Fold:
     left, right = _factors(edit, read)
     magnitude = _wide(read(str(edit.magnitude))).flatten()
 
-    def fold(rows: torch.Tensor, start: int) -> torch.Tensor:
+    def fold(rows: torch.Tensor, start: int, scratch: Scratch) -> torch.Tensor:
         part = left[start : start + len(rows)]
         change = torch.mm(part, right).mul_(edit.scaling)
         changed = change.add_(rows)
@@ -164,14 +215,14 @@ def _fold_experts(edit: ExpertLowRank, read: Read, exact: Exact) -> Fold:
         form = "o r e, e r i -> e i o" if edit.transposed else "o r e, e r i -> e o i"
         return torch.einsum(form, b[:, :, experts], a[experts]) * edit.scaling
 
-    def fold(rows: torch.Tensor, start: int) -> torch.Tensor:
+    def fold(rows: torch.Tensor, start: int, scratch: Scratch) -> torch.Tensor:
         if edit.expert is None:
             change = change_of(slice(start, start + len(rows)))
         else:
             at = slice(edit.start + start, edit.start + start + len(rows))
             change = change_of(slice(edit.expert, edit.expert + 1))[0, at]
         # PEFT rounds the change of experts to the base's dtype before it adds it.
-        return _add(rows, change.to(rows.dtype) if exact == "peft" else change.contiguous())
+        return _add(rows, change.to(rows.dtype) if exact == "peft" else change, scratch)
 
     return fold
 
@@ -180,7 +231,7 @@ def _fold_rows(edit: ReplaceRows, read: Read) -> Fold:
     source = read(edit.source)
     places = sorted((row, at) for at, row in enumerate(edit.rows))
 
-    def fold(rows: torch.Tensor, start: int) -> torch.Tensor:
+    def fold(rows: torch.Tensor, start: int, scratch: Scratch) -> torch.Tensor:
         for row, at in places:
             if start <= row < start + len(rows):
                 rows[row - start] = source[at].to(rows.dtype)
@@ -192,7 +243,7 @@ def _fold_rows(edit: ReplaceRows, read: Read) -> Fold:
 def _fold_factors(edit: Multiply, read: Read) -> Fold:
     factors = _wide(read(edit.source)).flatten()
 
-    def fold(rows: torch.Tensor, start: int) -> torch.Tensor:
+    def fold(rows: torch.Tensor, start: int, scratch: Scratch) -> torch.Tensor:
         if edit.columns:
             return (rows * factors).to(rows.dtype)
         part = factors[start : start + len(rows)]
@@ -204,7 +255,7 @@ def _fold_factors(edit: Multiply, read: Read) -> Fold:
 def _fold_product(edit: Factored, read: Read) -> Fold:
     parts = {part: _wide(read(name)) for part, name in edit.parts}
 
-    def fold(rows: torch.Tensor, start: int) -> torch.Tensor:
+    def fold(rows: torch.Tensor, start: int, scratch: Scratch) -> torch.Tensor:
         match edit.method:
             case "LOHA":
                 change = _loha(parts) * torch.tensor(edit.scaling)
@@ -213,7 +264,7 @@ def _fold_product(edit: Factored, read: Read) -> Fold:
             case _:
                 change = _vera(parts, rows.shape[0 if edit.transposed else 1])
         change = change.T if edit.transposed else change
-        return _add(rows, change.reshape(rows.shape).contiguous())
+        return _add(rows, change.reshape(rows.shape), scratch)
 
     return fold
 
@@ -250,8 +301,11 @@ def _vera(parts: dict[str, torch.Tensor], columns: int) -> torch.Tensor:
     return (b * parts["vera_B"][: len(b)]) @ (d * parts["vera_A"][:, :columns])
 
 
-def fold_all(folds: Sequence[Fold], rows: torch.Tensor, start: int) -> torch.Tensor:
+def fold_all(
+    folds: Sequence[Fold], rows: torch.Tensor, start: int, scratch: Scratch
+) -> torch.Tensor:
     """Return *rows* with all *folds* made in order."""
     for fold in folds:
-        rows = fold(rows, start)
+        scratch.finite = None
+        rows = fold(rows, start, scratch)
     return rows.contiguous()

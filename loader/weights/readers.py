@@ -53,8 +53,13 @@ class Reader(Protocol):
     def read(self, name: str) -> torch.Tensor:
         """Return the whole tensor, as stored, in memory of its own."""
 
-    def read_rows(self, name: str, start: int, end: int) -> torch.Tensor:
-        """Return rows [start, end) of the first dimension, as stored, in memory of their own."""
+    def read_rows(
+        self, name: str, start: int, end: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return rows [start, end) of the first dimension, as stored, in memory of their own.
+
+        ``out`` is memory to be used for them: contiguous, uint8, of that many bytes or more.
+        """
 
     def read_raw(self, name: str) -> memoryview:
         """Return the tensor's bytes as safetensors stores them."""
@@ -87,15 +92,17 @@ class SafetensorsReader:
         info = self.stored[name].info
         return self._pread(name, info.start, info.end).reshape(info.shape)
 
-    def read_rows(self, name: str, start: int, end: int) -> torch.Tensor:
-        """Return rows [start, end) of the first dimension.
+    def read_rows(
+        self, name: str, start: int, end: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return rows [start, end) of the first dimension, in the memory of *out* if given.
 
         Raises:
             FormatError: as ``read``.
         """
         info = self.stored[name].info
         stride = size_bytes(info.dtype, info.shape[1:])
-        rows = self._pread(name, info.start + start * stride, info.start + end * stride)
+        rows = self._pread(name, info.start + start * stride, info.start + end * stride, out)
         return rows.reshape(end - start, *info.shape[1:])
 
     def read_raw(self, name: str) -> memoryview:
@@ -125,7 +132,9 @@ class SafetensorsReader:
     ) -> None:
         self.close()
 
-    def _pread(self, name: str, start: int, end: int) -> torch.Tensor:
+    def _pread(
+        self, name: str, start: int, end: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         stored = self.stored[name]
         dtype = TORCH_DTYPES.get(stored.info.dtype)
         if dtype is None:
@@ -136,7 +145,7 @@ class SafetensorsReader:
                 got=stored.info.dtype,
                 next_step="convert the checkpoint to bfloat16",
             )
-        raw = torch.empty(end - start, dtype=torch.uint8)
+        raw = torch.empty(end - start, dtype=torch.uint8) if out is None else out[: end - start]
         self._fill(raw.numpy().data, stored, start)
         return raw.view(dtype)
 
@@ -172,7 +181,9 @@ class MemoryReader:
         """Return a copy of the tensor."""
         return self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
 
-    def read_rows(self, name: str, start: int, end: int) -> torch.Tensor:
+    def read_rows(
+        self, name: str, start: int, end: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return a copy of rows [start, end)."""
         rows = self._tensors[name].detach()[start:end]
         return rows.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,174 @@
+"""Merging a LoRA into a model of 1B parameters: podloader, PEFT, ``cp``, and mergekit if given.
+
+    python benchmarks/merge.py [--folder DIR] [--layers 22] [--mergekit PYTHON] [--runs 3]
+
+The model (Llama, bf16, random weights) and the adapter (rank 16, all linear layers) are made in
+place. Every contestant runs as a process of its own, after one that reads the base into the page
+cache; the time is the whole process's but for imports, which are given apart; the peak is resident
+memory. ``cp`` is the floor: it copies the base's weight files and does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+_CLOCK = """
+import json, sys, time
+began = time.perf_counter()
+{imports}
+ready = time.perf_counter()
+{work}
+done = time.perf_counter()
+# Not ru_maxrss: that is inherited from the process that started this one.
+status = open("/proc/self/status").read()
+peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+print(json.dumps({{"imports_s": ready - began, "work_s": done - ready, "peak_bytes": peak}}))
+"""
+_CONTESTANTS = {
+    "podloader": (
+        "from pathlib import Path; from loader.adapters.merge import WeightedAdapter, merge",
+        "merge(Path({base!r}), [WeightedAdapter(Path({adapter!r}))], Path({output!r}))",
+    ),
+    "podloader, exact=float32": (
+        "from pathlib import Path; from loader.adapters.merge import WeightedAdapter, merge",
+        "merge(Path({base!r}), [WeightedAdapter(Path({adapter!r}))], Path({output!r}), "
+        "exact='float32')",
+    ),
+    "PEFT": (
+        "from peft import PeftModel; from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "model = AutoModelForCausalLM.from_pretrained({base!r}, dtype='auto')\n"
+        "model = PeftModel.from_pretrained(model, {adapter!r}).merge_and_unload()\n"
+        "model.save_pretrained({output!r})",
+    ),
+    "cp": ("import subprocess", "subprocess.run(['cp', '-r', {base!r}, {output!r}], check=True)"),
+}
+_MERGEKIT = {
+    "merge_method": "linear",
+    "dtype": "bfloat16",
+}
+
+
+def make_models(folder: Path, layers: int) -> tuple[Path, Path]:
+    """Return a base and an adapter over it, made in *folder* unless they are there already."""
+    base, adapter = folder / f"base-{layers}", folder / f"adapter-{layers}"
+    if adapter.exists():
+        return base, adapter
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(base, max_shard_size="1GB")
+    tuned = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base, dtype="auto"),
+        LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+    )
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    tuned.save_pretrained(adapter)
+    return base, adapter
+
+
+def measure(python: str, name: str, base: Path, adapter: Path, output: Path) -> dict[str, float]:
+    """Return the times and the peak memory of one contestant, run once."""
+    for path in sorted(base.iterdir()):
+        with path.open("rb") as file:
+            while file.read(1 << 24):
+                pass
+    imports, work = _CONTESTANTS[name]
+    names = {"base": str(base), "adapter": str(adapter), "output": str(output)}
+    script = _CLOCK.format(imports=imports, work=work.format(**names))
+    root = str(Path(__file__).resolve().parents[1])
+    result = subprocess.run(
+        [python, "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"},
+    )
+    found: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def compare_weights(one: Path, other: Path) -> int:
+    """Return how many tensors of two folders differ in any bit."""
+    from loader.weights.readers import open_weights
+
+    ours, theirs = open_weights(one), open_weights(other)
+    names = {*ours.tensors, *theirs.tensors}
+    return sum(1 for name in names if ours.read_raw(name) != theirs.read_raw(name))
+
+
+def run_mergekit(python: str, base: Path, adapter: Path, output: Path) -> dict[str, float]:
+    """Return the time that mergekit takes for the same, as a process of its own."""
+    config = output.parent / "mergekit.yaml"
+    model = {"model": f"{base}+{adapter}", "parameters": {"weight": 1.0}}
+    config.write_text(json.dumps({**_MERGEKIT, "models": [model]}))
+    program = Path(python).parent / "mergekit-yaml"
+    began = time.perf_counter()
+    subprocess.run(
+        [str(program), str(config), str(output), "--lora-merge-cache", str(output.parent / "kit")],
+        check=True,
+        capture_output=True,
+    )
+    return {"imports_s": 0.0, "work_s": time.perf_counter() - began, "peak_bytes": 0.0}
+
+
+def main() -> None:
+    """Print one line for each contestant: the best of the runs, and how it compares."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "merge-bench")
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--mergekit", help="a Python that has mergekit installed")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    base, adapter = make_models(options.folder, options.layers)
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    print(f"base: {size / 1e9:.2f} GB, {len(list(base.glob('*.safetensors')))} files")
+    names = [*_CONTESTANTS, *(["mergekit"] if options.mergekit else [])]
+    best: dict[str, dict[str, float]] = {}
+    for _ in range(options.runs):
+        for name in names:  # in turns, so that a slow minute of the machine meets all alike
+            output = options.folder / f"out-{name.replace(' ', '')}"
+            shutil.rmtree(output, ignore_errors=True)
+            if name == "mergekit":
+                found = run_mergekit(options.mergekit, base, adapter, output)
+            else:
+                found = measure(sys.executable, name, base, adapter, output)
+            if name not in best or found["work_s"] < best[name]["work_s"]:
+                best[name] = found
+    for name, found in best.items():
+        print(
+            f"{name:26} {found['work_s']:6.2f} s  (imports {found['imports_s']:5.2f} s)  "
+            f"peak {found['peak_bytes'] / 1e6:6.0f} MB = {found['peak_bytes'] / size:6.1%}  "
+            f"{found['work_s'] / best['cp']['work_s']:5.2f} x cp  "
+            f"PEFT / this {best['PEFT']['work_s'] / found['work_s']:5.1f}"
+        )
+    differing = compare_weights(options.folder / "out-podloader", options.folder / "out-PEFT")
+    print(f"tensors that differ from PEFT's in any bit: {differing}")
+
+
+if __name__ == "__main__":
+    main()
