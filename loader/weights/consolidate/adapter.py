@@ -21,7 +21,8 @@ from loader.weights.inspect import ADAPTER_CONFIG, read_json
 
 _ROOT = "base_model.model."
 _LORA = re.compile(
-    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.(?P<adapter>[^.]+)(\.weight)?$"
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)"
+    r"(\.(?!weight$)(?P<adapter>[^.]+))?(?P<weight>\.weight)?$"
 )
 _SAVED = re.compile(r"\.modules_to_save\.(?P<adapter>[^.]+)\.")
 _TOKENS = re.compile(r"\.(trainable_tokens_delta)\.(?P<adapter>[^.]+)$")
@@ -82,7 +83,7 @@ def match_adapter(
 def _rename(name: str, adapters: set[str]) -> str | None:
     """Return the adapter's name of a tensor, None for the base model's; notes whose it is."""
     _, root, rest = name.partition(_ROOT)
-    for pattern, kept in ((_LORA, r".\1\3"), (_SAVED, "."), (_TOKENS, r".\1")):
+    for pattern, kept in ((_LORA, r".\1\g<weight>"), (_SAVED, "."), (_TOKENS, r".\1")):
         if match := pattern.search(rest):
             adapters.add(match["adapter"])
             short = pattern.sub(kept, rest)

@@ -31,8 +31,10 @@ from loader.weights.consolidate.assembly import (
 from loader.weights.consolidate.dcp import DcpSource
 from loader.weights.consolidate.expected import ModelNames, read_model_names
 from loader.weights.consolidate.files import Files, LocalFiles
+from loader.weights.consolidate.hfstorage import SafetensorsStorageSource, is_storage
 from loader.weights.consolidate.names import match_names
 from loader.weights.consolidate.pieces import SourceTensor
+from loader.weights.consolidate.ranks import RankShardsSource
 from loader.weights.consolidate.sidecars import CONFIG, find_sidecars, write_sidecars
 from loader.weights.writer import MAX_SHARD_BYTES, CheckpointWriter, TensorSpec, plan_shards
 
@@ -139,7 +141,9 @@ def plan_consolidation(
 
 def _open_source(checkpoint: Checkpoint, files: Files) -> ShardedSource:
     if checkpoint.kind is Kind.DCP:
-        return DcpSource(files)
+        return SafetensorsStorageSource(files) if is_storage(files) else DcpSource(files)
+    if checkpoint.kind is Kind.RANK_SHARDS:
+        return RankShardsSource(files)
     raise UnsupportedError(
         "a checkpoint that is not sharded over ranks",
         where=str(checkpoint.path),

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
@@ -25,15 +24,20 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
-from torch.distributed.fsdp import ShardedStateDictConfig, StateDictType, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    ShardedStateDictConfig,
+    StateDictType,
+    fully_shard,
+)
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     parallelize_module,
 )
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 warnings.simplefilter("ignore")
 RANKS_PER_NODE = 2
@@ -48,8 +52,8 @@ def node_folder(case: str) -> Path:
     return folder
 
 
-def load(dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
-    return LlamaForCausalLM.from_pretrained(BASE, dtype=dtype, **overrides)
+def load(dtype: torch.dtype = torch.float32) -> Any:
+    return LlamaForCausalLM.from_pretrained(BASE, dtype=dtype)
 
 
 def step(model: torch.nn.Module, data: int = 0) -> torch.optim.Optimizer:
@@ -84,18 +88,20 @@ def fsdp2(case: str) -> None:
     fully_shard(model)
     optimizer = step(model)
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments, "step": 10}, checkpoint_id=node_folder(case))
+    save({"model": weights, "optimizer": moments, "step": 10}, checkpoint_id=node_folder(case))
     keep_reference(case, get_model_state_dict(model, options=FULL))
     copy_sidecars(case)
 
 
 def fsdp2_bf16_tied(case: str) -> None:
     """Trained in bfloat16 with tied embeddings, under torch.compile and checkpointing's names."""
-    model = load(torch.bfloat16, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(BASE, tie_word_embeddings=True)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
     fully_shard(model)
     step(model)
     state = {f"_orig_mod.{k}": v for k, v in model.state_dict().items()}
-    dcp.save(state, checkpoint_id=node_folder(case))
+    save(state, checkpoint_id=node_folder(case))
     keep_reference(case, get_model_state_dict(model, options=FULL))
     copy_sidecars(case, node=1)
     if dist.get_rank() == RANKS_PER_NODE:
@@ -104,13 +110,13 @@ def fsdp2_bf16_tied(case: str) -> None:
 
 def fsdp1(case: str) -> None:
     """ShardedTensor chunks, in accelerate's folder, under its key ``model``."""
-    model = FSDP1(load(), use_orig_params=True, device_id=torch.device("cpu"))
+    model = FullyShardedDataParallel(load(), use_orig_params=True, device_id=torch.device("cpu"))
     step(model)
     config = ShardedStateDictConfig(offload_to_cpu=True)
-    with FSDP1.state_dict_type(model, StateDictType.SHARDED_STATE_DICT, config):
+    with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT, config):
         folder = node_folder(case) / "pytorch_model_fsdp_0"
-        dcp.save({"model": model.state_dict()}, checkpoint_id=folder)
-    with FSDP1.state_dict_type(model, StateDictType.FULL_STATE_DICT):
+        save({"model": model.state_dict()}, checkpoint_id=folder)
+    with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT):
         keep_reference(case, model.state_dict())
     copy_sidecars(case)
 
@@ -130,7 +136,7 @@ def hsdp_tp(case: str) -> None:
     parallelize_module(model, mesh["tp"], plan)
     fully_shard(model, mesh=mesh["dp"])
     step(model)
-    dcp.save(model.state_dict(), checkpoint_id=node_folder(case))
+    save(model.state_dict(), checkpoint_id=node_folder(case))
     keep_reference(case, get_model_state_dict(model, options=FULL))
     copy_sidecars(case)
 
@@ -138,7 +144,7 @@ def hsdp_tp(case: str) -> None:
 def full_state(case: str) -> None:
     """The full state dict, every tensor whole, written by whichever rank DCP chose."""
     model = load(torch.float16)
-    dcp.save({"app": {"model": model.state_dict()}}, checkpoint_id=node_folder(case))
+    save({"app": {"model": model.state_dict()}}, checkpoint_id=node_folder(case))
     keep_reference(case, model.state_dict())
     copy_sidecars(case)
 
@@ -150,7 +156,7 @@ def hf_storage(case: str) -> None:
     step(model)
     state = model.state_dict()
     writer = HuggingFaceStorageWriter(str(node_folder(case)), save_distributed=True)
-    dcp.save(state, storage_writer=writer)
+    save(state, storage_writer=writer)
     keep_reference(case, get_model_state_dict(model, options=FULL))
     copy_sidecars(case)
 
@@ -166,9 +172,23 @@ def lora(case: str) -> None:
     step(model, data=1)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     state = {k: v for k, v in get_model_state_dict(model).items() if k in trained}
-    dcp.save({"model": state}, checkpoint_id=node_folder(case))
+    save({"model": state}, checkpoint_id=node_folder(case))
     full = get_model_state_dict(model, options=FULL)
-    keep_reference(case, {k: v for k, v in full.items() if k in trained})
+    keep_reference(case, get_peft_model_state_dict(model, {k: full.get(k) for k in trained}))
+    if dist.get_rank() == 0:
+        model.peft_config["default"].save_pretrained(node_folder(case))
+
+
+def lora_as_peft_names_it(case: str) -> None:
+    """As accelerate saves an adapter: already under the names of adapter_model.safetensors."""
+    torch.manual_seed(1)
+    model = get_peft_model(load(), LoraConfig(r=4, target_modules=["v_proj"], use_dora=True))
+    fully_shard(model)
+    step(model)
+    state = get_peft_model_state_dict(model, get_model_state_dict(model))
+    save({"model": state}, checkpoint_id=node_folder(case) / "pytorch_model_fsdp_0")
+    full = get_model_state_dict(model, options=FULL)
+    keep_reference(case, get_peft_model_state_dict(model, full) if full else {})
     if dist.get_rank() == 0:
         model.peft_config["default"].save_pretrained(node_folder(case))
 
@@ -181,6 +201,7 @@ CASES: dict[str, Callable[[str], None]] = {
     "full": full_state,
     "hf-storage": hf_storage,
     "lora": lora,
+    "lora-peft-names": lora_as_peft_names_it,
 }
 
 if __name__ == "__main__":
