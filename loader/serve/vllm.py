@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -177,11 +178,32 @@ async def _answer(state: Any, body: dict[str, Any]) -> dict[str, Any] | AsyncGen
     except Exception as error:
         raise _translate(error) from error
     if isinstance(result, ErrorResponse):
-        raise RequestError(result.error.message, status=result.error.code)
+        raise _refuse_or_fail(result.error.message, result.error.code)
     if isinstance(result, BaseModel):
         return result.model_dump(mode="json")
-    stream: AsyncGenerator[str, None] = result
-    return stream
+    return await _begin(result)
+
+
+async def _begin(stream: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """Return *stream* once its first event is there and is no error.
+
+    vLLM checks part of a request only as it starts to generate; its own server has sent status 200
+    by then.
+    """
+    first = await anext(stream, "")
+    if first.startswith('data: {"error"'):
+        error = json.loads(first.removeprefix("data: "))["error"]
+        raise _refuse_or_fail(error["message"], error["code"])
+    return _resume(first, stream)
+
+
+async def _resume(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    try:
+        yield first
+        async for event in rest:
+            yield event
+    finally:
+        await rest.aclose()
 
 
 def _refuse_body(error: Any) -> RequestError:
@@ -197,10 +219,15 @@ def _translate(error: Exception) -> LoaderError:
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
     info = create_error_response(error).error
-    if isinstance(error, (EngineDeadError, EngineGenerateError)) or info.code == 500:
-        return EngineError(
-            "the engine failed while answering",
-            got=info.message,
-            next_step="the engine's log lines name the cause; is_healthy tells whether it lives",
-        )
-    return RequestError(info.message, status=info.code)
+    dead = isinstance(error, (EngineDeadError, EngineGenerateError))
+    return _refuse_or_fail(info.message, 500 if dead else info.code)
+
+
+def _refuse_or_fail(message: str, status: int) -> LoaderError:
+    if status != 500:
+        return RequestError(message, status=status)
+    return EngineError(
+        "the engine failed while answering",
+        got=message,
+        next_step="the engine's log lines name the cause; is_healthy tells whether it lives",
+    )
