@@ -32,7 +32,7 @@ from loader.adapters.combine import (
 )
 from loader.adapters.config import AdapterConfig, read_adapter_config
 from loader.adapters.draft import Base
-from loader.adapters.edits import Edit, LowRank, Replace
+from loader.adapters.edits import Edit, LowRank, Replace, ReplaceRows
 from loader.adapters.effect import check_effect
 from loader.adapters.fold import Exact
 from loader.adapters.names import find_embedding
@@ -182,6 +182,9 @@ def _keep_tied(plan: MergePlan, source: LocalReader) -> MergePlan:
 def _is_same(head: Edit | None, embedding: Edit | None, source: LocalReader) -> bool:
     if isinstance(head, Replace) and isinstance(embedding, Replace):
         return source.read_raw(head.source) == source.read_raw(embedding.source)
+    if isinstance(head, ReplaceRows) and isinstance(embedding, ReplaceRows):
+        same = source.read_raw(head.source) == source.read_raw(embedding.source)
+        return same and head.rows == embedding.rows
     if isinstance(head, LowRank) and isinstance(embedding, LowRank):
         a, b = source.read(head.a), source.read(head.b)
         turned = source.read(embedding.b).T, source.read(embedding.a).T

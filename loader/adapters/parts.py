@@ -16,19 +16,26 @@ _PART = re.compile(
 )
 _TOKENS = re.compile(r"^(?P<module>.+?)\.(?:token_adapter\.)?trainable_tokens_delta(?:\.default)?$")
 _WHOLE = re.compile(
-    r"^(?P<module>.+?)(?:\.token_adapter)?(?:\.base_layer|\.modules_to_save(?:\.default)?)?"
+    r"^(?P<module>.+?)(?:\.token_adapter)?"
+    r"(?:\.(?P<holder>base_layer|original_module|modules_to_save)(?:\.default)?)?"
     r"\.(?P<leaf>[^.]+)$"
 )
+# A module may be saved several times over, under the names of its holders: the last one counts.
+_HOLDERS = ("original_module", "base_layer", "modules_to_save", None)
 _SHARED = re.compile(r"^base_model\.(vera_[AB])(?:\.default)?$")
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleParts:
-    """The adapter's tensors for one module: parts by PEFT's name of them, whole ones by leaf."""
+    """The adapter's tensors for one module: parts by PEFT's name of them, whole ones by leaf.
+
+    ``spare`` are copies of the whole ones that count for nothing.
+    """
 
     module: str
     parts: Mapping[str, str]
     whole: Mapping[str, str]
+    spare: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +49,7 @@ class AdapterParts:
 def group_parts(names: Iterable[str]) -> AdapterParts:
     """Return the tensors called *names*, by the module that they belong to."""
     parts: dict[str, dict[str, str]] = {}
-    whole: dict[str, dict[str, str]] = {}
+    held: dict[str, dict[str, dict[str | None, str]]] = {}
     shared: dict[str, str] = {}
     for name in sorted(names):
         if match := _SHARED.match(name):
@@ -55,11 +62,22 @@ def group_parts(names: Iterable[str]) -> AdapterParts:
         elif match := _TOKENS.match(plain):
             parts.setdefault(match["module"], {})["tokens"] = name
         elif match := _WHOLE.match(plain):
-            whole.setdefault(match["module"], {})[match["leaf"]] = name
+            leaves = held.setdefault(match["module"], {})
+            leaves.setdefault(match["leaf"], {})[match["holder"]] = name
         else:
-            whole.setdefault(plain, {})[""] = name
+            held.setdefault(plain, {})[""] = {None: name}
     modules = tuple(
-        ModuleParts(m, MappingProxyType(parts.get(m, {})), MappingProxyType(whole.get(m, {})))
-        for m in sorted({*parts, *whole})
+        _gather(module, parts.get(module, {}), held.get(module, {}))
+        for module in sorted({*parts, *held})
     )
     return AdapterParts(modules, MappingProxyType(shared))
+
+
+def _gather(
+    module: str, parts: Mapping[str, str], held: Mapping[str, Mapping[str | None, str]]
+) -> ModuleParts:
+    whole, spare = {}, []
+    for leaf, copies in held.items():
+        *rest, whole[leaf] = [copies[holder] for holder in _HOLDERS if holder in copies]
+        spare += rest
+    return ModuleParts(module, MappingProxyType(dict(parts)), MappingProxyType(whole), tuple(spare))

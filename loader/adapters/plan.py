@@ -46,6 +46,7 @@ def plan_merge(config: AdapterConfig, tensors: Shapes, base: Base) -> MergePlan:
     grouped = group_parts(tensors)
     for module in grouped.modules:
         _plan_whole(draft, module)
+        draft.used.update(module.spare)
         if module.parts:
             _plan_parts(draft, module, grouped.shared)
     if config.peft_type == "VERA":

@@ -1,0 +1,174 @@
+"""The rarer things PEFT can save: experts, resized vocabularies, other methods, other names."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, VeraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from loader.adapters.merge import WeightedAdapter, merge
+from tests.adapters.peft import differing, load, merged_state, state
+from tests.models import draw_adapter, tiny_llama, train_or_draw_lora
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 365,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def build(kind: str, folder: Path) -> Path:
+    """Save a tiny model of an architecture with experts or fused projections."""
+    torch.manual_seed(0)
+    model: PreTrainedModel
+    match kind:
+        case "qwen3_moe":
+            config = Qwen3MoeConfig(**SMALL, **EXPERTS, moe_intermediate_size=48)
+            model = Qwen3MoeForCausalLM(config)
+        case "mixtral":
+            model = MixtralForCausalLM(MixtralConfig(**SMALL, **EXPERTS))
+        case "gpt_oss":
+            small = {**SMALL, "intermediate_size": 64}  # square: shapes do not tell orientation
+            model = GptOssForCausalLM(GptOssConfig(**small, **EXPERTS))
+        case _:
+            model = Phi3ForCausalLM(Phi3Config(**{k: SMALL[k] for k in SMALL if k != "head_dim"}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def check(base: Path, adapter: Path, output: Path, **options: Any) -> None:
+    merge(base, [WeightedAdapter(adapter)], output)
+    ours = state(output)
+    assert not differing(ours, merged_state(base, adapter, **options))
+    assert differing(ours, state(base)), "the adapter changed nothing"
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_experts(tmp_path: Path, kind: str) -> None:
+    base = build(kind, tmp_path / "base")
+    for name, parameters in {
+        "both": ["experts.gate_up_proj", "experts.down_proj"],
+        "down": ["experts.down_proj"],
+        "up": ["mlp.experts.gate_up_proj"],
+    }.items():
+        adapter = train_or_draw_lora(
+            base, tmp_path / name, target_modules=["q_proj"], target_parameters=parameters, r=2
+        )
+        check(base, adapter, tmp_path / f"{name}-out")
+
+
+def test_fused_projections(tmp_path: Path) -> None:
+    base = build("phi3", tmp_path / "base")
+    targets = ["qkv_proj", "gate_up_proj", "o_proj"]
+    check(base, train_or_draw_lora(base, tmp_path / "a", target_modules=targets), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoHaConfig(r=4, alpha=3, target_modules=["q_proj", "down_proj"]),
+        LoKrConfig(r=4, alpha=3, target_modules=["q_proj", "down_proj"]),
+        LoKrConfig(r=2, target_modules=["q_proj"], decompose_both=True, decompose_factor=8),
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        VeraConfig(r=8, target_modules=["q_proj", "v_proj"], save_projection=True),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_other_methods(tmp_path: Path, config: Any) -> None:
+    base = tiny_llama(tmp_path / "base", dtype=torch.float32, tokenizer=False, attention_bias=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = get_peft_model(load(base), config)
+        draw_adapter(tuned, spread=0.3)
+        tuned.save_pretrained(tmp_path / "a")
+    merge(base, [WeightedAdapter(tmp_path / "a")], tmp_path / "out")
+    theirs = merged_state(base, tmp_path / "a")
+    ours = state(tmp_path / "out")
+    assert not differing(ours, theirs)
+    assert differing(ours, state(base))
+
+
+def resize_and_save(base: Path, folder: Path, rows: int, **lora: Any) -> Path:
+    """Save an adapter that was trained after tokens had been added to the base's vocabulary."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = load(base)
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        tuned = get_peft_model(model, LoraConfig(r=4, **lora))
+        draw_adapter(tuned)
+        tuned.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [365, 369]},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    ],
+)
+def test_resized_vocabulary(tmp_path: Path, lora: dict[str, Any], tied: bool) -> None:
+    base = tiny_llama(tmp_path / "base", dtype=torch.bfloat16, tie_word_embeddings=tied)
+    adapter = resize_and_save(base, tmp_path / "a", 370, **lora)
+    merge(base, [WeightedAdapter(adapter)], tmp_path / "out")
+    ours = state(tmp_path / "out")
+    assert len(ours["model.embed_tokens.weight"]) == len(ours["lm_head.weight"]) == 370
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["vocab_size"] == 370
+    separate = "modules_to_save" in lora or "embed_tokens" in lora["target_modules"]
+    assert config["tie_word_embeddings"] is (tied and not separate)
+    if tied and "embed_tokens" in lora["target_modules"]:
+        return  # PEFT merges both changes into the one tensor that it still ties
+    assert not differing(ours, merged_state(base, adapter, vocab_size=370))
+
+
+def test_names_of_a_multimodal_runtime(tmp_path: Path) -> None:
+    """A checkpoint named as transformers 4 named it, an adapter as transformers 5 does."""
+    base = tiny_llama(tmp_path / "base")
+    adapter = train_or_draw_lora(base, tmp_path / "a", target_modules=["q_proj", "lm_head"])
+    merge(base, [WeightedAdapter(adapter)], tmp_path / "out")
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "config.json").write_bytes((base / "config.json").read_bytes())
+    tensors = load_file(base / "model.safetensors")
+    save_file({f"language_model.{n}": t for n, t in tensors.items()}, old / "model.safetensors")
+    weights = adapter / "adapter_model.safetensors"
+    renamed = {
+        n.replace("model.model.", "model.model.language_model."): t
+        for n, t in load_file(weights).items()
+    }
+    save_file(renamed, weights)
+    merge(old, [WeightedAdapter(adapter)], tmp_path / "old-out")
+    found = load_file(tmp_path / "old-out/model.safetensors")
+    expected = load_file(tmp_path / "out/model.safetensors")
+    assert not differing({n.removeprefix("language_model."): t for n, t in found.items()}, expected)
