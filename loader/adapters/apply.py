@@ -19,8 +19,8 @@ from loader.weights.header import size_bytes
 from loader.weights.readers import TORCH_DTYPES, Reader
 from loader.weights.writer import CheckpointWriter
 
-# 1 MiB of float32: what the arithmetic of one step touches stays in a core's own cache.
-_CHUNK_VALUES = 1 << 18
+# 2 MiB of float32: measured best; the arithmetic of one step stays in cache, the calls are few.
+_CHUNK_VALUES = 1 << 19
 _MOST_THREADS = 16
 
 Progress = Callable[[int, int], None]

@@ -7,6 +7,7 @@ rows of it at a time, and pages of a mapped file do not count against the pod.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -70,18 +71,18 @@ class SafetensorsReader:
 
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
         self.stored = stored
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+            {name: tensor.info for name, tensor in stored.items()}
+        )
         self._descriptors: dict[Path, int] = {}
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """All tensors by name."""
-        return MappingProxyType({name: s.info for name, s in self.stored.items()})
+        self._lock = threading.Lock()
 
     def descriptor(self, path: Path) -> int:
         """Return the open descriptor of a file, for copies inside the kernel."""
-        if path not in self._descriptors:
-            self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._descriptors[path]
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[path]
 
     def read(self, name: str) -> torch.Tensor:
         """Return the whole tensor.
