@@ -56,11 +56,13 @@ def test_left_over_tensors_are_all_listed(base: Path, adapter: Path) -> None:
         f"{PREFIX}.nope.lora_A.weight": torch.ones(4, 2),
         f"{PREFIX}.nope.lora_B.weight": torch.ones(2, 4),
         "something.else": torch.ones(1),
+        "base_model.vera_A": torch.ones(1),  # of another method than the config names
+        f"{PREFIX}.q_proj.ia3_l": torch.ones(1, 128),
     }
     change(adapter, lambda tensors: tensors.update(extra))
     error = refused(base, adapter, AdapterError, "does not fit its base")
     assert all(any(name in problem for problem in error.problems) for name in extra)
-    assert len(error.problems) == 3
+    assert len(error.problems) == 5
 
 
 def test_base_of_other_shapes(adapter: Path, tmp_path: Path) -> None:
