@@ -36,6 +36,7 @@ from loader.weights.consolidate.names import match_names
 from loader.weights.consolidate.pieces import SourceTensor
 from loader.weights.consolidate.ranks import RankShardsSource
 from loader.weights.consolidate.sidecars import CONFIG, find_sidecars, write_sidecars
+from loader.weights.consolidate.zero import ZeroSource
 from loader.weights.writer import MAX_SHARD_BYTES, CheckpointWriter, TensorSpec, plan_shards
 
 _THREADS = 4
@@ -46,6 +47,7 @@ class ShardedSource(Protocol):
     """The tensors of a sharded checkpoint, whatever its format."""
 
     shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]  # as trained
 
     def open(self, names: Sequence[str], dtype: str | None) -> tuple[SourceTensor, ...]:
         """Return these tensors as pieces, best read for *dtype* ("BF16"), None as trained.
@@ -135,7 +137,7 @@ def plan_consolidation(
     expected = ModelNames(names) if names is not None else _expected(sidecars, where)
     match = match_names(source.shapes, expected, where)
     targets = _targets(match.names, source, dtype)
-    _check_copies(targets, match.copies, source, where)
+    _check_copies(targets, match.copies, source, dtype, where)
     return Consolidation(targets, sidecars, "model", _main_dtype(targets))
 
 
@@ -144,6 +146,8 @@ def _open_source(checkpoint: Checkpoint, files: Files) -> ShardedSource:
         return SafetensorsStorageSource(files) if is_storage(files) else DcpSource(files)
     if checkpoint.kind is Kind.RANK_SHARDS:
         return RankShardsSource(files)
+    if checkpoint.kind is Kind.ZERO:
+        return ZeroSource(files, str(checkpoint.detail.get("tag", "")))
     raise UnsupportedError(
         "a checkpoint that is not sharded over ranks",
         where=str(checkpoint.path),
@@ -183,8 +187,8 @@ def _targets(
 ) -> tuple[Target, ...]:
     opened = source.open(list(names.values()), dtype)
     return tuple(
-        Target(name, dtype if dtype and tensor.dtype in CASTABLE else tensor.dtype, tensor)
-        for name, tensor in zip(names, opened, strict=True)
+        Target(name, dtype if dtype and tensor.dtype in CASTABLE else source.dtypes[own], tensor)
+        for (name, own), tensor in zip(names.items(), opened, strict=True)
     )
 
 
@@ -192,6 +196,7 @@ def _check_copies(
     targets: Sequence[Target],
     copies: Mapping[str, tuple[str, ...]],
     source: ShardedSource,
+    dtype: str | None,
     where: str,
 ) -> None:
     """Raise CheckpointError where tied tensors were saved twice and are not the same."""
@@ -199,7 +204,7 @@ def _check_copies(
     problems = [
         f"{other.name} differs from {kept[name].source.name}"
         for name, others in copies.items()
-        for other in source.open(others, kept[name].dtype)
+        for other in source.open(others, dtype)
         if not is_same(kept[name].source, other)
     ]
     if problems:

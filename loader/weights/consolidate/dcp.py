@@ -55,6 +55,9 @@ class DcpSource:
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: tensor.shape for name, tensor in self._tensors.items()
         }
+        self.dtypes: Mapping[str, str] = {
+            name: tensor.dtype for name, tensor in self._tensors.items()
+        }
 
     def open(self, names: Sequence[str], dtype: str | None) -> tuple[SourceTensor, ...]:
         """Return the tensors of these names; they are stored in one dtype, whatever is asked.

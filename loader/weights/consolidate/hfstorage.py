@@ -45,6 +45,7 @@ class SafetensorsStorageSource:
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: _reach(pieces) for name, pieces in found.items()
         }
+        self.dtypes: Mapping[str, str] = {name: p[0].dtype for name, p in found.items()}
 
     def open(self, names: Sequence[str], dtype: str | None) -> tuple[SourceTensor, ...]:
         """Return the tensors of these names; they are stored in one dtype, whatever is asked.

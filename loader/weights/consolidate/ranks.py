@@ -54,6 +54,7 @@ class RankShardsSource:
             )
         self._found = found
         self.shapes: Mapping[str, tuple[int, ...]] = {n: t.shape for n, t in found.items()}
+        self.dtypes: Mapping[str, str] = {n: t.dtype for n, t in found.items()}
 
     def open(self, names: Sequence[str], dtype: str | None) -> tuple[SourceTensor, ...]:
         """Return the tensors of these names; they are stored in one dtype, whatever is asked."""
