@@ -173,6 +173,8 @@ def _with_adapters(
             a.name: _digests(c, snapshot) for a, c in zip(adapters, checkpoints, strict=True)
         },
     }
+    if decision.mode == "merge":
+        made_from["exact"] = settings.exact
     output = _output(settings, decision.mode, made_from)
     with timeline.stage(decision.mode):
         if decision.mode == "attach":
@@ -192,7 +194,9 @@ def _merge(
         _log.info("the merged model is here already: %s", output)
         return ReadyModel(output, (), None, output, {})
     folders = [WeightedAdapter(adapter.folder) for adapter in adapters]
-    return merge(base.path, folders, output, allow_pickle=settings.allow_pickle)
+    return merge(
+        base.path, folders, output, exact=settings.exact, allow_pickle=settings.allow_pickle
+    )
 
 
 def _named_base(checkpoints: Sequence[Checkpoint], snapshot: Snapshot) -> str:

@@ -79,6 +79,11 @@ class Settings(BaseSettings):
         description="`attach`: the engine serves adapters by name. `merge`: one adapter is folded "
         "into the base's weights. `auto`: attach what the engine can attach, else merge.",
     )
+    exact: Literal["float32", "peft"] = Field(
+        "float32",
+        description="How merged weights are rounded: once, from float32, or wherever PEFT rounds, "
+        "which gives the bits of its `merge_and_unload`.",
+    )
     engine: Literal["vllm", "transformers"] = Field(
         "vllm", description="What answers: vLLM, or transformers + PEFT for smoke tests."
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
@@ -15,7 +16,7 @@ from loader.adapters.edits import Edit, Replace
 from loader.adapters.fold import Exact, Scratch, fold_all, make_fold, needs_whole
 from loader.adapters.plan import MergePlan
 from loader.errors import AdapterError
-from loader.weights.header import size_bytes
+from loader.weights.header import TensorInfo, size_bytes
 from loader.weights.readers import TORCH_DTYPES, Reader
 from loader.weights.writer import CheckpointWriter
 
@@ -41,44 +42,74 @@ class _Counter:
                 self._tell(self._done, self._total)
 
 
-def merge_tensors(
-    reader: Reader,
-    sources: Sequence[Reader],
-    plan: MergePlan,
-    writer: CheckpointWriter,
-    exact: Exact,
-    on_progress: Progress | None = None,
-) -> None:
-    """Write every tensor of *plan* and every other tensor of *reader*.
+@dataclass(frozen=True, slots=True)
+class Merging:
+    """A merge about to be made: what is read, what is to be done, and where it goes.
+
+    ``files`` gives the names of the files that are there to be merged, as they arrive: each file
+    of *writer* is made from the file of the same name.
+    """
+
+    reader: Reader
+    sources: Sequence[Reader]
+    plan: MergePlan
+    writer: CheckpointWriter
+    exact: Exact
+    files: Iterable[Collection[str]]
+
+    def read(self, part: str) -> torch.Tensor:
+        """Return a tensor of an adapter; of several adapters, its name begins with a number."""
+        if len(self.sources) == 1:
+            return self.sources[0].read(part)
+        number, _, own = part.partition(":")
+        return self.sources[int(number)].read(own)
+
+
+def merge_tensors(merging: Merging, on_progress: Progress | None = None) -> bool:
+    """Write every tensor of the plan and every other of the base; return whether any changed.
+
+    Of each tensor its first rows are compared with the base's.
 
     Raises:
         AdapterError: a merged tensor with NaN or infinite values.
     """
+    reader, plan, writer = merging.reader, merging.plan, merging.writer
     files = writer.files()
-    counter = _Counter(sum(t.size_bytes for f in files for t in f.values()), on_progress)
+    counter = _Counter(sum(t.size_bytes for f in files.values() for t in f.values()), on_progress)
     touched = {*plan.edits, *plan.origins}
     local = threading.local()
 
-    def copy(names: list[str]) -> None:
+    def copy(names: list[str]) -> bool:
         writer.copy(names, reader)
         counter.add(sum(reader.tensors[name].size_bytes for name in names))
+        return False
 
-    def change(name: str, count: int) -> None:
+    def change(name: str, count: int) -> bool:
         scratch = local.__dict__.setdefault("scratch", Scratch())
-        _merge_tensor(name, reader, sources, plan, writer, exact, scratch)
+        changed = _merge_tensor(name, merging, scratch)
         counter.add(count)
+        return changed
 
-    with _one_thread_each(), ThreadPoolExecutor(_count_threads(), "merge") as pool:
-        untouched = ([name for name in tensors if name not in touched] for tensors in files)
-        jobs = [pool.submit(copy, names) for names in untouched if names]
+    def submit(batch: Sequence[Mapping[str, TensorInfo]]) -> Iterator[Future[bool]]:
+        for tensors in batch:
+            if untouched := [name for name in tensors if name not in touched]:
+                yield pool.submit(copy, untouched)
         # In turns over the files: writers of one file wait for each other.
-        for turn in zip_longest(*([t for t in f.values() if t.name in touched] for f in files)):
-            jobs += [pool.submit(change, t.name, t.size_bytes) for t in turn if t]
-        done, left = wait(jobs, return_when=FIRST_EXCEPTION)
-        for job in left:
-            job.cancel()
-    for job in done:
-        job.result()
+        for turn in zip_longest(*([t for t in f.values() if t.name in touched] for f in batch)):
+            yield from (pool.submit(change, t.name, t.size_bytes) for t in turn if t)
+
+    jobs: list[Future[bool]] = []
+    with _one_thread_each(), ThreadPoolExecutor(_count_threads(), "merge") as pool:
+        try:
+            for names in merging.files:
+                jobs += submit([files[name] for name in names])
+                if any(job.done() and job.exception() for job in jobs):
+                    break
+            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    changed = [job.result() for job in jobs if job in done]  # every one: any may have failed
+    return any(changed)
 
 
 def _count_threads() -> int:
@@ -96,37 +127,36 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _merge_tensor(
-    name: str,
-    reader: Reader,
-    sources: Sequence[Reader],
-    plan: MergePlan,
-    writer: CheckpointWriter,
-    exact: Exact,
-    scratch: Scratch,
-) -> None:
-    def read(part: str) -> torch.Tensor:
-        if len(sources) == 1:
-            return sources[0].read(part)
-        number, _, own = part.partition(":")
-        return sources[int(number)].read(own)
-
+def _merge_tensor(name: str, merging: Merging, scratch: Scratch) -> bool:
+    """Write one merged tensor; return whether its first rows are others than the base's."""
+    reader, plan = merging.reader, merging.plan
     edits = plan.edits.get(name, ())
     origin = plan.origins.get(name, name)
     shape = plan.shapes.get(name, reader.tensors[origin].shape)
-    folds = [make_fold(edit, read, exact) for edit in edits]
+    dtype = TORCH_DTYPES[reader.tensors[origin].dtype]
+    folds = [make_fold(edit, merging.read, merging.exact) for edit in edits]
     if not shape:
-        value = fold_all(folds, reader.read(origin).reshape(1), 0, scratch)
-        writer.write(name, value.reshape(()))
-        return
+        scalar = reader.read(origin).reshape(1)
+        value = fold_all(folds, scalar.clone(), 0, scratch)
+        merging.writer.write(name, value.reshape(()))
+        return not torch.equal(scalar, value)
     step = shape[0] if any(map(needs_whole, edits)) else _rows_at_once(shape)
+    changed = any(isinstance(edit, Replace) for edit in edits)
     for start in range(0, shape[0], step):
         end = min(start + step, shape[0])
         rows = _first_rows(reader, origin, edits, (end - start, *shape[1:]), start, scratch)
+        before = None if changed or start or not folds else rows[: _rows_at_once(shape)].clone()
+        if len(edits) > 1 and merging.exact == "float32" and dtype.itemsize < 4:
+            rows = rows.to(torch.float32)
         merged = fold_all(folds, rows, start, scratch)
+        if merged.dtype != dtype:
+            merged, scratch.finite = merged.to(dtype), None
         if folds and not scratch.finite:
             _check_finite(name, merged)
-        writer.write_rows(name, start, merged)
+        if before is not None:
+            changed = not torch.equal(before, merged[: len(before)])
+        merging.writer.write_rows(name, start, merged)
+    return changed
 
 
 def _rows_at_once(shape: tuple[int, ...]) -> int:

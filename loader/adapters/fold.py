@@ -1,10 +1,10 @@
 """The arithmetic of edits: rows of the base in, rows of the merged tensor out.
 
 Formulas and their order of operations are PEFT's (0.21, ``merge_and_unload`` on a CPU after
-``PeftModel.from_pretrained``, which holds adapters in float32): the change is computed in float32,
-added to the base in float32 and rounded once. ``exact="peft"`` keeps every single rounding of it;
-``exact="float32"`` leaves out those that only lose precision. A fused product stands in for PEFT's
-three steps only where it was seen to give the same bits for the same shapes.
+``PeftModel.from_pretrained``, which holds adapters in float32). ``exact="float32"`` computes all
+edits of a tensor in float32 and rounds once, at the end; ``exact="peft"`` makes every rounding that
+PEFT makes, and gives its bits. There, a fused product stands in for PEFT's three steps only where
+it was seen to give the same bits for the same shapes.
 """
 
 from __future__ import annotations

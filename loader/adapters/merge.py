@@ -16,13 +16,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
-from loader.adapters.apply import merge_tensors
+from loader.adapters.apply import Merging, merge_tensors
 from loader.adapters.combine import (
     Combination,
     WeightedPlan,
@@ -41,6 +41,7 @@ from loader.adapters.surroundings import list_surroundings, write_config
 from loader.errors import AdapterError, CheckpointError, UnsupportedError
 from loader.types import ReadyModel
 from loader.weights.inspect import read_json
+from loader.weights.listing import StoredTensor
 from loader.weights.publishing import disk_error
 from loader.weights.readers import MemoryReader, SafetensorsReader, open_weights
 from loader.weights.writer import CheckpointWriter, ShardPlan, TensorSpec, plan_shard, plan_shards
@@ -50,6 +51,18 @@ _FLOATS = ("F32", "F16", "BF16", "F64")
 _log = logging.getLogger("podloader")
 
 LocalReader = SafetensorsReader | MemoryReader
+
+
+@dataclass(frozen=True, slots=True)
+class IncomingWeights:
+    """A base's weights that are still being fetched.
+
+    ``tensors`` say where each will lie, from headers read at the origin; ``files`` gives the names
+    of those that are whole, as soon as they are.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    files: Iterable[Collection[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +78,17 @@ def merge(
     adapters: Sequence[WeightedAdapter],
     output: Path,
     *,
-    exact: Exact = "peft",
+    exact: Exact = "float32",
     combine: Combination = "linear",
     allow_pickle: bool = False,
+    incoming: IncomingWeights | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ReadyModel:
     """Return the merged model in *output*, which appears only when it is complete.
 
-    ``exact="peft"`` gives the bits of ``merge_and_unload``; ``"float32"`` rounds once at the end.
-    ``combine`` is how several adapters become one. ``on_progress(done_bytes, total_bytes)``.
+    ``exact="float32"`` rounds once, at the end; ``"peft"`` gives the bits of ``merge_and_unload``.
+    ``combine`` is how several adapters become one. With ``incoming``, the base's weight files are
+    merged as they arrive; all else must be there. ``on_progress(done_bytes, total_bytes)``.
 
     Raises:
         AdapterError: an adapter that does not fit its base, is left over, or has no effect.
@@ -85,7 +100,7 @@ def merge(
     configs = [read_adapter_config(adapter.folder) for adapter in adapters]
     _check_mergeable(base, configs)
     with ExitStack() as stack:
-        reader = _open(stack, base, "model", allow_pickle)
+        reader = _open_base(stack, base, allow_pickle, incoming)
         sources = [_open(stack, a.folder, "adapter_model", allow_pickle) for a in adapters]
         view = Base(reader.tensors, read_json(base / "config.json"))
         for adapter, source in zip(adapters, sources, strict=True):
@@ -95,7 +110,11 @@ def merge(
         beside = list_surroundings(base, [adapter.folder for adapter in adapters])
         provenance = _describe(base, adapters, configs, exact, combine)
         with CheckpointWriter(output, _plan_files(reader, plan)) as writer:
-            merge_tensors(reader, sources, plan, writer, exact, on_progress)
+            files = incoming.files if incoming else (tuple(writer.files()),)
+            merging = Merging(reader, sources, plan, writer, exact, files)
+            changed = merge_tensors(merging, on_progress)
+            if not changed and any(adapter.weight for adapter in adapters):
+                raise _without_effect(adapters)
             _write_beside(writer.path, beside, _config_changes(plan, view), provenance)
     return ReadyModel(output, (), None, output, provenance)
 
@@ -139,6 +158,23 @@ def _check_mergeable(base: Path, configs: Sequence[AdapterConfig]) -> None:
             expected="weights in bfloat16, float16 or float32",
             next_step="merge into the original model and quantise the result, or attach instead",
         )
+
+
+def _without_effect(adapters: Sequence[WeightedAdapter]) -> AdapterError:
+    return AdapterError(
+        "an adapter that changes nothing: what it adds is lost in rounding",
+        problems=[str(adapter.folder) for adapter in adapters],
+        expected="other values than the base's in at least one tensor",
+        next_step="train it longer, or merge into a base of higher precision",
+    )
+
+
+def _open_base(
+    stack: ExitStack, base: Path, allow_pickle: bool, incoming: IncomingWeights | None
+) -> LocalReader:
+    if incoming is None:
+        return _open(stack, base, "model", allow_pickle)
+    return stack.enter_context(SafetensorsReader(incoming.tensors))
 
 
 def _open(stack: ExitStack, folder: Path, stem: str, allow_pickle: bool) -> LocalReader:

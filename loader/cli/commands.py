@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
@@ -36,6 +36,9 @@ Set = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--set", metavar="NAME=VALUE", help="A setting, over the config. Repeatable."),
 ]
+
+Exact = Literal["float32", "peft"]
+Combine = Literal["linear", "cat"]
 
 
 @app.callback(invoke_without_command=True)
@@ -141,6 +144,12 @@ def merge(
         list[str], typer.Option(metavar="DIR[=WEIGHT]", help="A LoRA folder. Repeatable.")
     ],
     output: Annotated[Path, typer.Option(help="The folder to make.")],
+    exact: Annotated[
+        Exact, typer.Option(help="Round once, from float32, or wherever PEFT rounds.")
+    ] = "float32",
+    combine: Annotated[
+        Combine, typer.Option(help="How several adapters become one, as PEFT names it.")
+    ] = "linear",
     allow_pickle: Annotated[bool, typer.Option(help="Read .bin weights too.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -152,7 +161,9 @@ def merge(
         from loader.cli.tables import show_ready
 
         weighted = [WeightedAdapter(*_weighted(text)) for text in adapter]
-        ready = merge_folders(Path(base), weighted, output, allow_pickle=allow_pickle)
+        ready = merge_folders(
+            Path(base), weighted, output, exact=exact, combine=combine, allow_pickle=allow_pickle
+        )
         show_ready(ready)
         if as_json:
             write_json(ready_document(ready))

@@ -146,9 +146,9 @@ class CheckpointWriter:
         self._close()
         self._partial.__exit__(kind, error, trace)
 
-    def files(self) -> tuple[Mapping[str, TensorInfo], ...]:
-        """Return the planned tensors of each file, in the order of their bytes."""
-        return tuple(plan.tensors for plan in self._plans)
+    def files(self) -> Mapping[str, Mapping[str, TensorInfo]]:
+        """Return the planned tensors of each file by its name, in the order of their bytes."""
+        return {plan.file_name: plan.tensors for plan in self._plans}
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a whole tensor of the planned shape and dtype.

@@ -64,7 +64,7 @@ def build(kind: str, folder: Path) -> Path:
 
 
 def check(base: Path, adapter: Path, output: Path, **options: Any) -> None:
-    merge(base, [WeightedAdapter(adapter)], output)
+    merge(base, [WeightedAdapter(adapter)], output, exact="peft")
     ours = state(output)
     assert not differing(ours, merged_state(base, adapter, **options))
     assert differing(ours, state(base)), "the adapter changed nothing"
@@ -108,7 +108,7 @@ def test_other_methods(tmp_path: Path, config: Any) -> None:
         tuned = get_peft_model(load(base), config)
         draw_adapter(tuned, spread=0.3)
         tuned.save_pretrained(tmp_path / "a")
-    merge(base, [WeightedAdapter(tmp_path / "a")], tmp_path / "out")
+    merge(base, [WeightedAdapter(tmp_path / "a")], tmp_path / "out", exact="peft")
     theirs = merged_state(base, tmp_path / "a")
     ours = state(tmp_path / "out")
     assert not differing(ours, theirs)
@@ -140,7 +140,7 @@ def resize_and_save(base: Path, folder: Path, rows: int, **lora: Any) -> Path:
 def test_resized_vocabulary(tmp_path: Path, lora: dict[str, Any], tied: bool) -> None:
     base = tiny_llama(tmp_path / "base", dtype=torch.bfloat16, tie_word_embeddings=tied)
     adapter = resize_and_save(base, tmp_path / "a", 370, **lora)
-    merge(base, [WeightedAdapter(adapter)], tmp_path / "out")
+    merge(base, [WeightedAdapter(adapter)], tmp_path / "out", exact="peft")
     ours = state(tmp_path / "out")
     assert len(ours["model.embed_tokens.weight"]) == len(ours["lm_head.weight"]) == 370
     config = json.loads((tmp_path / "out/config.json").read_text())
