@@ -15,6 +15,7 @@ from typing import TypeVar
 from tenacity import Retrying
 
 from loader.errors import DiskError, FetchError, LoaderError, TransientError
+from loader.fetch.arrivals import Arrivals
 from loader.fetch.files import (
     STATE,
     Record,
@@ -34,6 +35,7 @@ from loader.stores.base import ObjectInfo, Store
 from loader.types import Artifact, FetchedFile, Manifest, Snapshot
 
 _SMALL_BYTES = 256 << 20
+_SMALL_FIRST_BYTES = 1 << 20
 _SPARE_BYTES = 64 << 20  # journals, records, folders
 _log = logging.getLogger("podloader")
 _In = TypeVar("_In")
@@ -61,10 +63,12 @@ def fetch(
     store: Store,
     options: FetchOptions | None = None,
     progress: Progress | None = None,
+    arrivals: Arrivals | None = None,
 ) -> Snapshot:
     """Return *manifest*'s files, every one whole below *root*.
 
     A file that an earlier fetch completed is proved and kept; one that it began is completed.
+    *arrivals* is told of each file as soon as it is whole, and how it all ended.
 
     Raises:
         ResolveError: something lies in the way.
@@ -72,7 +76,26 @@ def fetch(
         FetchError: bytes could not be brought here; what has arrived stays for the next run.
         FormatError: the origin's file is broken.
     """
-    options, progress = options or FetchOptions(), progress or LogProgress()
+    arrivals = arrivals or Arrivals(root, (artifact.path for artifact in manifest.files))
+    try:
+        snapshot = _fetch(
+            manifest, root, store, options or FetchOptions(), progress or LogProgress(), arrivals
+        )
+    except BaseException as error:
+        arrivals.end(error)
+        raise
+    arrivals.end(snapshot)
+    return snapshot
+
+
+def _fetch(
+    manifest: Manifest,
+    root: Path,
+    store: Store,
+    options: FetchOptions,
+    progress: Progress,
+    arrivals: Arrivals,
+) -> Snapshot:
     root = root.absolute()
     check_way(root, manifest.files)
     began = time.monotonic()
@@ -95,7 +118,9 @@ def fetch(
         parts = _map(begin, [a for a in manifest.files if a.path not in done], options.concurrency)
         done |= {part.artifact.path: part.done for part in parts if part.done}
         parts = [part for part in parts if part.done is None]
-        fetched_bytes = _transfer(parts, done, root, store, options, progress)
+        for file in done.values():
+            arrivals.arrive(file)
+        fetched_bytes = _transfer(parts, done, root, store, options, progress, arrivals)
     files = tuple(done[a.path] for a in manifest.files)
     return Snapshot(root, files, time.monotonic() - began, fetched_bytes)
 
@@ -232,6 +257,7 @@ def _transfer(
     store: Store,
     options: FetchOptions,
     progress: Progress,
+    arrivals: Arrivals,
 ) -> int:
     """Fetch *parts* into *done* and return the count of bytes that moved."""
     _check_room(parts, root)
@@ -241,19 +267,21 @@ def _transfer(
     progress.start(len(parts) + len(done), total + here, have + here)
     for path in done:
         progress.finish_file(path)
-    # The largest first: the end of the fetch then belongs to small ones.
-    parts.sort(key=lambda part: -part.info.size_bytes)
+    # Configs, indexes and adapters first: whoever waits for files can begin with them.
+    parts.sort(key=lambda part: part.info.size_bytes > _SMALL_FIRST_BYTES)
     try:
         for part in parts:
             if not part.missing:
                 part.publish()
-                progress.finish_file(part.artifact.path)
+                _arrived(part, progress, arrivals)
         transfer(
             (p for p in parts if p.missing),
             store,
             progress,
             concurrency=options.concurrency,
             retries=options.retries,
+            stop=arrivals.stop,
+            arrived=lambda part: _arrived(part, progress, arrivals),
         )
     finally:
         for part in parts:
@@ -263,6 +291,12 @@ def _transfer(
         assert part.done is not None
         done[part.artifact.path] = part.done
     return total - have
+
+
+def _arrived(part: PartFile, progress: Progress, arrivals: Arrivals) -> None:
+    assert part.done is not None
+    arrivals.arrive(part.done)
+    progress.finish_file(part.artifact.path)
 
 
 def _check_room(parts: Sequence[PartFile], root: Path) -> None:

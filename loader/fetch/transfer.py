@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from awscrt.checksums import crc64nvme
 
@@ -28,18 +28,25 @@ class StoppedError(Exception):
 
 
 def transfer(
-    parts: Iterable[PartFile], store: Store, progress: Progress, *, concurrency: int, retries: int
+    parts: Iterable[PartFile],
+    store: Store,
+    progress: Progress,
+    *,
+    concurrency: int,
+    retries: int,
+    stop: threading.Event,
+    arrived: Callable[[PartFile], None],
 ) -> None:
     """Fetch what is missing of every part, and publish each as soon as it is whole.
 
-    ``retries``: how often a range is asked for again without any progress.
+    ``retries``: how often a range is asked for again without any progress. ``stop`` ends it from
+    outside; ``arrived`` is told of every part that is whole.
 
     Raises:
         LoaderError: the first failure that asking again did not cure, with the others beside it.
             What has arrived stays for the next run.
     """
     tasks = deque((part, r) for part in parts for r in part.missing)
-    stop = threading.Event()
     failures: list[BaseException] = []
 
     def work() -> None:
@@ -50,7 +57,8 @@ def transfer(
             except IndexError:
                 return
             try:
-                _RangeTask(part, wanted, store, retries, progress, stop).run(buffer)
+                if _RangeTask(part, wanted, store, retries, progress, stop).run(buffer):
+                    arrived(part)
             except StoppedError:
                 return
             except BaseException as error:
@@ -70,6 +78,8 @@ def transfer(
             thread.join(timeout=5)
         raise
     _raise_first(failures)
+    if tasks:
+        raise StoppedError("the fetch was stopped; what has arrived is kept")
 
 
 def _raise_first(failures: list[BaseException]) -> None:
@@ -104,13 +114,12 @@ class _RangeTask:
         self._crc = 0
         self._in_vain = 0
 
-    def run(self, buffer: memoryview) -> None:
-        """Fetch the range into the part file and note it in the journal."""
+    def run(self, buffer: memoryview) -> bool:
+        """Fetch the range into the part file and journal. Return whether the file is whole now."""
         for attempt in retrying(lambda _: self._in_vain > self._retries, self._stop):
             with attempt:
                 self._try(buffer)
-        if self._part.finish(DoneRange(self._wanted.start, self._wanted.end, self._crc)):
-            self._progress.finish_file(self._part.artifact.path)
+        return self._part.finish(DoneRange(self._wanted.start, self._wanted.end, self._crc))
 
     def _try(self, buffer: memoryview) -> None:
         if self._stop.is_set():
