@@ -6,6 +6,7 @@ LoaderError                 base; ``exit_code`` is what the command line ends wi
 ├── ResolveError       (3)  patterns and listing do not fit together, or a name is unsafe
 ├── FetchError         (4)  bytes could not be brought here
 │   ├── TransientError      worth asking again (``retryable``)
+│   ├── DeniedError         the origin refuses access
 │   ├── ExpiredError        a signed URL is no longer honoured
 │   ├── ChangedError        the object changed while it was being read
 │   └── DiskError           no room, or the disk refused
@@ -107,6 +108,10 @@ class TransientError(FetchError):
 
     retryable = True
     retry_after_s: float | None = None
+
+
+class DeniedError(FetchError):
+    """The origin refuses access."""
 
 
 class ExpiredError(FetchError):

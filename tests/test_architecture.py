@@ -15,7 +15,7 @@ LOADER = Path(__file__).parent.parent / "loader"
 # A room may import what stands below it, and itself.
 LAYERS = [
     {"errors"},
-    {"types", "timeline"},
+    {"types", "timeline", "retry"},
     {"truss_config"},
     {"settings"},
     {"resolve", "stores", "weights"},
@@ -37,7 +37,7 @@ OWNERS = {
     "typer": {"cli"},
     "rich": {"cli"},
     "yaml": {"truss_config", "demo"},
-    "tenacity": {"fetch"},
+    "tenacity": {"retry", "fetch"},
     "awscrt": {"fetch"},
     "starlette": {"hook", "serve"},
 }

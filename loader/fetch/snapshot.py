@@ -28,9 +28,9 @@ from loader.fetch.files import (
 )
 from loader.fetch.part import PartFile, fetched_file
 from loader.fetch.progress import LogProgress, Progress, show_bytes
-from loader.fetch.retry import retrying
 from loader.fetch.transfer import transfer
 from loader.fetch.verify import Verify, is_intact
+from loader.retry import retrying
 from loader.stores.base import ObjectInfo, Store
 from loader.types import Artifact, FetchedFile, Manifest, Snapshot
 

@@ -16,7 +16,7 @@ from loader.errors import FetchError, LoaderError
 from loader.fetch.part import PartFile
 from loader.fetch.plan import DoneRange, Range
 from loader.fetch.progress import Progress
-from loader.fetch.retry import retrying
+from loader.retry import retrying
 from loader.stores.base import Store
 
 _BUFFER_BYTES = 1 << 20

@@ -6,7 +6,7 @@ import re
 from datetime import UTC, datetime, timedelta
 from urllib.parse import parse_qs, urlsplit
 
-from loader.errors import ExpiredError, FetchError
+from loader.errors import DeniedError, ExpiredError, FetchError
 
 _CODE = re.compile(rb"<Code>(\w{1,64})</Code>")
 _EXPIRED_CODES = {"ExpiredToken", "RequestExpired", "TokenRefreshRequired"}
@@ -46,7 +46,7 @@ def refused(url: str, status: int, reason: str, body: bytes) -> FetchError:
             "been fetched is kept",
         )
     if status in (401, 403):
-        return FetchError(
+        return DeniedError(
             "the origin refuses access",
             where=url,
             got=got,

@@ -15,12 +15,14 @@ import ssl
 import threading
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
 from loader.errors import ChangedError, FetchError, TransientError
+from loader.stores.addresses import is_link_local
 from loader.stores.base import ObjectInfo
+from loader.stores.checksums import read_checksums
 from loader.stores.expiry import refused
 
 _REDIRECTS = {301, 302, 303, 307, 308}
@@ -32,11 +34,15 @@ _STALE = (http.client.RemoteDisconnected, ConnectionError, ssl.SSLEOFError)
 
 @dataclass(frozen=True, slots=True)
 class HttpOptions:
-    """Limits of a connection. ``ca_bundle`` is trusted besides the system's certificates."""
+    """Limits of a connection. ``ca_bundle`` is trusted besides the system's certificates.
+
+    ``link_local``: whether a URL or a redirect may lead to the machine's own link.
+    """
 
     connect_timeout_s: float = 10.0
     stall_timeout_s: float = 30.0
     ca_bundle: Path | None = None
+    link_local: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,15 @@ class _Origin:
     host: str
     port: int
     proxy: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A method, the headers and the body to send."""
+
+    method: str
+    headers: Mapping[str, str]
+    body: bytes | None = None
 
 
 class HttpClient:
@@ -60,31 +75,63 @@ class HttpClient:
         self._proxies = urllib.request.getproxies()
 
     def get(
-        self, url: str, *, span: tuple[int, int] | None = None, version: ObjectInfo | None = None
+        self,
+        url: str,
+        *,
+        span: tuple[int, int] | None = None,
+        version: ObjectInfo | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> HttpStream:
         """Return the body of *url*, of the bytes ``[start, end)`` where *span* is given.
 
+        *headers* go to the host of *url* alone: a redirect to another one loses them.
+
         Raises:
             ChangedError: the object is not *version* any more.
+            DeniedError: the origin refuses access.
             ExpiredError: the signature of *url* is no longer honoured.
             FetchError: another refusal that asking again does not cure.
             TransientError: everything else.
         """
-        headers = _headers(span, version)
+        return self._ask(_Request("GET", headers or {}), url, span, version)
+
+    def head(self, url: str, *, headers: Mapping[str, str] | None = None) -> ObjectInfo:
+        """Return what *url* is, without its body. Raises as ``get`` does."""
+        stream = self._ask(_Request("HEAD", headers or {}), url, None, None)
+        stream.close()
+        return replace(stream.info, ranges=True)
+
+    def post(self, url: str, body: bytes, *, headers: Mapping[str, str]) -> HttpStream:
+        """Return what *url* answers to *body*. Raises as ``get`` does."""
+        return self._ask(_Request("POST", headers, body), url, None, None)
+
+    def _ask(
+        self,
+        request: _Request,
+        url: str,
+        span: tuple[int, int] | None,
+        version: ObjectInfo | None,
+    ) -> HttpStream:
+        common, own, first = _headers(span, version), request.headers, urlsplit(url)
         for _ in range(6):
-            connection, response, origin = self._send(url, headers)
-            if response.status not in _REDIRECTS:
+            connection, response, origin = self._send(
+                replace(request, headers={**common, **own}), url
+            )
+            if response.status not in _REDIRECTS or request.body is not None:
                 break
             target = response.getheader("Location")
             connection.close()
             if not target:
                 raise FetchError("a redirect that leads nowhere", where=url)
             url = urljoin(url, target)
+            if urlsplit(url)[:2] != first[:2]:
+                own = {}
         else:
             raise FetchError("more than 5 redirects", where=url)
         try:
             _check_status(url, response, span)
-            info = _object_info(url, response, span)
+            sized = span is not None or request.method == "HEAD"
+            info = _object_info(url, response, span, sized=sized)
             _check_version(url, info, version)
         except BaseException:
             connection.close()
@@ -105,21 +152,22 @@ class HttpClient:
             self._idle.setdefault(origin, []).append(connection)
 
     def _send(
-        self, url: str, headers: Mapping[str, str]
+        self, request: _Request, url: str
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse, _Origin]:
         parts = urlsplit(url)
         origin = self._origin(parts, url)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        headers = dict(request.headers)
         if origin.proxy and origin.scheme == "http":
             target = f"http://{parts.netloc.rpartition('@')[2]}{target}"
-            headers = {**headers, **_proxy_authorization(origin.proxy)}
+            headers |= _proxy_authorization(origin.proxy)
         with self._lock:
             idle = self._idle.get(origin)
             connection = idle.pop() if idle else None
         if connection is not None:
             # The origin may have closed it meanwhile: that is no failure, and asked anew at once.
             try:
-                connection.request("GET", target, headers=dict(headers))
+                connection.request(request.method, target, request.body, headers)
                 return connection, connection.getresponse(), origin
             except _STALE:
                 connection.close()
@@ -131,7 +179,8 @@ class HttpClient:
             connection.connect()
             if connection.sock is not None:
                 connection.sock.settimeout(self._options.stall_timeout_s)
-            connection.request("GET", target, headers=dict(headers))
+                self._check_peer(connection.sock, origin, url)
+            connection.request(request.method, target, request.body, headers)
             return connection, connection.getresponse(), origin
         except BaseException as error:
             connection.close()
@@ -144,10 +193,19 @@ class HttpClient:
             port = 0
         if parts.scheme not in ("http", "https") or not parts.hostname or not port:
             raise FetchError("not an http(s) URL", where=url)
+        if not self._options.link_local and is_link_local(parts.hostname):
+            raise _leads_here(url)
         proxy = self._proxies.get(parts.scheme)
         if proxy and urllib.request.proxy_bypass(parts.hostname):
             proxy = None
         return _Origin(parts.scheme, parts.hostname, port, proxy)
+
+    def _check_peer(self, connected: socket.socket, origin: _Origin, url: str) -> None:
+        """Refuse a name that was resolved to the machine's own link, before anything is sent."""
+        if not self._options.link_local and origin.proxy is None:
+            address = str(connected.getpeername()[0])
+            if is_link_local(address):
+                raise _leads_here(url)
 
     def _connect(self, origin: _Origin) -> http.client.HTTPConnection:
         host, port = origin.host, origin.port
@@ -276,15 +334,16 @@ def _check_status(
 
 
 def _object_info(
-    url: str, response: http.client.HTTPResponse, span: tuple[int, int] | None
+    url: str, response: http.client.HTTPResponse, span: tuple[int, int] | None, *, sized: bool
 ) -> ObjectInfo:
     tag = response.getheader("ETag", "")
     version = tag if tag.startswith('"') else response.getheader("Last-Modified")
+    checksums = read_checksums(response.getheaders())
     if response.status == 200:
         length = response.getheader("Content-Length")
-        if length is None and span is not None:
+        if length is None and sized:
             raise FetchError("the origin does not tell the object's size", where=url)
-        return ObjectInfo(int(length or 0), version, ranges=False)
+        return ObjectInfo(int(length or 0), version, False, checksums)
     match = _CONTENT_RANGE.match(response.getheader("Content-Range", "").strip())
     if span is None or match is None or match["total"] == "*":
         raise FetchError(
@@ -304,7 +363,7 @@ def _object_info(
             expected=f"bytes {span[0]}-{span[1] - 1}",
             got=match[0],
         )
-    return ObjectInfo(total, version)
+    return ObjectInfo(total, version, True, checksums)
 
 
 def _check_version(url: str, info: ObjectInfo, asked: ObjectInfo | None) -> None:
@@ -314,6 +373,14 @@ def _check_version(url: str, info: ObjectInfo, asked: ObjectInfo | None) -> None
         raise _changed(url, f"{info.size_bytes} bytes instead of {asked.size_bytes}")
     if asked.version and info.version and info.version != asked.version:
         raise _changed(url, f"version {info.version} instead of {asked.version}")
+
+
+def _leads_here(url: str) -> FetchError:
+    return FetchError(
+        "an address of this machine's own link, where clouds keep credentials",
+        where=url,
+        next_step="get a listing from a source that you trust, or set allow_link_local",
+    )
 
 
 def _changed(url: str, got: str) -> ChangedError:

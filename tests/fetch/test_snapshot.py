@@ -45,7 +45,7 @@ OPTIONS = FetchOptions(concurrency=4, retries=3, range_bytes=RANGE)
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loader.fetch.retry._FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("loader.retry._FIRST_WAIT_S", 0.01)
 
 
 class Setup:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from loader.errors import ExpiredError, FetchError
+from loader.errors import DeniedError, ExpiredError, FetchError
 from loader.stores.expiry import expiry, refused
 
 
@@ -30,8 +30,8 @@ def test_expiry(query: str, expected: datetime | None) -> None:
     ("status", "query", "body", "kind"),
     [
         (403, "Expires=86400", b"", ExpiredError),
-        (403, "Expires=99999999999", b"<Error><Code>AccessDenied</Code></Error>", FetchError),
-        (403, "", b"<Error><Code>AccessDenied</Code></Error>", FetchError),
+        (403, "Expires=99999999999", b"<Error><Code>AccessDenied</Code></Error>", DeniedError),
+        (403, "", b"<Error><Code>AccessDenied</Code></Error>", DeniedError),
         (400, "", b"<Error><Code>ExpiredToken</Code></Error>", ExpiredError),
         (404, "Expires=86400", b"", FetchError),
         (400, "", b"", FetchError),

@@ -5,17 +5,20 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import trustme
 
 from loader.errors import ChangedError, ExpiredError, FetchError, TransientError
-from loader.stores.base import ObjectInfo
+from loader.stores.base import Checksum, ObjectInfo
 from loader.stores.http import HttpClient, HttpOptions, HttpStream
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact
 from tests.origin import (
+    Fault,
+    FaultyHandler,
     FaultyOrigin,
     answer,
     cut,
@@ -251,3 +254,72 @@ def test_through_a_proxy(
     thread.join()
     proxy.close()
     assert b"Proxy-Authorization: Basic dXNlcjpwYSBzcw==" in seen[0]
+
+
+def test_headers_stay_with_their_host(origin: FaultyOrigin, client: HttpClient) -> None:
+    seen: list[tuple[str, str | None]] = []
+
+    def note(handler: FaultyHandler) -> bool:
+        seen.append((handler.headers["Host"], handler.headers["Authorization"]))
+        return False
+
+    def note_and(then: Fault) -> Fault:
+        return lambda handler: note(handler) or then(handler)
+
+    url = origin.sign(origin.put("x", b"1").relative_to(origin.root).as_posix())
+    elsewhere = url.replace("127.0.0.1", "localhost")
+    origin.fail(
+        "x", note_and(redirect(url)), note_and(redirect(elsewhere)), note_and(redirect(url)), note
+    )
+    client.get(url, headers={"Authorization": "Api-Key S3CR3T"}).close()
+    here, there = url.split("/")[2], elsewhere.split("/")[2]
+    key = "Api-Key S3CR3T"
+    assert seen == [(here, key), (here, key), (there, None), (here, None)]
+
+
+def test_head_and_post(origin: FaultyOrigin, client: HttpClient) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "12")
+            self.send_header("x-amz-checksum-crc32c", "AAECAw==")
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(self.headers["X-Name"].encode() + body)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        sums = (Checksum("crc32c", bytes(range(4))),)
+        assert client.head(url) == ObjectInfo(12, checksums=sums)
+        stream = client.post(url, b"{}", headers={"X-Name": "n"})
+        assert stream.read_all(10) == b"n{}"
+        stream.close()
+        server.shutdown()
+
+
+def test_the_machines_own_link_is_refused(origin: FaultyOrigin, artifact: Artifact) -> None:
+    client = HttpClient(HttpOptions(connect_timeout_s=0.2))
+    with pytest.raises(FetchError, match="own link"):
+        client.get("http://169.254.169.254/latest/meta-data/")
+    origin.fail("big file+.bin", redirect("http://[fe80::1]/x"))
+    with pytest.raises(FetchError, match="own link"):
+        client.get(artifact.url)
+
+
+def test_a_name_that_leads_to_the_machines_own_link(
+    origin: FaultyOrigin, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loader.stores.http.is_link_local", lambda host: host == "127.0.0.1")
+    url = artifact.url.replace("127.0.0.1", "localhost")
+    with pytest.raises(FetchError, match="own link"):
+        HttpClient(HttpOptions()).get(url, span=(0, 1))
+    assert origin.requests == []
+    HttpClient(HttpOptions(link_local=True)).get(url, span=(0, 1)).close()

@@ -1,0 +1,34 @@
+"""The machine's own link, however it is written."""
+
+from __future__ import annotations
+
+import pytest
+
+from loader.stores.addresses import is_link_local
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "169.254.169.254",
+        "169.254.170.2",
+        "0xA9FEA9FE",
+        "2852039166",
+        "0251.0376.0251.0376",
+        "fe80::1",
+        "[fe80::1]",
+        "fe80::1%eth0",
+        "::ffff:169.254.169.254",
+        "fd00:ec2::254",
+        "100.100.100.200",
+        "metadata.google.internal.",
+        "Metadata",
+    ],
+)
+def test_link_local(host: str) -> None:
+    assert is_link_local(host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "10.0.0.1", "a.example", ""])
+def test_elsewhere(host: str) -> None:
+    assert not is_link_local(host)
