@@ -7,7 +7,7 @@ the HTTP request from one that does not.
 import asyncio
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from loader import boot
 from loader.errors import RequestError
 from loader.fetch.progress import LogProgress
 from loader.serve.model import ServedModel
-from loader.serve.request import check_prompt
+from loader.serve.request import PROMPTS, check_prompt
 from loader.settings import Secrets, Settings
 
 _CLIENT_CLOSED_REQUEST = 499  # nginx's code, which Truss uses too
@@ -64,32 +64,38 @@ class TrussModel:
             self._model = boot.start(boot.prepare(settings, LogProgress()), settings)
 
     async def predict(self, request: Any, http: Request = None) -> Response:  # type: ignore[assignment]
-        """Return the answer to an OpenAI chat or completions body, as HTTP.
+        """Return the answer to an OpenAI body, as HTTP.
 
-        With ``stream: true`` it is a stream of server-sent events. A bad request is answered with
-        its 4xx status and OpenAI's ``error`` object; a client that goes away stops its request.
+        ``messages`` make it a chat, ``prompt`` a completion, ``input`` embeddings, ``file`` (a
+        sound file in base64) a transcription. With ``stream: true`` it is a stream of server-sent
+        events. A bad request is answered with its 4xx status and OpenAI's ``error`` object; a
+        client that goes away stops its request.
         """
         return await self._answer(request, http)
 
     async def chat_completions(self, request: Any, http: Request = None) -> Response:  # type: ignore[assignment]
         """Answer ``/v1/chat/completions``."""
-        return await self._answer(request, http, "messages")
+        return await self._answer(request, http, ("messages",))
 
     async def completions(self, request: Any, http: Request = None) -> Response:  # type: ignore[assignment]
         """Answer ``/v1/completions``."""
-        return await self._answer(request, http, "prompt")
+        return await self._answer(request, http, ("prompt",))
+
+    async def embeddings(self, request: Any, http: Request = None) -> Response:  # type: ignore[assignment]
+        """Answer ``/v1/embeddings``."""
+        return await self._answer(request, http, ("input",))
 
     def is_healthy(self) -> bool:
         """Return whether the engine can answer now."""
         return self._model is not None and self._model.is_healthy()
 
     async def _answer(
-        self, request: Any, http: Request | None, endpoint: str | None = None
+        self, request: Any, http: Request | None, known: Sequence[str] = PROMPTS
     ) -> Response:
         if self._model is None:
             return _failure(RequestError("the model is not loaded yet", status=503))
         try:
-            body = check_prompt(request, endpoint)
+            body = check_prompt(request, known)
             answer = await _unless_gone(self._model.predict(body), http)
         except RequestError as error:
             return _failure(error)

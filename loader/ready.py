@@ -18,7 +18,9 @@ from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, ReadyModel, Snapshot
 from loader.weights.inspect import open_checkpoint
 
+_SERVED = (Kind.FULL, Kind.WHISPER)
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+_HEARING = ("preprocessor_config.json", "processor_config.json")  # how a Whisper hears
 _log = logging.getLogger("podloader")
 
 
@@ -44,7 +46,7 @@ def make_ready(
     base = _base_checkpoint(settings, snapshot, checkpoints)
     rest = [c for c in checkpoints if c is not base]
     adapters = [c for c in rest if c.kind is Kind.ADAPTER]
-    models = [c for c in rest if c.kind is Kind.FULL]
+    models = [c for c in rest if c.kind in _SERVED]
     if adapters and models:
         raise CheckpointError(
             "full models and adapters together",
@@ -69,7 +71,7 @@ def _refuse_unservable(checkpoints: Sequence[Checkpoint], snapshot: Snapshot) ->
                 got=", ".join(map(str, found[:8])) if isinstance(found, list) else "nothing",
                 next_step="choose the checkpoint's whole folder in paths, with / at its end",
             )
-        if checkpoint.kind not in (Kind.FULL, Kind.ADAPTER):
+        if checkpoint.kind not in (*_SERVED, Kind.ADAPTER):
             raise UnsupportedError(
                 f"a checkpoint of the kind {checkpoint.kind.value!r} cannot be served yet",
                 where=where,
@@ -90,7 +92,6 @@ _DESCRIPTIONS = {
     Kind.RANK_SHARDS: "Hugging Face shards spread over ranks",
     Kind.DCP: "torch.distributed.checkpoint, as FSDP saves",
     Kind.ZERO: "DeepSpeed ZeRO",
-    Kind.WHISPER: "Whisper",
 }
 
 
@@ -140,6 +141,13 @@ def _whole_model(
             where=_place(model, snapshot),
             expected=" or ".join(_TOKENIZERS),
             next_step="set base_model to the model it was trained from: its tokenizer is taken",
+        )
+    if model.kind is Kind.WHISPER and not _has_any(model.path, _HEARING):
+        raise CheckpointError(
+            "the Whisper model came without its feature extractor",
+            where=_place(model, snapshot),
+            expected=" or ".join(_HEARING),
+            next_step="save the processor beside the model in the training job",
         )
     provenance: dict[str, object] = {
         "kind": model.kind.value,
@@ -261,7 +269,11 @@ def _output(settings: Settings, mode: str, made_from: dict[str, object]) -> Path
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZERS)
+    return _has_any(folder, _TOKENIZERS)
+
+
+def _has_any(folder: Path, names: Sequence[str]) -> bool:
+    return any((folder / name).is_file() for name in names)
 
 
 def _place(checkpoint: Checkpoint, snapshot: Snapshot) -> str:

@@ -24,6 +24,7 @@ from loader.errors import (
 from loader.settings import Settings
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin, write_listing
+from tests.other_models import tiny_whisper
 
 
 @pytest.fixture(scope="module")
@@ -197,12 +198,24 @@ def test_an_unknown_folder_says_what_was_found(job: Job) -> None:
     assert "notes.txt" in caught.value.got
 
 
-def test_a_kind_that_is_not_served_yet_is_named(job: Job, base: Path) -> None:
-    place = job.put(base, "checkpoint-5")
-    config = json.loads((place / "config.json").read_text()) | {"model_type": "whisper"}
-    (place / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match="whisper"):
+def test_a_kind_that_is_not_served_yet_is_named(job: Job) -> None:
+    job.origin.put("checkpoint-5/.metadata", b"x")
+    job.origin.put("checkpoint-5/__0_0.distcp", b"x")
+    with pytest.raises(UnsupportedError, match="dcp"):
         boot.prepare(job.settings("rank-0/"))
+
+
+def test_a_whisper_model_needs_its_feature_extractor(job: Job, tmp_path: Path) -> None:
+    whole = tiny_whisper(tmp_path / "whisper")
+    place = job.put(whole, "checkpoint-5")
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (place / name).unlink()
+    with pytest.raises(CheckpointError, match="feature extractor"):
+        boot.prepare(job.settings("rank-0/"))
+    shutil.copy(whole / "preprocessor_config.json", place)
+    ready = boot.prepare(job.settings("rank-0/"))
+    assert ready.provenance["kind"] == "whisper"
+    assert ready.path.name == "checkpoint-5"
 
 
 def test_pickled_weights_are_refused(job: Job, base: Path) -> None:

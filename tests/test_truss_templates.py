@@ -17,7 +17,7 @@ from truss.base.truss_config import TrussConfig
 from loader.settings import Settings
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import serving, write_listing
-from tests.serve.truss_server import TEMPLATES, TrussServer, lay_out, running
+from tests.serve.truss_server import TEMPLATES, TrussServer, running_template
 
 NAMES = sorted(path.parent.name for path in TEMPLATES.glob("*/config.yaml"))
 PROMPT = {"prompt": "the capital of france", "temperature": 0, "max_tokens": 8}
@@ -53,24 +53,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
 
 def start(job: Job, template: str, folder: Path, **settings: str) -> Any:
     """Run *template* on *job*'s checkpoints."""
-
-    def change(config: TrussConfig) -> None:
-        checkpoints = config.training_checkpoints
-        assert checkpoints is not None
-        checkpoints.download_folder = str(folder / "down")
-        del checkpoints.artifact_references[1:]
-        checkpoints.artifact_references[0].training_job_id = "job1"
-        checkpoints.artifact_references[0].paths = ["rank-0/checkpoint-*/"]
-        shutil.copy(job.listing, folder / "truss" / "listing.json")
-
-    lay_out(template, folder / "truss", change)
-    environment = {
-        "PODLOADER_ARTIFACTS": "listing.json",
-        "PODLOADER_BASE_MODEL": str(job.base),
-        "PODLOADER_SERVED_MODEL_NAME": "base",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-    }
-    return running(folder / "truss", environment | settings)
+    own = {"PODLOADER_BASE_MODEL": str(job.base), "PODLOADER_SERVED_MODEL_NAME": "base"}
+    return running_template(template, folder, job.listing, own | settings)
 
 
 def text_of(server: TrussServer, body: dict[str, Any]) -> str:

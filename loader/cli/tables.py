@@ -17,7 +17,7 @@ _WOULD = {
     Kind.RANK_SHARDS: "has to be consolidated: not supported yet",
     Kind.DCP: "has to be consolidated: not supported yet",
     Kind.ZERO: "has to be consolidated: not supported yet",
-    Kind.WHISPER: "is not served yet",
+    Kind.WHISPER: "would be served as it is, for transcriptions",
     Kind.UNKNOWN: "would be refused",
 }
 

@@ -7,9 +7,24 @@ from typing import Any
 
 from loader.errors import RequestError
 
+TEXT_PROMPTS = ("messages", "prompt")
+PROMPTS = (*TEXT_PROMPTS, "input", "file")  # what tells one sort of body from another
+_ASKS_FOR = {
+    "messages": "chat",
+    "prompt": "completions",
+    "input": "embeddings",
+    "file": "transcription",
+}
 
-def check_request(request: object, *, base: str, adapters: Sequence[str]) -> dict[str, Any]:
-    """Return the body with its ``model`` filled in.
+
+def check_request(
+    request: object,
+    *,
+    base: str,
+    adapters: Sequence[str],
+    known: Sequence[str] = TEXT_PROMPTS,
+) -> dict[str, Any]:
+    """Return the body with its ``model`` filled in; *known* are the sorts that the engine answers.
 
     A body without ``model`` gets the fine-tuned one where there is just one, so that a checkpoint
     answers alike whether its adapter was attached or merged; with several it has to choose.
@@ -17,13 +32,13 @@ def check_request(request: object, *, base: str, adapters: Sequence[str]) -> dic
     Raises:
         RequestError: 400 for a wrong body, 404 for a model that is not served.
     """
-    body = check_prompt(request)
+    body = check_prompt(request, known)
     body["model"] = _choose_model(body.get("model"), base, adapters)
     return body
 
 
-def check_prompt(request: object, needed: str | None = None) -> dict[str, Any]:
-    """Return the body as a dict that holds ``messages`` or ``prompt``, or the one that is *needed*.
+def check_prompt(request: object, known: Sequence[str] = PROMPTS) -> dict[str, Any]:
+    """Return the body as a dict that holds exactly one of *known*, such as ``messages``.
 
     Raises:
         RequestError: 400.
@@ -31,15 +46,16 @@ def check_prompt(request: object, needed: str | None = None) -> dict[str, Any]:
     if not isinstance(request, Mapping):
         raise RequestError(
             "the request is not a JSON object",
-            expected="an OpenAI chat or completions body",
+            expected="an OpenAI body",
             got=type(request).__name__,
         )
-    given = [key for key in ("messages", "prompt") if request.get(key) is not None]
-    if len(given) != 1 or (needed is not None and given != [needed]):
+    given = [key for key in PROMPTS if request.get(key) is not None]
+    if len(given) != 1 or given[0] not in known:
+        either = "either " if len(known) > 1 else ""
         raise RequestError(
-            f"the request needs {needed or 'either messages or prompt'}",
-            expected=needed or "messages (chat) or prompt (completions), not both",
-            got=" and ".join(given) or "neither",
+            f"the request needs {either}{' or '.join(known)}",
+            expected=", ".join(f"{key} ({_ASKS_FOR[key]})" for key in known),
+            got=" and ".join(given) or "none of them",
         )
     return dict(request)
 

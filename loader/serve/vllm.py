@@ -16,7 +16,8 @@ from loader.serve.arguments import check_engine_args, parse_arguments, serve_arg
 from loader.serve.loop import LoopThread
 from loader.serve.model import base_name, ready_folder
 from loader.serve.orphans import OrphanGuard
-from loader.serve.request import check_request
+from loader.serve.request import PROMPTS, check_request
+from loader.serve.tasks import check_sound, embed, transcribe
 from loader.types import ReadyModel
 
 _CORE = "EngineCore"  # what vLLM calls the process that it starts
@@ -79,8 +80,10 @@ class VLLMModel:
                 self._running = self._start()
 
     async def predict(self, request: Mapping[str, Any]) -> dict[str, Any] | AsyncIterator[str]:
-        """Return vLLM's answer to an OpenAI chat or completions body.
+        """Return vLLM's answer to an OpenAI body: chat, completions, embeddings, transcription.
 
+        Which it is, is told by what it holds: ``messages``, ``prompt``, ``input`` or ``file``, a
+        sound file in base64.
         With ``stream: true`` it is an async generator of server-sent events, each a whole
         ``data: …`` line and the blank one after it. Closing it, or cancelling the call, makes vLLM
         drop the request.
@@ -92,7 +95,7 @@ class VLLMModel:
         running = self._running
         if running is None or not running.loop.alive:
             raise EngineError("the engine is not running", next_step="call load() first")
-        body = check_request(request, base=self._base, adapters=self._adapters)
+        body = check_request(request, base=self._base, adapters=self._adapters, known=PROMPTS)
         answer = await running.loop.run(_answer(running.state, body))
         return answer if isinstance(answer, dict) else running.loop.stream(answer)
 
@@ -126,6 +129,7 @@ class VLLMModel:
                 next_step="install podloader[vllm], or set engine: transformers",
             ) from error
         check_engine_args(self._engine_args)
+        check_sound(self._ready.path)
         args = parse_arguments(self._arguments)
         loop = LoopThread("vllm", uvloop.new_event_loop)
         try:
@@ -160,21 +164,19 @@ async def _start_engine(loop: LoopThread, args: Any) -> _Running:
 async def _answer(state: Any, body: dict[str, Any]) -> dict[str, Any] | AsyncGenerator[str, None]:
     """Return what vLLM's handler for *body* returns, on the engine's loop."""
     from pydantic import BaseModel, ValidationError
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-    chat = body.get("messages") is not None
-    handler = state.openai_serving_chat if chat else state.openai_serving_completion
-    if handler is None:
-        raise RequestError("the model does not generate text", status=501)
     try:
-        if chat:
-            result = await handler.create_chat_completion(ChatCompletionRequest(**body))
+        if body.get("input") is not None:
+            return await embed(state, body)
+        if body.get("file") is not None:
+            result = await transcribe(state, body)
         else:
-            result = await handler.create_completion(CompletionRequest(**body))
+            result = await _generate(state, body)
     except ValidationError as error:
         raise _refuse_body(error) from None
+    except LoaderError:
+        raise
     except Exception as error:
         raise _translate(error) from error
     if isinstance(result, ErrorResponse):
@@ -182,6 +184,20 @@ async def _answer(state: Any, body: dict[str, Any]) -> dict[str, Any] | AsyncGen
     if isinstance(result, BaseModel):
         return result.model_dump(mode="json")
     return await _begin(result)
+
+
+async def _generate(state: Any, body: dict[str, Any]) -> Any:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    chat = body.get("messages") is not None
+    name = "openai_serving_chat" if chat else "openai_serving_completion"
+    handler = getattr(state, name, None)
+    if handler is None:
+        raise RequestError("the model does not generate text", status=501)
+    if chat:
+        return await handler.create_chat_completion(ChatCompletionRequest(**body))
+    return await handler.create_completion(CompletionRequest(**body))
 
 
 async def _begin(stream: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loader.errors import RequestError
-from loader.serve.request import check_prompt, check_request
+from loader.serve.request import PROMPTS, check_prompt, check_request
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,8 @@ from loader.serve.request import check_prompt, check_request
         ({}, "either messages or prompt"),
         ({"model": "base", "prompt": None}, "either messages or prompt"),
         ({"messages": [], "prompt": ""}, "either messages or prompt"),
+        ({"input": "x", "model": "base"}, "either messages or prompt"),
+        ({"file": "x", "prompt": "x"}, "either messages or prompt"),
         ({"prompt": "x", "model": 3}, "not a name"),
         ({"prompt": "x", "model": ["base"]}, "not a name"),
     ],
@@ -51,7 +53,16 @@ def test_no_model_among_several_is_refused() -> None:
 
 def test_the_path_decides_what_the_body_must_hold() -> None:
     body = {"prompt": "x", "model": "base"}
-    assert check_prompt(body, "prompt") == body
+    assert check_prompt(body, ["prompt"]) == body
     with pytest.raises(RequestError, match="needs messages") as error:
-        check_prompt(body, "messages")
-    assert (error.value.expected, error.value.got) == ("messages", "prompt")
+        check_prompt(body, ["messages"])
+    assert (error.value.expected, error.value.got) == ("messages (chat)", "prompt")
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_an_engine_that_knows_every_sort(kind: str) -> None:
+    body = {kind: "x"}
+    assert check_request(body, base="base", adapters=[], known=PROMPTS)["model"] == "base"
+    with pytest.raises(RequestError, match="or input or file") as error:
+        check_request(body | {"file": "x", "input": "x"}, base="base", adapters=[], known=PROMPTS)
+    assert "file" in error.value.got

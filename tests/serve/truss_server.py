@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +82,25 @@ def running(
                 with suppress(psutil.NoSuchProcess):
                     child.kill()
     assert not left, f"processes that outlived the server: {left}"
+
+
+def running_template(
+    template: str, folder: Path, listing: Path, settings: Mapping[str, str]
+) -> AbstractContextManager[TrussServer]:
+    """Run *template* on the checkpoints of ``job1`` in *listing*, with more variables."""
+
+    def change(config: TrussConfig) -> None:
+        checkpoints = config.training_checkpoints
+        assert checkpoints is not None
+        checkpoints.download_folder = str(folder / "down")
+        del checkpoints.artifact_references[1:]
+        checkpoints.artifact_references[0].training_job_id = "job1"
+        checkpoints.artifact_references[0].paths = ["rank-0/checkpoint-*/"]
+        shutil.copy(listing, folder / "truss" / "listing.json")
+
+    lay_out(template, folder / "truss", change)
+    environment = {"PODLOADER_ARTIFACTS": "listing.json", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return running(folder / "truss", environment | dict(settings))
 
 
 def _wait_until_gone(children: list[psutil.Process]) -> list[psutil.Process]:
