@@ -65,6 +65,7 @@ def start(ready: ReadyModel, settings: Settings, timeline: Timeline | None = Non
     Raises:
         EngineError: it did not start.
         ConfigError: ``engine_args`` that it does not know.
+        AdapterError: an adapter that changes nothing in it.
     """
     model: ServedModel
     if settings.engine == "vllm":
@@ -76,6 +77,7 @@ def start(ready: ReadyModel, settings: Settings, timeline: Timeline | None = Non
         engine_args=settings.engine_args,
         served_model_name=settings.served_model_name,
         trust_remote_code=settings.trust_remote_code,
+        canary=settings.canary,
     )
     with (timeline or Timeline()).stage("engine start"):
         model.load()

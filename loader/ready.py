@@ -5,23 +5,50 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loader.adapters.attach import NamedAdapter, attach, decide, name_adapters
+from loader.adapters.attach import NamedAdapter, attach, check_fit, decide, name_adapters
+from loader.adapters.draft import Base
+from loader.adapters.incoming import IncomingWeights
 from loader.errors import AdapterError, CheckpointError, ConfigError, FormatError, UnsupportedError
 from loader.fetch.files import STATE
 from loader.settings import Settings
 from loader.stores.hub import REPO_ID, fetch_model
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, ReadyModel, Snapshot
-from loader.weights.inspect import open_checkpoint
+from loader.weights.inspect import open_checkpoint, read_json
+from loader.weights.listing import StoredTensor
+from loader.weights.publishing import disk_error
 
 _SERVED = (Kind.FULL, Kind.WHISPER)
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _HEARING = ("preprocessor_config.json", "processor_config.json")  # how a Whisper hears
 _log = logging.getLogger("podloader")
+
+
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """What a running fetch still brings: the base's weights, and at its end the whole snapshot."""
+
+    weights: IncomingWeights
+    wait: Callable[[], Snapshot]
+
+
+@dataclass(frozen=True, slots=True)
+class LateWeights:
+    """Weights of the base that are not here: where its tensors will lie, and how to fetch them.
+
+    The fetch runs while the block of ``fetching`` does.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    fetching: Callable[[], AbstractContextManager[Arriving]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +60,16 @@ class BaseModel:
 
 
 def make_ready(
-    settings: Settings, snapshot: Snapshot, checkpoints: Sequence[Checkpoint], timeline: Timeline
+    settings: Settings,
+    snapshot: Snapshot,
+    checkpoints: Sequence[Checkpoint],
+    timeline: Timeline,
+    late: LateWeights | None = None,
 ) -> ReadyModel:
     """Return the model that *checkpoints*, those of *snapshot*, make up.
+
+    With ``late``, the snapshot lacks the weights of the base: they are fetched when it is known
+    that the adapters fit, and merged into while they arrive.
 
     Raises:
         UnsupportedError: a kind that cannot be served yet.
@@ -56,7 +90,7 @@ def make_ready(
         )
     if not adapters:
         return _whole_model(settings, snapshot, [*models, *([base] if base else [])])
-    return _with_adapters(settings, snapshot, base, adapters, timeline)
+    return _with_adapters(settings, snapshot, base, adapters, timeline, late)
 
 
 def _refuse_unservable(checkpoints: Sequence[Checkpoint], snapshot: Snapshot) -> None:
@@ -163,16 +197,27 @@ def _with_adapters(
     base: Checkpoint | None,
     checkpoints: Sequence[Checkpoint],
     timeline: Timeline,
+    late: LateWeights | None,
 ) -> ReadyModel:
     jobs = [(_place(c, snapshot).partition("/")[0], c.path) for c in checkpoints]
     adapters = name_adapters(jobs)
-    decision = decide(settings.adapter_policy, adapters)
+    decision = decide(settings.adapter_policy, adapters, base_is_fetched=base is not None)
     _log.info("adapters: %s", decision.why)
+    if base is not None:
+        _check_weights(settings, base)
+    if late is not None and base is not None:
+        with timeline.stage("fit"):
+            _check_fit(settings, base, adapters, late)
+        with late.fetching() as arriving:
+            merged = None
+            if decision.mode == "merge":
+                with timeline.stage("merge"):
+                    merged = _merge(settings, base.path, adapters, _unnamed(settings), arriving)
+            snapshot = arriving.wait()
     if base is None:
         with timeline.stage("base model"):
             found = _find_base(settings, settings.base_model or _named_base(checkpoints, snapshot))
     else:
-        _check_weights(settings, base)
         found = BaseModel(base.path, {"checkpoint": _digests(base, snapshot)})
     made_from: dict[str, object] = {
         "mode": decision.mode,
@@ -184,27 +229,64 @@ def _with_adapters(
     if decision.mode == "merge":
         made_from["exact"] = settings.exact
     output = _output(settings, decision.mode, made_from)
-    with timeline.stage(decision.mode):
-        if decision.mode == "attach":
-            ready = attach(found.path, adapters, output)
-        else:
-            ready = _merge(settings, found, adapters, output)
+    if late is not None and merged is not None:
+        ready = _give_name(merged, output)
+    else:
+        with timeline.stage(decision.mode):
+            if decision.mode == "attach":
+                ready = attach(found.path, adapters, output)
+            else:
+                ready = _merge(settings, found.path, adapters, output)
     provenance = ready.provenance | {"why": decision.why, "made_from": made_from}
+    if decision.mode == "merge":
+        provenance["name"] = adapters[0].name
     return replace(ready, provenance=provenance)
 
 
+def _check_fit(
+    settings: Settings, base: Checkpoint, adapters: Sequence[NamedAdapter], late: LateWeights
+) -> None:
+    tensors = {name: stored.info for name, stored in late.tensors.items()}
+    view = Base(tensors, read_json(base.path / "config.json"))
+    for adapter in adapters:
+        check_fit(adapter.folder, view, allow_pickle=settings.allow_pickle)
+
+
 def _merge(
-    settings: Settings, base: BaseModel, adapters: Sequence[NamedAdapter], output: Path
+    settings: Settings,
+    base: Path,
+    adapters: Sequence[NamedAdapter],
+    output: Path,
+    arriving: Arriving | None = None,
 ) -> ReadyModel:
     from loader.adapters.merge import WeightedAdapter, merge  # torch
 
     if output.is_dir():  # published whole, and its name is the digest of what it was made from
         _log.info("the merged model is here already: %s", output)
         return ReadyModel(output, (), None, output, {})
-    folders = [WeightedAdapter(adapter.folder) for adapter in adapters]
     return merge(
-        base.path, folders, output, exact=settings.exact, allow_pickle=settings.allow_pickle
+        base,
+        [WeightedAdapter(adapter.folder) for adapter in adapters],
+        output,
+        exact=settings.exact,
+        allow_pickle=settings.allow_pickle,
+        incoming=arriving.weights if arriving else None,
     )
+
+
+def _unnamed(settings: Settings) -> Path:
+    """Return a place for a merged model whose base has no digest yet, to be moved from there."""
+    return _output(settings, "merging", {"process": os.getpid(), "moment": time.time_ns()})
+
+
+def _give_name(ready: ReadyModel, output: Path) -> ReadyModel:
+    """Return *ready* moved to *output*; one that is there already is the same and stays."""
+    try:
+        output.exists() or ready.path.rename(output)
+        shutil.rmtree(ready.path, ignore_errors=True)
+    except OSError as error:
+        raise disk_error(output, error) from error
+    return replace(ready, path=output, tokenizer=output)
 
 
 def _named_base(checkpoints: Sequence[Checkpoint], snapshot: Snapshot) -> str:

@@ -84,6 +84,11 @@ class Settings(BaseSettings):
         description="How merged weights are rounded: once, from float32, or wherever PEFT rounds, "
         "which gives the bits of its `merge_and_unload`.",
     )
+    canary: bool = Field(
+        True,
+        description="Before the model counts as ready, every attached adapter has to answer a "
+        "prompt unlike its base; one that does not stops the start.",
+    )
     engine: Literal["vllm", "transformers"] = Field(
         "vllm", description="What answers: vLLM, or transformers + PEFT for smoke tests."
     )

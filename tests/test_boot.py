@@ -21,6 +21,7 @@ from loader.errors import (
     ResolveError,
     UnsupportedError,
 )
+from loader.serve.model import base_name
 from loader.settings import Settings
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin, write_listing
@@ -102,6 +103,7 @@ def test_an_adapter_is_merged_once(job: Job, base: Path, adapter: Path) -> None:
     settings = job.settings("rank-0/", base_model=str(base), adapter_policy="merge")
     ready = boot.prepare(settings)
     assert (ready.adapters, ready.tokenizer) == ((), ready.path)
+    assert base_name(ready, None) == "job1"  # as if it were attached
     assert job.root / ".podloader/models" in ready.path.parents
     name = "model.layers.0.self_attn.q_proj.weight"
     merged, plain = (

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -35,13 +35,13 @@ from loader.adapters.draft import Base
 from loader.adapters.edits import Edit, LowRank, Replace, ReplaceRows
 from loader.adapters.effect import check_effect
 from loader.adapters.fold import Exact
+from loader.adapters.incoming import IncomingWeights
 from loader.adapters.names import find_embedding
 from loader.adapters.plan import MergePlan, plan_merge
 from loader.adapters.surroundings import list_surroundings, write_config
 from loader.errors import AdapterError, CheckpointError, UnsupportedError
 from loader.types import ReadyModel
 from loader.weights.inspect import read_json
-from loader.weights.listing import StoredTensor
 from loader.weights.publishing import disk_error
 from loader.weights.readers import MemoryReader, SafetensorsReader, open_weights
 from loader.weights.writer import CheckpointWriter, ShardPlan, TensorSpec, plan_shard, plan_shards
@@ -51,18 +51,6 @@ _FLOATS = ("F32", "F16", "BF16", "F64")
 _log = logging.getLogger("podloader")
 
 LocalReader = SafetensorsReader | MemoryReader
-
-
-@dataclass(frozen=True, slots=True)
-class IncomingWeights:
-    """A base's weights that are still being fetched.
-
-    ``tensors`` say where each will lie, from headers read at the origin; ``files`` gives the names
-    of those that are whole, as soon as they are.
-    """
-
-    tensors: Mapping[str, StoredTensor]
-    files: Iterable[Collection[str]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,19 @@ def generate(
     return Completion(watch.finish(), "stop" if ended else "length", len(prompt), len(new))
 
 
+def prompt_logprobs(
+    loaded: LoadedModel, prompt: Sequence[int], adapter: str | None
+) -> tuple[float, ...]:
+    """Return the log-probability of each token of *prompt* but the first."""
+    import torch
+
+    ids = torch.tensor([list(prompt)], device=loaded.model.device)
+    with torch.inference_mode(), _adapter(loaded.model, adapter):
+        logits = loaded.model(input_ids=ids).logits[0, :-1].float()
+    found = logits.log_softmax(-1).gather(-1, ids[0, 1:, None])
+    return tuple(found.flatten().tolist())
+
+
 @contextlib.contextmanager
 def _adapter(model: Any, name: str | None) -> Any:
     if name is not None:

@@ -40,8 +40,11 @@ class ServedModel(Protocol):
 
 
 def base_name(ready: ReadyModel, served_model_name: str | None) -> str:
-    """Return the name that requests give the base or merged model."""
-    return served_model_name or ready.path.name
+    """Return the name that requests give the base or merged model.
+
+    A merged model answers by the name that its adapter would have had, attached.
+    """
+    return served_model_name or str(ready.provenance.get("name") or ready.path.name)
 
 
 def ready_folder(path: Path) -> ReadyModel:

@@ -16,7 +16,8 @@ from typing import Any
 
 from loader.errors import ConfigError, EngineError, LoaderError, RequestError
 from loader.serve.answer import DONE, Answer, failure
-from loader.serve.generation import Completion, LoadedModel, generate
+from loader.serve.canary import PROMPT, distance, refuse_silent
+from loader.serve.generation import Completion, LoadedModel, generate, prompt_logprobs
 from loader.serve.model import base_name, ready_folder
 from loader.serve.prompts import encode_prompts
 from loader.serve.request import check_request
@@ -43,8 +44,10 @@ class TransformersModel:
         engine_args: Mapping[str, object] | None = None,
         served_model_name: str | None = None,
         trust_remote_code: bool = False,
+        canary: bool = True,
         device: str | None = None,
     ) -> None:
+        self._canary = canary
         self._ready = ready if isinstance(ready, ReadyModel) else ready_folder(Path(ready))
         self._engine_args = dict(engine_args or {})
         self._trust_remote_code = trust_remote_code
@@ -66,6 +69,7 @@ class TransformersModel:
         Raises:
             ConfigError: a ``dtype`` or ``max_model_len`` that is none.
             EngineError: the model could not be loaded.
+            AdapterError: an adapter changes nothing.
         """
         with self._lock:
             if self._loaded is not None:
@@ -73,7 +77,10 @@ class TransformersModel:
             if ignored := sorted(self._engine_args.keys() - set(_USED)):
                 _log.info("engine_args that are vLLM's alone: %s", ", ".join(ignored))
             try:
-                self._loaded = self._load()
+                loaded = self._load()
+                if self._canary and self._adapters:
+                    self._check_adapters(loaded)
+                self._loaded = loaded
             except LoaderError:
                 raise
             except Exception as error:
@@ -150,6 +157,15 @@ class TransformersModel:
             max_len=max_len,
             eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         )
+
+    def _check_adapters(self, loaded: LoadedModel) -> None:
+        prompt = loaded.tokenizer(PROMPT)["input_ids"]
+        base, again = (prompt_logprobs(loaded, prompt, None) for _ in range(2))
+        found = {
+            name: distance(base, prompt_logprobs(loaded, prompt, _peft_name(index)))
+            for index, name in enumerate(self._adapters)
+        }
+        refuse_silent(found, distance(base, again))
 
     def _dtype(self) -> object:
         import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from loader.errors import EngineError, LoaderError, RequestError
 from loader.serve.arguments import check_engine_args, parse_arguments, serve_arguments
+from loader.serve.canary import canary_body, check_adapters, read_logprobs
 from loader.serve.loop import LoopThread
 from loader.serve.model import base_name, ready_folder
 from loader.serve.orphans import OrphanGuard
@@ -40,6 +41,7 @@ class VLLMModel:
 
     ``engine_args`` are named as vLLM's ``AsyncEngineArgs``. ``served_model_name`` is what requests
     call the base or merged model, by default its folder's name; adapters keep their own names.
+    ``canary``: before ``load`` returns, every adapter must answer a prompt unlike the base.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class VLLMModel:
         engine_args: Mapping[str, object] | None = None,
         served_model_name: str | None = None,
         trust_remote_code: bool = False,
+        canary: bool = True,
     ) -> None:
+        self._canary = canary
         self._ready = ready if isinstance(ready, ReadyModel) else ready_folder(Path(ready))
         self._engine_args = dict(engine_args or {})
         self._base = base_name(self._ready, served_model_name)
@@ -74,10 +78,19 @@ class VLLMModel:
         Raises:
             ConfigError: ``engine_args`` that vLLM does not know or refuses.
             EngineError: vLLM did not start.
+            AdapterError: an adapter changes nothing.
         """
         with self._lock:
-            if self._running is None:
-                self._running = self._start()
+            if self._running is not None:
+                return
+            running = self._start()
+            try:
+                if self._canary:
+                    running.loop.call(self._check_adapters(running.state))
+            except BaseException:
+                _stop(running)
+                raise
+            self._running = running
 
     async def predict(self, request: Mapping[str, Any]) -> dict[str, Any] | AsyncIterator[str]:
         """Return vLLM's answer to an OpenAI body: chat, completions, embeddings, transcription.
@@ -109,11 +122,17 @@ class VLLMModel:
         with self._lock:
             running, self._running = self._running, None
         if running is not None:
-            running.loop.call(running.resources.aclose())
-            running.loop.close()
-            # vLLM leaves its sockets' context to the garbage collector, which complains of it.
-            running.engine.engine_core.resources.ctx.destroy(linger=0)
-            running.guard.close()
+            _stop(running)
+
+    async def _check_adapters(self, state: Any) -> None:
+        async def ask(name: str) -> Sequence[float]:
+            answer = await _answer(state, canary_body(name))
+            assert isinstance(answer, dict)
+            return read_logprobs(answer)
+
+        generates = getattr(state, "openai_serving_completion", None) is not None
+        if generates:
+            await check_adapters(ask, self._base, self._adapters)
 
     def _start(self) -> _Running:
         # As vLLM's own command line does: a fork of a process that already runs threads (Truss's
@@ -146,6 +165,14 @@ class VLLMModel:
                 next_step="the engine's own log lines above name the cause; memory is set by "
                 "engine_args gpu_memory_utilization and max_model_len",
             ) from error
+
+
+def _stop(running: _Running) -> None:
+    running.loop.call(running.resources.aclose())
+    running.loop.close()
+    # vLLM leaves its sockets' context to the garbage collector, which complains of it.
+    running.engine.engine_core.resources.ctx.destroy(linger=0)
+    running.guard.close()
 
 
 async def _start_engine(loop: LoopThread, args: Any) -> _Running:

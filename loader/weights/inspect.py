@@ -133,6 +133,11 @@ def _find_models(place: Place) -> list[Checkpoint]:
     return [Checkpoint(kind, place.folder(at), detail)]
 
 
+def is_safetensors(name: str) -> bool:
+    """Return whether *name* is that of a model's weight file in safetensors, whole or a shard."""
+    return name.endswith(".safetensors") and _is_weights(name)
+
+
 def _is_weights(name: str) -> bool:
     return name in SINGLE_WEIGHTS or bool(_SHARD.match(name))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from loader.errors import FormatError
-from loader.weights.header import TensorInfo, read_header
+from loader.weights.header import Header, TensorInfo, read_header
 from loader.weights.index import read_weight_map
 
 PICKLE_STEMS: Mapping[str, str] = MappingProxyType(
@@ -73,17 +73,26 @@ def list_tensors(files: WeightFiles) -> Mapping[str, StoredTensor]:
     """
     if files.pickled:
         raise refuse_pickle(files.paths[0])
+    return join_headers({path: read_header(path) for path in files.paths})
+
+
+def join_headers(headers: Mapping[Path, Header]) -> Mapping[str, StoredTensor]:
+    """Return all tensors of the files of one checkpoint by name, file by file.
+
+    Raises:
+        FormatError: a name is in two files.
+    """
     found: dict[str, StoredTensor] = {}
     twice = []
-    for path in files.paths:
-        for name, info in read_header(path).tensors.items():
+    for path, header in headers.items():
+        for name, info in header.tensors.items():
             if name in found:
                 twice.append(f"{name}: in {found[name].path.name} and in {path.name}")
             found[name] = StoredTensor(path, info)
     if twice:
         raise FormatError(
             "tensors stored twice",
-            where=str(files.paths[0].parent),
+            where=str(next(iter(headers)).parent),
             problems=twice,
             next_step="remove the files that belong to another checkpoint",
         )
