@@ -50,10 +50,18 @@ def prepare(
     Raises:
         LoaderError: see ``loader.errors``.
     """
-    from loader.ready import make_ready  # fetch and plan do without it
+    from loader.overlap import LateFetch, find_late, prepare_while_fetching
+    from loader.ready import make_ready  # fetch and plan do without both
 
     timeline = timeline or Timeline()
-    snapshot = fetch_files(settings, progress, timeline)
+    root = settings.training.download_folder
+    with open_origin(settings, timeline) as origin:
+        manifest = _resolved(settings, origin, timeline)
+        if late := find_late(settings, manifest):
+            parts = LateFetch.split(manifest, late, origin.store, _options(settings), progress)
+            return prepare_while_fetching(settings, parts, timeline)
+        with timeline.stage("download"):
+            snapshot = fetch(manifest, root, origin.store, _options(settings), progress)
     with timeline.stage("inspect"):
         checkpoints = find_checkpoints(snapshot.root, [file.path for file in snapshot.files])
     return make_ready(settings, snapshot, checkpoints, timeline)
@@ -91,17 +99,9 @@ def fetch_files(
     timeline = timeline or Timeline()
     root = settings.training.download_folder
     with open_origin(settings, timeline) as origin:
-        with timeline.stage("resolve"):
-            manifest = _resolve(settings, origin)
-            _check_indexes(settings, manifest, origin)
-        options = FetchOptions(
-            concurrency=settings.concurrency,
-            retries=settings.retries,
-            range_bytes=int(settings.range_size),
-            verify=settings.verify,
-        )
+        manifest = _resolved(settings, origin, timeline)
         with timeline.stage("download"):
-            return fetch(manifest, root, origin.store, options, progress)
+            return fetch(manifest, root, origin.store, _options(settings), progress)
 
 
 def plan(settings: Settings, *, with_sizes: bool = True) -> Manifest:
@@ -144,9 +144,21 @@ def open_origin(settings: Settings, timeline: Timeline) -> Iterator[Origin]:
         client.close()
 
 
-def _resolve(settings: Settings, origin: Origin) -> Manifest:
-    sensitive = is_case_sensitive(settings.training.download_folder)
-    return resolve(_wanted(settings), origin.listings, case_sensitive=sensitive)
+def _resolved(settings: Settings, origin: Origin, timeline: Timeline) -> Manifest:
+    with timeline.stage("resolve"):
+        sensitive = is_case_sensitive(settings.training.download_folder)
+        manifest = resolve(_wanted(settings), origin.listings, case_sensitive=sensitive)
+        _check_indexes(settings, manifest, origin)
+        return manifest
+
+
+def _options(settings: Settings) -> FetchOptions:
+    return FetchOptions(
+        concurrency=settings.concurrency,
+        retries=settings.retries,
+        range_bytes=int(settings.range_size),
+        verify=settings.verify,
+    )
 
 
 def _wanted(settings: Settings) -> TrainingCheckpoints:

@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 from loader.adapters.incoming import IncomingWeights
 from loader.fetch.arrivals import Arrivals
@@ -38,6 +39,25 @@ class LateFetch:
     options: FetchOptions
     progress: Progress | None
 
+    @classmethod
+    def split(
+        cls,
+        manifest: Manifest,
+        late: Collection[Artifact],
+        store: Store,
+        options: FetchOptions,
+        progress: Progress | None,
+    ) -> Self:
+        """Return the fetch of *manifest* with *late* as its second part."""
+        early = tuple(a for a in manifest.files if a not in late)
+        return cls(
+            replace(manifest, files=early),
+            replace(manifest, files=tuple(late)),
+            store,
+            options,
+            progress,
+        )
+
 
 def find_late(settings: Settings, manifest: Manifest) -> tuple[Artifact, ...]:
     """Return the weight files that adapters need not wait for; none where all is here already.
@@ -63,7 +83,9 @@ def _is_here(artifact: Artifact, root: Path) -> bool:
     return place.final.is_file() and read_record(place.record) is not None
 
 
-def prepare_while_fetching(settings: Settings, fetched: LateFetch, timeline: Timeline) -> ReadyModel:
+def prepare_while_fetching(
+    settings: Settings, fetched: LateFetch, timeline: Timeline
+) -> ReadyModel:
     """Return the ReadyModel of both parts of *fetched*.
 
     Raises:
@@ -99,9 +121,7 @@ def prepare_while_fetching(settings: Settings, fetched: LateFetch, timeline: Tim
     return make_ready(settings, first, checkpoints, timeline, LateWeights(tensors, fetch_late))
 
 
-def _as_they_arrive(
-    artifacts: Sequence[Artifact], arrivals: Arrivals
-) -> Iterator[Collection[str]]:
+def _as_they_arrive(artifacts: Sequence[Artifact], arrivals: Arrivals) -> Iterator[Collection[str]]:
     """Yield the names of files that are whole; they arrive in about the order of their paths."""
     left = sorted(artifact.path for artifact in artifacts)
     while left:

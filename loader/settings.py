@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     adapter_policy: Literal["auto", "attach", "merge"] = Field(
         "auto",
         description="`attach`: the engine serves adapters by name. `merge`: one adapter is folded "
-        "into the base's weights. `auto`: attach what the engine can attach, else merge.",
+        "into the base's weights. `auto`: whichever makes the faster server (see Adapters).",
     )
     exact: Literal["float32", "peft"] = Field(
         "float32",

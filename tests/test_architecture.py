@@ -21,6 +21,7 @@ LAYERS = [
     {"resolve", "stores", "weights"},
     {"fetch", "adapters", "serve"},
     {"ready", "remote"},
+    {"overlap"},
     {"boot"},
     {"hook", "demo"},
     {"cli"},

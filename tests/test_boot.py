@@ -135,6 +135,7 @@ def test_a_base_that_is_a_checkpoint_too(job: Job, base: Path, adapter: Path) ->
         "rank-0/checkpoint-10/",
         jobs=("job1", "basejob"),
         base_model="checkpoint:basejob/rank-0/checkpoint-5/",
+        adapter_policy="attach",
     )
     ready = boot.prepare(settings)
     assert ready.path == job.root / "basejob/rank-0/checkpoint-5"
@@ -174,7 +175,8 @@ def test_models_and_adapters_together(job: Job, base: Path, adapter: Path) -> No
         boot.prepare(job.settings("rank-0/"))
     assert "checkpoint:job1/rank-0/checkpoint-5/" in caught.value.next_step
     model = "checkpoint:job1/rank-0/checkpoint-5/"
-    assert boot.prepare(job.settings("rank-0/", base_model=model)).adapters[0].name == "job1"
+    ready = boot.prepare(job.settings("rank-0/", base_model=model, adapter_policy="attach"))
+    assert ready.adapters[0].name == "job1"
 
 
 def test_two_full_models(job: Job, base: Path) -> None:

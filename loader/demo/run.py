@@ -105,6 +105,7 @@ def _write_config(folder: Path, origin: Origin) -> Path:
             "podloader": {
                 "artifacts": [str(path) for path in listings],
                 "base_model": f"checkpoint:{BASE_JOB}/rank-0/checkpoint-{BASE_STEPS}/",
+                "adapter_policy": "attach",  # so that base and adapter can both be asked
                 "served_model_name": BASE_JOB,
                 "engine": "vllm" if _has_vllm() else "transformers",
                 "engine_args": {

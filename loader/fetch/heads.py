@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loader.errors import TransientError
-from loader.fetch.retry import retrying
+from loader.retry import retrying
 from loader.stores.base import ObjectInfo, Store
 from loader.types import Artifact
 

@@ -109,6 +109,9 @@ def test_decisions_that_cannot_be_honoured(base: Path, tmp_path: Path) -> None:
     plain, dora = draw(base, tmp_path / "p"), draw(base, tmp_path / "d", use_dora=True)
     assert decide("auto", [plain, plain]).mode == "attach"
     assert decide("merge", [plain]).mode == "merge"
+    assert decide("auto", [plain], base_is_fetched=True).mode == "merge"
+    assert decide("attach", [plain], base_is_fetched=True).mode == "attach"
+    assert decide("auto", [plain, plain], base_is_fetched=True).mode == "attach"
     for policy, adapters in (
         ("auto", [plain, dora]),
         ("attach", [dora]),
