@@ -11,6 +11,7 @@ from loader.errors import ConfigError, FetchError
 from loader.fetch.files import is_case_sensitive
 from loader.fetch.progress import Progress
 from loader.fetch.snapshot import FetchOptions, fetch, read_artifact, sizes
+from loader.fetch.spans import SpanProgress
 from loader.resolve.manifest import check_index, resolve
 from loader.settings import Settings
 from loader.stores.http import HttpClient, HttpOptions
@@ -60,8 +61,8 @@ def prepare(
         if late := find_late(settings, manifest):
             parts = LateFetch.split(manifest, late, origin.store, _options(settings), progress)
             return prepare_while_fetching(settings, parts, timeline)
-        with timeline.stage("download"):
-            snapshot = fetch(manifest, root, origin.store, _options(settings), progress)
+        with SpanProgress(progress, timeline) as watched:
+            snapshot = fetch(manifest, root, origin.store, _options(settings), watched)
     with timeline.stage("inspect"):
         checkpoints = find_checkpoints(snapshot.root, [file.path for file in snapshot.files])
     return make_ready(settings, snapshot, checkpoints, timeline)
@@ -100,8 +101,8 @@ def fetch_files(
     root = settings.training.download_folder
     with open_origin(settings, timeline) as origin:
         manifest = _resolved(settings, origin, timeline)
-        with timeline.stage("download"):
-            return fetch(manifest, root, origin.store, _options(settings), progress)
+        with SpanProgress(progress, timeline) as watched:
+            return fetch(manifest, root, origin.store, _options(settings), watched)
 
 
 def plan(settings: Settings, *, with_sizes: bool = True) -> Manifest:

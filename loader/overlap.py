@@ -20,6 +20,7 @@ from loader.fetch.background import fetching
 from loader.fetch.files import places, read_record
 from loader.fetch.progress import Progress
 from loader.fetch.snapshot import FetchOptions, fetch
+from loader.fetch.spans import SpanProgress
 from loader.ready import Arriving, LateWeights, make_ready
 from loader.remote import read_headers
 from loader.settings import Settings
@@ -93,8 +94,8 @@ def prepare_while_fetching(
     """
     root = settings.training.download_folder.absolute()
     options, store = fetched.options, fetched.store
-    with timeline.stage("download of adapters"):
-        first = fetch(fetched.early, root, store, options, fetched.progress)
+    with SpanProgress(fetched.progress, timeline, "download of adapters") as watched:
+        first = fetch(fetched.early, root, store, options, watched)
     with timeline.stage("headers"):
         tensors = read_headers(
             fetched.late.files,
@@ -107,8 +108,8 @@ def prepare_while_fetching(
     @contextlib.contextmanager
     def fetch_late() -> Iterator[Arriving]:
         with (
-            timeline.stage("download"),
-            fetching(fetched.late, root, store, options, fetched.progress) as arrivals,
+            SpanProgress(fetched.progress, timeline) as watched,
+            fetching(fetched.late, root, store, options, watched) as arrivals,
         ):
             files = _as_they_arrive(fetched.late.files, arrivals)
             yield Arriving(

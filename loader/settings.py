@@ -33,6 +33,8 @@ CHECKPOINT_SCHEME = "checkpoint:"
 _PREFIX = "PODLOADER_"
 _SECTION = "model_metadata.podloader"
 _CHECKPOINT = re.compile(rf"{CHECKPOINT_SCHEME}{JOB_ID.pattern}/rank-[^/]+(/.*)?")
+_OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_OTLP_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _OUTSIDE = {"training", "hf_token", "api_key"}
 
 
@@ -237,6 +239,20 @@ def settings_table() -> str:
             shown = json.dumps(default)
         rows.append(f"| `{name}` | `{_PREFIX}{name.upper()}` | `{shown}` | {field.description} |")
     return "\n".join(rows)
+
+
+def traces_exporter() -> str | None:
+    """Return the OpenTelemetry exporter that the usual ``OTEL_*`` variables ask for, if any."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    chosen = os.environ.get("OTEL_TRACES_EXPORTER", "").partition(",")[0].strip()
+    endpoint = any(os.environ.get(name) for name in _OTLP_ENDPOINTS)
+    if chosen == "none" or not (chosen or endpoint):
+        return None
+    if chosen in ("", "otlp"):
+        protocol = next(filter(None, map(os.environ.get, _OTLP_PROTOCOLS)), "http/protobuf")
+        return "otlp_proto_grpc" if protocol == "grpc" else "otlp_proto_http"
+    return chosen
 
 
 def _environment(where: str) -> dict[str, Any]:

@@ -1,23 +1,44 @@
-"""Where the seconds of a start went."""
+"""Where the seconds of a start went: spans of stages and files, and what was counted on the way."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
+Kind = Literal["stage", "file"]
 _log = logging.getLogger("podloader")
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """A stretch of a start, in seconds since the timeline began."""
+class Open:
+    """A span that has begun. ``lane`` is the process that does the work."""
+
+    name: str
+    start_s: float
+    kind: Kind = "stage"
+    lane: str = "podloader"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of a start, in seconds since the timeline began.
+
+    ``failed`` is the type of the error that ended it, if one did.
+    """
 
     name: str
     start_s: float
     end_s: float
+    kind: Kind = "stage"
+    lane: str = "podloader"
+    failed: str = ""
+    attributes: Mapping[str, str | int | float] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -25,19 +46,113 @@ class Stage:
         return self.end_s - self.start_s
 
 
+class Listener(Protocol):
+    """Told of spans as they begin and end, from the threads that do the work."""
+
+    def begun(self, span: Open) -> None:
+        """A span has begun."""
+
+    def ended(self, span: Span, begun: Open) -> None:
+        """The span that had begun is over."""
+
+
 class Timeline:
-    """Collects stages, and logs each as it ends unless it is to be *quiet*."""
+    """Collects spans, and logs each stage as it ends unless it is to be *quiet*.
+
+    Every method may be called from any thread. Times are those of ``time.monotonic()``, which all
+    processes of a machine share.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._level = logging.DEBUG if quiet else logging.INFO
-        self._began = time.monotonic()
-        self.stages: list[Stage] = []
+        self._lock = threading.Lock()
+        self._spans: list[Span] = []
+        self._open: list[Open] = []
+        self._counts: Counter[str] = Counter()
+        self._listeners: list[Listener] = []
+        self.began = time.monotonic()
+        self.began_epoch = time.time()
+
+    @property
+    def now_s(self) -> float:
+        """The seconds since the timeline began."""
+        return time.monotonic() - self.began
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """All that is over, in the order of their ends."""
+        with self._lock:
+            return tuple(self._spans)
+
+    @property
+    def stages(self) -> tuple[Span, ...]:
+        """The stages that are over, in the order of their ends."""
+        return tuple(span for span in self.spans if span.kind == "stage")
+
+    @property
+    def running(self) -> tuple[Open, ...]:
+        """What has begun and is not over."""
+        with self._lock:
+            return tuple(self._open)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was counted, by name."""
+        with self._lock:
+            return dict(self._counts)
+
+    def listen(self, listener: Listener) -> None:
+        """Tell *listener* of every span from now on."""
+        self._listeners.append(listener)
+
+    def count(self, name: str, more: int = 1) -> None:
+        """Count an event, such as a retry."""
+        with self._lock:
+            self._counts[name] += more
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Note how long the block takes; a block that fails is no stage."""
-        start_s = time.monotonic() - self._began
-        yield
-        stage = Stage(name, start_s, time.monotonic() - self._began)
-        self.stages.append(stage)
-        _log.log(self._level, "%s: %.2f s", name, stage.seconds)
+        """Note how long the block takes, and that it failed where it does."""
+        begun = self.begin(name)
+        try:
+            yield
+        except BaseException as error:
+            self.end(begun, failed=type(error).__name__)
+            raise
+        self.end(begun)
+
+    def begin(
+        self, name: str, *, kind: Kind = "stage", lane: str = "podloader", at: float | None = None
+    ) -> Open:
+        """Return a span that has begun now, or *at* a time of ``time.monotonic()``."""
+        begun = Open(name, self._since(at), kind, lane)
+        with self._lock:
+            self._open.append(begun)
+        for listener in self._listeners:
+            listener.begun(begun)
+        return begun
+
+    def end(
+        self,
+        begun: Open,
+        *,
+        failed: str = "",
+        at: float | None = None,
+        attributes: Mapping[str, str | int | float] | None = None,
+    ) -> Span:
+        """Return the span that *begun* has become."""
+        end_s = self._since(at)
+        span = Span(
+            begun.name, begun.start_s, end_s, begun.kind, begun.lane, failed, attributes or {}
+        )
+        with self._lock:
+            self._open.remove(begun)
+            self._spans.append(span)
+        for listener in self._listeners:
+            listener.ended(span, begun)
+        if span.kind == "stage" and not failed:
+            _log.log(self._level, "%s: %.2f s", span.name, span.seconds)
+        return span
+
+    def _since(self, at: float | None) -> float:
+        return (time.monotonic() if at is None else at) - self.began

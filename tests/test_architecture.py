@@ -19,7 +19,9 @@ LAYERS = [
     {"truss_config"},
     {"settings"},
     {"resolve", "stores", "weights"},
-    {"fetch", "adapters", "serve"},
+    {"fetch", "adapters"},
+    {"status"},
+    {"serve"},
     {"ready", "remote"},
     {"overlap"},
     {"boot"},
@@ -41,8 +43,21 @@ OWNERS = {
     "tenacity": {"retry", "fetch"},
     "awscrt": {"fetch"},
     "starlette": {"hook", "serve"},
+    "opentelemetry": {"status"},
+    "prometheus_client": {"status"},
+    "uvloop": {"serve"},
 }
-HEAVY = ("torch", "transformers", "peft", "vllm", "boto3", "huggingface_hub", "fsspec")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "vllm",
+    "boto3",
+    "huggingface_hub",
+    "fsspec",
+    "opentelemetry",
+    "prometheus_client",
+)
 
 
 def room_of(path: Path) -> str:

@@ -45,6 +45,12 @@ class BarProgress:
         """Move the bar."""
         self._bars.advance(self._task, count_bytes)
 
+    def begin_file(self, path: str) -> None:
+        """Change nothing: the bar is of all files."""
+
+    def retry(self, path: str) -> None:
+        """Change nothing."""
+
     def finish_file(self, path: str) -> None:
         """Count a file."""
         self._count += 1

@@ -41,6 +41,16 @@ Exact = Literal["float32", "peft"]
 Combine = Literal["linear", "cat"]
 
 
+TimelineFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--timeline",
+        metavar="FILE",
+        help="Write where the seconds went: a Chrome trace to FILE, a picture (.svg) beside it.",
+    ),
+]
+
+
 @app.callback(invoke_without_command=True)
 def top(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -102,20 +112,23 @@ def fetch(
 
 @app.command()
 def prepare(
-    config: Config, artifacts: Artifacts = None, set_: Set = None, as_json: Json = False
+    config: Config,
+    artifacts: Artifacts = None,
+    set_: Set = None,
+    timeline_file: TimelineFile = None,
+    as_json: Json = False,
 ) -> None:
     """Fetch, then attach or merge; print the model that is ready."""
     with errors_shown(as_json):
         from loader import boot
         from loader.cli.bars import choose_progress
         from loader.cli.documents import ready_document
-        from loader.cli.tables import show_ready, show_timeline
-        from loader.timeline import Timeline
+        from loader.cli.tables import show_ready
+        from loader.cli.timelines import timeline_kept
 
-        timeline = Timeline()
-        ready = boot.prepare(_settings(config, artifacts, set_), choose_progress(), timeline)
-        show_ready(ready)
-        show_timeline(timeline)
+        with timeline_kept(timeline_file) as timeline:
+            ready = boot.prepare(_settings(config, artifacts, set_), choose_progress(), timeline)
+            show_ready(ready)
         if as_json:
             write_json(ready_document(ready))
 

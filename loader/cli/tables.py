@@ -11,6 +11,7 @@ from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, Manifest, ReadyModel
 
 _SHOWN = 50
+_BAR_CHARACTERS = 40
 _WOULD = {
     Kind.FULL: "would be served as it is",
     Kind.ADAPTER: "would be attached to its base, or merged into it",
@@ -50,9 +51,22 @@ def show_ready(ready: ReadyModel) -> None:
 
 
 def show_timeline(timeline: Timeline) -> None:
-    """Show the seconds of every stage."""
-    for stage in timeline.stages:
-        say(f"{stage.seconds:>9.2f} s  {stage.name}")
+    """Show when each stage began and how long it took, and the same as bars."""
+    stages = sorted(timeline.stages, key=lambda stage: (stage.start_s, stage.end_s))
+    total_s = max((stage.end_s for stage in stages), default=0.0) or 1.0
+    say(f"{'start':>9}  {'seconds':>9}  {'stage':<16}")
+    for stage in stages:
+        before = round(stage.start_s / total_s * _BAR_CHARACTERS)
+        length = max(round(stage.end_s / total_s * _BAR_CHARACTERS) - before, 1)
+        bar = " " * min(before, _BAR_CHARACTERS - 1) + "█" * length
+        failed = f"  failed: {stage.failed}" if stage.failed else ""
+        say(f"{stage.start_s:>9.2f}  {stage.seconds:>9.2f}  {stage.name:<16}  {bar}{failed}")
+    counts = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in _counted(timeline))
+    say(f"{total_s:>9.2f}  in all{f'; {counts}' if counts else ''}")
+
+
+def _counted(timeline: Timeline) -> list[tuple[str, int]]:
+    return sorted((name, number) for name, number in timeline.counts.items() if number)
 
 
 def show_checkpoints(checkpoints: Sequence[Checkpoint]) -> None:

@@ -20,8 +20,14 @@ class Progress(Protocol):
     def advance(self, count_bytes: int) -> None:
         """So many bytes more; fewer, when an origin without ranges starts over."""
 
+    def begin_file(self, path: str) -> None:
+        """Bytes of this file are asked for; told at every request."""
+
     def finish_file(self, path: str) -> None:
         """One file more is whole."""
+
+    def retry(self, path: str) -> None:
+        """Bytes of this file are asked for again after a passing failure."""
 
     def finish(self) -> None:
         """The fetch is over, well or not."""
@@ -55,10 +61,16 @@ class LogProgress:
             self._told = now
         self._tell()
 
+    def begin_file(self, path: str) -> None:
+        """Say nothing."""
+
     def finish_file(self, path: str) -> None:
         """Count."""
         with self._lock:
             self._files += 1
+
+    def retry(self, path: str) -> None:
+        """Say nothing: many passing failures of a busy origin are no news."""
 
     def finish(self) -> None:
         """Say how far it came."""

@@ -56,6 +56,7 @@ def transfer(
                 part, wanted = tasks.popleft()
             except IndexError:
                 return
+            progress.begin_file(part.artifact.path)
             try:
                 if _RangeTask(part, wanted, store, retries, progress, stop).run(buffer):
                     arrived(part)
@@ -130,7 +131,9 @@ class _RangeTask:
         began = self._place
         try:
             self._receive(buffer)
-        except LoaderError:
+        except LoaderError as error:
+            if error.retryable:
+                self._progress.retry(self._part.artifact.path)
             self._in_vain = 0 if self._place - began >= _PROGRESS_BYTES else self._in_vain + 1
             raise
 

@@ -1,0 +1,42 @@
+"""A command's timeline: exported while it runs, shown and written when it is over."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from loader.cli.report import say
+from loader.cli.tables import show_timeline
+from loader.settings import traces_exporter
+from loader.status.trace import write_timeline
+from loader.status.tracing import exporting
+from loader.timeline import Timeline
+
+
+@contextlib.contextmanager
+def timeline_kept(file: Path | None) -> Iterator[Timeline]:
+    """Give a timeline; at the end, well or not, show its table and write *file* and its picture."""
+    timeline = Timeline()
+    with exporting(timeline, traces_exporter()):
+        try:
+            yield timeline
+        finally:
+            keep_timeline(timeline, file)
+
+
+def keep_timeline(timeline: Timeline, file: Path | None) -> None:
+    """Show the table of *timeline*, and write it to *file*.
+
+    That it cannot be written is said and fails nothing: the model matters more.
+    """
+    if timeline.stages:
+        show_timeline(timeline)
+    if file is None:
+        return
+    try:
+        trace, picture = write_timeline(timeline, file)
+    except OSError as error:
+        say(f"warning: the timeline is not written: {error}")
+    else:
+        say(f"timeline   {trace}, {picture}")

@@ -1,0 +1,84 @@
+"""A fetch's spans: what is here is proved, then files arrive, each with a span of its own."""
+
+from __future__ import annotations
+
+import threading
+
+from loader.fetch.progress import LogProgress, Progress
+from loader.timeline import Open, Timeline
+
+
+class SpanProgress:
+    """Passes everything of one fetch on to another progress, and notes it on a timeline.
+
+    A context manager: its end ends what is open, with the error that ends it. ``verify`` is what
+    goes before the first byte: proving kept files, asking the origin for versions. A file's span
+    runs from its first request until it has its name. *download* names the stage after it.
+    """
+
+    def __init__(
+        self, inner: Progress | None, timeline: Timeline, download: str = "download"
+    ) -> None:
+        self._inner = inner or LogProgress()
+        self._download = download
+        self._timeline = timeline
+        self._lock = threading.Lock()
+        self._files: dict[str, Open] = {}
+        self._stage: Open | None = timeline.begin("verify")
+        self._left = 0
+
+    def __enter__(self) -> SpanProgress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._close(kind.__name__ if kind else "")
+
+    def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
+        """The proving is over, the download begins."""
+        self._left = files
+        self._next(self._download)
+        self._inner.start(files, size_bytes, have_bytes)
+
+    def advance(self, count_bytes: int) -> None:
+        """Pass it on."""
+        self._inner.advance(count_bytes)
+
+    def begin_file(self, path: str) -> None:
+        """Begin the file's span at its first request."""
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = self._timeline.begin(path, kind="file")
+        self._inner.begin_file(path)
+
+    def finish_file(self, path: str) -> None:
+        """End the file's span; one without was here already."""
+        with self._lock:
+            begun = self._files.pop(path, None)
+            self._left -= 1
+        if begun is None:
+            self._timeline.count("cache_hits")
+        else:
+            self._timeline.end(begun)
+        self._inner.finish_file(path)
+
+    def retry(self, path: str) -> None:
+        """Count it."""
+        self._timeline.count("retries")
+        self._inner.retry(path)
+
+    def finish(self) -> None:
+        """End what is open: the fetch is over, well or not."""
+        self._inner.finish()
+        self._close("unfinished" if self._left else "")
+
+    def _close(self, failed: str) -> None:
+        with self._lock:
+            left, self._files = tuple(self._files.values()), {}
+        for begun in left:
+            self._timeline.end(begun, failed=failed)
+        self._next(None, failed)
+
+    def _next(self, name: str | None, failed: str = "") -> None:
+        if self._stage is not None:
+            self._timeline.end(self._stage, failed=failed)
+        self._stage = self._timeline.begin(name) if name else None

@@ -1,0 +1,103 @@
+"""The picture of a start: one bar for each stage, and for the files that took longest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from loader.timeline import Open, Span
+
+MOST_FILES = 12
+_WIDTH, _LEFT, _RIGHT = 960, 250, 70  # pixels; the names stand on the left
+_ROW, _BAR, _TOP, _BOTTOM = 24, 15, 30, 12
+_MOST_TICKS = 8
+_LABEL_CHARACTERS = 34
+_COLOURS = {"podloader": "#3b6fb6", "engine": "#d9822b"}
+_FILE, _FAILED, _OTHER = "#8fb3a5", "#c0392b", "#7d6fb0"
+
+
+@dataclass(frozen=True, slots=True)
+class _Bar:
+    label: str
+    start_s: float
+    end_s: float
+    colour: str
+    note: str
+
+
+def gantt_svg(spans: Sequence[Span], running: Sequence[Open], now_s: float) -> str:
+    """Return an SVG document of *spans*, and of what is *running* until *now_s*."""
+    bars = [*_bars(spans, running, now_s, "stage"), *_bars(spans, running, now_s, "file")]
+    total_s = max([bar.end_s for bar in bars], default=0.0) or 1.0
+    scale = (_WIDTH - _LEFT - _RIGHT) / total_s
+    height = _TOP + _ROW * max(len(bars), 1) + _BOTTOM
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
+        f'width="{_WIDTH}" height="{height}" font-family="system-ui, sans-serif" font-size="12">',
+        f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
+    ]
+    for tick in _ticks(total_s):
+        x = _LEFT + tick * scale
+        parts.append(
+            f'<line x1="{x:.1f}" y1="{_TOP - 6}" x2="{x:.1f}" y2="{height - _BOTTOM}" '
+            f'stroke="#e3e3e3"/><text x="{x:.1f}" y="{_TOP - 12}" text-anchor="middle" '
+            f'fill="#777777">{tick:g} s</text>'
+        )
+    for row, bar in enumerate(bars):
+        parts.append(_draw(bar, _TOP + row * _ROW, scale))
+    parts.append("</svg>\n")
+    return "\n".join(parts)
+
+
+def _bars(spans: Sequence[Span], running: Sequence[Open], now_s: float, kind: str) -> list[_Bar]:
+    over = [span for span in spans if span.kind == kind]
+    open_now = [span for span in running if span.kind == kind]
+    bars = [
+        *(
+            _Bar(s.name, s.start_s, s.end_s, _colour(s), f"{s.seconds:.2f} s{_why(s)}")
+            for s in over
+        ),
+        *(
+            _Bar(s.name, s.start_s, now_s, _colour(s), f"{now_s - s.start_s:.1f} s …")
+            for s in open_now
+        ),
+    ]
+    if kind == "file":
+        bars = sorted(bars, key=lambda bar: bar.start_s - bar.end_s)[:MOST_FILES]
+    return sorted(bars, key=lambda bar: (bar.start_s, bar.end_s))
+
+
+def _why(span: Span) -> str:
+    return f" {span.failed}" if span.failed else ""
+
+
+def _colour(span: Span | Open) -> str:
+    if isinstance(span, Span) and span.failed:
+        return _FAILED
+    return _FILE if span.kind == "file" else _COLOURS.get(span.lane, _OTHER)
+
+
+def _draw(bar: _Bar, y: int, scale: float) -> str:
+    x, width = _LEFT + bar.start_s * scale, max((bar.end_s - bar.start_s) * scale, 1.5)
+    text_y = y + _BAR - 3
+    label = bar.label
+    if len(label) > _LABEL_CHARACTERS:
+        label = "…" + label[1 - _LABEL_CHARACTERS :]
+    return (
+        f"<g><title>{escape(bar.label)}: {bar.start_s:.2f} to {bar.end_s:.2f} s</title>"
+        f'<text x="{_LEFT - 8}" y="{text_y}" text-anchor="end" fill="#333333">{escape(label)}'
+        f'</text><rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_BAR}" rx="2" '
+        f'fill="{bar.colour}"/><text x="{x + width + 5:.1f}" y="{text_y}" fill="#555555">'
+        f"{escape(bar.note)}</text></g>"
+    )
+
+
+def _ticks(total_s: float) -> list[float]:
+    """Return round numbers of seconds, at most eight steps of them."""
+    power = 1e-3
+    while True:
+        for step in (power, 2 * power, 5 * power):
+            if total_s / step <= _MOST_TICKS:
+                return [round(i * step, 6) for i in range(int(total_s / step + 1e-9) + 1)]
+        power *= 10

@@ -1,0 +1,79 @@
+"""Spans: what is over, what runs, what failed."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from loader.timeline import Open, Span, Timeline
+
+
+class Heard:
+    """A listener that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def begun(self, span: Open) -> None:
+        self.lines.append(f"begun {span.name}")
+
+    def ended(self, span: Span, begun: Open) -> None:
+        assert begun.name == span.name
+        self.lines.append(f"ended {span.name}{span.failed and ' ' + span.failed}")
+
+
+def test_a_stage_runs_and_then_is_over() -> None:
+    timeline = Timeline(quiet=True)
+    with timeline.stage("one"):
+        assert [span.name for span in timeline.running] == ["one"]
+        assert not timeline.stages
+    assert timeline.running == ()
+    (one,) = timeline.stages
+    assert (one.name, one.kind, one.failed) == ("one", "stage", "")
+    assert 0 <= one.start_s <= one.end_s <= timeline.now_s
+
+
+def test_a_stage_that_fails_says_how() -> None:
+    timeline, heard = Timeline(quiet=True), Heard()
+    timeline.listen(heard)
+    with pytest.raises(KeyError), timeline.stage("one"):
+        raise KeyError("no")
+    assert [(s.name, s.failed) for s in timeline.stages] == [("one", "KeyError")]
+    assert heard.lines == ["begun one", "ended one KeyError"]
+
+
+def test_files_are_spans_and_no_stages() -> None:
+    timeline = Timeline(quiet=True)
+    begun = timeline.begin("job/rank-0/a", kind="file")
+    timeline.end(begun, attributes={"size_bytes": 3})
+    assert timeline.stages == ()
+    assert [(s.name, s.attributes) for s in timeline.spans] == [("job/rank-0/a", {"size_bytes": 3})]
+
+
+def test_another_process_gives_its_own_times() -> None:
+    timeline = Timeline(quiet=True)
+    at = time.monotonic()
+    span = timeline.end(timeline.begin("import", lane="engine", at=at), at=at + 2)
+    assert span.lane == "engine"
+    assert span.seconds == pytest.approx(2)
+    assert span.start_s == pytest.approx(at - timeline.began)
+
+
+def test_counts_and_spans_come_from_many_threads() -> None:
+    timeline = Timeline(quiet=True)
+
+    def work() -> None:
+        for _ in range(200):
+            timeline.count("retries")
+            timeline.end(timeline.begin("f", kind="file"))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert timeline.counts == {"retries": 1600}
+    assert len(timeline.spans) == 1600
+    assert timeline.running == ()
