@@ -25,7 +25,7 @@ LAYERS = [
     {"ready", "remote"},
     {"overlap"},
     {"boot"},
-    {"hook", "demo"},
+    {"hook", "demo", "pod"},
     {"cli"},
     {"__main__"},
 ]

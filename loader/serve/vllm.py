@@ -14,6 +14,7 @@ from typing import Any
 from loader.errors import EngineError, LoaderError, RequestError
 from loader.serve.arguments import check_engine_args, parse_arguments, serve_arguments
 from loader.serve.canary import canary_body, check_adapters, read_logprobs
+from loader.serve.failures import import_failure, start_failure
 from loader.serve.loop import LoopThread
 from loader.serve.model import base_name, ready_folder
 from loader.serve.orphans import OrphanGuard
@@ -142,11 +143,7 @@ class VLLMModel:
             import uvloop
             import vllm  # noqa: F401
         except ImportError as error:
-            raise EngineError(
-                "vLLM cannot be imported",
-                got=str(error),
-                next_step="install podloader[vllm], or set engine: transformers",
-            ) from error
+            raise import_failure(error) from error
         check_engine_args(self._engine_args)
         check_sound(self._ready.path)
         args = parse_arguments(self._arguments)
@@ -158,13 +155,7 @@ class VLLMModel:
             raise
         except Exception as error:
             loop.close()
-            raise EngineError(
-                "vLLM did not start",
-                where=str(self._ready.path),
-                got=f"{type(error).__name__}: {error}",
-                next_step="the engine's own log lines above name the cause; memory is set by "
-                "engine_args gpu_memory_utilization and max_model_len",
-            ) from error
+            raise start_failure(error, str(self._ready.path)) from error
 
 
 def _stop(running: _Running) -> None:

@@ -1,0 +1,1 @@
+"""``podloader serve``: prepares the model, then supervises the engine that serves it."""

@@ -1,0 +1,134 @@
+"""The engine's process as the pod sees it: started early, told what to serve, waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from loader.errors import EngineError, LoaderError
+from loader.serve.channel import Channel, error_from_json
+from loader.status.state import Boot
+from loader.timeline import Open, Timeline
+
+_LANE = "engine"
+_WORKER = "loader.serve.worker"
+_END_S = 5.0
+
+
+class EngineProcess:
+    """``loader.serve.worker`` and the channel to it. Its imports begin at once.
+
+    *failed* is called from another thread as soon as the process fails or ends before ``go``.
+    """
+
+    def __init__(
+        self, listening: socket.socket, timeline: Timeline, failed: Callable[[], None]
+    ) -> None:
+        ours, theirs = socket.socketpair()
+        self._timeline = timeline
+        self._failed = failed
+        self._heard: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._error: LoaderError | None = None
+        self._serving = False
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", _WORKER, str(theirs.fileno()), str(listening.fileno())],
+                pass_fds=(theirs.fileno(), listening.fileno()),
+                stdin=subprocess.DEVNULL,
+                # A Ctrl-C at the terminal is for the pod alone, which passes it on; and the group
+                # is what ``kill`` ends.
+                start_new_session=True,
+            )
+        self._channel = Channel(ours)
+        threading.Thread(target=self._listen, name="engine", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    @property
+    def error(self) -> LoaderError:
+        """Why there is no engine."""
+        if self._error is not None:
+            return self._error
+        code = self._process.poll()
+        return EngineError(
+            "the engine's process ended while it started",
+            got=f"exit code {code}" if code is None or code >= 0 else signal.Signals(-code).name,
+            next_step="its own log lines above name the cause",
+        )
+
+    def check(self, engine_args: Mapping[str, object], arguments: Sequence[str]) -> None:
+        """Let the process refuse arguments as soon as it can."""
+        self._channel.send("check", engine_args=dict(engine_args), arguments=list(arguments))
+
+    def load(self, arguments: Sequence[str]) -> None:
+        """Load the model that *arguments* name and return when it could serve.
+
+        Raises:
+            LoaderError: it does not start.
+        """
+        self._channel.send("load", arguments=list(arguments))
+        if self._heard.get() is None:
+            raise self.error
+
+    def go(self, boot: Boot) -> None:
+        """Let the process accept connections; *boot* is what its ``/status`` shows."""
+        self._serving = True
+        self._channel.send("go", boot=boot.to_json())
+
+    def wait(self) -> int:
+        """Return the exit code, 128 and the number after a signal, when the process is over."""
+        code = self._process.wait()
+        return code if code >= 0 else 128 - code
+
+    def signal(self, number: int) -> None:
+        """Pass a signal on."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """End the process and all that it started, at once."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the process if it still runs."""
+        self._serving = True  # its end is no failure any more
+        if self._process.poll() is None:
+            self.signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_S)
+        self.kill()
+        self._process.wait()
+        self._channel.close()
+
+    def _listen(self) -> None:
+        begun: dict[str, Open] = {}
+        while message := self._channel.receive():
+            kind = message["kind"]
+            if kind == "begin":
+                at, name = message["at"], message["name"]
+                begun[name] = self._timeline.begin(name, lane=_LANE, at=at)
+            elif kind == "end":
+                span = begun.pop(message["name"])
+                self._timeline.end(span, at=message["at"], failed=message["failed"])
+            elif kind == "loaded":
+                self._heard.put(message)
+            elif kind == "failed":
+                self._error = error_from_json(message["error"])
+                break
+        for span in begun.values():
+            self._timeline.end(span, failed="ended")
+        self._heard.put(None)
+        if not self._serving:
+            self._failed()

@@ -1,0 +1,25 @@
+"""vLLM's failures at its start as podloader's error."""
+
+from __future__ import annotations
+
+from loader.errors import EngineError
+
+
+def import_failure(error: ImportError) -> EngineError:
+    """Return the error for a vLLM that cannot be imported."""
+    return EngineError(
+        "vLLM cannot be imported",
+        got=str(error),
+        next_step="install podloader[vllm], or set engine: transformers",
+    )
+
+
+def start_failure(error: Exception, where: str) -> EngineError:
+    """Return the error for an engine over the model in *where* that did not come up."""
+    return EngineError(
+        "vLLM did not start",
+        where=where,
+        got=f"{type(error).__name__}: {error}",
+        next_step="the engine's own log lines above name the cause; memory is set by "
+        "engine_args gpu_memory_utilization and max_model_len",
+    )

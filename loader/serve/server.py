@@ -1,0 +1,214 @@
+"""vLLM's OpenAI server in this process, on a socket that has been listening all along.
+
+As vLLM's own ``run_server`` does, with three differences: the socket is given, one request has gone
+through before the first client's, and ``/status`` and podloader's metrics go on being answered.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager, AsyncExitStack
+from typing import Any
+
+from loader.errors import ConfigError, LoaderError
+from loader.serve.channel import Channel
+from loader.serve.failures import start_failure
+from loader.serve.orphans import OrphanGuard
+from loader.status.replies import STATUS_PATHS, status_reply
+from loader.status.state import Boot
+
+Stage = Callable[[str], AbstractContextManager[None]]
+_CORE = "EngineCore"
+_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+_ENGINE_DIED = 6  # as EngineError
+_PROMPT = "Hello"
+
+
+def import_engine() -> None:
+    """Import what vLLM's server and the engine's processes need.
+
+    This process has no threads but its main one, so the engine's processes may be forks of it and
+    need not import it all again. vLLM itself falls back to spawn where a fork will not do, as when
+    CUDA is initialised.
+    """
+    os.environ.setdefault(_METHOD, "fork")
+    import uvloop  # noqa: F401
+    import vllm.entrypoints.launchers.api_server.entry
+    import vllm.v1.engine.async_llm
+    import vllm.v1.engine.core
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        import vllm.v1.worker.cpu_worker
+    elif current_platform.is_cuda_alike():
+        import vllm.v1.worker.gpu_worker  # noqa: F401
+
+
+def serve_openai(args: Any, listening: socket.socket, channel: Channel, stage: Stage) -> int:
+    """Serve what *args*, vLLM's namespace, ask for; return the exit code when it is over.
+
+    Raises:
+        ConfigError: a way of serving that podloader does not have.
+        EngineError: vLLM did not start.
+    """
+    import uvloop
+
+    check_mode(args, listening.getsockname()[1])
+    code: int = uvloop.run(_serve(args, listening, channel, stage))
+    return code
+
+
+def check_mode(args: Any, port: int) -> None:
+    """Raise ConfigError for arguments of ``vllm serve`` that need another server than this one."""
+    problems = [
+        f"--{name.replace('_', '-')}"
+        for name in ("headless", "grpc", "uds", "data_parallel_multi_port_external_lb")
+        if getattr(args, name, None)
+    ]
+    if (args.api_server_count or 1) > 1:
+        problems.append(f"--api-server-count {args.api_server_count}")
+    if args.port != port:
+        problems.append(f"--port {args.port}, but not on podloader's own command line")
+    if problems:
+        raise ConfigError(
+            "arguments of vLLM that podloader does not serve with",
+            problems=problems,
+            next_step="leave them out, or run `podloader prepare` and then `vllm serve`",
+        )
+
+
+async def _serve(args: Any, listening: socket.socket, channel: Channel, stage: Stage) -> int:
+    import asyncio
+
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+
+    method = os.environ[_METHOD]
+    async with AsyncExitStack() as stack:
+        try:
+            with stage("engine load"):
+                engine = await _start_engine(args, method)
+                stack.callback(engine.shutdown)
+                guard = OrphanGuard(_CORE)
+                stack.callback(guard.close)
+                tasks = await engine.get_supported_tasks()
+                app = build_app(args, tasks, engine.model_config)
+                await init_app_state(engine, app.state, args, tasks)
+            if "generate" in tasks:
+                await _warm_up(app.state, args, stage)
+        except LoaderError:
+            raise
+        except Exception as error:
+            raise start_failure(error, args.model) from error
+        channel.send("loaded")
+        go = await asyncio.to_thread(channel.receive)
+        if go is None:
+            return 1
+        _go_on_telling(app, Boot.from_json(go["boot"]))
+        over = await _serve_http(app, listening, args)
+        code = _exit_code(engine)
+    await over
+    return code
+
+
+async def _start_engine(args: Any, method: str) -> Any:
+    """Return vLLM's engine, its processes started by *method*: vLLM's CPU platform would spawn."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+    from vllm.entrypoints.launchers.launcher import validate_api_server_args
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.utils.system_utils import set_ulimit
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+    validate_api_server_args(args)
+    set_ulimit()
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    propagate_flash_late_interaction(args, engine_args)
+    usage = UsageContext.OPENAI_API_SERVER
+    config = engine_args.create_engine_config(usage_context=usage)
+    os.environ[_METHOD] = method
+    engine = AsyncLLM.from_vllm_config(
+        config,
+        usage_context=usage,
+        enable_log_requests=engine_args.enable_log_requests,
+        aggregate_engine_logging=engine_args.aggregate_engine_logging,
+        disable_log_stats=engine_args.disable_log_stats,
+    )
+    await engine.reset_mm_cache()
+    return engine
+
+
+async def _warm_up(state: Any, args: Any, stage: Stage) -> None:
+    """Send one request through everything a client's will meet, then time a first token."""
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+    name = (args.served_model_name or [args.model])[0]
+    for label in ("warm-up", "first token"):
+        with stage(label):
+            request = CompletionRequest(model=name, prompt=_PROMPT, max_tokens=1, temperature=0.0)
+            answer = await state.openai_serving_completion.create_completion(request)
+            if isinstance(answer, ErrorResponse):
+                raise RuntimeError(f"the first request was refused: {answer.error.message}")
+
+
+def _go_on_telling(app: Any, boot: Boot) -> None:
+    """Answer ``/status``, and give podloader's metrics to the registry that ``/metrics`` shows."""
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from loader.status.metrics import BootCollector
+
+    async def status(request: Request) -> Response:
+        told = status_reply(request.url.path, request.url.query, boot)
+        assert told is not None
+        return Response(told.body, told.status, dict(told.headers), told.content_type)
+
+    for path in STATUS_PATHS:
+        app.add_route(path, status, include_in_schema=False)
+    BootCollector(lambda: boot).register()
+
+
+async def _serve_http(app: Any, listening: socket.socket, args: Any) -> Any:
+    """Serve until a signal or the engine's end; return what is left to await after the engine."""
+    from vllm import envs
+    from vllm.entrypoints.launchers.launcher import serve_http
+    from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+
+    log_config = get_uvicorn_log_config(args)
+    return await serve_http(
+        app,
+        sock=listening,
+        enable_ssl_refresh=args.enable_ssl_refresh,
+        host=args.host,
+        port=args.port,
+        log_level=args.uvicorn_log_level,
+        access_log=not args.disable_uvicorn_access_log,
+        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+        ssl_cert_reqs=args.ssl_cert_reqs,
+        ssl_ciphers=args.ssl_ciphers,
+        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+        h11_max_header_count=args.h11_max_header_count,
+        **({"log_config": log_config} if log_config else {}),
+    )
+
+
+def _exit_code(engine: Any) -> int:
+    """Return 0 after an orderly end; after a crash what ended the engine, as a shell tells it."""
+    manager = engine.engine_core.resources.engine_manager
+    ended = manager.finished_procs() if manager is not None else {}
+    if engine.engine_core.resources.engine_dead:
+        code = next((code for code in ended.values() if code), _ENGINE_DIED)
+        return 128 - code if code < 0 else _ENGINE_DIED
+    return 0

@@ -1,0 +1,167 @@
+"""How far a start has come: a value to show, and what keeps it up to date."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from loader.errors import LoaderError, redact
+from loader.fetch.progress import Progress
+from loader.timeline import Open, Span, Timeline
+
+Phase = Literal["starting", "ready", "failed"]
+_RATE_OVER_S = 10.0
+_SAMPLE_EVERY_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """A start at one moment. ``now_s`` and ``ready_s`` are seconds since it began.
+
+    ``bytes_done`` includes what an earlier start left here. ``left_s`` is None where nobody knows.
+    ``error`` holds the fields of the error that ended a start.
+    """
+
+    phase: Phase
+    stage: str
+    now_s: float
+    files: int = 0
+    files_done: int = 0
+    bytes: int = 0
+    bytes_done: int = 0
+    bytes_per_s: float = 0.0
+    left_s: float | None = None
+    ready_s: float | None = None
+    error: Mapping[str, Any] | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+    spans: tuple[Span, ...] = ()
+    running: tuple[Open, ...] = ()
+
+    @property
+    def stages(self) -> tuple[Span, ...]:
+        """The stages that are over, as they began."""
+        stages = (span for span in self.spans if span.kind == "stage")
+        return tuple(sorted(stages, key=lambda span: (span.start_s, span.end_s)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as a JSON-ready object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Boot:
+        """Return what ``to_json`` was made from."""
+        spans = tuple(Span(**span) for span in document["spans"])
+        running = tuple(Open(**span) for span in document["running"])
+        return cls(**{**document, "spans": spans, "running": running})
+
+
+class BootState:
+    """Counts what a fetch tells, passes it on, and gives ``Boot`` values from any thread."""
+
+    def __init__(self, timeline: Timeline, inner: Progress | None = None) -> None:
+        self.timeline = timeline
+        self._inner = inner
+        self._lock = threading.Lock()
+        self._phase: Phase = "starting"
+        self._files = self._files_done = self._bytes = self._bytes_done = 0
+        self._samples: deque[tuple[float, int]] = deque()
+        self._fetching = False
+        self._ready_s: float | None = None
+        self._error: Mapping[str, Any] | None = None
+
+    def pass_on(self, inner: Progress) -> None:
+        """Tell *inner* too from now on."""
+        self._inner = inner
+
+    def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
+        """Note what is to come."""
+        with self._lock:
+            self._files, self._bytes, self._bytes_done = files, size_bytes, have_bytes
+            self._samples = deque([(time.monotonic(), have_bytes)])
+            self._fetching = True
+        if self._inner:
+            self._inner.start(files, size_bytes, have_bytes)
+
+    def advance(self, count_bytes: int) -> None:
+        """Count bytes."""
+        now = time.monotonic()
+        with self._lock:
+            self._bytes_done += count_bytes
+            if now - self._samples[-1][0] >= _SAMPLE_EVERY_S:
+                self._samples.append((now, self._bytes_done))
+                while self._samples[0][0] < now - _RATE_OVER_S:
+                    self._samples.popleft()
+        if self._inner:
+            self._inner.advance(count_bytes)
+
+    def begin_file(self, path: str) -> None:
+        """Pass it on."""
+        if self._inner:
+            self._inner.begin_file(path)
+
+    def finish_file(self, path: str) -> None:
+        """Count a file."""
+        with self._lock:
+            self._files_done += 1
+        if self._inner:
+            self._inner.finish_file(path)
+
+    def retry(self, path: str) -> None:
+        """Pass it on: the timeline counts it."""
+        if self._inner:
+            self._inner.retry(path)
+
+    def finish(self) -> None:
+        """Nothing is on its way any more."""
+        with self._lock:
+            self._fetching = False
+        if self._inner:
+            self._inner.finish()
+
+    def ready(self) -> Boot:
+        """Say that requests can be answered from now on."""
+        with self._lock:
+            self._phase, self._ready_s = "ready", self.timeline.now_s
+        return self.boot()
+
+    def fail(self, error: BaseException) -> Boot:
+        """Say that the start is over without a model."""
+        if isinstance(error, LoaderError):
+            fields = error.to_json()
+        else:
+            fields = {"error": type(error).__name__, "what": redact(str(error))}
+        with self._lock:
+            self._phase, self._error = "failed", fields
+        return self.boot()
+
+    def boot(self) -> Boot:
+        """Return the start as it stands."""
+        running = self.timeline.running
+        with self._lock:
+            rate = self._rate() if self._fetching else 0.0
+            left = (self._bytes - self._bytes_done) / rate if rate > 0 else None
+            return Boot(
+                phase=self._phase,
+                stage=", ".join(span.name for span in running if span.kind == "stage"),
+                now_s=self.timeline.now_s,
+                files=self._files,
+                files_done=self._files_done,
+                bytes=self._bytes,
+                bytes_done=self._bytes_done,
+                bytes_per_s=rate,
+                left_s=left,
+                ready_s=self._ready_s,
+                error=self._error,
+                counts=self.timeline.counts,
+                spans=self.timeline.spans,
+                running=running,
+            )
+
+    def _rate(self) -> float:
+        began, had = self._samples[0]
+        seconds = time.monotonic() - began
+        return max(self._bytes_done - had, 0) / seconds if seconds > 0 else 0.0
