@@ -111,8 +111,8 @@ def _fetch(
         }
 
         def begin(artifact: Artifact) -> PartFile:
-            info = infos[artifact]
-            assert info is not None
+            # A file from elsewhere is kept only where the origin says that it is the same.
+            info = infos[artifact] or _stat(artifact, store, options.retries)
             return PartFile(artifact, info, places(root, artifact), options.range_bytes, boot)
 
         parts = _map(begin, [a for a in manifest.files if a.path not in done], options.concurrency)

@@ -206,6 +206,18 @@ def test_a_silent_origin_does_not_take_away_what_is_here(
     assert "newest" in caplog.text
 
 
+def test_what_came_from_elsewhere_is_no_proof_where_the_origin_is_silent(
+    setup: Setup, store: PresignedStore
+) -> None:
+    setup.fetch()
+    with serving(setup.origin.root) as moved:
+        moved.fail("big.bin", *[status(503)] * 50)
+        with pytest.raises(TransientError, match="503"):
+            Setup(moved, store, setup.root).fetch()
+        moved.faults.clear()
+        assert Setup(moved, store, setup.root).fetch().files[0].reused
+
+
 @pytest.mark.parametrize("place", [0, 3 * RANGE, len(BIG) - 1])
 @pytest.mark.parametrize("keep_time", [True, False])
 def test_a_corrupted_file_of_the_same_size_is_found(
