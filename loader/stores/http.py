@@ -1,13 +1,15 @@
 """A thin HTTP/1.1 client on http.client: ranges read straight into the caller's buffer.
 
-urllib3 and requests copy every byte through Python objects on the way; ``http.client`` can
-``readinto``. One keep-alive connection per transfer, proxies from the environment as everywhere,
-redirects by hand, and each status translated to one of our errors here and nowhere else.
+urllib3 and requests copy every byte through Python objects on the way; here ``http.client`` reads
+the headers, and the body comes from the socket (see ``sockets``). One keep-alive connection per
+transfer, proxies from the environment as everywhere, redirects by hand, and each status translated
+to one of our errors here and nowhere else.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import re
 import socket
@@ -24,6 +26,7 @@ from loader.stores.addresses import is_link_local
 from loader.stores.base import ObjectInfo
 from loader.stores.checksums import read_checksums
 from loader.stores.expiry import refused
+from loader.stores.sockets import PlainReceiver, Receiver, TlsConnection, TlsSocket
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
@@ -215,8 +218,8 @@ class HttpClient:
         timeout_s = self._options.connect_timeout_s
         if origin.scheme == "http":
             return http.client.HTTPConnection(host, port, timeout=timeout_s)
-        connection = http.client.HTTPSConnection(
-            host, port, timeout=timeout_s, context=self._tls_context()
+        connection = TlsConnection(
+            host, port, timeout=timeout_s, context=self._tls_context(), server=origin.host
         )
         if origin.proxy:
             connection.set_tunnel(origin.host, origin.port, _proxy_authorization(origin.proxy))
@@ -258,6 +261,9 @@ class HttpStream:
         self._response = response
         self._url = url
         self._left = response.length
+        self._ahead: int | None = None  # of the body, what came with the headers; None: not known
+        self._sock = connection.sock  # None where the origin closes it after this answer
+        self._receiver: Receiver | None = None
         self.info = info
 
     def readinto(self, buffer: memoryview, /) -> int:
@@ -265,8 +271,7 @@ class HttpStream:
         try:
             if self._left is None:
                 return self._response.readinto(buffer)
-            # One read of the socket: bytes that came before a failure are not lost with it.
-            count = self._response.fp.readinto1(buffer[: self._left]) if self._left else 0
+            count = self._read_once(buffer[: self._left]) if self._left else 0
         except (OSError, http.client.HTTPException) as error:
             raise _translate(error, self._url) from None
         if not count and self._left:
@@ -277,6 +282,20 @@ class HttpStream:
             )
         self._left -= count
         return count
+
+    def _read_once(self, buffer: memoryview) -> int:
+        """One read: bytes that came before a failure are not lost with it."""
+        reader = self._response.fp
+        if self._ahead is None:
+            self._ahead = len(reader.peek())
+        if self._ahead or self._sock is None:
+            count = int(reader.readinto1(buffer[: self._ahead or None]))
+            self._ahead = max(self._ahead - count, 0)
+            return count
+        if self._receiver is None:
+            tls = isinstance(self._sock, TlsSocket)
+            self._receiver = self._sock if tls else PlainReceiver(self._sock)
+        return self._receiver.recv_into(buffer)
 
     def read_all(self, limit_bytes: int) -> bytes:
         """Return the whole body.
@@ -299,9 +318,17 @@ class HttpStream:
         whole = self._left == 0 or self._response.isclosed()
         self._response.close()
         if whole and not self._response.will_close:
+            if isinstance(self._receiver, PlainReceiver):
+                self._receiver.release()
             self._client.give_back(self._origin, self._connection)
         else:
             self._connection.close()
+
+    def abort(self) -> None:
+        """Make a read that waits in another thread fail now."""
+        if self._sock is not None:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
 
 
 def _headers(span: tuple[int, int] | None, version: ObjectInfo | None) -> dict[str, str]:
