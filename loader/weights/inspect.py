@@ -26,7 +26,7 @@ _SHARD = re.compile(r"^(model|pytorch_model)-(\d{5,})-of-(\d{5,})\.(safetensors|
 _DCP_OF_PARENT = re.compile(r"^(pytorch_model_fsdp_\d+|model(_\d+)?)$")
 _OPTIMIZER = re.compile(r"^optim(izer)?(_\d+)?$")
 _ZERO = re.compile(r"mp_rank_\d+_(optim|model)_states\.pt$")
-_ZERO_TAG = re.compile(r"^global_step\d+$")
+_ZERO_TAG = re.compile(r"^global_step\d+(_universal)?$")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

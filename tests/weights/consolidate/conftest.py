@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from loader.types import Checkpoint
+from loader.weights.inspect import find_checkpoints
 from tests.models import tiny_llama
 
 JOBS = Path(__file__).parent / "jobs"
@@ -37,6 +41,14 @@ def trainer(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "trainer"
 
 
+@pytest.fixture(scope="session")
+def zero(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``jobs/zero.py`` leaves: a folder per case, and the universal one that was converted."""
+    out = tmp_path_factory.mktemp("zero")
+    run_job("zero.py", base, out, ranks=2)
+    return out
+
+
 def run_job(script: str, *arguments: Path, ranks: int) -> None:
     """Run a script of ``jobs`` under torchrun to its end."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -47,6 +59,30 @@ def run_job(script: str, *arguments: Path, ranks: int) -> None:
     )
     if done.returncode:
         raise AssertionError(f"{script} failed:\n{done.stderr[-4000:]}")
+
+
+def found(case: Path) -> Checkpoint:
+    """Return the one checkpoint that the nodes of *case* wrote."""
+    (checkpoint,) = find_checkpoints(case, names_of(case))
+    return checkpoint
+
+
+def names_of(case: Path) -> list[str]:
+    """Return the files of all nodes."""
+    return [p.relative_to(case).as_posix() for p in case.glob("rank-*/**/*") if p.is_file()]
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return what the weight files of *folder* hold."""
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def assert_same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Assert that names, dtypes and every bit are the same."""
+    assert set(got) == set(wanted)
+    for name, tensor in wanted.items():
+        assert got[name].dtype == tensor.dtype, name
+        assert got[name].equal(tensor), name
 
 
 def copy_case(case: Path, target: Path) -> Path:

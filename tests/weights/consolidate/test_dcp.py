@@ -17,30 +17,9 @@ from loader.errors import CheckpointError, FormatError, UnsupportedError
 from loader.types import Checkpoint, Kind
 from loader.weights.consolidate.consolidation import consolidate
 from loader.weights.inspect import find_checkpoints
-from tests.weights.consolidate.conftest import copy_case
+from tests.weights.consolidate.conftest import assert_same, copy_case, found, tensors_of
 
 MODELS = ["fsdp2", "fsdp1", "hsdp-tp", "full", "fsdp2-bf16-tied"]
-
-
-def found(case: Path) -> Checkpoint:
-    """Return the one checkpoint that the nodes of *case* wrote."""
-    (checkpoint,) = find_checkpoints(case, names_of(case))
-    return checkpoint
-
-
-def names_of(case: Path) -> list[str]:
-    return [p.relative_to(case).as_posix() for p in case.glob("rank-*/**/*") if p.is_file()]
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
-
-
-def assert_same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert set(got) == set(wanted)
-    for name, tensor in wanted.items():
-        assert got[name].dtype == tensor.dtype, name
-        assert got[name].equal(tensor), name
 
 
 @pytest.mark.parametrize("case", MODELS)
