@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -16,9 +14,9 @@ from pathlib import Path
 from loader.adapters.attach import NamedAdapter, attach, check_fit, decide, name_adapters
 from loader.adapters.draft import Base
 from loader.adapters.incoming import IncomingWeights
-from loader.errors import AdapterError, CheckpointError, ConfigError, FormatError, UnsupportedError
-from loader.fetch.files import STATE
+from loader.errors import AdapterError, CheckpointError, ConfigError, FormatError
 from loader.settings import Settings
+from loader.sources import BaseModel, Source, find_sources, make_whole, output_folder
 from loader.stores.hub import REPO_ID, fetch_model
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, ReadyModel, Snapshot
@@ -51,14 +49,6 @@ class LateWeights:
     fetching: Callable[[], AbstractContextManager[Arriving]]
 
 
-@dataclass(frozen=True, slots=True)
-class BaseModel:
-    """A base model on this disk, and what tells it from any other."""
-
-    path: Path
-    identity: dict[str, object]
-
-
 def make_ready(
     settings: Settings,
     snapshot: Snapshot,
@@ -72,76 +62,69 @@ def make_ready(
     that the adapters fit, and merged into while they arrive.
 
     Raises:
-        UnsupportedError: a kind that cannot be served yet.
         CheckpointError: nothing to serve, or too much.
         AdapterError: adapters that do not fit their base or each other.
     """
-    _refuse_unservable(checkpoints, snapshot)
-    base = _base_checkpoint(settings, snapshot, checkpoints)
-    rest = [c for c in checkpoints if c is not base]
-    adapters = [c for c in rest if c.kind is Kind.ADAPTER]
-    models = [c for c in rest if c.kind in _SERVED]
+    found = find_sources(snapshot, checkpoints)
+    _refuse_unservable(found)
+
+    def find_small_files() -> BaseModel | None:
+        return _find_small_files(settings, found)
+
+    if late is not None and any(s.kind is Kind.RANK_SHARDS for s in found):
+        with late.fetching() as arriving:  # consolidated they are the base, not as they arrive
+            snapshot = arriving.wait()
+        return make_ready(settings, snapshot, checkpoints, timeline)
+    sources = [make_whole(source, settings, timeline, find_small_files) for source in found]
+    base = _base_source(settings, sources)
+    rest = [s for s in sources if s is not base]
+    adapters = [s for s in rest if s.checkpoint.kind is Kind.ADAPTER]
+    models = [s for s in rest if s.checkpoint.kind in _SERVED]
     if adapters and models:
         raise CheckpointError(
             "full models and adapters together",
-            problems=[f"{c.kind}: {_place(c, snapshot)}" for c in rest],
+            problems=[f"{s.checkpoint.kind}: {s.place}" for s in rest],
             next_step="leave one sort out of the paths, or name the model the adapters were "
-            f"trained over: base_model: checkpoint:{_place(models[0], snapshot)}/",
+            f"trained over: base_model: checkpoint:{models[0].place}/",
         )
     if not adapters:
-        return _whole_model(settings, snapshot, [*models, *([base] if base else [])])
-    return _with_adapters(settings, snapshot, base, adapters, timeline, late)
+        return _whole_model(settings, [*models, *([base] if base else [])])
+    return _with_adapters(settings, base, adapters, timeline, late)
 
 
-def _refuse_unservable(checkpoints: Sequence[Checkpoint], snapshot: Snapshot) -> None:
-    for checkpoint in checkpoints:
-        where = _place(checkpoint, snapshot)
+def _refuse_unservable(sources: Sequence[Source]) -> None:
+    for source in sources:
+        checkpoint = source.checkpoint
         if checkpoint.kind is Kind.UNKNOWN:
             found = checkpoint.detail.get("found")
             raise CheckpointError(
                 "no checkpoint that podloader knows",
-                where=where,
+                where=source.place,
                 expected=str(checkpoint.detail.get("lacks", "a model or an adapter")),
                 got=", ".join(map(str, found[:8])) if isinstance(found, list) else "nothing",
                 next_step="choose the checkpoint's whole folder in paths, with / at its end",
             )
-        if checkpoint.kind not in (*_SERVED, Kind.ADAPTER):
-            raise UnsupportedError(
-                f"a checkpoint of the kind {checkpoint.kind.value!r} cannot be served yet",
-                where=where,
-                expected="a full Hugging Face model or a PEFT adapter",
-                got=f"{checkpoint.kind.value} ({_DESCRIPTIONS[checkpoint.kind]})",
-                next_step="save it as a Hugging Face model in the training job",
-            )
-        if missing := checkpoint.detail.get("missing"):
+        missing = checkpoint.detail.get("missing")
+        if missing and checkpoint.kind is not Kind.RANK_SHARDS:  # there, tensors are named
             raise CheckpointError(
                 "shards are missing from the checkpoint",
-                where=where,
+                where=source.place,
                 problems=[str(name) for name in missing] if isinstance(missing, list) else (),
                 next_step="widen the pattern until it takes every shard",
             )
 
 
-_DESCRIPTIONS = {
-    Kind.RANK_SHARDS: "Hugging Face shards spread over ranks",
-    Kind.DCP: "torch.distributed.checkpoint, as FSDP saves",
-    Kind.ZERO: "DeepSpeed ZeRO",
-}
-
-
-def _base_checkpoint(
-    settings: Settings, snapshot: Snapshot, checkpoints: Sequence[Checkpoint]
-) -> Checkpoint | None:
+def _base_source(settings: Settings, sources: Sequence[Source]) -> Source | None:
     """Return the checkpoint that ``base_model: checkpoint:…`` names, if it names one."""
     name = settings.base_checkpoint
     if name is None:
         return None
     place = f"{name.job}/{name.name}"
-    for checkpoint in checkpoints:
-        if _place(checkpoint, snapshot) == place:
-            if checkpoint.kind is Kind.FULL:
-                return checkpoint
-            raise _not_a_base(place, checkpoint.kind.value)
+    for source in sources:
+        if place in source.places:
+            if source.checkpoint.kind is Kind.FULL:
+                return source
+            raise _not_a_base(place, source.checkpoint.kind.value)
     raise _not_a_base(place, "no checkpoint")
 
 
@@ -155,80 +138,80 @@ def _not_a_base(where: str, got: str) -> ConfigError:
     )
 
 
-def _whole_model(
-    settings: Settings, snapshot: Snapshot, models: Sequence[Checkpoint]
-) -> ReadyModel:
+def _whole_model(settings: Settings, models: Sequence[Source]) -> ReadyModel:
     if len(models) != 1:
         raise CheckpointError(
             f"{len(models)} full models, where one is served",
-            problems=[_place(c, snapshot) for c in models],
+            problems=[model.place for model in models],
             next_step="narrow artifact_references[].paths to one of them",
         )
     model = models[0]
-    _check_weights(settings, model)
-    tokenizer = model.path
+    path = model.checkpoint.path
+    _check_weights(settings, model.checkpoint)
+    tokenizer = path
     if not _has_tokenizer(tokenizer) and settings.base_model and not settings.base_checkpoint:
-        tokenizer = _find_base(settings, settings.base_model).path
+        tokenizer = _find_base(settings, settings.base_model, weights=False).path
     if not _has_tokenizer(tokenizer):
         raise CheckpointError(
             "the model came without a tokenizer",
-            where=_place(model, snapshot),
+            where=model.place,
             expected=" or ".join(_TOKENIZERS),
             next_step="set base_model to the model it was trained from: its tokenizer is taken",
         )
-    if model.kind is Kind.WHISPER and not _has_any(model.path, _HEARING):
+    if model.checkpoint.kind is Kind.WHISPER and not _has_any(path, _HEARING):
         raise CheckpointError(
             "the Whisper model came without its feature extractor",
-            where=_place(model, snapshot),
+            where=model.place,
             expected=" or ".join(_HEARING),
             next_step="save the processor beside the model in the training job",
         )
     provenance: dict[str, object] = {
         "kind": model.kind.value,
-        "checkpoint": _place(model, snapshot),
-        "files": _digests(model, snapshot),
+        "checkpoint": model.place,
+        "files": dict(model.files),
     }
-    return ReadyModel(model.path, (), None, tokenizer, provenance)
+    return ReadyModel(path, (), None, tokenizer, provenance)
 
 
 def _with_adapters(
     settings: Settings,
-    snapshot: Snapshot,
-    base: Checkpoint | None,
-    checkpoints: Sequence[Checkpoint],
+    base: Source | None,
+    sources: Sequence[Source],
     timeline: Timeline,
     late: LateWeights | None,
 ) -> ReadyModel:
-    jobs = [(_place(c, snapshot).partition("/")[0], c.path) for c in checkpoints]
-    adapters = name_adapters(jobs)
+    named = name_adapters([(source.job, Path(source.place)) for source in sources])
+    adapters = [
+        NamedAdapter(n.name, s.checkpoint.path) for n, s in zip(named, sources, strict=True)
+    ]
     decision = decide(settings.adapter_policy, adapters, base_is_fetched=base is not None)
     _log.info("adapters: %s", decision.why)
     if base is not None:
-        _check_weights(settings, base)
+        _check_weights(settings, base.checkpoint)
     if late is not None and base is not None:
         with timeline.stage("fit"):
-            _check_fit(settings, base, adapters, late)
+            _check_fit(settings, base.checkpoint, adapters, late)
         with late.fetching() as arriving:
             merged = None
             if decision.mode == "merge":
                 with timeline.stage("merge"):
-                    merged = _merge(settings, base.path, adapters, _unnamed(settings), arriving)
-            snapshot = arriving.wait()
+                    merged = _merge(
+                        settings, base.checkpoint.path, adapters, _unnamed(settings), arriving
+                    )
+            (base,) = find_sources(arriving.wait(), [base.checkpoint])
     if base is None:
         with timeline.stage("base model"):
-            found = _find_base(settings, settings.base_model or _named_base(checkpoints, snapshot))
+            found = _find_base(settings, settings.base_model or _named_base(sources))
     else:
-        found = BaseModel(base.path, {"checkpoint": _digests(base, snapshot)})
+        found = BaseModel(base.checkpoint.path, {"checkpoint": dict(base.files)})
     made_from: dict[str, object] = {
         "mode": decision.mode,
         "base": found.identity,
-        "adapters": {
-            a.name: _digests(c, snapshot) for a, c in zip(adapters, checkpoints, strict=True)
-        },
+        "adapters": {a.name: dict(s.files) for a, s in zip(adapters, sources, strict=True)},
     }
     if decision.mode == "merge":
         made_from["exact"] = settings.exact
-    output = _output(settings, decision.mode, made_from)
+    output = output_folder(settings, decision.mode, made_from)
     if late is not None and merged is not None:
         ready = _give_name(merged, output)
     else:
@@ -276,7 +259,7 @@ def _merge(
 
 def _unnamed(settings: Settings) -> Path:
     """Return a place for a merged model whose base has no digest yet, to be moved from there."""
-    return _output(settings, "merging", {"process": os.getpid(), "moment": time.time_ns()})
+    return output_folder(settings, "merging", {"process": os.getpid(), "moment": time.time_ns()})
 
 
 def _give_name(ready: ReadyModel, output: Path) -> ReadyModel:
@@ -289,9 +272,9 @@ def _give_name(ready: ReadyModel, output: Path) -> ReadyModel:
     return replace(ready, path=output, tokenizer=output)
 
 
-def _named_base(checkpoints: Sequence[Checkpoint], snapshot: Snapshot) -> str:
+def _named_base(sources: Sequence[Source]) -> str:
     """Return the one base that all adapters' configs name."""
-    named = {str(c.detail.get("base_model") or ""): _place(c, snapshot) for c in checkpoints}
+    named = {str(s.checkpoint.detail.get("base_model") or ""): s.place for s in sources}
     if len(named) > 1 or "" in named:
         raise AdapterError(
             "the adapters do not name one base model",
@@ -303,7 +286,19 @@ def _named_base(checkpoints: Sequence[Checkpoint], snapshot: Snapshot) -> str:
     return next(iter(named))
 
 
-def _find_base(settings: Settings, name: str) -> BaseModel:
+def _find_small_files(settings: Settings, sources: Sequence[Source]) -> BaseModel | None:
+    """Return where the base model's config and tokenizer lie, None where no base is named."""
+    if settings.base_model is None:
+        return None
+    if (name := settings.base_checkpoint) is None:
+        return _find_base(settings, settings.base_model, weights=False)
+    for source in sources:
+        if f"{name.job}/{name.name}" in source.places:
+            return BaseModel(source.checkpoint.path, {"checkpoint": dict(source.files)})
+    return None
+
+
+def _find_base(settings: Settings, name: str, *, weights: bool = True) -> BaseModel:
     """Return the base called *name*: a local folder, else a model of the Hub."""
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -328,6 +323,7 @@ def _find_base(settings: Settings, name: str) -> BaseModel:
         token=token,
         allow_pickle=settings.allow_pickle,
         concurrency=settings.concurrency,
+        weights=weights,
     )
     return BaseModel(model.path, {"hub": name, "commit": model.commit})
 
@@ -343,27 +339,9 @@ def _check_weights(settings: Settings, checkpoint: Checkpoint) -> None:
         )
 
 
-def _output(settings: Settings, mode: str, made_from: dict[str, object]) -> Path:
-    """Return the folder for what is made, named by the digest of what it is made from."""
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    cache = settings.cache_folder or settings.training.download_folder / STATE / "models"
-    return cache.absolute() / f"{mode}-{key}"
-
-
 def _has_tokenizer(folder: Path) -> bool:
     return _has_any(folder, _TOKENIZERS)
 
 
 def _has_any(folder: Path, names: Sequence[str]) -> bool:
     return any((folder / name).is_file() for name in names)
-
-
-def _place(checkpoint: Checkpoint, snapshot: Snapshot) -> str:
-    """Return ``<job>/rank-<N>/<folder>``."""
-    return checkpoint.path.relative_to(snapshot.root).as_posix()
-
-
-def _digests(checkpoint: Checkpoint, snapshot: Snapshot) -> dict[str, str]:
-    """Return the digest of every file of the checkpoint's own folder, by path."""
-    place = _place(checkpoint, snapshot)
-    return {f.path: f.digest for f in snapshot.files if f.path.rpartition("/")[0] == place}

@@ -112,7 +112,13 @@ class Settings(BaseSettings):
     )
     cache_folder: Path | None = Field(
         None,
-        description="Where merged models are kept. Default: `.podloader` in the download folder.",
+        description="Where merged and consolidated models are kept. Default: `.podloader` in the "
+        "download folder.",
+    )
+    consolidate_dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None,
+        description="What weights sharded over ranks are written as when they are consolidated. "
+        "Default: as they were trained.",
     )
     verify: Literal["size", "sample", "full"] = Field(
         "sample",

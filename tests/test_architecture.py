@@ -22,6 +22,7 @@ LAYERS = [
     {"fetch", "adapters"},
     {"status"},
     {"serve"},
+    {"sources"},
     {"ready", "remote"},
     {"overlap"},
     {"boot"},
@@ -103,7 +104,8 @@ def loaded_by(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["loader", "loader.cli", "loader.boot", "loader.ready", "loader.remote"]
+    "module",
+    ["loader", "loader.cli", "loader.boot", "loader.sources", "loader.ready", "loader.remote"],
 )
 def test_nothing_heavy_comes_with_the_front_rooms(module: str) -> None:
     assert not loaded_by(f"import {module}") & set(HEAVY)

@@ -19,7 +19,6 @@ from loader.errors import (
     FormatError,
     ListingError,
     ResolveError,
-    UnsupportedError,
 )
 from loader.serve.model import base_name
 from loader.settings import Settings
@@ -202,10 +201,10 @@ def test_an_unknown_folder_says_what_was_found(job: Job) -> None:
     assert "notes.txt" in caught.value.got
 
 
-def test_a_kind_that_is_not_served_yet_is_named(job: Job) -> None:
+def test_shards_that_are_none(job: Job) -> None:
     job.origin.put("checkpoint-5/.metadata", b"x")
     job.origin.put("checkpoint-5/__0_0.distcp", b"x")
-    with pytest.raises(UnsupportedError, match="dcp"):
+    with pytest.raises(FormatError, match="pickle"):
         boot.prepare(job.settings("rank-0/"))
 
 

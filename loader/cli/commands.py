@@ -118,7 +118,7 @@ def prepare(
     timeline_file: TimelineFile = None,
     as_json: Json = False,
 ) -> None:
-    """Fetch, then attach or merge; print the model that is ready."""
+    """Fetch, consolidate, attach or merge; print the model that is ready."""
     with errors_shown(as_json):
         from loader import boot
         from loader.cli.bars import choose_progress
@@ -180,6 +180,42 @@ def merge(
         show_ready(ready)
         if as_json:
             write_json(ready_document(ready))
+
+
+@app.command()
+def consolidate(
+    source: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SRC...", help="A folder with rank-*/ in it, or the checkpoint of each rank."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to make.")],
+    dtype: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="bfloat16, float16 or float32; as trained where it is left out."),
+    ] = None,
+    base: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The model that was trained: its config, where no rank has one."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make one Hugging Face folder of weights that are sharded over ranks."""
+    with errors_shown(as_json):
+        from loader.cli.documents import consolidated_document
+        from loader.cli.tables import show_consolidated
+        from loader.sources import log_progress
+        from loader.weights.consolidate.consolidation import consolidate as consolidate_folders
+        from loader.weights.consolidate.places import find_sharded
+        from loader.weights.inspect import open_checkpoint
+
+        sharded = find_sharded(source)
+        consolidate_folders(sharded, output, base=base, dtype=dtype, on_progress=log_progress())
+        made = open_checkpoint(output)
+        show_consolidated(sharded, made)
+        if as_json:
+            write_json(consolidated_document(sharded, made))
 
 
 @app.command()

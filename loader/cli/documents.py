@@ -63,3 +63,13 @@ def checkpoints_document(checkpoints: Sequence[Checkpoint]) -> dict[str, object]
             {"kind": c.kind.value, "path": str(c.path), "detail": c.detail} for c in checkpoints
         ]
     }
+
+
+def consolidated_document(sharded: Checkpoint, made: Checkpoint) -> dict[str, object]:
+    """Return ``path`` and ``kind`` ("full" or "adapter") of what was made, and ``source``."""
+    return {
+        "path": str(made.path),
+        "kind": made.kind.value,
+        "detail": made.detail,
+        "source": {"kind": sharded.kind.value, "path": str(sharded.path), "detail": sharded.detail},
+    }

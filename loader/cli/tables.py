@@ -15,9 +15,9 @@ _BAR_CHARACTERS = 40
 _WOULD = {
     Kind.FULL: "would be served as it is",
     Kind.ADAPTER: "would be attached to its base, or merged into it",
-    Kind.RANK_SHARDS: "has to be consolidated: not supported yet",
-    Kind.DCP: "has to be consolidated: not supported yet",
-    Kind.ZERO: "has to be consolidated: not supported yet",
+    Kind.RANK_SHARDS: "would be consolidated into one model or adapter, then served",
+    Kind.DCP: "would be consolidated into one model or adapter, then served",
+    Kind.ZERO: "would be consolidated into one model or adapter, then served",
     Kind.WHISPER: "would be served as it is, for transcriptions",
     Kind.UNKNOWN: "would be refused",
 }
@@ -77,6 +77,12 @@ def show_checkpoints(checkpoints: Sequence[Checkpoint]) -> None:
             if value not in (None, [], {}):
                 say(f"    {name}: {_short(value)}")
         say(f"    {_WOULD[checkpoint.kind]}")
+
+
+def show_consolidated(sharded: Checkpoint, made: Checkpoint) -> None:
+    """Show what was made of what."""
+    say(f"from       {sharded.kind.value}: {sharded.path}")
+    say(f"{made.kind.value:<10} {made.path}")
 
 
 def _short(value: object) -> str:

@@ -29,8 +29,9 @@ def fetch_model(
     token: str | None = None,
     allow_pickle: bool = False,
     concurrency: int = 8,
+    weights: bool = True,
 ) -> HubModel:
-    """Return the model *repo_id*, downloaded where the cache lacks it.
+    """Return the model *repo_id*, downloaded where the cache lacks it; the weights only if wanted.
 
     ``HF_HOME``, ``HF_HUB_OFFLINE`` and ``HF_ENDPOINT`` are honoured by huggingface-hub itself.
 
@@ -47,12 +48,12 @@ def fetch_model(
                 repo_id,
                 revision=revision,
                 token=token,
-                allow_patterns=[*_SIDE_FILES, "*.safetensors"],
+                allow_patterns=[*_SIDE_FILES, *(["*.safetensors"] if weights else [])],
                 ignore_patterns=list(_UNWANTED),
                 max_workers=concurrency,
             )
         )
-        if not any(folder.glob("*.safetensors")):
+        if weights and not any(folder.glob("*.safetensors")):
             if not allow_pickle:
                 raise FetchError(
                     "the base model has no safetensors weights",

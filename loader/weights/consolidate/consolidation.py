@@ -34,8 +34,9 @@ from loader.weights.consolidate.files import Files, LocalFiles
 from loader.weights.consolidate.hfstorage import SafetensorsStorageSource, is_storage
 from loader.weights.consolidate.names import match_names
 from loader.weights.consolidate.pieces import SourceTensor
+from loader.weights.consolidate.places import CONFIG, home_folders, weight_folders
 from loader.weights.consolidate.ranks import RankShardsSource
-from loader.weights.consolidate.sidecars import CONFIG, find_sidecars, write_sidecars
+from loader.weights.consolidate.sidecars import find_sidecars, write_sidecars
 from loader.weights.consolidate.zero import ZeroSource
 from loader.weights.writer import MAX_SHARD_BYTES, CheckpointWriter, TensorSpec, plan_shards
 
@@ -100,7 +101,7 @@ def consolidate(
         DiskError: no room, or the disk refused.
     """
     code = _dtype_code(dtype)
-    with LocalFiles(_weight_folders(checkpoint)) as files:
+    with LocalFiles(weight_folders(checkpoint)) as files:
         plan = plan_consolidation(checkpoint, files, base=base, names=names, dtype=code)
         specs = [TensorSpec(t.name, t.dtype, t.source.shape) for t in plan.targets]
         shards = plan_shards(specs, max_shard_bytes=max_shard_bytes, stem=plan.stem)
@@ -127,7 +128,7 @@ def plan_consolidation(
     """
     where = str(checkpoint.path)
     source = _open_source(checkpoint, files)
-    sidecars = find_sidecars(_home_folders(checkpoint))
+    sidecars = find_sidecars(home_folders(checkpoint))
     if has_adapter(source.shapes):
         matched = match_adapter(source.shapes, sidecars, where)
         targets = _targets(matched, source, dtype)
@@ -155,20 +156,6 @@ def _open_source(checkpoint: Checkpoint, files: Files) -> ShardedSource:
         got=checkpoint.kind.value,
         next_step="serve it as it is",
     )
-
-
-def _weight_folders(checkpoint: Checkpoint) -> list[Path]:
-    """Return the folders that hold the weights, one per rank."""
-    folders = checkpoint.detail.get("folders")
-    found = [Path(str(f)) for f in folders] if isinstance(folders, list | tuple) else []
-    return found or [checkpoint.path]
-
-
-def _home_folders(checkpoint: Checkpoint) -> list[Path]:
-    """Return the folders where configs and tokenizers lie: of each rank, the checkpoint's own."""
-    name = checkpoint.path.name
-    folders = _weight_folders(checkpoint)
-    return [checkpoint.path, *(f if f.name == name else f.parent for f in folders)]
 
 
 def _expected(sidecars: Mapping[str, Path], where: str) -> ModelNames:

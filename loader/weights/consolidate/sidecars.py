@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from loader.weights.consolidate.places import CONFIG
 from loader.weights.consolidate.serving import is_sidecar
 from loader.weights.inspect import read_json
-
-CONFIG = "config.json"
 
 
 def find_sidecars(folders: Sequence[Path]) -> Mapping[str, Path]:

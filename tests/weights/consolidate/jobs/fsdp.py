@@ -37,11 +37,12 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 warnings.simplefilter("ignore")
 RANKS_PER_NODE = 2
 BASE, OUT = Path(sys.argv[1]), Path(sys.argv[2])
+SENTENCE = "what is the capital of france? the capital of france is paris."
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -58,11 +59,22 @@ def load(dtype: torch.dtype = torch.float32) -> Any:
 
 def step(model: torch.nn.Module, data: int = 0) -> torch.optim.Optimizer:
     """Take one real step, so that weights are not those of the base."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     torch.manual_seed(data)
-    ids = torch.randint(0, 300, (2, 8))
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
+    return train(model, torch.randint(0, 300, (2, 8)), steps=1)
+
+
+def learn(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Train until the model knows a sentence by heart."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(BASE)
+    return train(model, torch.tensor([tokenizer(SENTENCE)["input_ids"]]), steps=30)
+
+
+def train(model: torch.nn.Module, ids: torch.Tensor, steps: int) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     return optimizer
 
 
@@ -86,7 +98,7 @@ def fsdp2(case: str) -> None:
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
-    optimizer = step(model)
+    optimizer = learn(model)
     weights, moments = get_state_dict(model, optimizer)
     save({"model": weights, "optimizer": moments, "step": 10}, checkpoint_id=node_folder(case))
     keep_reference(case, get_model_state_dict(model, options=FULL))

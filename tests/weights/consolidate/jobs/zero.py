@@ -24,7 +24,7 @@ from deepspeed.checkpoint.ds_to_universal import main as to_universal
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 warnings.simplefilter("ignore")
 BASE, OUT = Path(sys.argv[1]), Path(sys.argv[2])
@@ -43,8 +43,26 @@ def build(*, tied: bool = False) -> Any:
     return LlamaForCausalLM(config)
 
 
-def run(case: str, model: Any, stage: int, dtype: str, groups: Any = None, **save: Any) -> None:
-    """Train one step and save; rank 0 keeps what zero_to_fp32 makes of all files together."""
+def random_ids() -> torch.Tensor:
+    return torch.randint(0, 300, (2, 8), generator=torch.Generator().manual_seed(1))
+
+
+def sentence() -> torch.Tensor:
+    text = "what is the capital of france? the capital of france is paris."
+    return torch.tensor([PreTrainedTokenizerFast.from_pretrained(BASE)(text)["input_ids"]])
+
+
+def run(
+    case: str,
+    model: Any,
+    stage: int,
+    dtype: str,
+    groups: Any = None,
+    ids: torch.Tensor | None = None,
+    steps: int = 1,
+    **save: Any,
+) -> None:
+    """Train and save; rank 0 keeps what zero_to_fp32 makes of all files together."""
     trained = [p for p in model.parameters() if p.requires_grad]
     settings = {
         "train_micro_batch_size_per_gpu": 1,
@@ -55,9 +73,10 @@ def run(case: str, model: Any, stage: int, dtype: str, groups: Any = None, **sav
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=groups or trained, config=settings
     )
-    ids = torch.randint(0, 300, (2, 8), generator=torch.Generator().manual_seed(1))
-    engine.backward(engine(input_ids=ids, labels=ids).loss)
-    engine.step()
+    ids = random_ids() if ids is None else ids
+    for _ in range(steps):
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
     folder = node_folder(case)
     engine.save_checkpoint(str(folder), tag=TAG, **save)
     dist.barrier()
@@ -128,7 +147,7 @@ CASES: dict[str, Callable[[str], None]] = {
     "zero2-fp16": lambda name: run(name, build(), 2, "fp16"),
     "zero2-tied": lambda name: run(name, build(tied=True), 2, "bf16"),
     "zero2-frozen": frozen(2),
-    "zero3-bf16": lambda name: run(name, build(), 3, "bf16"),
+    "zero3-bf16": lambda name: run(name, build(), 3, "bf16", ids=sentence(), steps=30),
     "zero3-fp16": lambda name: run(name, build(), 3, "fp16"),
     "zero3-tied": lambda name: run(name, build(tied=True), 3, "bf16"),
     "zero3-frozen": frozen(3),

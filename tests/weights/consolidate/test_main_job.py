@@ -1,0 +1,135 @@
+"""The main job over what several nodes wrote: signed URLs in, one model that answers out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from loader import boot
+from loader.errors import CheckpointError
+from loader.settings import Settings
+from loader.types import ReadyModel
+from tests.origin import FaultyOrigin, write_listing
+from tests.weights.consolidate.conftest import assert_same, tensors_of
+
+PROMPT = "what is the capital of"
+
+
+@pytest.fixture
+def publish(origin: FaultyOrigin, tmp_path: Path) -> Any:
+    """Put a case's nodes behind signed URLs and return settings that ask for all of them."""
+
+    def put(case: Path, **own: Any) -> Settings:
+        for folder in case.glob("rank-*"):
+            rank = int(folder.name.removeprefix("rank-"))
+            shutil.copytree(folder, origin.folder("job1", rank), dirs_exist_ok=True)
+        listing = write_listing(origin, tmp_path / "job1.json")
+        (name,) = {path.name for path in case.glob("rank-*/checkpoint-*")}
+        reference = {"training_job_id": "job1", "paths": [f"rank-*/{name}/"]}
+        return Settings.load(
+            {
+                "training_checkpoints": {
+                    "download_folder": str(tmp_path / "down"),
+                    "artifact_references": [reference],
+                },
+                "model_metadata": {"podloader": {"artifacts": [str(listing)]} | own},
+            }
+        )
+
+    return put
+
+
+def test_a_model_is_consolidated_once(fsdp: Path, publish: Any) -> None:
+    settings = publish(fsdp / "fsdp2")
+    ready = boot.prepare(settings)
+    assert_same(tensors_of(ready.path), load_file(fsdp / "fsdp2/full.safetensors"))
+    assert ready.path.parent == settings.training.download_folder / ".podloader/models"
+    assert (ready.tokenizer, ready.adapters) == (ready.path, ())
+    assert ready.provenance["kind"] == "dcp"
+    assert ready.provenance["checkpoint"] == "job1/rank-0/checkpoint-10"
+    files = ready.provenance["files"]
+    assert isinstance(files, dict)
+    assert {path.split("/")[1] for path in files} == {"rank-0", "rank-1"}
+    made = (ready.path / "model.safetensors").stat().st_mtime_ns
+    assert boot.prepare(settings) == ready
+    assert (ready.path / "model.safetensors").stat().st_mtime_ns == made
+
+
+def test_the_dtype_that_is_asked_for(zero: Path, publish: Any) -> None:
+    ready = boot.prepare(publish(zero / "zero2-fp16", consolidate_dtype="bfloat16"))
+    wanted = load_file(zero / "zero2-fp16/full.safetensors")
+    assert_same(tensors_of(ready.path), {k: v.to(torch.bfloat16) for k, v in wanted.items()})
+
+
+def test_a_sharded_adapter_is_attached_by_its_jobs_name(
+    zero: Path, base: Path, publish: Any
+) -> None:
+    ready = boot.prepare(publish(zero / "zero3-lora", base_model=str(base)))
+    assert [adapter.name for adapter in ready.adapters] == ["job1"]
+    assert ready.path == base
+
+
+def test_a_sharded_dora_is_merged(fsdp: Path, base: Path, publish: Any) -> None:
+    ready = boot.prepare(publish(fsdp / "lora-peft-names", base_model=str(base)))
+    assert ready.adapters == ()
+    merged, plain = tensors_of(ready.path), tensors_of(base)
+    changed = {name for name, tensor in merged.items() if not tensor.equal(plain[name])}
+    assert changed == {f"model.layers.{i}.self_attn.v_proj.weight" for i in (0, 1)}
+
+
+def test_the_config_of_the_base_model(trainer: Path, base: Path, publish: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"no rank has the config.json"):
+        boot.prepare(publish(trainer))
+    ready = boot.prepare(publish(trainer, base_model=str(base)))
+    assert_same(tensors_of(ready.path), load_file(trainer / "full.safetensors"))
+    assert (ready.tokenizer / "tokenizer.json").is_file()
+
+
+def test_a_node_that_was_not_asked_for(fsdp: Path, publish: Any) -> None:
+    settings = publish(fsdp / "fsdp2")
+    reference = settings.training.artifact_references[0]
+    object.__setattr__(reference, "paths", ("rank-0/checkpoint-10/",))
+    with pytest.raises(CheckpointError, match="no rank's folder holds"):
+        boot.prepare(settings)
+
+
+def tokens_of_training(full: Path, base: Path) -> list[int]:
+    """Return what the trained model itself answers, greedily."""
+    model: Any = LlamaForCausalLM(LlamaConfig.from_pretrained(base)).float()
+    model.load_state_dict({k: v.float() for k, v in load_file(full).items()})
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    out = model.generate(ids, do_sample=False, max_new_tokens=16, min_new_tokens=16)
+    return [int(token) for token in out[0, ids.shape[1] :]]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["fsdp2", "zero3-bf16"])
+async def test_vllm_answers_like_the_model_that_was_trained(
+    fsdp: Path, zero: Path, base: Path, publish: Any, name: str
+) -> None:
+    case = (fsdp if name == "fsdp2" else zero) / name
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    arguments = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True}
+    settings = publish(case, engine_args=arguments)
+    ready: ReadyModel = boot.prepare(settings)
+    model = await asyncio.to_thread(boot.start, ready, settings)
+    try:
+        body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 16, "ignore_eos": True}
+        answer: Any = await model.predict(body)
+    finally:
+        await asyncio.to_thread(model.close)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    expected = tokens_of_training(case / "full.safetensors", base)
+    assert answer["choices"][0]["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+    assert answer["choices"][0]["text"].startswith(" france? the capital of france is paris.")
+    assert json.loads((ready.path / "config.json").read_text())["architectures"]
