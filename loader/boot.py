@@ -14,8 +14,7 @@ from loader.fetch.snapshot import FetchOptions, fetch, read_artifact, sizes
 from loader.fetch.spans import SpanProgress
 from loader.resolve.manifest import check_index, resolve
 from loader.settings import Settings
-from loader.stores.http import HttpClient, HttpOptions
-from loader.stores.presigned import PresignedStore, read_listings
+from loader.stores.sources import Stores
 from loader.timeline import Timeline
 from loader.types import (
     ArtifactReference,
@@ -40,7 +39,7 @@ class Origin:
     """The listings of every job, and the store that holds their artifacts."""
 
     listings: tuple[Listing, ...]
-    store: PresignedStore
+    store: Stores
 
 
 def prepare(
@@ -126,23 +125,18 @@ def open_origin(settings: Settings, timeline: Timeline) -> Iterator[Origin]:
     """Give the listings and the store that the settings name, for the length of the block."""
     if not settings.artifacts:
         raise ConfigError(
-            "no artifact listing is given",
-            expected="a listing JSON, as a path or an http(s) URL",
-            next_step="give --artifacts LISTING, or set artifacts in model_metadata.podloader",
+            "it is not said where the artifacts are",
+            expected="a listing JSON (path or URL), s3://bucket/prefix, baseten, or an fsspec URL",
+            next_step="give --artifacts SRC, or set artifacts in model_metadata.podloader",
         )
-    client = HttpClient(
-        HttpOptions(
-            connect_timeout_s=settings.connect_timeout_s,
-            stall_timeout_s=settings.stall_timeout_s,
-            ca_bundle=settings.ca_bundle,
-        )
-    )
+    jobs = tuple(dict.fromkeys(r.training_job_id for r in _wanted(settings).artifact_references))
+    store = Stores(settings)
     try:
         with timeline.stage("listing"):
-            listings = [one for src in settings.artifacts for one in read_listings(src, client)]
-        yield Origin(tuple(listings), PresignedStore(client))
+            listings = [one for src in settings.artifacts for one in store.read_listings(src, jobs)]
+        yield Origin(tuple(listings), store)
     finally:
-        client.close()
+        store.close()
 
 
 def _resolved(settings: Settings, origin: Origin, timeline: Timeline) -> Manifest:

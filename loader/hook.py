@@ -15,11 +15,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from loader import boot
+from loader.credentials import Secrets
 from loader.errors import RequestError
 from loader.fetch.progress import LogProgress
 from loader.serve.model import ServedModel
 from loader.serve.request import PROMPTS, check_prompt
-from loader.settings import Secrets, Settings
+from loader.settings import Settings
 
 _CLIENT_CLOSED_REQUEST = 499  # nginx's code, which Truss uses too
 _log = logging.getLogger("podloader")

@@ -11,9 +11,9 @@ from pathlib import Path
 from loader.fetch.heads import Head, read_head
 from loader.fetch.snapshot import read_artifact
 from loader.resolve.manifest import check_count, check_names
+from loader.settings import Settings
 from loader.stores.base import Store
-from loader.stores.http import HttpClient, HttpOptions
-from loader.stores.presigned import PresignedStore, read_listings
+from loader.stores.sources import Stores, is_remote
 from loader.types import Artifact, Checkpoint
 from loader.weights.header import Header, header_length, parse_header
 from loader.weights.inspect import find_checkpoints, open_checkpoint
@@ -23,28 +23,27 @@ _LENGTH_BYTES = 8
 _TELLING = ("config.json", "adapter_config.json", ".index.json", "/latest")
 
 
-def inspect_source(source: str) -> tuple[Checkpoint, ...]:
-    """Return the checkpoints in a folder, or behind a listing (a JSON file or an http(s) URL).
+def inspect_source(source: str, settings: Settings | None = None) -> tuple[Checkpoint, ...]:
+    """Return the checkpoints in a folder, or behind a listing or another source of artifacts.
 
-    Of a listing, only small files that tell the kind are read; paths are ``<job>/rank-<N>/…``.
+    Of a source, only small files that tell the kind are read; paths are ``<job>/rank-<N>/…``.
 
     Raises:
         CheckpointError: there is no such folder.
         ListingError: not a listing.
+        FetchError: the source refuses or does not answer.
         FormatError: a config or an index is malformed.
     """
-    remote = source.startswith(("http://", "https://"))
     path = Path(source)
-    if not remote and not path.is_file():
+    if not is_remote(source) and not path.is_file():
         found = find_checkpoints(path) if path.is_dir() else ()
         return found or (open_checkpoint(path),)
-    client = HttpClient(HttpOptions())
+    store = Stores(settings or Settings.without_config())
     try:
-        listings = read_listings(source, client)
+        listings = store.read_listings(source)
         for listing in listings:
             check_count(listing)
             check_names(listing.artifacts)
-        store = PresignedStore(client)
         with tempfile.TemporaryDirectory(prefix="podloader-") as folder:
             root = Path(folder)
             names = []
@@ -56,7 +55,7 @@ def inspect_source(source: str) -> tuple[Checkpoint, ...]:
                 replace(c, path=c.path.relative_to(root)) for c in find_checkpoints(root, names)
             )
     finally:
-        client.close()
+        store.close()
 
 
 def read_headers(
@@ -84,7 +83,7 @@ def read_headers(
     return join_headers(dict(zip(paths, headers, strict=True)))
 
 
-def _put(artifact: Artifact, root: Path, store: PresignedStore) -> None:
+def _put(artifact: Artifact, root: Path, store: Store) -> None:
     text = read_artifact(artifact, root, store)
     place = root / artifact.path
     place.parent.mkdir(parents=True, exist_ok=True)

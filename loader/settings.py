@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, Field, InstanceOf, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
@@ -24,24 +24,24 @@ from pydantic_settings import (
 )
 from pydantic_settings.exceptions import SettingsError
 
+from loader.credentials import S3Credentials, Secrets, find_s3_credentials, find_secret
 from loader.errors import ConfigError
-from loader.truss_config import mapping_at, read_config, training_checkpoints
+from loader.truss_config import (
+    DOWNLOAD_FOLDER,
+    mapping_at,
+    read_config,
+    training_checkpoints,
+)
 from loader.types import JOB_ID, TrainingCheckpoints
 
-SECRETS_FOLDER = Path("/secrets")
 CHECKPOINT_SCHEME = "checkpoint:"
 _PREFIX = "PODLOADER_"
 _SECTION = "model_metadata.podloader"
+_JSON = {"engine_args": '{"max_model_len": 4096}', "storage_options": '{"gs": {"token": "anon"}}'}
 _CHECKPOINT = re.compile(rf"{CHECKPOINT_SCHEME}{JOB_ID.pattern}/rank-[^/]+(/.*)?")
 _OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _OTLP_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-_OUTSIDE = {"training", "hf_token", "api_key"}
-
-
-class Secrets(Protocol):
-    """Look-up only, as Truss gives them: iterating over them raises."""
-
-    def __getitem__(self, key: str, /) -> str: ...
+_OUTSIDE = {"training", "hf_token", "api_key", "s3"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +62,19 @@ class Settings(BaseSettings):
     training: InstanceOf[TrainingCheckpoints]
     hf_token: SecretStr | None = None
     api_key: SecretStr | None = None
+    s3: InstanceOf[S3Credentials] = S3Credentials()
 
     artifacts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         repr=False,
-        description="Where the artifact listings are: paths or URLs of listing JSON files.",
+        description="Where the artifacts are: listing JSON files (paths or URLs), "
+        "`s3://bucket/prefix`, `baseten` (its REST API), or a URL that fsspec knows.",
     )
     base_model: str | None = Field(
         None,
         description="The model that adapters were trained over: a local folder, a Hugging Face id, "
-        "or `checkpoint:<job>/rank-<N>/<folder>/`. Default: what the adapter's config names.",
+        "`checkpoint:<job>/rank-<N>/<folder>/`, or a folder's URL such as `s3://bucket/model`. "
+        "Default: what the adapter's config names.",
     )
     base_revision: str | None = Field(
         None, description="Branch, tag or commit of a Hugging Face base model."
@@ -137,6 +140,27 @@ class Settings(BaseSettings):
     connect_timeout_s: float = Field(10.0, gt=0, description="Limit for opening a connection.")
     stall_timeout_s: float = Field(
         30.0, gt=0, description="A connection that brings no byte for so long is given up."
+    )
+    s3_endpoint_url: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="The service behind `s3://`. Default: `AWS_ENDPOINT_URL_S3`, "
+        "`AWS_ENDPOINT_URL`, AWS's own.",
+    )
+    storage_options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        repr=False,
+        description="Options of fsspec's drivers by scheme, such as `{gs: {token: anon}}`.",
+    )
+    api_url: str = Field(
+        "https://api.baseten.co",
+        pattern="^https?://",
+        description="Where the REST API is that `baseten` asks.",
+    )
+    allow_local_urls: bool = Field(
+        False,
+        description="Let a listing lead to `file://` URLs and link-local addresses, where clouds "
+        "keep credentials.",
     )
     retries: int = Field(
         6, ge=0, le=100, description="Further tries of one range after a passing failure."
@@ -208,14 +232,39 @@ class Settings(BaseSettings):
                 where=where,
                 next_step="put secrets into Truss's secrets, training_checkpoints at the top level",
             )
-        merged = {**section, **_environment(where), **(overrides or {})}
+        values = {**section, **_environment(where), **(overrides or {})}
+        return cls._build(where, values, training_checkpoints(document, where), secrets)
+
+    @classmethod
+    def without_config(
+        cls, overrides: Mapping[str, Any] | None = None, *, secrets: Secrets | None = None
+    ) -> Settings:
+        """Return the settings for a command that asks for no training checkpoints.
+
+        Raises:
+            ConfigError: naming every ``PODLOADER_*`` variable or override that is wrong.
+        """
+        where = "the environment"
+        values = {**_environment(where), **(overrides or {})}
+        nothing = TrainingCheckpoints(Path(DOWNLOAD_FOLDER), ())
+        return cls._build(where, values, nothing, secrets)
+
+    @classmethod
+    def _build(
+        cls,
+        where: str,
+        values: Mapping[str, Any],
+        training: TrainingCheckpoints,
+        secrets: Secrets | None,
+    ) -> Settings:
         try:
             return cls(
                 **{
-                    **merged,
-                    "training": training_checkpoints(document, where),
-                    "hf_token": _secret("hf_access_token", ("HF_TOKEN",), secrets),
-                    "api_key": _secret("baseten_api_key", ("BASETEN_API_KEY",), secrets),
+                    **values,
+                    "training": training,
+                    "hf_token": find_secret("hf_access_token", ("HF_TOKEN",), secrets),
+                    "api_key": find_secret("baseten_api_key", ("BASETEN_API_KEY",), secrets),
+                    "s3": find_s3_credentials(secrets),
                 }
             )
         except ValidationError as error:
@@ -277,26 +326,10 @@ def _environment(where: str) -> dict[str, Any]:
         raise ConfigError(
             str(error),
             where="the environment",
-            expected="JSON for engine_args",
+            expected=f"JSON for {' and '.join(_JSON)}",
             next_step=f"""write it like {_PREFIX}ENGINE_ARGS='{{"max_model_len": 4096}}'""",
         ) from None
     return {name: value for name, value in values.items() if name not in _OUTSIDE}
-
-
-def _secret(name: str, variables: tuple[str, ...], secrets: Secrets | None) -> SecretStr | None:
-    """Return a secret from Truss, its mounted file or variable, or the tool's own *variables*."""
-    if secrets is not None:
-        try:
-            return SecretStr(secrets[name].strip())
-        except Exception:  # Truss raises a type of its own, which only a pod can import
-            pass
-    mounted = SECRETS_FOLDER / name
-    if mounted.is_file():
-        return SecretStr(mounted.read_text(encoding="utf-8").strip())
-    for variable in (f"TRUSS_SECRET_{name}", *variables):
-        if value := os.environ.get(variable, "").strip():
-            return SecretStr(value)
-    return None
 
 
 def _problems(error: ValidationError) -> list[str]:
@@ -312,15 +345,13 @@ def _problems(error: ValidationError) -> list[str]:
 
 
 def parse_value(name: str, text: str) -> object:
-    """Return what *text* means for the setting *name*: JSON for ``engine_args``, else text."""
-    if name != "engine_args":
+    """Return what *text* means for the setting *name*: JSON for mappings, else text."""
+    if name not in _JSON:
         return text
     try:
         return json.loads(text)
     except ValueError:
-        raise ConfigError(
-            "engine_args is not JSON", expected="""like {"max_model_len": 4096}"""
-        ) from None
+        raise ConfigError(f"{name} is not JSON", expected=f"like {_JSON[name]}") from None
 
 
 def suggest(name: str, known: tuple[str, ...] | list[str]) -> str:

@@ -58,11 +58,15 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """All artifacts of one job. ``total_count`` is what the origin says there are, if it does."""
+    """All artifacts of one job. ``total_count`` is what the origin says there are, if it does.
+
+    ``syncing``: the checkpoints that are still being copied, as folders' names.
+    """
 
     job: str
     artifacts: tuple[Artifact, ...]
     total_count: int | None = None
+    syncing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ LOADER = Path(__file__).parent.parent / "loader"
 LAYERS = [
     {"errors"},
     {"types", "timeline", "retry"},
-    {"truss_config"},
+    {"truss_config", "credentials"},
     {"settings"},
     {"resolve", "stores", "weights"},
     {"fetch", "adapters"},

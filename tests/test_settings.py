@@ -11,7 +11,7 @@ import pytest
 import yaml
 from truss.base.truss_config import TrussConfig
 
-from loader import settings
+from loader import credentials
 from loader.errors import ConfigError
 from loader.settings import Settings, setting_names, settings_table
 from loader.truss_config import DOWNLOAD_FOLDER
@@ -32,7 +32,7 @@ def config(**podloader: object) -> dict[str, Any]:
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("HF_TOKEN", "BASETEN_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(settings, "SECRETS_FOLDER", tmp_path / "secrets")
+    monkeypatch.setattr(credentials, "SECRETS_FOLDER", tmp_path / "secrets")
 
 
 def test_reads_what_truss_writes(tmp_path: Path) -> None:

@@ -28,7 +28,9 @@ Config = Annotated[Path, typer.Argument(help="A Truss config.yaml.", metavar="CO
 Artifacts = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time
     typer.Option(
-        "--artifacts", metavar="SRC", help="An artifact listing: path or URL. Repeatable."
+        "--artifacts",
+        metavar="SRC",
+        help="A listing's path or URL, s3://…, baseten, or an fsspec URL. Repeatable.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output.")]
@@ -135,7 +137,14 @@ def prepare(
 
 @app.command()
 def inspect(
-    source: Annotated[str, typer.Argument(metavar="PATH_OR_URL", help="A folder or a listing.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH_OR_URL",
+            help="A folder, a listing, s3://…, baseten:JOB, or an fsspec URL.",
+        ),
+    ],
+    set_: Set = None,
     as_json: Json = False,
 ) -> None:
     """Say what a checkpoint is, and what would be done with it."""
@@ -143,8 +152,9 @@ def inspect(
         from loader.cli.documents import checkpoints_document
         from loader.cli.tables import show_checkpoints
         from loader.remote import inspect_source
+        from loader.settings import Settings
 
-        checkpoints = inspect_source(source)
+        checkpoints = inspect_source(source, Settings.without_config(_overrides(set_)))
         show_checkpoints(checkpoints)
         if as_json:
             write_json(checkpoints_document(checkpoints))
@@ -238,10 +248,18 @@ def main() -> None:
 
 
 def _settings(config: Path, artifacts: list[str] | None, given: list[str] | None) -> Settings:
-    from loader.errors import ConfigError
-    from loader.settings import Settings, parse_value, setting_names, suggest
+    from loader.settings import Settings
 
-    overrides: dict[str, Any] = {"artifacts": tuple(artifacts)} if artifacts else {}
+    overrides = _overrides(given) | ({"artifacts": tuple(artifacts)} if artifacts else {})
+    return Settings.load(config, overrides=overrides)
+
+
+def _overrides(given: list[str] | None) -> dict[str, Any]:
+    """Return what ``--set`` gave."""
+    from loader.errors import ConfigError
+    from loader.settings import parse_value, setting_names, suggest
+
+    overrides: dict[str, Any] = {}
     for text in given or ():
         name, equals, value = text.partition("=")
         if not equals or name not in setting_names():
@@ -252,7 +270,7 @@ def _settings(config: Path, artifacts: list[str] | None, given: list[str] | None
                 problems=[suggest(name, setting_names())] if equals else [],
             )
         overrides[name] = parse_value(name, value)
-    return Settings.load(config, overrides=overrides)
+    return overrides
 
 
 def _weighted(text: str) -> tuple[Path, float]:

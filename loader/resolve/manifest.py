@@ -60,7 +60,16 @@ def resolve(
     files = tuple(sorted(chosen.values(), key=lambda a: a.path))
     check_names(files, case_sensitive=case_sensitive)
     check_shards(files, {a.path for artifacts in by_job.values() for a in artifacts})
+    warnings += [w for listing in listings for w in _syncing_warnings(listing, files)]
     return Manifest(files, tuple(warnings))
+
+
+def _syncing_warnings(listing: Listing, files: Sequence[Artifact]) -> list[str]:
+    return [
+        f"{listing.job}: {name!r} is still being copied; files of it may be missing"
+        for name in listing.syncing
+        if any(a.job == listing.job and f"/{name}/" in a.name for a in files)
+    ]
 
 
 def _matching(pattern: str, artifacts: Iterable[Artifact]) -> list[Artifact]:

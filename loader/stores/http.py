@@ -372,6 +372,8 @@ def _object_info(
             raise FetchError("the origin does not tell the object's size", where=url)
         return ObjectInfo(int(length or 0), version, False, checksums)
     match = _CONTENT_RANGE.match(response.getheader("Content-Range", "").strip())
+    if response.status == 416 and match is None:
+        return ObjectInfo(0, version)  # only an empty object has no first byte
     if span is None or match is None or match["total"] == "*":
         raise FetchError(
             "an answer to a range that does not say what it holds",
@@ -406,7 +408,7 @@ def _leads_here(url: str) -> FetchError:
     return FetchError(
         "an address of this machine's own link, where clouds keep credentials",
         where=url,
-        next_step="get a listing from a source that you trust, or set allow_link_local",
+        next_step="get a listing from a source that you trust, or set allow_local_urls",
     )
 
 

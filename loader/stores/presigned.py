@@ -1,86 +1,155 @@
-"""Artifacts behind signed http(s) URLs, and the listings that name them."""
+"""Artifacts behind signed http(s) URLs, and the listing files that name them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from loader.errors import ExpiredError, FetchError, ListingError
+from loader.errors import DeniedError, ExpiredError, FetchError, ListingError, LoaderError
 from loader.stores.base import ObjectInfo
 from loader.stores.http import HttpClient, HttpStream
 from loader.stores.listing import parse_listings
+from loader.stores.urls import SignedUrls
 from loader.types import Artifact, Listing
 
 _LISTING_LIMIT_BYTES = 1 << 30
+_Out = TypeVar("_Out")
 
 
 class PresignedStore:
-    """A ``Store`` of artifacts that each carry their URL. Never sends HEAD, which is refused."""
+    """A ``Store`` of artifacts that each carry their URL. Never sends HEAD, which is refused.
 
-    def __init__(self, client: HttpClient) -> None:
+    A URL that the origin honours no longer is renewed by *urls*, and the request asked again.
+    """
+
+    def __init__(self, client: HttpClient, urls: SignedUrls | None = None) -> None:
         self._client = client
+        self._urls = urls or SignedUrls()
 
     def stat(self, artifact: Artifact) -> ObjectInfo:
         """Return size and version, by asking for the first byte."""
-        stream = self._client.get(artifact.url, span=(0, 1))
-        try:
-            if stream.info.ranges:
-                stream.readinto(memoryview(bytearray(1)))
-            return stream.info
-        finally:
-            stream.close()
+        return self._with_url(artifact, lambda url: first_byte(self._client, url))
 
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo
     ) -> HttpStream:
         """Return the bytes ``[start, end)`` of *version*."""
-        span = (start, end) if version.ranges else None
-        if span is None and start:
-            raise FetchError(
-                "the origin does not honour ranges, so the file must be read from its start",
-                where=artifact.source,
-            )
-        stream = self._client.get(artifact.url, span=span, version=version)
-        if span is not None and not stream.info.ranges and (start, end) != (0, version.size_bytes):
-            stream.close()
-            raise FetchError("the origin stopped honouring ranges", where=artifact.source)
-        return stream
+        return self._with_url(
+            artifact, lambda url: open_url(self._client, url, start, end, version)
+        )
 
     def close(self) -> None:
         """Drop every connection."""
         self._client.close()
 
-
-def read_listings(source: str, client: HttpClient) -> tuple[Listing, ...]:
-    """Return the listings at *source*, a path or an http(s) URL.
-
-    Raises:
-        ListingError: it cannot be read, or is no listing.
-    """
-    if source.startswith(("http://", "https://")):
+    def _with_url(self, artifact: Artifact, ask: Callable[[str], _Out]) -> _Out:
+        url = self._urls.current(artifact)
         try:
-            stream = client.get(source)
-            try:
-                text = stream.read_all(_LISTING_LIMIT_BYTES)
-            finally:
-                stream.close()
-        except FetchError as error:
-            raise ListingError(
-                f"the listing cannot be fetched: {error.what}",
-                where=source,
-                got=error.got,
-                next_step="get a new URL of the listing"
-                if isinstance(error, ExpiredError)
-                else error.next_step or "check the URL, and that this machine can reach it",
-            ) from None
-    else:
+            return ask(url)
+        except (ExpiredError, DeniedError) as error:
+            newer = self._renewed(artifact, url, error)
+        return ask(newer)
+
+    def _renewed(self, artifact: Artifact, refused: str, error: FetchError) -> str:
         try:
-            text = Path(source).read_bytes()
+            newer = self._urls.renewed(artifact, refused)
+        except LoaderError as reason:
+            if reason.retryable:
+                raise
+            error.problems += (f"reading the listing again failed: {reason.what}",)
+            raise error from None
+        if newer is None:
+            raise error
+        return newer
+
+
+def first_byte(client: HttpClient, url: str) -> ObjectInfo:
+    """Return what the object at *url* is, by asking for its first byte."""
+    stream = client.get(url, span=(0, 1))
+    try:
+        if stream.info.ranges:
+            stream.readinto(memoryview(bytearray(1)))
+        return stream.info
+    finally:
+        stream.close()
+
+
+def open_url(client: HttpClient, url: str, start: int, end: int, version: ObjectInfo) -> HttpStream:
+    """Return the bytes ``[start, end)`` of *version* of the object at *url*."""
+    span = (start, end) if version.ranges else None
+    if span is None and start:
+        raise FetchError(
+            "the origin does not honour ranges, so the file must be read from its start", where=url
+        )
+    stream = client.get(url, span=span, version=version)
+    if span is not None and not stream.info.ranges and (start, end) != (0, version.size_bytes):
+        stream.close()
+        raise FetchError("the origin stopped honouring ranges", where=url)
+    return stream
+
+
+class UrlListing:
+    """The listings behind an http(s) URL."""
+
+    def __init__(self, url: str, client: HttpClient, *, local_urls: bool = False) -> None:
+        self._url = url
+        self._client = client
+        self._local_urls = local_urls
+
+    def read(self) -> tuple[Listing, ...]:
+        """Return the listings.
+
+        Raises:
+            FetchError: the URL is refused, or does not answer.
+            ListingError: what it answers is no listing.
+        """
+        stream = self._client.get(self._url)
+        try:
+            text = stream.read_all(_LISTING_LIMIT_BYTES)
+        finally:
+            stream.close()
+        return parse_listings(text, self._url, local_urls=self._local_urls)
+
+    def has_news(self) -> bool:
+        """Return True: what answers may sign anew each time."""
+        return True
+
+
+class FileListing:
+    """The listings in a file of this machine, which may be replaced by newer ones."""
+
+    def __init__(self, path: Path, *, local_urls: bool = False) -> None:
+        self._path = path
+        self._local_urls = local_urls
+        self._read: tuple[int, int, int] | None = None
+
+    def read(self) -> tuple[Listing, ...]:
+        """Return the listings.
+
+        Raises:
+            ListingError: the file cannot be read, or is no listing.
+        """
+        try:
+            self._read = self._stamp()
+            text = self._path.read_bytes()
         except OSError as error:
             raise ListingError(
                 "the listing cannot be read",
-                where=source,
+                where=str(self._path),
                 expected="a file that `truss train get_checkpoint_urls` wrote, or its URL",
                 got=error.strerror or type(error).__name__,
                 next_step="correct --artifacts or the setting artifacts",
             ) from None
-    return parse_listings(text, source)
+        return parse_listings(text, str(self._path), local_urls=self._local_urls)
+
+    def has_news(self) -> bool:
+        """Return whether the file is another one than was read."""
+        try:
+            return self._stamp() != self._read
+        except OSError:
+            return False
+
+    def _stamp(self) -> tuple[int, int, int]:
+        found = self._path.stat()
+        return found.st_mtime_ns, found.st_size, found.st_ino

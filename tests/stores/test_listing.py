@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loader.errors import ListingError
-from loader.stores.http import HttpClient
+from loader.settings import Settings
 from loader.stores.listing import parse_listings
-from loader.stores.presigned import read_listings
+from loader.stores.sources import Stores
 from tests.origin import FaultyOrigin, status, write_listing
 
 ENTRY = {"url": "https://h/x?Signature=S3CR3T", "relative_file_name": "a b+c.txt", "node_rank": 1}
@@ -93,27 +94,66 @@ def test_wrong_fields(fields: dict[str, Any], said: str) -> None:
     assert said in str(caught.value)
 
 
-def test_from_a_file_and_from_a_url(
-    origin: FaultyOrigin, client: HttpClient, tmp_path: Path
-) -> None:
+@pytest.fixture
+def stores() -> Iterator[Stores]:
+    found = Stores(Settings.without_config({"retries": 0}))
+    yield found
+    found.close()
+
+
+def test_from_a_file_and_from_a_url(origin: FaultyOrigin, stores: Stores) -> None:
     origin.put("x", b"1")
     path = write_listing(origin, origin.folder() / "listing.json")
     relative = path.relative_to(origin.root).as_posix()
-    assert read_listings(str(path), client) == read_listings(origin.sign(relative), client)
+    listings = stores.read_listings(str(path))
+    assert listings == stores.read_listings(origin.sign(relative))
+    assert listings[0].artifacts
 
 
 def test_a_listing_that_cannot_be_read(
-    origin: FaultyOrigin, client: HttpClient, tmp_path: Path
+    origin: FaultyOrigin, stores: Stores, tmp_path: Path
 ) -> None:
     with pytest.raises(ListingError, match="cannot be read"):
-        read_listings(str(tmp_path / "none.json"), client)
+        stores.read_listings(str(tmp_path / "none.json"))
     with pytest.raises(ListingError, match="cannot be fetched"):
-        read_listings(origin.sign("none.json"), client)
+        stores.read_listings(origin.sign("none.json"))
     path = write_listing(origin, origin.folder() / "listing.json")
     relative = path.relative_to(origin.root).as_posix()
     with pytest.raises(ListingError, match="expired") as caught:
-        read_listings(origin.sign(relative, expires=1), client)
+        stores.read_listings(origin.sign(relative, expires=1))
     assert "Signature" not in str(caught.value)
     origin.fail("listing.json", status(500))
     with pytest.raises(ListingError, match="HTTP 500"):
-        read_listings(origin.sign(relative), client)
+        stores.read_listings(origin.sign(relative))
+
+
+def test_a_listing_behind_a_url_is_asked_for_again(origin: FaultyOrigin) -> None:
+    origin.put("x", b"1")
+    path = write_listing(origin, origin.folder() / "listing.json")
+    origin.fail("listing.json", status(503))
+    stores = Stores(Settings.without_config())
+    (listing,) = stores.read_listings(origin.sign(path.relative_to(origin.root).as_posix()))
+    stores.close()
+    assert listing.job == "job1"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd",
+        "http://169.254.169.254/latest/meta-data/",
+        "http://[fe80::1]:80/x",
+        "https://0xA9FEA9FE/x",
+        "http://a@169.254.169.254?x=//h/",
+        "http://METADATA.google.internal/x",
+    ],
+)
+def test_urls_that_lead_to_this_machine_have_to_be_allowed(url: str) -> None:
+    with pytest.raises(ListingError) as caught:
+        parse(document(checkpoint_artifacts=[ENTRY | {"url": url}]))
+    assert "allow_local_urls" in str(caught.value)
+    text = json.dumps(document(checkpoint_artifacts=[ENTRY | {"url": url}])).encode()
+    (listing,) = parse_listings(text, "listing.json", local_urls=True)
+    assert listing.artifacts[0].url == url
+    loopback = document(checkpoint_artifacts=[ENTRY | {"url": "http://127.0.0.1:1/x"}])
+    assert parse(loopback)[0].artifacts

@@ -1,0 +1,181 @@
+"""The training platform's REST API: job id -> project -> pages of signed URLs.
+
+::
+
+    POST v1/training_jobs/search                                      {"job_id": …}
+    GET  v1/training_projects/<project>/jobs/<job>/checkpoint_files   ?page_size=&page_token=
+    GET  v1/training_projects/<project>/jobs/<job>/checkpoints        which are still being copied
+    GET  v1/loops/checkpoints/<id>/files                              the same pages
+
+A page is ``{"presigned_urls": […], "total_count": …, "next_page_token": offset or null}``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from pydantic import SecretStr
+
+from loader.errors import ConfigError, DeniedError, FetchError, ListingError
+from loader.retry import retrying
+from loader.stores.http import HttpClient, HttpStream
+from loader.stores.listing import parse_entries
+from loader.types import Artifact, Listing
+
+NAME = "baseten"
+_PAGE_SIZE = 1000
+_PAGE_LIMIT_BYTES = 64 << 20
+_log = logging.getLogger("podloader")
+
+
+class Api:
+    """The API as one key sees it. Safe to use from many threads."""
+
+    def __init__(self, client: HttpClient, url: str, key: SecretStr | None, retries: int) -> None:
+        self._client = client
+        self._url = url.rstrip("/")
+        self._retries = retries
+        if key is None:
+            raise ConfigError(
+                "no key for the REST API",
+                where=self._url,
+                expected="Truss's secret baseten_api_key, or BASETEN_API_KEY",
+                next_step="give one that may read the training job",
+            )
+        self._headers = {"Authorization": f"Api-Key {key.get_secret_value()}"}
+
+    def get(self, path: str, **query: object) -> Mapping[str, Any]:
+        """Return the JSON object that the API gives at *path*.
+
+        Raises:
+            DeniedError: it does not take the key.
+            FetchError: it refuses, or does not answer after every retry.
+            ListingError: it answers something else than a JSON object.
+        """
+        url = f"{self._url}/{path}" + (f"?{urlencode(query)}" if query else "")
+        return self._ask(path, lambda: self._client.get(url, headers=self._headers))
+
+    def post(self, path: str, body: Mapping[str, object]) -> Mapping[str, Any]:
+        """Return the JSON object that the API answers to *body*. Raises as ``get`` does."""
+        headers = self._headers | {"Content-Type": "application/json"}
+        data = json.dumps(body).encode()
+        url = f"{self._url}/{path}"
+        return self._ask(path, lambda: self._client.post(url, data, headers=headers))
+
+    def _ask(self, path: str, send: Callable[[], HttpStream]) -> Mapping[str, Any]:
+        where = f"{self._url}/{path}"
+        attempts = retrying(lambda s: s.attempt_number > self._retries, threading.Event())
+        try:
+            text = attempts(_read, send)
+        except DeniedError as error:
+            raise DeniedError(
+                "the REST API does not take the key",
+                where=where,
+                got=error.got,
+                next_step="check the secret baseten_api_key or BASETEN_API_KEY, and its rights",
+            ) from None
+        try:
+            document = json.loads(text)
+        except ValueError:
+            document = None
+        if not isinstance(document, dict):
+            raise ListingError("the REST API answers no JSON object", where=where)
+        return document
+
+
+class JobFiles:
+    """The files of one training job, or of one Loops checkpoint: a source that signs anew."""
+
+    def __init__(self, api: Api, job: str, *, loops: bool = False) -> None:
+        self._api = api
+        self._job = job
+        self._loops = loops
+        self._folder = ""
+
+    def read(self) -> tuple[Listing, ...]:
+        """Return the job's listing, every page of it.
+
+        Raises:
+            DeniedError: the API does not take the key.
+            FetchError: the API does not answer.
+            ListingError: there is no such job, or the pages do not make a whole.
+        """
+        if self._loops:
+            files = f"v1/loops/checkpoints/{quote(self._job, safe='')}/files"
+            return (self._pages(files, ()),)
+        if not self._folder:
+            self._folder = self._find()
+        syncing = self._syncing()
+        return (self._pages(f"{self._folder}/checkpoint_files", syncing),)
+
+    def has_news(self) -> bool:
+        """Return True: URLs are signed anew each time."""
+        return True
+
+    def _find(self) -> str:
+        """Return the path of the job's project and the job."""
+        found = self._api.post("v1/training_jobs/search", {"job_id": self._job})
+        jobs = found.get("training_jobs")
+        for job in jobs if isinstance(jobs, list) else ():
+            fields = job if isinstance(job, dict) else {}
+            project = fields.get("training_project")
+            name = project.get("id") if isinstance(project, dict) else None
+            if fields.get("id") == self._job and isinstance(name, str):
+                parts = (quote(part, safe="") for part in (name, self._job))
+                return "v1/training_projects/{}/jobs/{}".format(*parts)
+        raise ListingError(
+            "no such training job",
+            where=NAME,
+            expected=self._job,
+            next_step="correct training_job_id, or give a key of the job's workspace",
+        )
+
+    def _syncing(self) -> tuple[str, ...]:
+        """Return the checkpoints that are still being copied; none where the API does not say."""
+        try:
+            checkpoints = self._api.get(f"{self._folder}/checkpoints").get("checkpoints")
+        except (FetchError, ListingError) as error:
+            if isinstance(error, DeniedError):
+                raise
+            _log.warning("it is not known whether the job's checkpoints are whole: %s", error.what)
+            return ()
+        return tuple(
+            str(entry.get("checkpoint_id"))
+            for entry in (checkpoints if isinstance(checkpoints, list) else ())
+            if isinstance(entry, dict) and entry.get("sync_status") not in (None, "COMPLETE")
+        )
+
+    def _pages(self, path: str, syncing: tuple[str, ...]) -> Listing:
+        files: dict[str, Artifact] = {}  # a file that is added meanwhile shifts the pages
+        token = 0
+        while True:
+            query = {"page_size": _PAGE_SIZE} | ({"page_token": token} if token else {})
+            page = self._api.get(path, **query)
+            entries = page.get("presigned_urls")
+            following, total = page.get("next_page_token"), page.get("total_count")
+            if not isinstance(entries, list) or not isinstance(total, int | None):
+                raise ListingError("not a page of files", where=path, expected="presigned_urls")
+            files.update((a.path, a) for a in parse_entries(self._job, entries, path))
+            if following is None:
+                return Listing(self._job, tuple(files.values()), total, syncing)
+            if not isinstance(following, int) or following <= token:
+                raise ListingError(
+                    "the pages of files go round in a circle",
+                    where=path,
+                    expected=f"a next_page_token above {token}",
+                    got=repr(following),
+                )
+            token = following
+
+
+def _read(send: Callable[[], HttpStream]) -> bytes:
+    stream = send()
+    try:
+        return stream.read_all(_PAGE_LIMIT_BYTES)
+    finally:
+        stream.close()

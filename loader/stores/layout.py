@@ -1,0 +1,132 @@
+"""Where the files of training jobs lie below a folder of a bucket or a file system.
+
+::
+
+    <root>/training_projects/<project>/jobs/<job>/rank-<N>/<relative_file_name>   the platform's
+    <root>/<job>/rank-<N>/<relative_file_name>                                    several jobs
+    <root>/rank-<N>/<relative_file_name>                                          one job alone
+
+The root may be any folder on the way down.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from loader.errors import ListingError
+from loader.types import JOB_ID, Artifact, Listing
+
+_RANK = re.compile(r"rank-(0|[1-9]\d{0,8})")
+_PROJECTS, _JOBS = "training_projects", "jobs"
+_DEEPEST = 4  # training_projects, a project, jobs, a job
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file: ``path`` is relative to the folder that was asked about."""
+
+    path: str
+    size_bytes: int | None
+
+
+class Tree(Protocol):
+    """Folders of a place, named by paths without a slash at their ends."""
+
+    def folders(self, path: str) -> Sequence[str]:
+        """Return the names of the folders directly in *path*.
+
+        Raises:
+            FetchError: the place cannot be read.
+        """
+
+    def files(self, path: str) -> Iterator[StoredFile]:
+        """Yield every file below *path*.
+
+        Raises:
+            FetchError: the place cannot be read.
+        """
+
+    def url(self, path: str) -> str:
+        """Return how an artifact at *path* is named."""
+
+
+def list_jobs(tree: Tree, root: str, jobs: Sequence[str]) -> tuple[Listing, ...]:
+    """Return the listings of *jobs* below *root*; of every job there where none is named.
+
+    Raises:
+        ListingError: there is none, or it cannot be told which job a folder is of.
+        FetchError: the place cannot be read.
+    """
+    found = dict(_find(tree, root, tuple(jobs), _DEEPEST))
+    if not found:
+        raise ListingError(
+            "no folder of a training job's ranks there",
+            where=tree.url(root),
+            expected=f"{_PROJECTS}/<project>/{_JOBS}/<job>/rank-<N>/…, or rank-<N>/…"
+            + (f", of {', '.join(jobs)}" if jobs else ""),
+            got=", ".join(tree.folders(root)[:10]) or "no folders",
+            next_step="correct the URL in artifacts, or training_job_id",
+        )
+    return tuple(Listing(job, _artifacts(tree, job, path)) for job, path in found.items())
+
+
+def list_folder(tree: Tree, root: str, job: str) -> Listing:
+    """Return everything below *root* as rank 0 of *job*: a model's folder, without ranks."""
+    files = tree.files(root)
+    return Listing(
+        job,
+        tuple(Artifact(job, 0, f.path, tree.url(f"{root}/{f.path}"), f.size_bytes) for f in files),
+    )
+
+
+def _find(tree: Tree, folder: str, jobs: tuple[str, ...], depth: int) -> Iterator[tuple[str, str]]:
+    """Yield jobs and their folders."""
+    parent, _, name = folder.rpartition("/")
+    if name == _JOBS and jobs:
+        below: Sequence[str] = jobs  # asked for one by one: a project may have thousands
+    else:
+        below = tree.folders(folder)
+        if any(map(_RANK.fullmatch, below)):
+            if job := _job_of(tree, folder, name, parent.endswith(f"/{_JOBS}"), jobs):
+                yield job, folder
+            return
+        if _PROJECTS in below or _JOBS in below:
+            below = [_PROJECTS if _PROJECTS in below else _JOBS]
+        elif jobs and name != _PROJECTS:
+            below = [job for job in jobs if job in below]
+    if depth:
+        for name in below:
+            yield from _find(tree, f"{folder}/{name}", jobs, depth - 1)
+
+
+def _job_of(
+    tree: Tree, folder: str, name: str, among_jobs: bool, jobs: tuple[str, ...]
+) -> str | None:
+    """Return the job whose ranks lie in *folder*, None for one that was not asked for."""
+    if name in jobs:
+        return name
+    if not jobs:
+        return name if JOB_ID.fullmatch(name) else "job"
+    if among_jobs:
+        return None
+    if len(jobs) == 1:
+        return jobs[0]
+    raise ListingError(
+        "it cannot be told which job this folder is of",
+        where=tree.url(folder),
+        expected="a folder named by one of " + ", ".join(jobs),
+        next_step="name the folder by its job, or give the folder that holds them all",
+    )
+
+
+def _artifacts(tree: Tree, job: str, folder: str) -> tuple[Artifact, ...]:
+    artifacts = []
+    for file in tree.files(folder):
+        rank, _, name = file.path.partition("/")
+        if name and _RANK.fullmatch(rank):
+            url = tree.url(f"{folder}/{file.path}")
+            artifacts.append(Artifact(job, int(rank[5:]), name, url, file.size_bytes))
+    return tuple(artifacts)

@@ -1,0 +1,266 @@
+"""S3 and what speaks like it: boto3 finds credentials, lists and signs; our own client reads.
+
+boto3 costs several times the CPU of a plain download, so bytes come through signed URLs, which are
+made when they are needed and made anew before they or their credentials end.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import SecretStr
+
+from loader.credentials import S3Credentials
+from loader.errors import (
+    ConfigError,
+    DeniedError,
+    ExpiredError,
+    FetchError,
+    LoaderError,
+    TransientError,
+)
+from loader.stores.base import ObjectInfo
+from loader.stores.http import HttpClient, HttpStream
+from loader.stores.layout import StoredFile
+from loader.stores.presigned import first_byte, open_url
+from loader.types import Artifact
+
+SCHEME = "s3://"
+_SIGNED_S = 900
+_USED_S = 300.0  # boto3 renews temporary credentials when they have less than ten minutes left
+_CHECKSUMS = {"x-amz-checksum-mode": "ENABLED"}
+_DENIED = {
+    "AccessDenied",
+    "AllAccessDisabled",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "403",
+}
+_ABSENT = {"NoSuchBucket", "NoSuchKey", "NotFound", "404"}
+_Out = TypeVar("_Out")
+
+
+@dataclass(frozen=True, slots=True)
+class S3Options:
+    """Which service, and as whom. What is None, boto3 finds by its own chain."""
+
+    endpoint_url: str | None = None
+    credentials: S3Credentials = field(default_factory=S3Credentials)
+    ca_bundle: Path | None = None
+    connect_timeout_s: float = 10.0
+    read_timeout_s: float = 30.0
+    retries: int = 6
+
+
+class S3Store:
+    """A ``Store`` of artifacts ``s3://<bucket>/<key>``, and the ``Tree`` that they lie in."""
+
+    def __init__(self, client: HttpClient, options: S3Options) -> None:
+        self._client = client
+        self._options = options
+        self._lock = threading.Lock()
+        self._s3: dict[str | None, Any] = {}  # boto3's clients, by region
+        self._regions: dict[str, str] = {}  # of buckets that lie in another one than was said
+        self._signed: dict[str, tuple[str, float]] = {}  # URL and when to sign anew, by artifact
+
+    def stat(self, artifact: Artifact) -> ObjectInfo:
+        """Return size, version and all checksums: those that S3 keeps come with HEAD alone."""
+        url = self._sign(artifact, "head_object", {"ChecksumMode": "ENABLED"})
+        try:
+            return self._client.head(url, headers=_CHECKSUMS)
+        except TransientError:
+            raise
+        except FetchError:
+            # A refused HEAD has no body that says why, and some services refuse every HEAD.
+            return self._with_url(artifact, lambda url: first_byte(self._client, url))
+
+    def open_range(
+        self, artifact: Artifact, start: int, end: int, version: ObjectInfo
+    ) -> HttpStream:
+        """Return the bytes ``[start, end)`` of *version*."""
+        return self._with_url(
+            artifact, lambda url: open_url(self._client, url, start, end, version)
+        )
+
+    def close(self) -> None:
+        """Drop every connection."""
+        with self._lock:
+            clients, self._s3 = list(self._s3.values()), {}
+        for client in clients:
+            client.close()
+        self._client.close()
+
+    def folders(self, path: str) -> Sequence[str]:
+        """Return the names of the common prefixes directly below *path*."""
+        names = []
+        for page in self._pages(path, Delimiter="/"):
+            names += [entry["Prefix"] for entry in page.get("CommonPrefixes", ())]
+        return [name.rstrip("/").rpartition("/")[2] for name in names]
+
+    def files(self, path: str) -> Iterator[StoredFile]:
+        """Yield every object below *path*, but for those that stand for a folder."""
+        skip = len(_key_prefix(path))
+        for page in self._pages(path):
+            for entry in page.get("Contents", ()):
+                name = entry["Key"][skip:]
+                if name and not name.endswith("/"):
+                    yield StoredFile(name, entry["Size"])
+
+    def url(self, path: str) -> str:
+        """Return ``s3://<bucket>/<key>``."""
+        return SCHEME + path
+
+    def _pages(self, path: str, **query: str) -> Iterator[dict[str, Any]]:
+        bucket = path.partition("/")[0]
+        try:
+            pages = self._s3_client(bucket).get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=bucket, Prefix=_key_prefix(path), **query):
+                # boto3 follows a bucket to its region; a URL has to be signed for it.
+                headers = page.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+                if region := headers.get("x-amz-bucket-region"):
+                    self._regions[bucket] = region
+                yield page
+        except LoaderError:
+            raise
+        except Exception as error:
+            raise _translate(error, SCHEME + path) from None
+
+    def _with_url(self, artifact: Artifact, ask: Callable[[str], _Out]) -> _Out:
+        try:
+            return ask(self._get_url(artifact))
+        except ExpiredError:
+            self._signed.pop(artifact.url, None)
+        return ask(self._get_url(artifact))
+
+    def _get_url(self, artifact: Artifact) -> str:
+        url, until_s = self._signed.get(artifact.url, ("", 0.0))
+        if time.monotonic() >= until_s:
+            url = self._sign(artifact, "get_object", {})
+            self._signed[artifact.url] = (url, time.monotonic() + _USED_S)
+        return url
+
+    def _sign(self, artifact: Artifact, operation: str, more: dict[str, str]) -> str:
+        bucket, _, key = artifact.url.removeprefix(SCHEME).partition("/")
+        try:
+            return str(
+                self._s3_client(bucket).generate_presigned_url(
+                    operation,
+                    Params={"Bucket": bucket, "Key": key, **more},
+                    ExpiresIn=_SIGNED_S,
+                )
+            )
+        except LoaderError:
+            raise
+        except Exception as error:
+            raise _translate(error, artifact.url) from None
+
+    def _s3_client(self, bucket: str) -> Any:
+        region = self._regions.get(bucket)
+        with self._lock:
+            if region not in self._s3:
+                try:
+                    self._s3[region] = _connect(self._options, region)
+                except Exception as error:
+                    raise _translate(error, self._options.endpoint_url or SCHEME) from None
+            return self._s3[region]
+
+
+def _connect(options: S3Options, region: str | None) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    own = options.credentials
+    session = boto3.session.Session(
+        aws_access_key_id=_text(own.access_key_id),
+        aws_secret_access_key=_text(own.secret_access_key),
+        aws_session_token=_text(own.session_token),
+        region_name=own.region,
+    )
+    return session.client(
+        "s3",
+        endpoint_url=options.endpoint_url,
+        region_name=region or session.region_name or "us-east-1",
+        verify=str(options.ca_bundle) if options.ca_bundle else None,
+        config=Config(
+            signature_version="s3v4",
+            connect_timeout=options.connect_timeout_s,
+            read_timeout=options.read_timeout_s,
+            retries={"mode": "standard", "total_max_attempts": options.retries + 1},
+        ),
+    )
+
+
+def _text(secret: SecretStr | None) -> str | None:
+    return secret.get_secret_value() if secret else None
+
+
+def _key_prefix(path: str) -> str:
+    key = path.partition("/")[2]
+    return f"{key}/" if key else ""
+
+
+def _translate(error: Exception, where: str) -> Exception:
+    from botocore import exceptions
+
+    if isinstance(error, exceptions.ClientError):
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return _translate_code(code, status, where)
+    if isinstance(
+        error,
+        exceptions.NoCredentialsError
+        | exceptions.PartialCredentialsError
+        | exceptions.CredentialRetrievalError
+        | exceptions.ProfileNotFound
+        | exceptions.TokenRetrievalError,
+    ):
+        return ConfigError(
+            "no credentials for S3",
+            where=where,
+            got=type(error).__name__,
+            next_step="give the secrets aws_access_key_id and aws_secret_access_key, the AWS_* "
+            "variables, or a role",
+        )
+    if isinstance(error, exceptions.ParamValidationError | ValueError):
+        return ConfigError(
+            "not a place in S3", where=where, expected="s3://<bucket>/<prefix>", got=str(error)
+        )
+    if isinstance(error, exceptions.SSLError):
+        return FetchError(
+            "the server's certificate is not trusted",
+            where=where,
+            next_step="set ca_bundle to the PEM file of the authority that signed it",
+        )
+    if isinstance(error, exceptions.BotoCoreError | OSError):
+        return TransientError(
+            "S3 did not answer",
+            where=where,
+            got=type(error).__name__,
+            next_step="check s3_endpoint_url, and that this machine reaches it",
+        )
+    return error
+
+
+def _translate_code(code: str, status: int, where: str) -> FetchError:
+    got = f"HTTP {status}, {code}" if code else f"HTTP {status}"
+    if code in _DENIED or status in (401, 403):
+        return DeniedError(
+            "S3 refuses access",
+            where=where,
+            got=got,
+            next_step="check the credentials, their region, and that they may list and read there",
+        )
+    if code in _ABSENT or status == 404:
+        return FetchError(
+            "no such bucket or object", where=where, got=got, next_step="correct the URL"
+        )
+    if status >= 500 or status == 429 or code in ("SlowDown", "RequestTimeout"):
+        return TransientError("S3 asks to try later", where=where, got=got)
+    return FetchError("S3 refuses the request", where=where, got=got)
