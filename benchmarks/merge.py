@@ -6,14 +6,19 @@ Give a ``--folder`` in memory (/dev/shm) to leave a slow disk out of it.
 
 The model (Llama, bf16, random weights) and the adapter (rank 16, all linear layers) are made in
 place. Every contestant runs as a process of its own, after one that reads the base into the page
-cache; the time is the whole process's but for imports, which are given apart; the peak is resident
-memory, the imports' own (torch: some 220 MB) included. mergekit is timed with its imports, and its
-peak is not known. ``cp`` is the floor: it copies the base's weight files and does nothing else.
+cache; the time is the whole process's but for imports, which are given apart. The peak is resident
+memory, mapped files included, above what the interpreter takes once everything is imported.
+mergekit is timed with its imports; of it, resident memory is watched from outside, imports
+included. ``cp`` is the floor: it copies the base's files and does nothing else.
+
+At the end the outputs are loaded by transformers: how many tensors differ from PEFT's in any bit,
+and whether greedy tokens are the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -25,14 +30,17 @@ from pathlib import Path
 
 _CLOCK = """
 import json, sys, time
+
+def resident(key):
+    # Not ru_maxrss: that is inherited from the process that started this one.
+    return int(open("/proc/self/status").read().split(key + ":")[1].split()[0]) * 1024
+
 began = time.perf_counter()
 {imports}
-ready = time.perf_counter()
+ready, before = time.perf_counter(), resident("VmRSS")
 {work}
 done = time.perf_counter()
-# Not ru_maxrss: that is inherited from the process that started this one.
-status = open("/proc/self/status").read()
-peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+peak = resident("VmHWM") - before
 print(json.dumps({{"imports_s": ready - began, "work_s": done - ready, "peak_bytes": peak}}))
 """
 _CONTESTANTS = {
@@ -40,10 +48,10 @@ _CONTESTANTS = {
         "from pathlib import Path; from loader.adapters.merge import WeightedAdapter, merge",
         "merge(Path({base!r}), [WeightedAdapter(Path({adapter!r}))], Path({output!r}))",
     ),
-    "podloader, exact=float32": (
+    "podloader, exact=peft": (
         "from pathlib import Path; from loader.adapters.merge import WeightedAdapter, merge",
         "merge(Path({base!r}), [WeightedAdapter(Path({adapter!r}))], Path({output!r}), "
-        "exact='float32')",
+        "exact='peft')",
     ),
     "PEFT": (
         "from peft import PeftModel; from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -54,7 +62,9 @@ _CONTESTANTS = {
     "cp": ("import subprocess", "subprocess.run(['cp', '-r', {base!r}, {output!r}], check=True)"),
 }
 _MERGEKIT = {"merge_method": "linear", "dtype": "bfloat16"}
-_COMPARED = ("podloader", "PEFT")
+_COMPARED = ("podloader", "podloader, exact=peft", "PEFT")
+_PROMPTS = 8
+_TOKENS = 32
 
 
 def make_models(folder: Path, layers: int) -> tuple[Path, Path]:
@@ -79,7 +89,7 @@ def make_models(folder: Path, layers: int) -> tuple[Path, Path]:
     torch.set_default_dtype(torch.bfloat16)
     model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
-    model.save_pretrained(base, max_shard_size="1GB")
+    model.save_pretrained(base, max_shard_size="500MB")
     tuned = get_peft_model(
         LlamaForCausalLM.from_pretrained(base, dtype="auto"),
         LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
@@ -121,6 +131,24 @@ def compare_weights(one: Path, other: Path) -> int:
     return sum(1 for name in names if ours.read_raw(name) != theirs.read_raw(name))
 
 
+def greedy_tokens(folder: Path) -> list[list[int]]:
+    """Return what the model of *folder* says after a few prompts, as transformers loads it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    prompts = torch.randint(0, 32000, (_PROMPTS, 16), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        out = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=False,
+            max_new_tokens=_TOKENS,
+        )
+    tokens: list[list[int]] = out[:, 16:].tolist()
+    return tokens
+
+
 def run_mergekit(python: str, base: Path, adapter: Path, output: Path) -> dict[str, float]:
     """Return the time that mergekit takes for the same, as a process of its own."""
     config = output.parent / "mergekit.yaml"
@@ -129,14 +157,24 @@ def run_mergekit(python: str, base: Path, adapter: Path, output: Path) -> dict[s
     cache = output.parent / "mergekit-cache"
     program = Path(python).parent / "mergekit-yaml"
     began = time.perf_counter()
-    subprocess.run(
+    process = subprocess.Popen(
         [str(program), str(config), str(output), "--lora-merge-cache", str(cache)],
-        check=True,
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+    status = Path(f"/proc/{process.pid}/status")
+    peak = 0
+    while process.poll() is None:
+        with contextlib.suppress(OSError, IndexError):
+            peak = max(peak, int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024)
+        time.sleep(0.05)
     seconds = time.perf_counter() - began
+    if process.returncode:
+        assert process.stderr is not None
+        raise SystemExit(f"mergekit failed: {process.stderr.read()[-2000:]}")
     shutil.rmtree(cache, ignore_errors=True)
-    return {"imports_s": 0.0, "work_s": seconds, "peak_bytes": 0.0}
+    return {"imports_s": 0.0, "work_s": seconds, "peak_bytes": peak}
 
 
 def main() -> None:
@@ -155,7 +193,7 @@ def main() -> None:
     best: dict[str, dict[str, float]] = {}
     for _ in range(options.runs):
         for name in names:  # in turns, so that a slow minute of the machine meets all alike
-            output = options.folder / f"out-{name.replace(' ', '')}"
+            output = _output(options.folder, name)
             shutil.rmtree(output, ignore_errors=True)
             if name == "mergekit":
                 found = run_mergekit(options.mergekit, base, adapter, output)
@@ -172,8 +210,19 @@ def main() -> None:
             f"{found['work_s'] / best['cp']['work_s']:5.2f} x cp  "
             f"PEFT / this {best['PEFT']['work_s'] / found['work_s']:5.1f}"
         )
-    differing = compare_weights(options.folder / "out-podloader", options.folder / "out-PEFT")
-    print(f"tensors that differ from PEFT's in any bit: {differing}")
+    outputs = {name: _output(options.folder, name) for name in _COMPARED}
+    said = {name: greedy_tokens(folder) for name, folder in outputs.items()}
+    for name in _COMPARED[:2]:
+        differing = compare_weights(outputs[name], outputs["PEFT"])
+        alike = sum(ours == theirs for ours, theirs in zip(said[name], said["PEFT"], strict=True))
+        print(
+            f"{name}: {differing} tensors differ from PEFT's in any bit, greedy tokens are the "
+            f"same for {alike} of {_PROMPTS} prompts"
+        )
+
+
+def _output(folder: Path, name: str) -> Path:
+    return folder / f"out-{name.replace(' ', '')}"
 
 
 if __name__ == "__main__":
