@@ -23,6 +23,7 @@ from loader.types import Checkpoint, Kind, ReadyModel, Snapshot
 from loader.weights.inspect import open_checkpoint, read_json
 from loader.weights.listing import StoredTensor
 from loader.weights.publishing import disk_error
+from loader.weights.quantised import quantisation_of
 
 _SERVED = (Kind.FULL, Kind.WHISPER)
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -188,12 +189,15 @@ def _with_adapters(
     _log.info("adapters: %s", decision.why)
     if base is not None:
         _check_weights(settings, base.checkpoint)
+    merged = None
     if late is not None and base is not None:
-        with timeline.stage("fit"):
-            _check_fit(settings, base.checkpoint, adapters, late)
+        # What the tensors of a quantised model stand for is in part told by the weights alone.
+        plain = quantisation_of(read_json(base.checkpoint.path / "config.json")) is None
+        if plain:
+            with timeline.stage("fit"):
+                _check_fit(settings, base.checkpoint, adapters, late)
         with late.fetching() as arriving:
-            merged = None
-            if decision.mode == "merge":
+            if decision.mode == "merge" and plain:
                 with timeline.stage("merge"):
                     merged = _merge(
                         settings, base.checkpoint.path, adapters, _unnamed(settings), arriving
@@ -210,9 +214,9 @@ def _with_adapters(
         "adapters": {a.name: dict(s.files) for a, s in zip(adapters, sources, strict=True)},
     }
     if decision.mode == "merge":
-        made_from["exact"] = settings.exact
+        made_from |= {"exact": settings.exact, "dequantise": settings.dequantise}
     output = output_folder(settings, decision.mode, made_from)
-    if late is not None and merged is not None:
+    if merged is not None:
         ready = _give_name(merged, output)
     else:
         with timeline.stage(decision.mode):
@@ -252,6 +256,7 @@ def _merge(
         [WeightedAdapter(adapter.folder) for adapter in adapters],
         output,
         exact=settings.exact,
+        dequantise=settings.dequantise,
         allow_pickle=settings.allow_pickle,
         incoming=arriving.weights if arriving else None,
     )

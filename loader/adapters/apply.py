@@ -76,7 +76,7 @@ def merge_tensors(merging: Merging, on_progress: Progress | None = None) -> bool
     reader, plan, writer = merging.reader, merging.plan, merging.writer
     files = writer.files()
     counter = _Counter(sum(t.size_bytes for f in files.values() for t in f.values()), on_progress)
-    touched = {*plan.edits, *plan.origins}
+    touched = {*plan.edits, *plan.origins, *reader.derived}
     local = threading.local()
 
     def copy(names: list[str]) -> bool:

@@ -37,6 +37,7 @@ from loader.weights.listing import (
     read_bytes,
     refuse_pickle,
 )
+from loader.weights.quantised import find_packed, plain_dtype, plain_tensors
 
 Policy = Literal["auto", "attach", "merge"]
 # vllm/config/lora.py, MaxLoRARanks; 1 is there since 0.33 only.
@@ -210,7 +211,11 @@ def _list_base(base: Path, allow_pickle: bool) -> Mapping[str, TensorInfo]:
         from loader.weights.readers import open_weights  # torch
 
         return open_weights(base, allow_pickle=True).tensors
-    return {name: stored.info for name, stored in list_tensors(files).items()}
+    stored = list_tensors(files)
+    tensors = {name: tensor.info for name, tensor in stored.items()}
+    config = read_json(base / "config.json")
+    packed = find_packed(config, tensors, lambda name: read_bytes(stored[name]))
+    return plain_tensors(tensors, packed, plain_dtype(config))
 
 
 def check_fit(folder: Path, base: Base, *, allow_pickle: bool = False) -> MergePlan:

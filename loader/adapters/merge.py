@@ -41,8 +41,10 @@ from loader.adapters.plan import MergePlan, plan_merge
 from loader.adapters.surroundings import list_surroundings, write_config
 from loader.errors import AdapterError, CheckpointError, UnsupportedError
 from loader.types import ReadyModel
+from loader.weights.dequantise import DequantisedReader
 from loader.weights.inspect import read_json
 from loader.weights.publishing import disk_error
+from loader.weights.quantised import find_packed, plain_dtype, quantisation_of
 from loader.weights.readers import MemoryReader, SafetensorsReader, open_weights
 from loader.weights.writer import CheckpointWriter, ShardPlan, TensorSpec, plan_shard, plan_shards
 
@@ -50,7 +52,7 @@ PROVENANCE = "podloader.json"
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _log = logging.getLogger("podloader")
 
-LocalReader = SafetensorsReader | MemoryReader
+LocalReader = SafetensorsReader | MemoryReader | DequantisedReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ def merge(
     *,
     exact: Exact = "float32",
     combine: Combination = "linear",
+    dequantise: bool = False,
     allow_pickle: bool = False,
     incoming: IncomingWeights | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -75,12 +78,14 @@ def merge(
     """Return the merged model in *output*, which appears only when it is complete.
 
     ``exact="float32"`` rounds once, at the end; ``"peft"`` gives the bits of ``merge_and_unload``.
-    ``combine`` is how several adapters become one. With ``incoming``, the base's weight files are
-    merged as they arrive; all else must be there. ``on_progress(done_bytes, total_bytes)``.
+    ``combine`` is how several adapters become one. With ``dequantise``, the weights of a quantised
+    base are merged, and written, as what they stand for. With ``incoming``, the base's weight files
+    are merged as they arrive; all else must be there. ``on_progress(done_bytes, total_bytes)``.
 
     Raises:
         AdapterError: an adapter that does not fit its base, is left over, or has no effect.
-        UnsupportedError: a quantised base, or a method that does not fold into weights.
+        UnsupportedError: a quantised base without ``dequantise`` or of a method that it does not
+            undo, or an adapter's method that does not fold into weights.
         FormatError: broken files, or pickles without ``allow_pickle``.
         DiskError: no room, or the disk refused.
     """
@@ -88,9 +93,12 @@ def merge(
     configs = [read_adapter_config(adapter.folder) for adapter in adapters]
     _check_mergeable(base, configs)
     with ExitStack() as stack:
+        about = read_json(base / "config.json")
         reader = _open_base(stack, base, allow_pickle, incoming)
+        if (quantisation := quantisation_of(about)) is not None:
+            reader = _undo(base, reader, about, quantisation, asked_for=dequantise)
         sources = [_open(stack, a.folder, "adapter_model", allow_pickle) for a in adapters]
-        view = Base(reader.tensors, read_json(base / "config.json"))
+        view = Base(reader.tensors, about)
         for adapter, source in zip(adapters, sources, strict=True):
             check_effect(adapter.folder, source.tensors, source.read_raw)
         plan = _plan(adapters, configs, sources, view, combine)
@@ -137,15 +145,6 @@ def _check_mergeable(base: Path, configs: Sequence[AdapterConfig]) -> None:
             problems=obstacles,
             next_step="convert them to plain LoRA with PEFT",
         )
-    quantization = read_json(base / "config.json").get("quantization_config")
-    if isinstance(quantization, dict):
-        raise UnsupportedError(
-            "a quantised base cannot take up an adapter",
-            where=str(base),
-            got=str(quantization.get("quant_method", "quantization_config in config.json")),
-            expected="weights in bfloat16, float16 or float32",
-            next_step="merge into the original model and quantise the result, or attach instead",
-        )
 
 
 def _without_effect(adapters: Sequence[WeightedAdapter]) -> AdapterError:
@@ -163,6 +162,33 @@ def _open_base(
     if incoming is None:
         return _open(stack, base, "model", allow_pickle)
     return stack.enter_context(SafetensorsReader(incoming.tensors))
+
+
+def _undo(
+    base: Path,
+    reader: LocalReader,
+    config: Mapping[str, object],
+    quantisation: Mapping[str, object],
+    *,
+    asked_for: bool,
+) -> DequantisedReader:
+    """Return *reader* with every weight as it was before it was quantised.
+
+    Raises:
+        UnsupportedError: it was not asked for, or the method is none that is undone here.
+    """
+    method = str(quantisation.get("quant_method", "quantization_config in config.json"))
+    packed = find_packed(config, reader.tensors, reader.read_raw)
+    if not asked_for or not packed or not isinstance(reader, SafetensorsReader):
+        raise UnsupportedError(
+            "a quantised base cannot take up an adapter",
+            where=str(base),
+            got=method,
+            expected="weights in bfloat16, float16 or float32",
+            next_step="merge into the original model and quantise the result, attach instead, or "
+            "set dequantise: true for a merged model in full precision",
+        )
+    return DequantisedReader(reader, packed, plain_dtype(config), method)
 
 
 def _open(stack: ExitStack, folder: Path, stem: str, allow_pickle: bool) -> LocalReader:
@@ -236,7 +262,7 @@ def _plan_files(reader: LocalReader, plan: MergePlan) -> tuple[ShardPlan, ...]:
     """Return the files to write: the base's own, with the head that the merge adds if it does."""
     specs: dict[str, list[TensorSpec]] = {}
     for name, info in reader.tensors.items():
-        file = reader.stored[name].path.name if isinstance(reader, SafetensorsReader) else ""
+        file = "" if isinstance(reader, MemoryReader) else reader.stored[name].path.name
         shape = plan.shapes.get(name, info.shape)
         specs.setdefault(file, []).append(TensorSpec(name, info.dtype, shape))
         for added, origin in plan.origins.items():
@@ -250,6 +276,8 @@ def _plan_files(reader: LocalReader, plan: MergePlan) -> tuple[ShardPlan, ...]:
 
 def _config_changes(plan: MergePlan, base: Base) -> dict[str, object]:
     changes: dict[str, object] = {}
+    if quantisation_of(base.config) is not None:
+        changes["quantization_config"] = None
     if plan.origins:
         changes["tie_word_embeddings"] = False
     embedding = find_embedding(base.tensors)

@@ -147,12 +147,19 @@ def _check_alike(found: Sequence[Mapping[str, Path]], what: str) -> None:
 def write_config(source: Path, target: Path, changes: Mapping[str, object]) -> None:
     """Write ``config.json`` with *changes*; those to keys of ``text_config`` go in there.
 
+    A key that is to become None is taken out.
+
     Raises:
         OSError: the disk refused.
     """
     config = read_json(source)
     text = config.get("text_config")
     for key, value in changes.items():
+        if value is None:
+            config.pop(key, None)
+            if isinstance(text, dict):
+                text.pop(key, None)
+            continue
         if isinstance(text, dict) and key in text:
             text[key] = value
         if not isinstance(text, dict) or key in config or key not in text:

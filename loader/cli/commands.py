@@ -173,6 +173,9 @@ def merge(
     combine: Annotated[
         Combine, typer.Option(help="How several adapters become one, as PEFT names it.")
     ] = "linear",
+    dequantise: Annotated[
+        bool, typer.Option(help="Take a quantised base, too: the result is in full precision.")
+    ] = False,
     allow_pickle: Annotated[bool, typer.Option(help="Read .bin weights too.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -185,7 +188,13 @@ def merge(
 
         weighted = [WeightedAdapter(*_weighted(text)) for text in adapter]
         ready = merge_folders(
-            Path(base), weighted, output, exact=exact, combine=combine, allow_pickle=allow_pickle
+            Path(base),
+            weighted,
+            output,
+            exact=exact,
+            combine=combine,
+            dequantise=dequantise,
+            allow_pickle=allow_pickle,
         )
         show_ready(ready)
         if as_json:

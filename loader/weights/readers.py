@@ -51,6 +51,10 @@ class Reader(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]:
         """All tensors; the offsets are those of the file that holds each."""
 
+    @property
+    def derived(self) -> frozenset[str]:
+        """Those that are computed from what is stored: their bytes lie nowhere as they are."""
+
     def read(self, name: str) -> torch.Tensor:
         """Return the whole tensor, as stored, in memory of its own."""
 
@@ -68,6 +72,8 @@ class Reader(Protocol):
 
 class SafetensorsReader:
     """A ``Reader`` over local safetensors files; keeps one descriptor per file until closed."""
+
+    derived: frozenset[str] = frozenset()
 
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
         self.stored = stored
@@ -168,6 +174,8 @@ class SafetensorsReader:
 
 class MemoryReader:
     """A ``Reader`` over tensors in memory, such as those of a pickle."""
+
+    derived: frozenset[str] = frozenset()
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors

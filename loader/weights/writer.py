@@ -18,6 +18,7 @@ from typing import Self
 import torch
 
 from loader.errors import CheckpointError
+from loader.weights.dequantise import DequantisedReader
 from loader.weights.header import METADATA_KEY, TensorInfo, size_bytes
 from loader.weights.publishing import PartialFolder, disk_error
 from loader.weights.readers import CODES, Reader, SafetensorsReader, tensor_bytes
@@ -206,6 +207,8 @@ class CheckpointWriter:
         Raises:
             DiskError: the disk refused.
         """
+        if isinstance(reader, DequantisedReader) and not reader.derived.intersection(names):
+            reader = reader.plain
         if not isinstance(reader, SafetensorsReader):
             for name in names:
                 self.write_bytes(name, 0, reader.read_raw(name))

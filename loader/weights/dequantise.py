@@ -1,0 +1,129 @@
+"""Quantised weights read as what they stand for, a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+
+from loader.errors import UnsupportedError
+from loader.weights.header import TensorInfo
+from loader.weights.quantised import Packed, plain_tensors
+from loader.weights.readers import TORCH_DTYPES, SafetensorsReader, tensor_bytes
+
+
+class DequantisedReader:
+    """A ``Reader`` over *stored*, a quantised checkpoint, in which every weight has *dtype*.
+
+    ``derived`` are the tensors that are computed; the others are those of ``stored``.
+
+    Raises:
+        UnsupportedError: weights in a form that is not undone here (all are listed).
+    """
+
+    def __init__(
+        self, stored: SafetensorsReader, packed: Mapping[str, Packed], dtype: str, method: str
+    ) -> None:
+        if strange := [name for name, p in packed.items() if p.form == "packed"]:
+            raise UnsupportedError(
+                f"weights of the method {method!r} are not dequantised here",
+                problems=strange,
+                expected="FP8, compressed-tensors with scales, or bitsandbytes",
+                next_step="merge into the original model and quantise the result, or attach",
+            )
+        self.plain = stored
+        self.stored = {
+            name: stored.stored[packed[name].parts["weight"] if name in packed else name]
+            for name in plain_tensors(stored.tensors, packed, dtype)
+        }
+        self.tensors: Mapping[str, TensorInfo] = plain_tensors(stored.tensors, packed, dtype)
+        self.derived = frozenset(packed)
+        self._packed = MappingProxyType(dict(packed))
+        self._dtype = TORCH_DTYPES[dtype]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the whole tensor."""
+        if name not in self.derived:
+            return self.plain.read(name)
+        return self.read_rows(name, 0, self.tensors[name].shape[0])
+
+    def read_rows(
+        self, name: str, start: int, end: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return rows [start, end) of the first dimension."""
+        if name not in self.derived:
+            return self.plain.read_rows(name, start, end, out)
+        packed = self._packed[name]
+        unpack = self._unpack_four_bits if packed.form == "four bits" else self._scale
+        return unpack(packed, start, end).to(self._dtype)
+
+    def read_raw(self, name: str) -> memoryview:
+        """Return the tensor's bytes."""
+        return tensor_bytes(self.read(name))
+
+    def close(self) -> None:
+        """Close all files."""
+        self.plain.close()
+
+    def _scale(self, packed: Packed, start: int, end: int) -> torch.Tensor:
+        """W = stored · scale, the scale being of all, of each row or of each block.
+
+        Source: compressed_tensors ``quantization/lifecycle/forward.py``, ``_dequantize``;
+        bitsandbytes ``functional.py``, ``int8_vectorwise_dequant``.
+        """
+        rows = self.plain.read_rows(packed.parts["weight"], start, end).to(torch.float32)
+        scale = self.plain.read(packed.parts["scale"]).to(torch.float32)
+        if "SCB" in packed.parts:
+            scale = scale / 127
+        if (zero := packed.parts.get("weight_zero_point")) is not None:
+            points = self.plain.read(zero).to(torch.float32)
+            rows -= self._spread(points, packed, start, end)
+        return rows * self._spread(scale, packed, start, end)
+
+    def _spread(self, values: torch.Tensor, packed: Packed, start: int, end: int) -> torch.Tensor:
+        """Return *values*, one of all, of each row or each block, for rows [start, end)."""
+        if values.numel() == 1:
+            return values.reshape(1, *[1] * (len(packed.shape) - 1))
+        if packed.block is None:
+            part = values.flatten()[start:end]
+            return part.view(-1, *[1] * (len(packed.shape) - 1))
+        height, width = packed.block
+        of_rows = values[torch.arange(start, end) // height]
+        return of_rows.repeat_interleave(width, 1)[:, : packed.shape[1]]
+
+    def _unpack_four_bits(self, packed: Packed, start: int, end: int) -> torch.Tensor:
+        """W = code[nibble] · absmax of its block; the first value is in the high nibble.
+
+        Source: bitsandbytes ``functional.py``, ``dequantize_4bit``, and its CPU kernel.
+        """
+        state, parts = packed.state, packed.parts
+        width = 1
+        for size in packed.shape[1:]:
+            width *= size
+        size = int(str(state["blocksize"]))
+        first, last = start * width // size, -(-end * width // size)
+        weight = self.plain.tensors[parts["weight"]]
+        in_bytes = weight.size_bytes // max(1, weight.shape[0])  # of one stored row
+        low = first * size // 2 // in_bytes
+        high = min(-(-last * size // 2 // in_bytes), weight.shape[0])
+        raw = self.plain.read_rows(parts["weight"], low, high).flatten().to(torch.int64)
+        code = self.plain.read(parts["quant_map"]).to(torch.float32)
+        values = torch.stack((code[raw >> 4], code[raw & 15]), 1).flatten()
+        skipped = low * in_bytes * 2
+        absmax = self._absmax(packed, first, last).repeat_interleave(size)
+        offset = start * width
+        count = (end - start) * width
+        values = values[offset - skipped : offset - skipped + count]
+        return (values * absmax[offset - first * size :][:count]).view(-1, *packed.shape[1:])
+
+    def _absmax(self, packed: Packed, first: int, last: int) -> torch.Tensor:
+        state, parts = packed.state, packed.parts
+        found = self.plain.read(parts["absmax"]).flatten()[first:last]
+        if "nested_absmax" not in parts:
+            return found.to(torch.float32)
+        code = self.plain.read(parts["nested_quant_map"]).to(torch.float32)
+        outer = self.plain.read(parts["nested_absmax"]).to(torch.float32)
+        block = torch.arange(first, last) // int(str(state["nested_blocksize"]))
+        scaled = code[found.to(torch.int64)] * outer[block]
+        return scaled + float(str(state["nested_offset"]))

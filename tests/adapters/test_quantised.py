@@ -1,0 +1,247 @@
+"""Quantised bases: merged as what their weights stand for when asked, else refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    apply_quantization_config,
+)
+from compressed_tensors.quantization.utils import calculate_qparams
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from loader.adapters.attach import NamedAdapter, attach
+from loader.adapters.merge import WeightedAdapter, merge
+from loader.errors import AdapterError, FormatError, UnsupportedError
+from tests.adapters.peft import differing, load, state
+from tests.models import tiny_llama, train_or_draw_lora
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the makers warn of much
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("base"), dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    targets = ["q_proj", "down_proj", "embed_tokens"]
+    return train_or_draw_lora(base, tmp_path_factory.mktemp("a") / "a", target_modules=targets)
+
+
+def is_linear(name: str) -> bool:
+    return name.endswith("_proj.weight")
+
+
+def rewrite(
+    base: Path, folder: Path, quantise: Callable[[str, torch.Tensor], Tensors], about: Any
+) -> Path:
+    """Save *base* with every linear weight replaced by what *quantise* makes of it."""
+    folder.mkdir()
+    tensors: Tensors = {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        tensors |= quantise(name, tensor) if is_linear(name) else {name: tensor}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": about}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def plain(base: Path, folder: Path, weights: Callable[[str], torch.Tensor]) -> Path:
+    """Save *base* with every linear weight as it reads after quantisation."""
+    model = load(base)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in filter(is_linear, own):
+            own[name].copy_(weights(name))
+    model.save_pretrained(folder)
+    return folder
+
+
+def check(quantised: Path, reference: Path, adapter: Path, output: Path) -> None:
+    """Both merge to the same, and nothing of the quantisation is left."""
+    merge(reference, [WeightedAdapter(adapter)], output / "plain")
+    merge(quantised, [WeightedAdapter(adapter)], output / "out", dequantise=True)
+    assert "quantization_config" not in json.loads((output / "out/config.json").read_text())
+    assert not differing(state(output / "out"), state(output / "plain"))
+    with pytest.raises(UnsupportedError, match="quantised base") as error:
+        merge(quantised, [WeightedAdapter(adapter)], output / "refused")
+    assert "dequantise" in error.value.next_step
+    attach(quantised, [NamedAdapter("a", adapter)], output / "attached")
+
+
+@pytest.mark.parametrize("block", [(64, 64), (48, 80)])
+def test_fp8_in_blocks(base: Path, adapter: Path, tmp_path: Path, block: tuple[int, int]) -> None:
+    """As DeepSeek and Qwen publish it; (48, 80) divides no weight here."""
+    seen: Tensors = {}
+
+    def quantise(name: str, weight: torch.Tensor) -> Tensors:
+        rows, columns = weight.shape
+        scale = torch.rand(-(-rows // block[0]), -(-columns // block[1])) * 0.01 + 1e-3
+        whole = scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)
+        stored = (weight.float() / whole[:, :columns]).to(torch.float8_e4m3fn)
+        seen[name] = (stored.float() * whole[:, :columns]).to(torch.bfloat16)
+        return {name: stored, f"{name}_scale_inv": scale}
+
+    about = {"quant_method": "fp8", "weight_block_size": list(block)}
+    quantised = rewrite(base, tmp_path / "fp8", quantise, about)
+    check(quantised, plain(base, tmp_path / "seen", seen.__getitem__), adapter, tmp_path)
+
+
+def compress(base: Path, folder: Path, strategy: str, **args: Any) -> Path:
+    """Quantise *base* with compressed-tensors itself."""
+    weights = QuantizationArgs(strategy=strategy, symmetric=True, dynamic=False, **args)
+    config = QuantizationConfig(
+        config_groups={"all": QuantizationScheme(targets=["Linear"], weights=weights)},
+        ignore=["lm_head"],
+        format="pack-quantized" if args["type"] == "int" else "float-quantized",
+        quantization_status="compressed",
+    )
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    apply_quantization_config(model, config)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and hasattr(module, "quantization_scheme"):
+            stored: Any = module.weight_scale
+            high, width = stored.shape if strategy != "tensor" else (1, 1)
+            rows, columns = module.weight.shape
+            blocks = module.weight.data.float().view(high, rows // high, width, columns // width)
+            scale, _ = calculate_qparams(blocks.amin((1, 3)), blocks.amax((1, 3)), weights)
+            stored.data.copy_(scale.view_as(stored))
+    compressor = ModelCompressor(quantization_config=config)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("strategy", "args"),
+    [("tensor", {}), ("channel", {}), ("block", {"block_structure": [64, 32]})],
+)
+def test_compressed_tensors(
+    base: Path, adapter: Path, tmp_path: Path, strategy: str, args: dict[str, Any]
+) -> None:
+    folder = compress(base, tmp_path / "ct", strategy, num_bits=8, type="float", **args)
+    opened = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    weights = {n: p.data.clone() for n, p in opened.named_parameters()}
+    check(folder, plain(base, tmp_path / "seen", weights.__getitem__), adapter, tmp_path)
+
+
+def test_compressed_tensors_of_packed_integers(base: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = compress(base, tmp_path / "ct", "group", num_bits=4, type="int", group_size=64)
+    attach(folder, [NamedAdapter("a", adapter)], tmp_path / "attached")
+    with pytest.raises(UnsupportedError, match="'compressed-tensors' are not dequantised") as error:
+        merge(folder, [WeightedAdapter(adapter)], tmp_path / "out", dequantise=True)
+    assert len(error.value.problems) == 14
+    assert not (tmp_path / "out").exists()
+
+
+def four_bits(kind: str, nested: bool, seen: Tensors) -> Callable[[str, torch.Tensor], Tensors]:
+    """Quantise as bitsandbytes 0.50 stores it; the layout was compared with its own output."""
+    code = torch.linspace(-1, 1, 16) ** 3
+    outer_code = torch.linspace(-1, 1, 256)
+
+    def quantise(name: str, weight: torch.Tensor) -> Tensors:
+        flat = weight.float().flatten()
+        absmax = flat.view(-1, 64).abs().amax(1)
+        about: dict[str, Any] = {
+            "quant_type": kind, "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape),
+        }  # fmt: skip
+        stored: Tensors = {}
+        if nested:
+            offset = float(absmax.mean())
+            outer = (absmax - offset).view(-1, 32).abs().amax(1)
+            relative = (absmax - offset) / outer.repeat_interleave(32)
+            index = (relative[:, None] - outer_code).abs().argmin(1).to(torch.uint8)
+            absmax = outer_code[index.long()] * outer.repeat_interleave(32) + offset
+            about |= {"nested_blocksize": 32, "nested_dtype": "float32", "nested_offset": offset}
+            stored = {
+                f"{name}.absmax": index,
+                f"{name}.nested_absmax": outer,
+                f"{name}.nested_quant_map": outer_code,
+            }
+        else:
+            stored[f"{name}.absmax"] = absmax
+        scale = absmax.repeat_interleave(64)
+        nibbles = (flat[:, None] / scale[:, None] - code).abs().argmin(1).to(torch.uint8)
+        seen[name] = (code[nibbles.long()] * scale).view(weight.shape).to(torch.bfloat16)
+        text = json.dumps(about).encode()
+        stored[name] = (nibbles[::2] << 4 | nibbles[1::2]).view(-1, 1)
+        stored[f"{name}.quant_map"] = code
+        stored[f"{name}.quant_state.bitsandbytes__{kind}"] = torch.tensor(list(text)).to(
+            torch.uint8
+        )
+        return {key: value.clone() for key, value in stored.items()}
+
+    return quantise
+
+
+@pytest.mark.parametrize(("kind", "nested"), [("nf4", True), ("nf4", False), ("fp4", False)])
+def test_bitsandbytes_in_four_bits(
+    base: Path, adapter: Path, tmp_path: Path, kind: str, nested: bool
+) -> None:
+    seen: Tensors = {}
+    about = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    quantised = rewrite(base, tmp_path / "bnb", four_bits(kind, nested, seen), about)
+    check(quantised, plain(base, tmp_path / "seen", seen.__getitem__), adapter, tmp_path)
+
+
+def test_bitsandbytes_in_eight_bits(base: Path, adapter: Path, tmp_path: Path) -> None:
+    seen: Tensors = {}
+
+    def quantise(name: str, weight: torch.Tensor) -> Tensors:
+        scale = weight.float().abs().amax(1)
+        stored = (weight.float() / scale[:, None] * 127).round().to(torch.int8)
+        seen[name] = (stored.float() * (scale / 127)[:, None]).to(torch.bfloat16)
+        module = name.removesuffix(".weight")
+        mark = torch.zeros((), dtype=torch.uint8)
+        return {name: stored, f"{module}.SCB": scale, f"{module}.weight_format": mark}
+
+    about = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    quantised = rewrite(base, tmp_path / "bnb", quantise, about)
+    check(quantised, plain(base, tmp_path / "seen", seen.__getitem__), adapter, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_packed_words(base: Path, adapter: Path, tmp_path: Path, method: str) -> None:
+    """Attached where the shapes fit, refused by name for merging."""
+
+    def quantise(name: str, weight: torch.Tensor) -> Tensors:
+        rows, columns = weight.shape
+        module = name.removesuffix(".weight")
+        shape = (columns // 8, rows) if method == "gptq" else (columns, rows // 8)
+        words = torch.zeros(shape, dtype=torch.int32)
+        return {f"{module}.qweight": words, f"{module}.scales": torch.ones(1, rows)}
+
+    quantised = rewrite(base, tmp_path / "q", quantise, {"quant_method": method, "bits": 4})
+    attach(quantised, [NamedAdapter("a", adapter)], tmp_path / "attached")
+    with pytest.raises(UnsupportedError, match=f"'{method}' are not dequantised"):
+        merge(quantised, [WeightedAdapter(adapter)], tmp_path / "out", dequantise=True)
+    other = tiny_llama(tmp_path / "other", hidden_size=64, tokenizer=False)
+    misfit = train_or_draw_lora(other, tmp_path / "misfit")
+    with pytest.raises(AdapterError, match="does not fit"):
+        attach(quantised, [NamedAdapter("a", misfit)], tmp_path / "attached")
+
+
+def test_a_broken_description(base: Path, adapter: Path, tmp_path: Path) -> None:
+    def quantise(name: str, weight: torch.Tensor) -> Tensors:
+        mark = f"{name}.quant_state.bitsandbytes__nf4"
+        return {name: torch.zeros(8, 1, dtype=torch.uint8), mark: torch.zeros(9).to(torch.uint8)}
+
+    quantised = rewrite(base, tmp_path / "q", quantise, {"quant_method": "bitsandbytes"})
+    with pytest.raises(FormatError, match="quant_state"):
+        merge(quantised, [WeightedAdapter(adapter)], tmp_path / "out", dequantise=True)
