@@ -32,7 +32,7 @@ from loader.truss_config import (
     read_config,
     training_checkpoints,
 )
-from loader.types import JOB_ID, TrainingCheckpoints
+from loader.types import CONFIG_VARIABLE, JOB_ID, TrainingCheckpoints
 
 CHECKPOINT_SCHEME = "checkpoint:"
 _PREFIX = "PODLOADER_"
@@ -84,10 +84,20 @@ class Settings(BaseSettings):
         description="`attach`: the engine serves adapters by name. `merge`: one adapter is folded "
         "into the base's weights. `auto`: whichever makes the faster server (see Adapters).",
     )
+    adapter_jobs: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Jobs whose adapters a request to the server may name as `<job>/<checkpoint>`; "
+        "they are fetched on first use.",
+    )
     exact: Literal["float32", "peft"] = Field(
         "float32",
         description="How merged weights are rounded: once, from float32, or wherever PEFT rounds, "
         "which gives the bits of its `merge_and_unload`.",
+    )
+    dequantise: bool = Field(
+        False,
+        description="Merge into a quantised base (FP8, compressed-tensors with scales, "
+        "bitsandbytes) by writing all weights in full precision; without it, that is an error.",
     )
     canary: bool = Field(
         True,
@@ -184,7 +194,7 @@ class Settings(BaseSettings):
             raise ValueError("expected a folder, a Hugging Face id or checkpoint:...")
         return value
 
-    @field_validator("artifacts", mode="before")
+    @field_validator("artifacts", "adapter_jobs", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         """A variable holds a JSON list or words between blanks; a config may hold one string."""
@@ -313,6 +323,7 @@ def traces_exporter() -> str | None:
 def _environment(where: str) -> dict[str, Any]:
     known = {_PREFIX + name.upper() for name in setting_names()}
     given = [name for name in os.environ if name.upper().startswith(_PREFIX)]
+    given = [name for name in given if name != CONFIG_VARIABLE]
     if unknown := sorted(name for name in given if name.upper() not in known):
         raise ConfigError(
             f"{_PREFIX}* variables that are no settings",

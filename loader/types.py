@@ -11,6 +11,9 @@ from loader.errors import redact
 
 JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # matched whole: it becomes a folder's name
 
+# Names the Truss config to processes of vLLM's, which have no command line of ours.
+CONFIG_VARIABLE = "PODLOADER_CONFIG"
+
 
 @dataclass(frozen=True, slots=True)
 class ArtifactReference:

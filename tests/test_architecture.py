@@ -26,8 +26,9 @@ LAYERS = [
     {"ready", "remote"},
     {"overlap"},
     {"boot"},
+    {"live"},
     {"hook", "demo", "pod"},
-    {"cli"},
+    {"cli", "plugin"},
     {"__main__"},
 ]
 OWNERS = {

@@ -60,7 +60,9 @@ def serve_arguments(
             "lora_modules": [{"name": a.name, "path": str(a.path)} for a in ready.adapters],
         }
     arguments |= engine_args
-    if ready.adapters:
+    if not ready.adapters and arguments.get("max_loras"):
+        arguments["enable_lora"] = True  # room for adapters that come while it serves
+    if ready.adapters or arguments.get("max_loras"):
         slots = _adapter_slots(len(ready.adapters), arguments.get("max_loras"))
         arguments["max_loras"] = slots
         if isinstance(slots, int):
@@ -118,6 +120,14 @@ def _adapter_slots(adapters: int, asked: object) -> object:
     if _is_cpu_build() and isinstance(slots, int):
         return max(slots, adapters + 1)
     return slots
+
+
+def adapter_room(slots: int) -> int | None:
+    """Return how many adapters an engine of *slots* may hold, None where vLLM makes room itself.
+
+    On a CPU one slot has to stay empty, see ``_adapter_slots``.
+    """
+    return slots - 1 if _is_cpu_build() else None
 
 
 def _is_cpu_build() -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from loader.errors import ConfigError, EngineError, LoaderError, RequestError
 from loader.serve.answer import DONE, Answer, failure
-from loader.serve.canary import PROMPT, distance, refuse_silent
+from loader.serve.canary import PROMPT, Said, distance, refuse_silent
 from loader.serve.generation import Completion, LoadedModel, generate, prompt_logprobs
 from loader.serve.model import base_name, ready_folder
 from loader.serve.prompts import encode_prompts
@@ -160,12 +160,20 @@ class TransformersModel:
 
     def _check_adapters(self, loaded: LoadedModel) -> None:
         prompt = loaded.tokenizer(PROMPT)["input_ids"]
-        base, again = (prompt_logprobs(loaded, prompt, None) for _ in range(2))
-        found = {
-            name: distance(base, prompt_logprobs(loaded, prompt, _peft_name(index)))
-            for index, name in enumerate(self._adapters)
-        }
-        refuse_silent(found, distance(base, again))
+
+        def say(adapter: str | None) -> Said:
+            return Said(("",) * len(prompt), prompt_logprobs(loaded, prompt, adapter))
+
+        base, again = say(None), say(None)
+        noise = distance(base, again)
+        refuse_silent(
+            [
+                name
+                for index, name in enumerate(self._adapters)
+                if not distance(base, say(_peft_name(index))) > noise
+            ],
+            noise,
+        )
 
     def _dtype(self) -> object:
         import torch

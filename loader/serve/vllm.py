@@ -12,15 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from loader.errors import EngineError, LoaderError, RequestError
-from loader.serve.arguments import check_engine_args, parse_arguments, serve_arguments
-from loader.serve.canary import canary_body, check_adapters, read_logprobs
+from loader.serve.arguments import (
+    adapter_room,
+    check_engine_args,
+    parse_arguments,
+    serve_arguments,
+)
+from loader.serve.canary import Said, canary_body, check_adapters, read_said
 from loader.serve.failures import import_failure, start_failure
+from loader.serve.live import EngineAdapters
 from loader.serve.loop import LoopThread
 from loader.serve.model import base_name, ready_folder
 from loader.serve.orphans import OrphanGuard
 from loader.serve.request import PROMPTS, check_request
 from loader.serve.tasks import check_sound, embed, transcribe
-from loader.types import ReadyModel
+from loader.types import ReadyModel, ServedAdapter
 
 _CORE = "EngineCore"  # what vLLM calls the process that it starts
 _SHOWN_ERRORS = 5  # a body that is wrong in every element would be answered with a book
@@ -35,6 +41,7 @@ class _Running:
     state: Any
     resources: AsyncExitStack
     guard: OrphanGuard
+    adapters: EngineAdapters
 
 
 class VLLMModel:
@@ -58,7 +65,6 @@ class VLLMModel:
         self._ready = ready if isinstance(ready, ReadyModel) else ready_folder(Path(ready))
         self._engine_args = dict(engine_args or {})
         self._base = base_name(self._ready, served_model_name)
-        self._adapters = tuple(adapter.name for adapter in self._ready.adapters)
         self._arguments = serve_arguments(
             self._ready,
             self._engine_args,
@@ -71,7 +77,44 @@ class VLLMModel:
     @property
     def names(self) -> tuple[str, ...]:
         """The names that a request's ``model`` may give, the base's first."""
-        return (self._base, *self._adapters)
+        return (self._base, *(adapter.name for adapter in self.adapters))
+
+    @property
+    def adapters(self) -> tuple[ServedAdapter, ...]:
+        """The adapters that requests can name now."""
+        running = self._running
+        return running.adapters.adapters if running else self._ready.adapters
+
+    def add_adapter(self, adapter: ServedAdapter, *, replace: bool = False) -> None:
+        """Serve one more adapter, or with ``replace`` another one under a name that is served.
+
+        No request is dropped: those under way are answered by what they began with. The engine
+        must have been started with adapters, or with ``max_loras`` in ``engine_args``.
+
+        Raises:
+            RequestError: the name is served already (409).
+            AdapterError: the engine does not take it, or it changes nothing.
+            EngineError: the engine is not running.
+        """
+        running = self._alive()
+        if adapter.name == self._base:
+            raise RequestError(f"{self._base!r} is the base model", status=409, where=adapter.name)
+
+        async def prove(own: str) -> None:
+            if self._canary:
+                await self._check_adapters(running.state, [own])
+
+        running.loop.call(running.adapters.put(adapter, prove, replace=replace))
+
+    def remove_adapter(self, name: str) -> None:
+        """Serve the adapter *name* no more; requests under way are answered to their end.
+
+        Raises:
+            RequestError: there is none (404).
+            EngineError: the engine is not running.
+        """
+        running = self._alive()
+        running.loop.call(running.adapters.remove(name))
 
     def load(self) -> None:
         """Start the engine; a second call does nothing. May run in any thread.
@@ -87,7 +130,8 @@ class VLLMModel:
             running = self._start()
             try:
                 if self._canary:
-                    running.loop.call(self._check_adapters(running.state))
+                    names = [adapter.name for adapter in self._ready.adapters]
+                    running.loop.call(self._check_adapters(running.state, names))
             except BaseException:
                 _stop(running)
                 raise
@@ -106,11 +150,13 @@ class VLLMModel:
             RequestError: the body is wrong, with vLLM's message and HTTP status.
             EngineError: the engine is not running or failed.
         """
-        running = self._running
-        if running is None or not running.loop.alive:
-            raise EngineError("the engine is not running", next_step="call load() first")
-        body = check_request(request, base=self._base, adapters=self._adapters, known=PROMPTS)
-        answer = await running.loop.run(_answer(running.state, body))
+        running = self._alive()
+        names = [adapter.name for adapter in self.adapters]
+        body = check_request(request, base=self._base, adapters=names, known=PROMPTS)
+        if body["model"] == self._base:
+            answer = await running.loop.run(_answer(running.state, body))
+        else:
+            answer = await running.loop.run(_answer_by_adapter(running, body))
         return answer if isinstance(answer, dict) else running.loop.stream(answer)
 
     def is_healthy(self) -> bool:
@@ -125,15 +171,21 @@ class VLLMModel:
         if running is not None:
             _stop(running)
 
-    async def _check_adapters(self, state: Any) -> None:
-        async def ask(name: str) -> Sequence[float]:
+    def _alive(self) -> _Running:
+        running = self._running
+        if running is None or not running.loop.alive:
+            raise EngineError("the engine is not running", next_step="call load() first")
+        return running
+
+    async def _check_adapters(self, state: Any, names: Sequence[str]) -> None:
+        async def ask(name: str) -> Said:
             answer = await _answer(state, canary_body(name))
             assert isinstance(answer, dict)
-            return read_logprobs(answer)
+            return read_said(answer)
 
         generates = getattr(state, "openai_serving_completion", None) is not None
         if generates:
-            await check_adapters(ask, self._base, self._adapters)
+            await check_adapters(ask, self._base, names)
 
     def _start(self) -> _Running:
         # As vLLM's own command line does: a fork of a process that already runs threads (Truss's
@@ -149,7 +201,7 @@ class VLLMModel:
         args = parse_arguments(self._arguments)
         loop = LoopThread("vllm", uvloop.new_event_loop)
         try:
-            return loop.call(_start_engine(loop, args))
+            return loop.call(_start_engine(loop, args, self._ready.adapters))
         except LoaderError:
             loop.close()
             raise
@@ -166,7 +218,7 @@ def _stop(running: _Running) -> None:
     running.guard.close()
 
 
-async def _start_engine(loop: LoopThread, args: Any) -> _Running:
+async def _start_engine(loop: LoopThread, args: Any, served: Sequence[ServedAdapter]) -> _Running:
     from starlette.datastructures import State
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
@@ -175,8 +227,27 @@ async def _start_engine(loop: LoopThread, args: Any) -> _Running:
         engine = await stack.enter_async_context(build_async_engine_client(args))
         state = State()
         await init_app_state(engine, state, args, await engine.get_supported_tasks())
-        return _Running(loop, engine, state, stack.pop_all(), OrphanGuard(_CORE))
+        by_name = {adapter.name: adapter for adapter in served}
+        room = adapter_room(args.max_loras)
+        adapters = EngineAdapters(engine, state.openai_serving_models, by_name, room)
+        return _Running(loop, engine, state, stack.pop_all(), OrphanGuard(_CORE), adapters)
     raise AssertionError("unreachable")
+
+
+async def _answer_by_adapter(
+    running: _Running, body: dict[str, Any]
+) -> dict[str, Any] | AsyncGenerator[str, None]:
+    """Return what ``_answer`` does; until it is given, the adapter stays in the engine."""
+    own = running.adapters.take(body["model"])
+    try:
+        answer = await _answer(running.state, body | {"model": own})
+    except BaseException:
+        running.adapters.release(own)
+        raise
+    if isinstance(answer, dict):
+        running.adapters.release(own)
+        return answer
+    return running.adapters.release_after(own, answer)
 
 
 async def _answer(state: Any, body: dict[str, Any]) -> dict[str, Any] | AsyncGenerator[str, None]:

@@ -15,7 +15,8 @@ from loader.serve.vllm import VLLMModel
 from loader.types import ReadyModel, ServedAdapter
 from tests.models import tiny_llama, train_or_draw_lora
 
-ENGINE_ARGS = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
+# One slot for requests without an adapter, two for the adapters, two for those that come later.
+ENGINE_ARGS = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "max_loras": 5}
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,12 @@
-"""The canary: an adapter that the engine does not take up is found before readiness."""
+"""The canary: an adapter that the engine does not take up is found before readiness.
+
+With vLLM: ``test_live.py``, which adds a silent adapter to the engine that all tests share.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,35 +14,48 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loader.errors import AdapterError
-from loader.serve.canary import check_adapters
+from loader.serve.canary import Ask, Said, check_adapters, distance
 from loader.serve.transformers import TransformersModel
-from loader.serve.vllm import VLLMModel
 from loader.types import ReadyModel, ServedAdapter
-from tests.serve.conftest import ENGINE_ARGS
 
 
-def ask_of(answers: Mapping[str, list[list[float]]]) -> object:
-    async def ask(name: str) -> Sequence[float]:
-        return answers[name].pop(0)
+def ask_of(answers: Mapping[str, list[Said]]) -> Ask:
+    """Return what gives each name's answers in turn, the last one for ever."""
+
+    async def ask(name: str) -> Said:
+        return answers[name].pop(0) if len(answers[name]) > 1 else answers[name][0]
 
     return ask
 
 
+def said(*logprobs: float, tokens: str = "abc") -> Said:
+    return Said(tuple(tokens), logprobs)
+
+
 async def test_every_silent_adapter_is_named() -> None:
-    answers = {"base": [[-1.0, -2.0]] * 2, "a": [[-1.0, -2.0]], "b": [[-1.0, -2.5]]}
-    answers["c"] = [[-1.0, -2.0]]
+    same, other = said(-1, -2, -3), said(-1, -2.5, -3)
+    ask = ask_of({"base": [same], "a": [same], "b": [other], "c": [same]})
     with pytest.raises(AdapterError, match="change nothing") as error:
-        await check_adapters(ask_of(answers), "base", ["a", "b", "c"])  # type: ignore[arg-type]
+        await check_adapters(ask, "base", ["a", "b", "c"])
     assert error.value.problems == ("a", "c")
 
 
 async def test_noise_is_no_effect() -> None:
-    answers = {"base": [[-1.0], [-1.1]], "a": [[-1.05]]}
+    noisy = [said(-1.0, -2), said(-1.1, -2)]
     with pytest.raises(AdapterError):
-        await check_adapters(ask_of(answers), "base", ["a"])  # type: ignore[arg-type]
-    answers = {"base": [[-1.0], [-1.1]], "a": [[-1.3]]}
-    await check_adapters(ask_of(answers), "base", ["a"])  # type: ignore[arg-type]
-    await check_adapters(ask_of({}), "base", [])  # type: ignore[arg-type]
+        await check_adapters(ask_of({"base": noisy * 9, "a": [said(-1.05, -2)]}), "base", ["a"])
+    await check_adapters(ask_of({"base": noisy * 9, "a": [said(-1.3, -2)]}), "base", ["a"])
+    await check_adapters(ask_of({}), "base", [])
+
+
+async def test_a_moment_of_noise_is_waited_out() -> None:
+    base = [said(-1.0), said(-1.1), said(-1.0)]
+    await check_adapters(ask_of({"base": base, "a": [said(-1.05)]}), "base", ["a"])
+
+
+def test_what_follows_another_token_is_not_compared() -> None:
+    assert distance(said(-1, -2, -3), said(-1, -2.5, -30, tokens="axc")) == 0.5
+    assert distance(said(-1, -2, -3), said(-1, -2, -3)) == 0
 
 
 def silent(ready: ReadyModel, folder: Path) -> ReadyModel:
@@ -70,12 +85,3 @@ def test_transformers(ready: ReadyModel, tmp_path: Path) -> None:
     model.load()
     assert model.is_healthy()
     model.close()
-
-
-@pytest.mark.engine
-async def test_vllm(ready: ReadyModel, small_cache: None, tmp_path: Path) -> None:
-    model = VLLMModel(silent(ready, tmp_path / "silent"), engine_args=ENGINE_ARGS)
-    with pytest.raises(AdapterError, match="change nothing") as error:
-        await asyncio.to_thread(model.load)
-    assert error.value.problems == ("silent",)
-    assert not model.is_healthy()
