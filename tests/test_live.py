@@ -16,6 +16,7 @@ import httpx
 import pytest
 import yaml
 
+from loader.adapters.merge import WeightedAdapter, merge
 from loader.errors import AdapterError, CheckpointError, RequestError, ResolveError
 from loader.live import LiveAdapters, fetch_adapter, fetch_named, live_environment
 from loader.plugin import register
@@ -31,7 +32,10 @@ from tests.test_boot import Job
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "base")
+    """A model that podloader merged."""
+    root = tmp_path_factory.mktemp("models")
+    first = train_or_draw_lora(tiny_llama(root / "first"), root / "lora", spread=0.3)
+    return merge(root / "first", [WeightedAdapter(first)], root / "base").path
 
 
 @pytest.fixture(scope="module")
@@ -288,13 +292,20 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
 
 @pytest.mark.engine
 class TestServer:
+    def test_a_merged_base_says_what_transformers_says(self, server: Server) -> None:
+        text = server.text("base").rstrip("\N{REPLACEMENT CHARACTER}")
+        assert text
+        assert expected_text(ReadyModel(server.base, (), None, server.base, {}), None).startswith(
+            text
+        )
+
     def test_fetched_on_first_use(self, server: Server) -> None:
-        assert server.names() == {"base"}
+        assert "job1/checkpoint-10" not in server.names()
         server.check("job1/checkpoint-10", server.adapters[0])
         asked = len(server.origin.requests)
         server.check("job1/checkpoint-10", server.adapters[0])
         assert len(server.origin.requests) == asked
-        assert server.names() == {"base", "job1/checkpoint-10"}
+        assert "job1/checkpoint-10" in server.names()
 
     def test_names_that_are_refused(self, server: Server) -> None:
         before = len(server.origin.requests)
