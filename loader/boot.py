@@ -24,6 +24,7 @@ from loader.types import (
     Snapshot,
     TrainingCheckpoints,
 )
+from loader.weights.consolidate.serving import serving_files
 from loader.weights.index import shard_names
 from loader.weights.inspect import find_checkpoints
 
@@ -51,7 +52,8 @@ def prepare(
         LoaderError: see ``loader.errors``.
     """
     from loader.overlap import LateFetch, find_late, prepare_while_fetching
-    from loader.ready import make_ready  # fetch and plan do without both
+    from loader.ready import make_ready  # fetch and plan do without these
+    from loader.shards import find_shards, prepare_from_shards, split
 
     timeline = timeline or Timeline()
     root = settings.training.download_folder
@@ -60,6 +62,9 @@ def prepare(
         if late := find_late(settings, manifest):
             parts = LateFetch.split(manifest, late, origin.store, _options(settings), progress)
             return prepare_while_fetching(settings, parts, timeline)
+        if shards := find_shards(settings, manifest):
+            both = split(manifest, shards, origin.store, _options(settings), progress)
+            return prepare_from_shards(settings, both, timeline)
         with SpanProgress(progress, timeline) as watched:
             snapshot = fetch(manifest, root, origin.store, _options(settings), watched)
     with timeline.stage("inspect"):
@@ -107,8 +112,9 @@ def fetch_files(
 def plan(settings: Settings, *, with_sizes: bool = True) -> Manifest:
     """Return what would be fetched; with sizes where the origin tells them."""
     with open_origin(settings, Timeline(quiet=True)) as origin:
-        manifest = resolve(_wanted(settings), origin.listings)
-        unknown = sum(1 for artifact in manifest.files if artifact.size_bytes is None)
+        manifest = _leave_out(settings, resolve(_wanted(settings), origin.listings))
+        asked = (*manifest.files, *manifest.left_out)
+        unknown = sum(1 for artifact in asked if artifact.size_bytes is None)
         if not with_sizes or not unknown:
             return manifest
         reason = f"the listing lacks {unknown} of them, too many to ask for one by one"
@@ -143,8 +149,24 @@ def _resolved(settings: Settings, origin: Origin, timeline: Timeline) -> Manifes
     with timeline.stage("resolve"):
         sensitive = is_case_sensitive(settings.training.download_folder)
         manifest = resolve(_wanted(settings), origin.listings, case_sensitive=sensitive)
+        manifest = _leave_out(settings, manifest)
         _check_indexes(settings, manifest, origin)
         return manifest
+
+
+def _leave_out(settings: Settings, manifest: Manifest) -> Manifest:
+    """Return *manifest* without what serving will not use, where the settings ask for that."""
+    if not settings.weights_only_fetch:
+        return manifest
+    needed = serving_files(
+        (artifact.path for artifact in manifest.files),
+        partitions=settings.consolidate_dtype is not None,
+    )
+    return replace(
+        manifest,
+        files=tuple(a for a in manifest.files if a.path in needed),
+        left_out=tuple(a for a in manifest.files if a.path not in needed),
+    )
 
 
 def _options(settings: Settings) -> FetchOptions:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,13 +15,20 @@ from loader.adapters.draft import Base
 from loader.adapters.incoming import IncomingWeights
 from loader.errors import AdapterError, CheckpointError, ConfigError, FormatError
 from loader.settings import Settings
-from loader.sources import BaseModel, Source, find_sources, make_whole, output_folder
+from loader.sources import (
+    BaseModel,
+    LateShards,
+    Source,
+    find_sources,
+    give_name,
+    make_whole,
+    output_folder,
+)
 from loader.stores.hub import REPO_ID, fetch_model
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, ReadyModel, Snapshot
 from loader.weights.inspect import open_checkpoint, read_json
 from loader.weights.listing import StoredTensor
-from loader.weights.publishing import disk_error
 from loader.weights.quantised import quantisation_of
 
 _SERVED = (Kind.FULL, Kind.WHISPER)
@@ -56,17 +62,19 @@ def make_ready(
     checkpoints: Sequence[Checkpoint],
     timeline: Timeline,
     late: LateWeights | None = None,
+    shards: LateShards | None = None,
 ) -> ReadyModel:
     """Return the model that *checkpoints*, those of *snapshot*, make up.
 
     With ``late``, the snapshot lacks the weights of the base: they are fetched when it is known
-    that the adapters fit, and merged into while they arrive.
+    that the adapters fit, and merged into while they arrive. With ``shards`` it lacks weights that
+    are sharded over ranks: they are read from there.
 
     Raises:
         CheckpointError: nothing to serve, or too much.
         AdapterError: adapters that do not fit their base or each other.
     """
-    found = find_sources(snapshot, checkpoints)
+    found = find_sources(snapshot, checkpoints, shards.identities if shards else None)
     _refuse_unservable(found)
 
     def find_small_files() -> BaseModel | None:
@@ -76,7 +84,7 @@ def make_ready(
         with late.fetching() as arriving:  # consolidated they are the base, not as they arrive
             snapshot = arriving.wait()
         return make_ready(settings, snapshot, checkpoints, timeline)
-    sources = [make_whole(source, settings, timeline, find_small_files) for source in found]
+    sources = [make_whole(source, settings, timeline, find_small_files, shards) for source in found]
     base = _base_source(settings, sources)
     rest = [s for s in sources if s is not base]
     adapters = [s for s in rest if s.checkpoint.kind is Kind.ADAPTER]
@@ -217,7 +225,7 @@ def _with_adapters(
         made_from |= {"exact": settings.exact, "dequantise": settings.dequantise}
     output = output_folder(settings, decision.mode, made_from)
     if merged is not None:
-        ready = _give_name(merged, output)
+        ready = replace(merged, path=output, tokenizer=give_name(merged.path, output))
     else:
         with timeline.stage(decision.mode):
             if decision.mode == "attach":
@@ -265,16 +273,6 @@ def _merge(
 def _unnamed(settings: Settings) -> Path:
     """Return a place for a merged model whose base has no digest yet, to be moved from there."""
     return output_folder(settings, "merging", {"process": os.getpid(), "moment": time.time_ns()})
-
-
-def _give_name(ready: ReadyModel, output: Path) -> ReadyModel:
-    """Return *ready* moved to *output*; one that is there already is the same and stays."""
-    try:
-        output.exists() or ready.path.rename(output)
-        shutil.rmtree(ready.path, ignore_errors=True)
-    except OSError as error:
-        raise disk_error(output, error) from error
-    return replace(ready, path=output, tokenizer=output)
 
 
 def _named_base(sources: Sequence[Source]) -> str:

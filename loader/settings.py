@@ -128,6 +128,11 @@ class Settings(BaseSettings):
         description="Where merged and consolidated models are kept. Default: `.podloader` in the "
         "download folder.",
     )
+    weights_only_fetch: bool = Field(
+        False,
+        description="Fetch only what serving uses: no optimizer, scheduler and RNG state, and of "
+        "weights sharded over ranks only the bytes of the model itself.",
+    )
     consolidate_dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None,
         description="What weights sharded over ranks are written as when they are consolidated. "

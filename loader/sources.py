@@ -9,23 +9,29 @@ The digest is of what it was made from; a folder that is there is complete and i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Protocol
 
 from loader.fetch.files import STATE
 from loader.fetch.progress import show_bytes
 from loader.settings import Settings
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, Snapshot
+from loader.weights.consolidate.files import ClosableFiles
 from loader.weights.consolidate.places import has_config, home_folders
 from loader.weights.consolidate.serving import serving_files
 from loader.weights.inspect import open_checkpoint
+from loader.weights.publishing import disk_error
 
 SHARDED = frozenset({Kind.DCP, Kind.ZERO, Kind.RANK_SHARDS})
 _EVERY_S = 5.0
@@ -60,8 +66,30 @@ class Source:
         return self.place.partition("/")[0]
 
 
-def find_sources(snapshot: Snapshot, checkpoints: Sequence[Checkpoint]) -> tuple[Source, ...]:
-    """Return *checkpoints*, those of *snapshot*, with the place and the digests of each."""
+class LateShards(Protocol):
+    """Weight shards that are not on this disk: they stay at the origin, or are on their way."""
+
+    @property
+    def identities(self) -> Mapping[str, str] | None:
+        """What tells each shard from other versions, by path; None where digests come later."""
+
+    def open(self, checkpoint: Checkpoint) -> ClosableFiles:
+        """Return the files of *checkpoint*."""
+
+    def wait(self) -> Snapshot:
+        """Return the snapshot of all that is fetched, when it is."""
+
+
+def find_sources(
+    snapshot: Snapshot,
+    checkpoints: Sequence[Checkpoint],
+    identities: Mapping[str, str] | None = None,
+) -> tuple[Source, ...]:
+    """Return *checkpoints*, those of *snapshot*, with the place and the digests of each.
+
+    *identities* stand for the digests of files that are not in the snapshot, by path.
+    """
+    known = {file.path: file.digest for file in snapshot.files} | dict(identities or {})
     found = []
     for checkpoint in checkpoints:
         place = _relative(checkpoint.path, snapshot)
@@ -69,9 +97,9 @@ def find_sources(snapshot: Snapshot, checkpoints: Sequence[Checkpoint]) -> tuple
         if checkpoint.kind in SHARDED:
             homes += [_relative(folder, snapshot) for folder in home_folders(checkpoint)]
         files = {
-            file.path: file.digest
-            for file in snapshot.files
-            if _holds(homes, file.path, deep=checkpoint.kind in SHARDED)
+            path: digest
+            for path, digest in known.items()
+            if _holds(homes, path, deep=checkpoint.kind in SHARDED)
         }
         if checkpoint.kind in SHARDED:
             needed = serving_files(files)
@@ -87,6 +115,7 @@ def make_whole(
     settings: Settings,
     timeline: Timeline,
     find_base: Callable[[], BaseModel | None],
+    shards: LateShards | None = None,
 ) -> Source:
     """Return *source*, consolidated where it is sharded.
 
@@ -98,27 +127,67 @@ def make_whole(
     if source.checkpoint.kind not in SHARDED:
         return source
     base = None if has_config(source.checkpoint) else find_base()
-    made_from: dict[str, object] = {
+    is_coming = shards is not None and shards.identities is None
+    with timeline.stage("consolidate"):
+        output = _unnamed(settings) if is_coming else _named(source, base, settings)
+        if output.is_dir():
+            _log.info("the consolidated checkpoint is here already: %s", output)
+        else:
+            _consolidate(source.checkpoint, output, base, settings, shards)
+    if shards is not None and is_coming:
+        (source,) = find_sources(shards.wait(), [source.checkpoint])
+        output = give_name(output, _named(source, base, settings))
+    return replace(source, checkpoint=open_checkpoint(output))
+
+
+def _consolidate(
+    checkpoint: Checkpoint,
+    output: Path,
+    base: BaseModel | None,
+    settings: Settings,
+    shards: LateShards | None,
+) -> None:
+    from loader.weights.consolidate.consolidation import consolidate  # torch
+
+    with contextlib.ExitStack() as stack:
+        consolidate(
+            checkpoint,
+            output,
+            files=stack.enter_context(shards.open(checkpoint)) if shards else None,
+            base=base.path if base else None,
+            dtype=settings.consolidate_dtype,
+            on_progress=log_progress(),
+        )
+
+
+def _named(source: Source, base: BaseModel | None, settings: Settings) -> Path:
+    made_from = {
         "mode": "consolidate",
         "files": dict(source.files),
         "base": dict(base.identity) if base else None,
         "dtype": settings.consolidate_dtype,
     }
-    output = output_folder(settings, "consolidate", made_from)
-    with timeline.stage("consolidate"):
-        if output.is_dir():
-            _log.info("the consolidated checkpoint is here already: %s", output)
-        else:
-            from loader.weights.consolidate.consolidation import consolidate  # torch
+    return output_folder(settings, "consolidate", made_from)
 
-            consolidate(
-                source.checkpoint,
-                output,
-                base=base.path if base else None,
-                dtype=settings.consolidate_dtype,
-                on_progress=log_progress(),
-            )
-    return replace(source, checkpoint=open_checkpoint(output))
+
+def _unnamed(settings: Settings) -> Path:
+    """Return a place for what is made of files whose digests are not known yet."""
+    moment = {"process": os.getpid(), "moment": time.time_ns()}
+    return output_folder(settings, "consolidating", moment)
+
+
+def give_name(folder: Path, name: Path) -> Path:
+    """Return *name*, where *folder* lies now; one that is there already is the same and stays.
+
+    Raises:
+        DiskError: the disk refused.
+    """
+    try:
+        name.exists() or folder.rename(name)
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise disk_error(name, error) from error
+    return name
 
 
 def output_folder(settings: Settings, mode: str, made_from: Mapping[str, object]) -> Path:

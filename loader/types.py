@@ -74,10 +74,14 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The files to fetch, sorted by path, and what a person should know about the choice."""
+    """The files to fetch, sorted by path, and what a person should know about the choice.
+
+    ``left_out`` are files that the patterns ask for and serving will not use.
+    """
 
     files: tuple[Artifact, ...]
     warnings: tuple[str, ...] = ()
+    left_out: tuple[Artifact, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

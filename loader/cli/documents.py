@@ -5,21 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from loader.types import Checkpoint, Manifest, ReadyModel, Snapshot
+from loader.types import Artifact, Checkpoint, Manifest, ReadyModel, Snapshot
+from loader.weights.consolidate.serving import serving_files
 
 
 def plan_document(manifest: Manifest, folder: Path, free_bytes: int) -> dict[str, object]:
-    """Return ``files`` (path, job, rank, size_bytes or null), ``total_bytes`` (null: not known)."""
-    sizes = [artifact.size_bytes for artifact in manifest.files]
+    """Return ``files`` (path, job, rank, size_bytes or null), ``total_bytes`` (null: not known).
+
+    ``left_out`` are files as well, asked for and not fetched; ``all_bytes`` is the sum with them,
+    ``serving_bytes`` the sum of what serving uses.
+    """
+    asked = (*manifest.files, *manifest.left_out)
+    needed = serving_files(artifact.path for artifact in asked)
     return {
         "download_folder": str(folder),
-        "files": [
-            {"path": a.path, "job": a.job, "rank": a.node_rank, "size_bytes": a.size_bytes}
-            for a in manifest.files
-        ],
-        "total_bytes": None if None in sizes else sum(size for size in sizes if size),
+        "files": [_file(artifact) for artifact in manifest.files],
+        "left_out": [_file(artifact) for artifact in manifest.left_out],
+        "total_bytes": total_bytes(manifest.files),
+        "all_bytes": total_bytes(asked),
+        "serving_bytes": total_bytes([a for a in asked if a.path in needed]),
         "free_bytes": free_bytes,
         "warnings": list(manifest.warnings),
+    }
+
+
+def total_bytes(artifacts: Sequence[Artifact]) -> int | None:
+    """Return the sum of their sizes, None where one is not known."""
+    sizes = [artifact.size_bytes for artifact in artifacts]
+    return None if None in sizes else sum(size for size in sizes if size)
+
+
+def _file(artifact: Artifact) -> dict[str, object]:
+    return {
+        "path": artifact.path,
+        "job": artifact.job,
+        "rank": artifact.node_rank,
+        "size_bytes": artifact.size_bytes,
     }
 
 

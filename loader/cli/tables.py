@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from loader.cli.documents import total_bytes
 from loader.cli.report import say
 from loader.fetch.progress import show_bytes
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, Manifest, ReadyModel
+from loader.weights.consolidate.serving import serving_files
 
 _SHOWN = 50
 _BAR_CHARACTERS = 40
@@ -35,9 +37,26 @@ def show_plan(manifest: Manifest, folder: Path, free_bytes: int) -> None:
     rest = f", {unknown} of them of unknown size" if unknown else ""
     total = show_bytes(sum(known)) if known or not unknown else "?"
     say(f"{total:>10}  {len(manifest.files)} files{rest} -> {folder}")
+    _show_unused(manifest)
     say(f"{show_bytes(free_bytes):>10}  free")
     for warning in manifest.warnings:
         say(f"warning: {warning}")
+
+
+def _show_unused(manifest: Manifest) -> None:
+    """Show the other total: with what is left out, or without what serving will not use."""
+    asked = (*manifest.files, *manifest.left_out)
+    needed = serving_files(artifact.path for artifact in asked)
+    used = [artifact for artifact in asked if artifact.path in needed]
+    if manifest.left_out:
+        total = total_bytes(asked)
+        text = f"{len(asked)} files without weights_only_fetch"
+    elif len(used) < len(asked):
+        total = total_bytes(used)
+        text = f"{len(used)} files with weights_only_fetch: true; serving uses no others"
+    else:
+        return
+    say(f"{'?' if total is None else show_bytes(total):>10}  {text}")
 
 
 def show_ready(ready: ReadyModel) -> None:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -131,15 +131,18 @@ def sizes(manifest: Manifest, store: Store, concurrency: int) -> Manifest:
     Raises:
         FetchError: the origin does not tell.
     """
-    unknown = [a for a in manifest.files if a.size_bytes is None]
+    unknown = [a for a in (*manifest.files, *manifest.left_out) if a.size_bytes is None]
     found = dict(zip(unknown, _map(store.stat, unknown, concurrency), strict=True))
-    files = tuple(
-        Artifact(a.job, a.node_rank, a.relative_file_name, a.url, found[a].size_bytes)
-        if a in found
-        else a
-        for a in manifest.files
-    )
-    return Manifest(files, manifest.warnings)
+
+    def known(artifacts: Sequence[Artifact]) -> tuple[Artifact, ...]:
+        return tuple(
+            Artifact(a.job, a.node_rank, a.relative_file_name, a.url, found[a].size_bytes)
+            if a in found
+            else a
+            for a in artifacts
+        )
+
+    return replace(manifest, files=known(manifest.files), left_out=known(manifest.left_out))
 
 
 def read_artifact(artifact: Artifact, root: Path, store: Store) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,7 @@ class CheckpointWriter:
         self._plans = tuple(shards)
         self._stem = stem
         self._left = {name: info.size_bytes for s in shards for name, info in s.tensors.items()}
+        self._lock = threading.Lock()  # parts of one tensor may come from several threads
         self._descriptors: dict[str, int] = {}
         self.path = folder
         needed = sum(plan.size_bytes for plan in self._plans)
@@ -199,7 +201,8 @@ class CheckpointWriter:
             _pwrite(self._descriptors[shard.file_name], data, info.start + offset_bytes)
         except OSError as error:
             raise disk_error(self.folder, error) from error
-        self._left[name] -= len(data)
+        with self._lock:
+            self._left[name] -= len(data)
 
     def copy(self, names: Sequence[str], reader: Reader) -> None:
         """Copy tensors byte for byte; from local files inside the kernel, neighbours together.

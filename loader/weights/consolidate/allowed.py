@@ -70,6 +70,9 @@ TUPLES = frozenset({"torch.Size", "builtins.tuple", "__builtin__.tuple"})
 SETS = frozenset({"builtins.set", "__builtin__.set", "builtins.frozenset", "__builtin__.frozenset"})
 LISTS = frozenset({"builtins.list", "__builtin__.list"})
 
+# How old protocols write bytes: text, to be encoded as Latin-1.
+BYTES = frozenset({"_codecs.encode"})
+
 # Objects of the two frameworks that stand around the tensors: kept as inert records.
 RECORDS = frozenset(
     {
@@ -106,5 +109,6 @@ ALLOWED = (
     | TUPLES
     | SETS
     | LISTS
+    | BYTES
     | RECORDS
 )

@@ -40,30 +40,56 @@ class Target:
         return size_bytes(self.dtype, self.source.shape)
 
 
-def write_target(target: Target, writer: CheckpointWriter, on_bytes: Callable[[int], None]) -> None:
-    """Write *target*; *on_bytes* is told of the bytes written as they are.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is written at one go: the run of *target* that a piece is, from element ``start`` on.
+
+    ``piece`` is None for a whole tensor whose boxes are no runs.
+    """
+
+    target: Target
+    piece: Piece | None
+    start: int
+
+    @property
+    def order(self) -> tuple[str, int]:
+        """The file that is needed last, and where in it; files are read, and arrive, in order."""
+        if self.piece is not None:
+            return self.piece.file.where, self.piece.start
+        return max((piece.file.where, piece.start) for piece in self.target.source.pieces)
+
+
+def find_parts(target: Target) -> list[Part]:
+    """Return the parts of *target*: each of its pieces where all are runs, else one."""
+    source = target.source
+    starts = [flat_start(piece, source.grid) for piece in source.pieces]
+    if None in starts:
+        return [Part(target, None, 0)]
+    pairs = zip(source.pieces, starts, strict=True)
+    return [Part(target, piece, start) for piece, start in pairs if start is not None]
+
+
+def write_part(part: Part, writer: CheckpointWriter, on_bytes: Callable[[int], None]) -> None:
+    """Write *part*; *on_bytes* is told of the bytes written as they are.
 
     Raises:
         DiskError: the disk refused.
         FormatError: a file ended before its tensor did.
     """
-    element = size_bytes(target.dtype, (1,))
-    source = target.source
-    starts = [flat_start(piece, source.grid) for piece in source.pieces]
-    if all(start is not None for start in starts):
-        for piece, start in zip(source.pieces, starts, strict=True):
-            at = (start or 0) * element
-            for block in _read_blocks(piece, target.dtype):
-                writer.write_bytes(target.name, at, block)
-                at += len(block)
-                on_bytes(len(block))
-        return
-    at = 0
-    for slab in _lay_out(source, target.dtype):
-        data = tensor_bytes(slab)
+    target = part.target
+    at = part.start * size_bytes(target.dtype, (1,))
+    for data in _read_part(part):
         writer.write_bytes(target.name, at, data)
         at += len(data)
         on_bytes(len(data))
+
+
+def _read_part(part: Part) -> Iterator[memoryview]:
+    if part.piece is not None:
+        yield from _read_blocks(part.piece, part.target.dtype)
+        return
+    for slab in _lay_out(part.target.source, part.target.dtype):
+        yield tensor_bytes(slab)
 
 
 def is_same(a: SourceTensor, b: SourceTensor) -> bool:

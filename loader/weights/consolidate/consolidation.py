@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import Counter
@@ -25,8 +26,9 @@ from loader.weights.consolidate.assembly import (
     CASTABLE,
     DTYPE_NAMES,
     Target,
+    find_parts,
     is_same,
-    write_target,
+    write_part,
 )
 from loader.weights.consolidate.dcp import DcpSource
 from loader.weights.consolidate.expected import ModelNames, read_model_names
@@ -80,6 +82,7 @@ def consolidate(
     checkpoint: Checkpoint,
     output: Path,
     *,
+    files: Files | None = None,
     base: Path | None = None,
     names: Mapping[str, tuple[int, ...]] | None = None,
     dtype: str | None = None,
@@ -90,7 +93,8 @@ def consolidate(
 
     The folder appears when all of it is written. Tensors are named as the model names them, from
     the checkpoint's config.json, else from the one in *base*; or *names* (name -> shape) are
-    expected. ``dtype`` ("bfloat16") casts floating tensors, None leaves them as they were trained.
+    expected. *files* are the checkpoint's where they are not (all) on this disk. ``dtype``
+    ("bfloat16") casts floating tensors, None leaves them as they were trained.
     ``on_progress(done, total)`` is told of bytes. Some blocks of 16 MiB are in memory at a time.
 
     Raises:
@@ -101,7 +105,9 @@ def consolidate(
         DiskError: no room, or the disk refused.
     """
     code = _dtype_code(dtype)
-    with LocalFiles(weight_folders(checkpoint)) as files:
+    with contextlib.ExitStack() as stack:
+        if files is None:
+            files = stack.enter_context(LocalFiles(weight_folders(checkpoint)))
         plan = plan_consolidation(checkpoint, files, base=base, names=names, dtype=code)
         specs = [TensorSpec(t.name, t.dtype, t.source.shape) for t in plan.targets]
         shards = plan_shards(specs, max_shard_bytes=max_shard_bytes, stem=plan.stem)
@@ -237,7 +243,8 @@ def _write_all(plan: Consolidation, writer: CheckpointWriter, on_progress: Progr
     workers = min(_THREADS, os.cpu_count() or 1)
     executor = ThreadPoolExecutor(workers, "consolidate")
     try:
-        futures = [executor.submit(write_target, t, writer, count) for t in plan.targets]
+        parts = sorted((p for t in plan.targets for p in find_parts(t)), key=lambda p: p.order)
+        futures = [executor.submit(write_part, part, writer, count) for part in parts]
         for future in futures:
             future.result()
     finally:

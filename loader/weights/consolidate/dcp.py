@@ -11,7 +11,9 @@ Source of the format: torch/distributed/checkpoint/metadata.py and filesystem.py
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 from loader.errors import CheckpointError, FormatError, UnsupportedError
 from loader.weights.consolidate.archive import Archive
@@ -23,6 +25,7 @@ from loader.weights.header import DTYPE_BITS
 
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 1 << 30
+_OPENED_AT_ONCE = 8  # chunks: a few small reads each, which may go to the origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +124,13 @@ def read_chunks(tensors: Mapping[str, ChunkedTensor], files: Files) -> tuple[Sou
             next_step="fetch the folders of all ranks, rank-*/<checkpoint>/; if they are there, "
             "the upload of one was cut short",
         )
-    made = []
-    for tensor in tensors.values():
-        pieces = tuple(_open_chunk(tensor, chunk, files) for chunk in tensor.chunks)
-        made.append(SourceTensor(tensor.name, tensor.dtype, tensor.shape, tensor.shape, pieces))
+    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
+        chunks = [(t, chunk) for t in tensors.values() for chunk in t.chunks]
+        opened = pool.map(lambda pair: _open_chunk(pair[0], pair[1], files), chunks)
+        made = [
+            SourceTensor(t.name, t.dtype, t.shape, t.shape, tuple(islice(opened, len(t.chunks))))
+            for t in tensors.values()
+        ]
     if problems := [hole for tensor in made for hole in find_holes(tensor)]:
         raise CheckpointError(
             "tensors whose parts do not make them up",

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from loader.weights.consolidate.allowed import DICTS, DTYPES, LISTS, RECORDS, SETS, TENSORS, TUPLES
+from loader.weights.consolidate.allowed import (
+    BYTES,
+    DICTS,
+    DTYPES,
+    LISTS,
+    RECORDS,
+    SETS,
+    TENSORS,
+    TUPLES,
+)
 
 
 @dataclass(eq=False, slots=True)
@@ -58,6 +67,11 @@ def make(name: str, args: tuple[object, ...]) -> object:
         return Record(name, args)
     if name in TENSORS:
         return _make_tensor(name, args)
+    if name in BYTES:
+        text, encoding = args
+        if not isinstance(text, str) or encoding != "latin1":
+            raise ValueError(f"bytes of {type(text).__name__} in {encoding!r}")
+        return text.encode("latin-1")
     first = args[0] if args else ()
     if len(args) > 1 or not isinstance(first, list | tuple | set | dict):
         raise ValueError(f"{name} of {len(args)} arguments")

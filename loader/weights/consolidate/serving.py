@@ -12,7 +12,9 @@ from collections.abc import Iterable
 _SIDECAR = re.compile(
     r"^(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|"
     r"added_tokens|vocab|chat_template|preprocessor_config|processor_config|video_preprocessor_"
-    r"config|image_processor_config|tekken|normalizer|params|modules|sentence_bert_config)\.json$"
+    r"config|image_processor_config|tekken|normalizer|params|modules|sentence_bert_config|"
+    r"config_sentence_transformers)\.json$"
+    r"|^(configuration|modeling|tokenization|processing|image_processing|feature_extraction)_\w+\.py$"
     r"|^(merges|vocab)\.txt$|\.(tiktoken|jinja)$|^(tokenizer|sentencepiece\.bpe|spiece)\.model$"
 )
 _TEMPLATES = re.compile(r"(^|/)additional_chat_templates/[^/]+\.jinja$")
@@ -31,14 +33,22 @@ def is_sidecar(base: str) -> bool:
     return bool(_SIDECAR.search(base))
 
 
-def serving_files(names: Iterable[str]) -> frozenset[str]:
+def is_shard(name: str) -> bool:
+    """Return whether a file of this name holds a part of weights that are sharded over ranks."""
+    base = name.rpartition("/")[2]
+    whole = base.endswith(".distcp") or bool(_UNIVERSAL.search(name))
+    return whole or bool(_ZERO_MODEL.search(base) or _ZERO_PARTITION.search(base))
+
+
+def serving_files(names: Iterable[str], *, partitions: bool = False) -> frozenset[str]:
     """Return those of *names* (paths of files, ``/`` between parts) that serving needs.
 
-    ZeRO 1 and 2 keep the model whole beside the partitions: then the optimizer files stay out. In
-    ZeRO 3 they hold the weights and are needed, though only a part of each is read.
+    ZeRO 1 and 2 keep the model whole beside the partitions: then the optimizer files stay out,
+    unless *partitions* are wanted. In ZeRO 3 they hold the weights and are needed, though only a
+    part of each is read.
     """
     names = tuple(names)
-    whole = {_run(name) for name in names if _ZERO_MODEL.search(name)}
+    whole = {_run(name) for name in names if _ZERO_MODEL.search(name) and not partitions}
     whole -= {_run(name) for name in names if _ZERO_STAGE_3.search(name)}
     return frozenset(name for name in names if _is_needed(name, whole))
 

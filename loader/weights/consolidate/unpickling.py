@@ -58,7 +58,7 @@ class _Machine:
             handler(self)
         if len(self._stack) != 1:
             raise _broken(self._where, f"{len(self._stack)} values left on the stack")
-        return self._stack[0]
+        return self.pop()
 
     def take(self, count: int) -> bytes:
         """Return the next *count* bytes."""

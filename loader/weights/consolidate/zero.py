@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from loader.errors import CheckpointError, FormatError, UnsupportedError
@@ -35,6 +36,7 @@ _MODEL = re.compile(r"^(zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp>\d+)_model_s
 _OPTIM = re.compile(r"^(\w+_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
 _UNIVERSAL = re.compile(r"^zero/(?P<name>[^/]+)/fp32\.pt$")
 _PIPELINE = re.compile(r"^layer_\d+-\w+\.pt$|_expert_\d+_")
+_OPENED_AT_ONCE = 8
 States = TypeVar("States", ModelStates, OptimStates)
 
 
@@ -133,16 +135,18 @@ class ZeroSource:
         self, names: Mapping[int, str], read: Callable[[Archive], States], what: str
     ) -> list[States | str]:
         """Return every rank's states, or why there are none."""
-        found: list[States | str] = []
-        for rank in range(max(self._states.ranks, max(names, default=-1) + 1)):
+        ranks = range(max(self._states.ranks, max(names, default=-1) + 1))
+
+        def look(rank: int) -> States | str:
             if rank not in names:
-                found.append(f"no rank has …zero_pp_rank_{rank}_mp_rank_00_{what}.pt")
-                continue
+                return f"no rank has …zero_pp_rank_{rank}_mp_rank_00_{what}.pt"
             try:
-                found.append(read(self._archive(names[rank])))
+                return read(self._archive(names[rank]))
             except FormatError as error:
-                found.append(f"{names[rank]}: {error.what}: {error.got}")
-        return found
+                return f"{names[rank]}: {error.what}: {error.got}"
+
+        with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
+            return list(pool.map(look, ranks))
 
     def _archive(self, name: str) -> Archive:
         return Archive(self._files.open(f"{self._tag}/{name}"))

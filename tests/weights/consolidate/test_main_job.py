@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loader import boot
-from loader.errors import CheckpointError
+from loader.cli.documents import plan_document
+from loader.errors import ChangedError, CheckpointError
 from loader.settings import Settings
 from loader.types import ReadyModel
-from tests.origin import FaultyOrigin, write_listing
+from tests.origin import FaultyHandler, FaultyOrigin, act, cut, status, write_listing
 from tests.weights.consolidate.conftest import assert_same, tensors_of
 
 PROMPT = "what is the capital of"
@@ -100,6 +102,114 @@ def test_a_node_that_was_not_asked_for(fsdp: Path, publish: Any) -> None:
     object.__setattr__(reference, "paths", ("rank-0/checkpoint-10/",))
     with pytest.raises(CheckpointError, match="no rank's folder holds"):
         boot.prepare(settings)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2-bf16-tied", "hsdp-tp"])
+def test_only_the_models_bytes_leave_the_origin(
+    fsdp: Path, publish: Any, origin: FaultyOrigin, name: str
+) -> None:
+    """Model and optimizer lie in the same files; those are never on this disk."""
+    settings = publish(fsdp / name, weights_only_fetch=True)
+    ready = boot.prepare(settings)
+    wanted = load_file(fsdp / name / "full.safetensors")
+    if name.endswith("tied"):
+        del wanted["lm_head.weight"]
+    assert_same(tensors_of(ready.path), wanted)
+    assert not list(settings.training.download_folder.rglob("*.distcp*"))
+    files = ready.provenance["files"]
+    assert isinstance(files, dict)
+    assert any("bytes of version" in text for text in files.values())
+    before = len(origin.requests)
+    assert boot.prepare(settings) == ready
+    assert not [r for p, r in origin.requests[before:] if p.endswith(".distcp") and r > "bytes=1"]
+
+
+@pytest.mark.parametrize("name", ["zero2-fp16", "zero3-bf16", "zero3-frozen", "zero3-lora"])
+def test_zero_reads_the_float32_partition_at_the_origin(
+    zero: Path, base: Path, publish: Any, origin: FaultyOrigin, name: str
+) -> None:
+    settings = publish(zero / name, weights_only_fetch=True, base_model=str(base))
+    ready = boot.prepare(settings)
+    assert not list(settings.training.download_folder.rglob("*states.pt*"))
+    if name == "zero3-lora":
+        assert [adapter.name for adapter in ready.adapters] == ["job1"]
+        return
+    dtype = torch.float16 if "fp16" in name else torch.bfloat16
+    full = load_file(zero / name / "full.safetensors")
+    assert_same(tensors_of(ready.path), {k: v.to(dtype) for k, v in full.items()})
+    asked = [path for path, _ in origin.requests if "optim_states" in path]
+    assert bool(asked) is name.startswith("zero3")
+
+
+def test_a_connection_that_breaks_and_an_object_that_changes(
+    fsdp: Path, publish: Any, origin: FaultyOrigin
+) -> None:
+    settings = publish(fsdp / "fsdp1", weights_only_fetch=True)
+    origin.fail("__2_0.distcp", *[cut(1000)] * 3, status(503))
+    assert boot.prepare(settings).path.is_dir()
+    shutil.rmtree(settings.training.download_folder)
+    (path,) = origin.root.rglob("__2_0.distcp")
+    origin.fail("__2_0.distcp", act(lambda: None), act(lambda: path.write_bytes(b"new")))
+    with pytest.raises((ChangedError, CheckpointError)):
+        boot.prepare(settings)
+    models = settings.training.download_folder / ".podloader/models"
+    assert not [folder for folder in models.glob("*") if folder.name[0] != "."]
+
+
+def test_shards_are_written_while_others_arrive(
+    fsdp: Path, publish: Any, origin: FaultyOrigin
+) -> None:
+    """The last file comes slowly; what the others hold is written before it is there."""
+    settings = publish(fsdp / "fsdp2", concurrency=8)
+    down = settings.training.download_folder
+    seen: list[int] = []
+
+    def look() -> None:
+        for _ in range(100):
+            partial = list(down.glob(".podloader/models/.*.partial/model.safetensors"))
+            seen.append(max((path.stat().st_blocks for path in partial), default=0))
+            if seen[-1] > 100:
+                return
+            time.sleep(0.1)
+
+    def hold(handler: FaultyHandler) -> bool:
+        first, _, last = handler.headers["Range"].removeprefix("bytes=").partition("-")
+        if int(last) - int(first) < 1 << 18:  # headers, which are read at the origin
+            origin.fail("__3_0.distcp", hold)
+        else:
+            look()
+        return False
+
+    origin.fail("__3_0.distcp", hold)
+    ready = boot.prepare(settings)
+    assert seen[-1] > 100
+    assert_same(tensors_of(ready.path), load_file(fsdp / "fsdp2/full.safetensors"))
+    assert (down / "job1/rank-1/checkpoint-10/__3_0.distcp").is_file()
+    made = ready.path.stat().st_mtime_ns
+    assert boot.prepare(settings) == ready
+    assert ready.path.stat().st_mtime_ns == made
+
+
+def test_plan_shows_both_totals(zero: Path, publish: Any) -> None:
+    settings = publish(zero / "zero2-fp16", weights_only_fetch=True)
+    manifest = boot.plan(settings)
+    document = plan_document(manifest, Path("/"), 0)
+    names = {artifact.path.rpartition("/")[2] for artifact in manifest.left_out}
+    assert names == {
+        "zero_to_fp32.py",
+        "zero_to_torch.py",
+        "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        "zero_pp_rank_1_mp_rank_00_optim_states.pt",
+    }
+    everything = sum(
+        p.stat().st_size for p in (zero / "zero2-fp16").glob("rank-*/**/*") if p.is_file()
+    )
+    assert document["all_bytes"] == everything
+    assert document["total_bytes"] == document["serving_bytes"]
+    assert int(str(document["total_bytes"])) < everything / 2
+    whole = plan_document(boot.plan(publish(zero / "zero2-fp16")), Path("/"), 0)
+    assert (whole["total_bytes"], whole["left_out"]) == (everything, [])
+    assert whole["serving_bytes"] == document["total_bytes"]
 
 
 def tokens_of_training(full: Path, base: Path) -> list[int]:
