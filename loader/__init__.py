@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from loader.checkpoints import fetch_checkpoints as fetch_checkpoints
     from loader.hook import TrussModel as TrussModel
     from loader.serve.vllm import VLLMModel as VLLMModel
 
 __version__ = "0.1.0"
 
-_ROOMS = {"TrussModel": "loader.hook", "VLLMModel": "loader.serve.vllm"}
+_ROOMS = {
+    "TrussModel": "loader.hook",
+    "VLLMModel": "loader.serve.vllm",
+    "fetch_checkpoints": "loader.checkpoints",
+}
 
 
 def __getattr__(name: str) -> object:
-    """Import a class when it is asked for: ``import loader`` itself costs nothing."""
+    """Import a name when it is asked for: ``import loader`` itself costs nothing."""
     if name not in _ROOMS:
         raise AttributeError(f"module 'loader' has no attribute {name!r}")
     from importlib import import_module

@@ -14,13 +14,13 @@ from loader.resolve.manifest import check_count, check_names
 from loader.settings import Settings
 from loader.stores.base import Store
 from loader.stores.sources import Stores, is_remote
-from loader.types import Artifact, Checkpoint
+from loader.types import Artifact, Checkpoint, Listing
 from loader.weights.header import Header, header_length, parse_header
 from loader.weights.inspect import find_checkpoints, open_checkpoint
 from loader.weights.listing import StoredTensor, join_headers
 
 _LENGTH_BYTES = 8
-_TELLING = ("config.json", "adapter_config.json", ".index.json", "/latest")
+_TELLING = ("/config.json", "/adapter_config.json", ".index.json", "/latest")
 
 
 def inspect_source(source: str, settings: Settings | None = None) -> tuple[Checkpoint, ...]:
@@ -46,14 +46,8 @@ def inspect_source(source: str, settings: Settings | None = None) -> tuple[Check
             check_names(listing.artifacts)
         with tempfile.TemporaryDirectory(prefix="podloader-") as folder:
             root = Path(folder)
-            names = []
-            for artifact in (a for listing in listings for a in listing.artifacts):
-                names.append(artifact.path)
-                if artifact.name.endswith(_TELLING):
-                    _put(artifact, root, store)
-            return tuple(
-                replace(c, path=c.path.relative_to(root)) for c in find_checkpoints(root, names)
-            )
+            found = read_checkpoints(listings, store, root)
+            return tuple(replace(c, path=c.path.relative_to(root)) for c in found)
     finally:
         store.close()
 
@@ -81,6 +75,23 @@ def read_headers(
         headers = list(pool.map(read, artifacts))
     paths = [root / artifact.path for artifact in artifacts]
     return join_headers(dict(zip(paths, headers, strict=True)))
+
+
+def read_checkpoints(
+    listings: Sequence[Listing], store: Store, root: Path
+) -> tuple[Checkpoint, ...]:
+    """Return the checkpoints behind *listings*, their small telling files put below *root*.
+
+    Raises:
+        FetchError: one of these files cannot be read.
+        FormatError: a config or an index is malformed.
+    """
+    names = []
+    for artifact in (a for listing in listings for a in listing.artifacts):
+        names.append(artifact.path)
+        if artifact.name.endswith(_TELLING):
+            _put(artifact, root, store)
+    return find_checkpoints(root, names)
 
 
 def _put(artifact: Artifact, root: Path, store: Store) -> None:

@@ -27,7 +27,7 @@ LAYERS = [
     {"overlap", "shards"},
     {"boot"},
     {"live"},
-    {"hook", "demo", "pod"},
+    {"hook", "demo", "pod", "scaffold", "checkpoints"},
     {"cli", "plugin"},
     {"__main__"},
 ]
@@ -41,7 +41,7 @@ OWNERS = {
     "fsspec": {"stores"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "yaml": {"truss_config", "demo"},
+    "yaml": {"truss_config", "demo", "scaffold"},
     "tenacity": {"retry", "fetch"},
     "awscrt": {"fetch"},
     "starlette": {"hook", "serve"},
@@ -106,7 +106,15 @@ def loaded_by(code: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["loader", "loader.cli", "loader.boot", "loader.sources", "loader.ready", "loader.remote"],
+    [
+        "loader",
+        "loader.cli",
+        "loader.boot",
+        "loader.sources",
+        "loader.ready",
+        "loader.remote",
+        "loader.scaffold.truss",
+    ],
 )
 def test_nothing_heavy_comes_with_the_front_rooms(module: str) -> None:
     assert not loaded_by(f"import {module}") & set(HEAVY)

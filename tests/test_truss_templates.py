@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,10 +12,14 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from openai import APIStatusError, OpenAI
+from safetensors.torch import save_file
 from truss.base.truss_config import TrussConfig
 
+from loader.serve.arguments import parse_arguments, serve_arguments
 from loader.settings import Settings
+from loader.types import ReadyModel, ServedAdapter
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import serving, write_listing
 from tests.serve.truss_server import TEMPLATES, TrussServer, running_template
@@ -30,7 +35,46 @@ def test_truss_and_podloader_read_the_config(name: str, tmp_path: Path) -> None:
     settings = Settings.load(tmp_path / "config.yaml")
     assert settings.artifacts
     assert settings.training.artifact_references
-    assert {"hf_access_token", "baseten_api_key"} <= config.secrets.keys()
+    assert "baseten_api_key" in config.secrets
+    assert set(config.secrets.values()) == {None}
+    if name == "custom-architecture":
+        return
+    assert "hf_access_token" in config.secrets
+    assert config.requirements[0].startswith("podloader[vllm")
+
+
+@pytest.mark.parametrize(
+    ("name", "endpoint"),
+    [("vllm-server", "/v1/chat/completions"), ("whisper", "/v1/audio/transcriptions")],
+)
+def test_the_containers_that_podloader_starts(name: str, endpoint: str) -> None:
+    config = TrussConfig.from_yaml(TEMPLATES / name / "config.yaml")
+    server = config.docker_server
+    assert server is not None
+    assert server.predict_endpoint == endpoint
+    assert (server.readiness_endpoint, server.liveness_endpoint) == ("/health", "/health")
+    # As Truss's supervisor splits it; exec, so that the signals reach podloader.
+    shell, option, script = shlex.split(str(server.start_command))
+    assert (shell, option) == ("sh", "-c")
+    assert script == f"cd /app && exec podloader serve config.yaml -- --port {server.server_port}"
+    assert config.runtime.health_checks.startup_threshold_seconds
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "custom-architecture"])
+def test_vllms_own_parser_reads_the_arguments(name: str) -> None:
+    settings = Settings.load(TEMPLATES / name / "config.yaml")
+    base = Path("/models/base")
+    adapters = (ServedAdapter("a", Path("/a"), 8),) if name == "lora-multi" else ()
+    arguments = serve_arguments(
+        ReadyModel(base, adapters, 8 if adapters else None, base, {}),
+        settings.engine_args,
+        served_model_name=settings.served_model_name,
+        extra=("--port", "8000"),
+    )
+    args = parse_arguments(arguments)
+    assert args.served_model_name == [settings.served_model_name]
+    assert args.port == 8000
 
 
 class Job:
@@ -171,3 +215,34 @@ def test_lora_multi(job: Job, tmp_path: Path) -> None:
         texts = {text_of(server, PROMPT | {"model": name}) for name in names}
         assert len(texts) == 3
         assert server.predict(PROMPT | {"model": "absent"}).status_code == 404
+
+
+def classifier(folder: Path) -> tuple[torch.nn.Linear, torch.nn.Linear]:
+    """Save a network that no engine knows; return its layers."""
+    torch.manual_seed(0)
+    hidden, out = torch.nn.Linear(3, 8), torch.nn.Linear(8, 2)
+    folder.mkdir()
+    (folder / "config.json").write_text('{"inputs": 3, "hidden": 8, "labels": ["cat", "dog"]}')
+    layers = (("hidden", hidden), ("out", out))
+    save_file(
+        {f"{name}.{k}": v for name, layer in layers for k, v in layer.state_dict().items()},
+        folder / "model.safetensors",
+    )
+    return hidden, out
+
+
+@pytest.mark.engine
+def test_custom_architecture(tmp_path: Path) -> None:
+    with serving(tmp_path / "origin") as origin:
+        hidden, out = classifier(origin.folder("job1") / "checkpoint-1")
+        listing = write_listing(origin, tmp_path / "listing.json", "job1")
+        rows = torch.randn(4, 3)
+        with running_template("custom-architecture", tmp_path, listing, {}) as server:
+            answer = server.predict({"inputs": rows.tolist()})
+            assert answer.status_code == 200, answer.text
+            log = server.log.read_text()
+    expected = torch.softmax(out(torch.relu(hidden(rows))), dim=-1).max(dim=-1)
+    assert answer.json()["labels"] == [("cat", "dog")[i] for i in expected.indices.tolist()]
+    found = torch.tensor(answer.json()["probabilities"])
+    torch.testing.assert_close(found, expected.values.detach())
+    assert "fetching" in log

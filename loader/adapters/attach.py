@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -187,14 +187,21 @@ def attach(
         ServedAdapter(adapter.name, adapter.folder, rank)
         for adapter, rank in zip(adapters, ranks, strict=True)
     )
-    limit = next((rank for rank in LORA_RANKS if rank >= max(ranks, default=0)), LORA_RANKS[-1])
     provenance: dict[str, object] = {
         "kind": "attached",
         "base": str(base),
         "adapters": {adapter.name: str(adapter.folder) for adapter in adapters},
         **({"warnings": warnings} if warnings else {}),
     }
-    return ReadyModel(base, served, limit if served else None, tokenizer, provenance)
+    return ReadyModel(
+        base, served, smallest_limit(ranks) if served else None, tokenizer, provenance
+    )
+
+
+def smallest_limit(ranks: Iterable[int]) -> int:
+    """Return the smallest ``max_lora_rank`` that vLLM allows for all of *ranks*."""
+    highest = max(ranks, default=0)
+    return next((rank for rank in LORA_RANKS if rank >= highest), LORA_RANKS[-1])
 
 
 def _list_base(base: Path, allow_pickle: bool) -> Mapping[str, TensorInfo]:

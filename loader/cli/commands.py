@@ -11,6 +11,7 @@ import typer
 
 from loader import __version__
 from loader.cli.report import errors_shown, say, set_up_logging, write_json
+from loader.cli.truss import truss
 
 if TYPE_CHECKING:
     from loader.settings import Settings
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # its tracebacks show local variables, signatures among them
     rich_markup_mode=None,
 )
+app.add_typer(truss, name="truss")
 
 Config = Annotated[Path, typer.Argument(help="A Truss config.yaml.", metavar="CONFIG")]
 Artifacts = Annotated[

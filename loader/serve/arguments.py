@@ -39,10 +39,12 @@ def serve_arguments(
     served_model_name: str | None = None,
     trust_remote_code: bool = False,
     extra: Sequence[str] = (),
+    cpu: bool | None = None,
 ) -> tuple[str, ...]:
     """Return what follows ``vllm serve`` on its command line; *extra* stands last and wins.
 
-    Quick: vLLM is not imported.
+    Quick: vLLM is not imported. ``cpu`` is whether vLLM's CPU build will run it, by default
+    whether it is the one installed here.
 
     Raises:
         ConfigError: *engine_args* hold what podloader itself decides, or a name is served twice.
@@ -63,7 +65,8 @@ def serve_arguments(
     if not ready.adapters and arguments.get("max_loras"):
         arguments["enable_lora"] = True  # room for adapters that come while it serves
     if ready.adapters or arguments.get("max_loras"):
-        slots = _adapter_slots(len(ready.adapters), arguments.get("max_loras"))
+        on_cpu = _is_cpu_build() if cpu is None else cpu
+        slots = _adapter_slots(len(ready.adapters), arguments.get("max_loras"), on_cpu)
         arguments["max_loras"] = slots
         if isinstance(slots, int):
             arguments.setdefault("max_cpu_loras", max(slots, len(ready.adapters)))
@@ -110,14 +113,14 @@ def check_engine_args(engine_args: Mapping[str, object]) -> None:
         )
 
 
-def _adapter_slots(adapters: int, asked: object) -> object:
+def _adapter_slots(adapters: int, asked: object, cpu: bool) -> object:
     """Return how many adapters one batch may mix.
 
     vLLM's CPU kernels take the last slot's adapter for requests that ask for none, so there that
     slot has to stay empty: https://github.com/vllm-project/vllm/pull/48421
     """
     slots = min(adapters, _ADAPTERS_IN_A_BATCH) if asked is None else asked
-    if _is_cpu_build() and isinstance(slots, int):
+    if cpu and isinstance(slots, int):
         return max(slots, adapters + 1)
     return slots
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from loader.errors import ConfigError, FetchError, TransientError
+from loader.errors import ConfigError, FetchError, LoaderError, TransientError
 
 # What a server needs. Weights come apart: .bin only where there is no safetensors.
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 _UNWANTED = ("original/*", "*/*.safetensors", "onnx/*", "*/*.bin")
+_SINGLE = "model.safetensors"
+_ANSWER_S = 10
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -20,6 +25,14 @@ class HubModel:
 
     path: Path
     commit: str
+
+
+@dataclass(frozen=True, slots=True)
+class HubDescription:
+    """What a model of the Hub is; ``weight_bytes`` is None where nothing tells."""
+
+    config: dict[str, Any]
+    weight_bytes: int | None
 
 
 def fetch_model(
@@ -73,6 +86,60 @@ def fetch_model(
     except Exception as error:
         raise _translate(error, repo_id, revision) from None
     return HubModel(folder, folder.name)
+
+
+def describe_model(
+    repo_id: str, revision: str | None = None, *, token: str | None = None
+) -> HubDescription:
+    """Return config.json of *repo_id* and the bytes of its weights, which stay where they are.
+
+    What huggingface-hub's cache holds is enough; else the Hub is asked, once.
+
+    Raises:
+        ConfigError: no such model or revision, or no right to read it.
+        FetchError: offline and not in the cache.
+        TransientError: the Hub did not answer.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+
+    def read(name: str, cached: bool) -> Path:
+        return Path(
+            hf_hub_download(repo_id, name, revision=revision, token=token, local_files_only=cached)
+        )
+
+    with contextlib.suppress(Exception):  # whatever it is, the Hub is asked next
+        path = read("config.json", True)
+        return HubDescription(_read_config(path), _cached_bytes(path.parent))
+    try:
+        # Without the many tries of a download: this is for a recommendation only.
+        info = HfApi(token=token).model_info(
+            repo_id, revision=revision, files_metadata=True, timeout=_ANSWER_S
+        )
+        weights = [s for s in info.siblings or [] if s.rfilename.endswith(".safetensors")]
+        size = sum(s.size or 0 for s in weights if "/" not in s.rfilename)
+        return HubDescription(_read_config(read("config.json", False)), size or None)
+    except Exception as error:
+        known = _translate(error, repo_id, revision)
+        if not isinstance(known, LoaderError):  # of the HTTP library that huggingface-hub has now
+            known = TransientError(
+                "the Hub did not answer", where=repo_id, got=type(error).__name__
+            )
+        raise known from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
+
+
+def _cached_bytes(folder: Path) -> int | None:
+    """Return the bytes of the weights in a folder of the cache, which may hold some of them."""
+    if (folder / _SINGLE).is_file():
+        return (folder / _SINGLE).stat().st_size
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        index = json.loads((folder / f"{_SINGLE}.index.json").read_text(encoding="utf-8"))
+        return int(index["metadata"]["total_size"])
+    return None
 
 
 def _translate(error: Exception, repo_id: str, revision: str | None) -> Exception:

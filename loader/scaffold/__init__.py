@@ -1,0 +1,1 @@
+"""From a listing to a complete Truss folder that serves what the listing holds."""

@@ -1,0 +1,145 @@
+"""Which GPUs a model needs: a table of their memory, and a calculation that people can follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from loader.errors import ConfigError
+from loader.scaffold.size import ModelSize
+
+GIB = 1 << 30
+_UTILIZATION = 0.9  # what is planned with; vLLM's own gpu_memory_utilization is a little more
+_RUNTIME_BYTES = 2 * GIB  # CUDA context and graphs, activations, sampling
+_COUNTS = (1, 2, 4, 8)  # of one node
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU by Truss's name. ``offered``: chosen without being asked for."""
+
+    name: str
+    memory_gib: int
+    bfloat16: bool = True
+    offered: bool = False
+
+
+# What the driver reports, rounded down. T4 and V100 compute no bfloat16 (compute capability < 8.0).
+GPUS = (
+    Gpu("T4", 15, bfloat16=False),
+    Gpu("V100", 16, bfloat16=False),
+    Gpu("L4", 22, offered=True),
+    Gpu("A10G", 22),
+    Gpu("H100_40GB", 39, offered=True),
+    Gpu("A100_40GB", 39),
+    Gpu("L40S", 44),
+    Gpu("H100", 79, offered=True),
+    Gpu("A100", 79),
+    Gpu("RTX_PRO_6000", 95),
+    Gpu("H200", 139, offered=True),
+    Gpu("B200", 178, offered=True),
+    Gpu("B300", 268),
+    Gpu("GB300", 268),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is to be served at once: ``requests`` sequences of ``tokens``, ``adapters`` loaded."""
+
+    tokens: int
+    requests: int
+    rank: int = 0
+    adapters: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """GPUs that hold the model, and the calculation, one line of text for each term."""
+
+    gpu: Gpu
+    count: int
+    calculation: tuple[str, ...]
+
+    @property
+    def accelerator(self) -> str:
+        """Return it as Truss writes it."""
+        return self.gpu.name if self.count == 1 else f"{self.gpu.name}:{self.count}"
+
+
+def place(size: ModelSize, load: Load, asked: str | None = None) -> Placement:
+    """Return the fewest, then smallest GPUs that hold *size* under *load*.
+
+    ``asked`` is a GPU (``H100``) or GPUs (``H100:2``) to use.
+
+    Raises:
+        ConfigError: an unknown GPU, a count that does not divide the attention heads, or no room.
+    """
+    gpu, count = _read(asked) if asked else (None, None)
+    tried = []
+    for candidate, number in _candidates(gpu, count):
+        if size.heads % number:
+            tried.append(f"{candidate.name}:{number}: {size.heads} heads cannot be split evenly")
+            continue
+        needed = _needed(size, load, number)
+        room = int(candidate.memory_gib * GIB * _UTILIZATION)
+        if needed <= room:
+            return Placement(candidate, number, _explain(size, load, candidate, number))
+        tried.append(f"{candidate.name}:{number}: {_gib(needed)} needed, {_gib(room)} usable")
+    raise ConfigError(
+        "the model does not fit",
+        where=asked or "one node",
+        expected=f"{_gib(size.weight_bytes)} of weights and {load.requests} x {load.tokens} tokens",
+        problems=tried[-8:],
+        next_step="give a smaller --max-model-len or --requests, or larger GPUs by --accelerator",
+    )
+
+
+def _read(asked: str) -> tuple[Gpu, int | None]:
+    name, colon, count = asked.partition(":")
+    gpu = next((g for g in GPUS if g.name == name.upper().replace("-", "_")), None)
+    if gpu is None or (colon and count not in map(str, _COUNTS)):
+        raise ConfigError(
+            "an accelerator that is not known",
+            where="--accelerator",
+            expected=f"one of {', '.join(g.name for g in GPUS)}, with :2, :4 or :8 for several",
+            got=asked,
+            next_step="correct it; config.yaml can be edited afterwards",
+        )
+    return gpu, int(count) if colon else None
+
+
+def _candidates(gpu: Gpu | None, count: int | None) -> Iterator[tuple[Gpu, int]]:
+    offered = [gpu] if gpu else sorted((g for g in GPUS if g.offered), key=lambda g: g.memory_gib)
+    for number in [count] if count else _COUNTS:
+        for candidate in offered:
+            yield candidate, number
+
+
+def _needed(size: ModelSize, load: Load, gpus: int) -> int:
+    return (
+        size.weight_bytes // gpus
+        + load.requests * size.kv_bytes(load.tokens, gpus)
+        + size.lora_bytes(load.rank, load.adapters, gpus)
+        + _RUNTIME_BYTES
+    )
+
+
+def _explain(size: ModelSize, load: Load, gpu: Gpu, gpus: int) -> tuple[str, ...]:
+    each = f" / {gpus} GPUs" if gpus > 1 else ""
+    kv = load.requests * size.kv_bytes(load.tokens, gpus)
+    rows = [(f"weights, {size.weights_from}{each}", size.weight_bytes // gpus)]
+    rows.append((f"KV cache of {load.requests} requests of {load.tokens} tokens{each}", kv))
+    if load.adapters:
+        lora = size.lora_bytes(load.rank, load.adapters, gpus)
+        rows.append((f"{load.adapters} adapters of rank {load.rank}{each}", lora))
+    rows.append(("CUDA graphs and activations", _RUNTIME_BYTES))
+    total = sum(count for _, count in rows)
+    lines = [f"{_gib(count):>11}  {text}" for text, count in rows]
+    usable = f"{_UTILIZATION:.0%} of {gpu.name}'s {gpu.memory_gib} GiB"
+    room = _gib(int(gpu.memory_gib * GIB * _UTILIZATION))
+    return (*lines, f"{_gib(total):>11}  of {room}, {usable}")
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.2f} GiB"

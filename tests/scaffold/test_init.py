@@ -1,0 +1,409 @@
+"""``podloader truss init``: from real listings to a Truss that Truss, podloader and vLLM read."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from truss.base.truss_config import TrussConfig
+
+from loader import boot
+from loader.errors import AdapterError, ConfigError, ResolveError
+from loader.scaffold.choice import choose
+from loader.scaffold.deployment import Deployment, Secret, Wishes, decide
+from loader.scaffold.survey import Found, survey
+from loader.scaffold.truss import write_truss
+from loader.serve.arguments import parse_arguments
+from loader.settings import Settings
+from tests.models import tiny_llama, train_or_draw_lora
+from tests.origin import FaultyOrigin, serving, write_listing
+from tests.other_models import tiny_embedder, tiny_whisper
+
+
+class Jobs:
+    """Checkpoints of every sort, one job for each, behind signed URLs."""
+
+    def __init__(self, origin: FaultyOrigin, folder: Path) -> None:
+        self.origin, self.folder = origin, folder
+        self.base = tiny_llama(folder / "base")
+        for step, rank in ((9, 4), (100, 12)):
+            lora = train_or_draw_lora(self.base, folder / f"lora-{step}", r=rank)
+            shutil.copytree(lora, origin.folder("lora") / f"checkpoint-{step}")
+        dora = train_or_draw_lora(self.base, folder / "dora", use_dora=True)
+        shutil.copytree(dora, origin.folder("dora") / "checkpoint-1")
+        full = origin.folder("full")
+        shutil.copytree(self.base, full, dirs_exist_ok=True)
+        for step in (5, 20):
+            shutil.copytree(self.base, full / f"checkpoint-{step}")
+        shutil.copytree(tiny_whisper(folder / "whisper"), origin.folder("whisper") / "out")
+        shutil.copytree(tiny_embedder(folder / "embed"), origin.folder("embed") / "out")
+        for rank in (0, 1):
+            origin.put(f"step-3/__{rank}_0.distcp", b"x", "dcp", rank)
+        origin.put("step-3/.metadata", b"x", "dcp")
+        shutil.copy(self.base / "config.json", origin.folder("dcp") / "step-3")
+
+    def listing(self, *jobs: str) -> str:
+        """Return the path of a listing of *jobs*."""
+        path = self.folder / f"{'-'.join(jobs)}.json"
+        path.write_text(json.dumps([self.origin.listing(job) for job in jobs]))
+        return str(path)
+
+    def find(self, *jobs: str) -> tuple[Found, ...]:
+        """Return what is found in the listing of *jobs*."""
+        return survey([self.listing(*jobs)])
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    folder = tmp_path_factory.mktemp("jobs")
+    with serving(folder / "origin") as origin:
+        yield Jobs(origin, folder)
+
+
+def make(jobs: Jobs, job: str, output: Path, *names: str, **wishes: Any) -> Deployment:
+    """Write a Truss of *job*'s checkpoints and return what was decided."""
+    deployment = decide(choose(jobs.find(job), names or ["latest"]), Wishes(**wishes))
+    write_truss(deployment, [jobs.listing(job)], output)
+    return deployment
+
+
+def read(output: Path) -> tuple[TrussConfig, Settings]:
+    """Return what Truss and podloader make of it, Truss's own complete copy included."""
+    config = TrussConfig.from_yaml(output / "config.yaml")
+    config.write_to_yaml_file(output / "complete.yaml", verbose=True)
+    return config, Settings.load(output / "complete.yaml")
+
+
+def test_only_small_telling_files_are_read(jobs: Jobs) -> None:
+    jobs.origin.requests.clear()
+    jobs.find("lora", "full", "whisper", "dcp")
+    read_whole = {path.rpartition("/")[2] for path, header in jobs.origin.requests if header}
+    whole = [path for path, header in jobs.origin.requests if header != "bytes=0-0"]
+    assert not [path for path in whole if path.endswith((".safetensors", ".distcp"))]
+    assert "adapter_config.json" in read_whole
+
+
+def test_one_adapter(jobs: Jobs, tmp_path: Path) -> None:
+    deployment = make(jobs, "lora", tmp_path / "out")
+    config, settings = read(tmp_path / "out")
+    assert settings.base_model == str(jobs.base)
+    assert settings.training.artifact_references[0].paths == ("rank-0/checkpoint-100/",)
+    assert settings.engine_args == {
+        "dtype": "bfloat16",
+        "tensor_parallel_size": 1,
+        "max_model_len": 256,
+        "max_lora_rank": 16,
+    }
+    assert deployment.adapters == ("lora",)
+    assert {"--enable-lora", "--lora-modules"} <= set(deployment.command)
+    assert str(config.resources.accelerator.accelerator) == "Accelerator.L4"
+    assert config.docker_server is not None
+    assert config.docker_server.predict_endpoint == "/v1/chat/completions"
+    assert config.docker_server.readiness_endpoint == "/health"
+    text = (tmp_path / "out/config.yaml").read_text()
+    for line in deployment.placement.calculation:
+        assert f"# {line}" in text
+
+
+def test_two_adapters_of_one_job_never_collide(jobs: Jobs, tmp_path: Path) -> None:
+    deployment = make(jobs, "lora", tmp_path / "out", "checkpoint-9", "checkpoint-100")
+    _, settings = read(tmp_path / "out")
+    assert set(deployment.adapters) == {"lora-checkpoint-9", "lora-checkpoint-100"}
+    assert settings.adapter_policy == "attach"
+    assert settings.engine_args["max_lora_rank"] == 16
+
+
+def test_the_pod_prepares_what_was_promised(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promised = make(jobs, "lora", tmp_path / "out", "checkpoint-9", "latest")
+    document = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    document["training_checkpoints"]["download_folder"] = str(tmp_path / "down")
+    monkeypatch.chdir(tmp_path / "out")
+    ready = boot.prepare(Settings.load(document))
+    assert tuple(a.name for a in ready.adapters) == promised.adapters
+    assert ready.max_lora_rank == promised.engine_args["max_lora_rank"]
+    assert ready.path == jobs.base
+
+
+def test_the_last_model_beside_its_checkpoints(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert choose(jobs.find("full"), ["latest"])[0].name == "checkpoint-20"
+    make(jobs, "full", tmp_path / "out", "full/rank-0")
+    document = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    document["training_checkpoints"]["download_folder"] = str(tmp_path / "down")
+    monkeypatch.chdir(tmp_path / "out")
+    ready = boot.prepare(Settings.load(document))
+    assert ready.path == tmp_path / "down/full/rank-0"
+    assert not (tmp_path / "down/full/rank-0/checkpoint-20").exists()
+
+
+def test_whisper(jobs: Jobs, tmp_path: Path) -> None:
+    make(jobs, "whisper", tmp_path / "out")
+    config, _ = read(tmp_path / "out")
+    assert config.docker_server is not None
+    assert config.docker_server.predict_endpoint == "/v1/audio/transcriptions"
+    assert config.requirements == ["podloader[vllm,audio]"]
+
+
+def test_embeddings(jobs: Jobs, tmp_path: Path) -> None:
+    make(jobs, "embed", tmp_path / "out")
+    config, settings = read(tmp_path / "out")
+    assert config.docker_server is not None
+    assert config.docker_server.predict_endpoint == "/v1/embeddings"
+    assert settings.engine_args["runner"] == "pooling"
+
+
+def test_shards_of_all_ranks(jobs: Jobs, tmp_path: Path) -> None:
+    deployment = make(jobs, "dcp", tmp_path / "out", base_model=str(jobs.base))
+    _, settings = read(tmp_path / "out")
+    assert settings.training.artifact_references[0].paths == ("rank-*/step-3/",)
+    assert settings.base_model == str(jobs.base)
+    assert "counted" in deployment.placement.calculation[0]
+
+
+def test_what_cannot_be_attached_is_merged_alone(jobs: Jobs, tmp_path: Path) -> None:
+    deployment = make(jobs, "dora", tmp_path / "out")
+    _, settings = read(tmp_path / "out")
+    assert settings.adapter_policy == "merge"
+    assert "--enable-lora" not in deployment.command
+    chosen = choose(jobs.find("dora", "lora"), ["dora/checkpoint-1", "lora/checkpoint-9"])
+    with pytest.raises(AdapterError, match="cannot attach") as error:
+        decide(chosen, Wishes())
+    assert "DoRA" in error.value.problems[0]
+
+
+def test_all_secrets_and_variables_are_kept(jobs: Jobs, tmp_path: Path) -> None:
+    secrets = (Secret("hf_access_token", "HF_TOKEN"), Secret("wandb"), Secret("key", "API_KEY"))
+    environment = {"A": "b c", "N": "1"}
+    deployment = decide(
+        choose(jobs.find("lora"), ["latest"]), Wishes(secrets=secrets, environment=environment)
+    )
+    write_truss(deployment, [jobs.listing("lora")], tmp_path / "out")
+    config, _ = read(tmp_path / "out")
+    assert set(config.secrets) == {"hf_access_token", "wandb", "key"}
+    assert config.environment_variables == environment
+    command = str(config.docker_server.start_command) if config.docker_server else ""
+    for variable, name in (("HF_TOKEN", "hf_access_token"), ("API_KEY", "key")):
+        assert f'export {variable}="$(cat /secrets/{name})"' in command
+    with pytest.raises(ConfigError, match="secret"):
+        Secret("x; rm -rf /", "V")
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("s3://bucket/prefix", ["aws_access_key_id", "aws_secret_access_key", "aws_region"]),
+        ("baseten", ["baseten_api_key"]),
+        ("listing.json", []),
+    ],
+)
+def test_secrets_that_the_source_needs(jobs: Jobs, source: str, names: list[str]) -> None:
+    chosen = choose(jobs.find("lora"), ["latest"])
+    assert [s.name for s in decide(chosen, Wishes(sources=(source,))).secrets] == names
+
+
+def test_a_base_of_the_hub_needs_its_token(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    chosen = choose(jobs.find("lora"), ["latest"])
+    deployment = decide(chosen, Wishes(base_model="org/thing-8b-it"))
+    assert [s.name for s in deployment.secrets] == ["hf_access_token"]
+    assert "8B in its name" in deployment.placement.calculation[0]
+    assert deployment.placement.accelerator == "H100_40GB"
+    with pytest.raises(ConfigError, match="how large"):
+        decide(chosen, Wishes(base_model="org/thing"))
+
+
+def test_gpus_without_bfloat16_get_float16(jobs: Jobs) -> None:
+    deployment = decide(choose(jobs.find("lora"), ["latest"]), Wishes(accelerator="T4"))
+    assert deployment.engine_args["dtype"] == "float16"
+
+
+def test_lengths_and_names_that_are_refused(jobs: Jobs) -> None:
+    chosen = choose(jobs.find("lora"), ["latest"])
+    with pytest.raises(ConfigError, match="length") as error:
+        decide(chosen, Wishes(max_model_len=257))
+    assert "256" in error.value.expected
+    with pytest.raises(ConfigError, match="name"):
+        decide(chosen, Wishes(model_name="a b/c"))
+
+
+def test_a_listing_without_checkpoints(jobs: Jobs) -> None:
+    jobs.origin.put("notes.txt", b"x", "empty")
+    with pytest.raises(ResolveError, match="no checkpoint") as error:
+        jobs.find("empty")
+    assert "1 files" in error.value.got
+
+
+def test_the_same_wishes_give_the_same_folder(jobs: Jobs, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make(jobs, "lora", tmp_path / name, "latest", "checkpoint-9")
+    texts = [(tmp_path / name / "config.yaml").read_text() for name in ("a", "b")]
+    assert texts[0] == texts[1]
+
+
+def test_the_listing_goes_along_and_a_bucket_does_not(jobs: Jobs, tmp_path: Path) -> None:
+    deployment = make(jobs, "lora", tmp_path / "out")
+    assert (tmp_path / "out/data/lora.json").read_text() == Path(jobs.listing("lora")).read_text()
+    write_truss(deployment, ["s3://bucket/prefix"], tmp_path / "bucket")
+    assert read(tmp_path / "bucket")[1].artifacts == ("s3://bucket/prefix",)
+    assert not (tmp_path / "bucket/data").exists()
+    signed = "https://host/listing.json?Signature=hush"
+    with pytest.raises(ConfigError, match="signed URL") as error:
+        write_truss(deployment, [signed], tmp_path / "signed")
+    assert "hush" not in str(error.value)
+    assert not (tmp_path / "signed").exists()
+
+
+def test_a_folder_that_is_there_is_kept(jobs: Jobs, tmp_path: Path) -> None:
+    deployment = make(jobs, "lora", tmp_path / "out")
+    (tmp_path / "out/config.yaml").write_text("mine: true")
+    sources = [jobs.listing("lora")]
+    with pytest.raises(ConfigError, match="there already"):
+        write_truss(deployment, sources, tmp_path / "out")
+    assert (tmp_path / "out/config.yaml").read_text() == "mine: true"
+    write_truss(deployment, sources, tmp_path / "out", overwrite=True)
+    assert "mine" not in (tmp_path / "out/config.yaml").read_text()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="there already"):
+        write_truss(deployment, sources, tmp_path / "mine", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_nothing_half_written_stays(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = make(jobs, "lora", tmp_path / "out")
+    before = (tmp_path / "out/config.yaml").read_text()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("loader.scaffold.truss.shutil.copyfile", full)
+    for output in ("out", "new"):
+        with pytest.raises(Exception, match="could not be written") as error:
+            write_truss(deployment, [jobs.listing("lora")], tmp_path / output, overwrite=True)
+        assert "No space left" in str(error.value)
+    assert (tmp_path / "out/config.yaml").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("job", "names"),
+    [
+        ("lora", ["latest"]),
+        ("lora", ["latest", "checkpoint-9"]),
+        ("dora", ["latest"]),
+        ("full", ["latest"]),
+        ("whisper", ["latest"]),
+        ("embed", ["latest"]),
+        ("dcp", ["latest"]),
+    ],
+)
+def test_vllms_own_parser_reads_the_arguments(jobs: Jobs, job: str, names: list[str]) -> None:
+    deployment = decide(choose(jobs.find(job), names), Wishes())
+    args = parse_arguments((*deployment.command, "--port", "8000"))
+    assert args.served_model_name == [deployment.served_model_name]
+    assert args.tensor_parallel_size == 1
+    assert bool(args.lora_modules) == bool(deployment.adapters)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "loader", "truss", "init", *arguments]
+
+
+def test_the_command_where_there_is_no_terminal(jobs: Jobs, tmp_path: Path) -> None:
+    arguments = ["--artifacts", jobs.listing("lora"), "--output", str(tmp_path / "out"), "--json"]
+    done = subprocess.run(
+        command(*arguments, "--secret", "A=b", "--env", "C=d", "--name", "mine"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["checkpoints"] == [{"kind": "adapter", "path": "lora/rank-0/checkpoint-100"}]
+    assert document["accelerator"] == "L4"
+    assert "Signature" not in done.stdout + done.stderr
+    config, _ = read(tmp_path / "out")
+    assert (config.model_name, set(config.secrets)) == ("mine", {"b"})
+    again = subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "--overwrite" in again.stderr
+
+
+def in_a_terminal(arguments: list[str], typed: str) -> str:
+    """Run the command in a terminal where somebody types, and return what the terminal showed."""
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        command(*arguments), stdin=follower, stdout=follower, stderr=follower, close_fds=True
+    )
+    os.close(follower)
+    os.write(leader, typed.encode())
+    shown = b""
+    while True:
+        try:
+            piece = os.read(leader, 1 << 16)
+        except OSError:  # the terminal's other side is closed
+            break
+        shown += piece
+    os.close(leader)
+    assert process.wait(timeout=60) == 0, shown.decode()
+    return shown.decode()
+
+
+def test_a_person_is_asked(jobs: Jobs, tmp_path: Path) -> None:
+    arguments = ["--artifacts", jobs.listing("lora"), "--output", str(tmp_path / "out")]
+    shown = in_a_terminal(arguments, "7\n1,2\n\n128\nH100\n")
+    assert "numbers from 1 to 2" in shown
+    assert "lora/rank-0/checkpoint-100  (adapter)" in shown
+    config, settings = read(tmp_path / "out")
+    assert len(settings.training.artifact_references[0].paths) == 2
+    assert config.model_name == "base"
+    assert settings.engine_args["max_model_len"] == 128
+    assert config.resources.accelerator.accelerator == "H100"
+
+
+def test_defaults_by_pressing_enter_are_those_without_a_terminal(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    source = ["--artifacts", jobs.listing("full"), "--output"]
+    in_a_terminal([*source, str(tmp_path / "asked")], "\n\n\n\n")
+    shown = in_a_terminal([*source, str(tmp_path / "silent"), "--non-interactive"], "")
+    assert "Which" not in shown
+    texts = [(tmp_path / name / "config.yaml").read_text() for name in ("asked", "silent")]
+    assert texts[0] == texts[1]
+
+
+def test_a_job_among_several(jobs: Jobs, tmp_path: Path) -> None:
+    several = jobs.listing("lora", "full")
+    arguments = ["--artifacts", several, "--output", str(tmp_path / "out")]
+    refused = subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "--job-id" in refused.stderr
+    done = subprocess.run(command(*arguments, "--job-id", "full"), capture_output=True, check=False)
+    assert done.returncode == 0
+    assert read(tmp_path / "out")[1].training.artifact_references[0].training_job_id == "full"
+
+
+def test_listing_sizes_are_enough(jobs: Jobs, tmp_path: Path) -> None:
+    path = write_listing(jobs.origin, tmp_path / "sizes.json", "full")
+    path.write_text(json.dumps(jobs.origin.listing("full", with_sizes=True)))
+    jobs.origin.requests.clear()
+    (latest,) = choose(survey([str(path)]), ["latest"])
+    assert latest.weight_bytes == (jobs.base / "model.safetensors").stat().st_size
+    assert {name.rpartition("/")[2] for name, _ in jobs.origin.requests} == {"config.json"}
