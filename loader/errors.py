@@ -104,10 +104,14 @@ class FetchError(LoaderError):
 
 
 class TransientError(FetchError):
-    """A failure that asking again may cure, not before ``retry_after_s`` where it is given."""
+    """A failure that asking again may cure, not before ``retry_after_s`` where it is given.
+
+    ``busy``: the origin asks for fewer requests.
+    """
 
     retryable = True
     retry_after_s: float | None = None
+    busy = False
 
 
 class DeniedError(FetchError):

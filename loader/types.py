@@ -86,7 +86,10 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class FetchedFile:
-    """One file that is whole on disk; ``digest`` is ``crc64nvme:<base64>``, as S3 writes it."""
+    """One file that is whole on disk; ``digest`` is ``crc64nvme:<base64>``, as S3 writes it.
+
+    ``seconds`` is how long it took to bring it, 0 where it was here.
+    """
 
     path: str
     job: str
@@ -95,6 +98,7 @@ class FetchedFile:
     digest: str
     source: str
     reused: bool
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 from rich.console import Console
 from rich.progress import (
@@ -15,16 +16,23 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from loader.fetch.progress import LogProgress
+from loader.fetch.progress import LogProgress, Retries
 from loader.fetch.progress import Progress as FetchProgress
+
+_BIG_BYTES = 64 << 20
+_LONGEST = 40
+_BARS = 6  # of files at a time; all others move only the bar of the whole
 
 
 class BarProgress:
-    """One bar, of bytes, with the files counted before it."""
+    """One bar of all bytes, with the files counted before it, and one of each big file under way.
+
+    Retries are lines above them.
+    """
 
     def __init__(self) -> None:
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),
@@ -32,6 +40,9 @@ class BarProgress:
             console=Console(stderr=True),
         )
         self._task = TaskID(0)
+        self._lock = threading.Lock()
+        self._files: dict[str, TaskID] = {}
+        self._retries = Retries(1.0)
         self._count = 0
         self._total = 0
 
@@ -41,27 +52,47 @@ class BarProgress:
         self._task = self._bars.add_task(self._label(), total=size_bytes, completed=have_bytes)
         self._bars.start()
 
-    def advance(self, count_bytes: int) -> None:
-        """Move the bar."""
+    def begin_file(self, path: str, size_bytes: int, have_bytes: int) -> None:
+        """Give a big file a bar, where there is room for one."""
+        if size_bytes < _BIG_BYTES or path in self._files:
+            return
+        with self._lock:
+            if path not in self._files and len(self._files) < _BARS:
+                self._files[path] = self._bars.add_task(
+                    _short(path), total=size_bytes, completed=have_bytes
+                )
+
+    def advance(self, count_bytes: int, path: str) -> None:
+        """Move the bars."""
         self._bars.advance(self._task, count_bytes)
+        if (task := self._files.get(path)) is not None:
+            self._bars.advance(task, count_bytes)
 
-    def begin_file(self, path: str) -> None:
-        """Change nothing: the bar is of all files."""
-
-    def retry(self, path: str) -> None:
-        """Change nothing."""
+    def retry(self, path: str, reason: str) -> None:
+        """Say it, with those that came within the same second in one line."""
+        if line := self._retries.tell(path, reason):
+            self._bars.console.print(line, markup=False, highlight=False)
 
     def finish_file(self, path: str) -> None:
-        """Count a file."""
-        self._count += 1
+        """Count a file and take its bar away."""
+        with self._lock:
+            self._count += 1
+            task = self._files.pop(path, None)
+        if task is not None:
+            self._bars.remove_task(task)
         self._bars.update(self._task, description=self._label())
 
     def finish(self) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bars as they stand."""
         self._bars.stop()
 
     def _label(self) -> str:
         return f"{self._count}/{self._total} files"
+
+
+def _short(path: str) -> str:
+    """Return the end of a path, which tells files apart."""
+    return path if len(path) <= _LONGEST else "…" + path[1 - _LONGEST :]
 
 
 def choose_progress() -> FetchProgress:

@@ -59,6 +59,10 @@ class Arrivals:
         """Return whether the file *path* is whole already."""
         return path in self._here
 
+    def file(self, path: str) -> FetchedFile:
+        """Return what came under *path*, which is here already."""
+        return self._here[path]
+
     def arrive(self, file: FetchedFile) -> None:
         """Say that a file is whole. The fetch does."""
         with self._changed:

@@ -5,8 +5,8 @@
     <download_folder>/
       <job>/rank-<N>/<relative_file_name>              whole files only
       .podloader/
-        lock                                           held by the fetch that is running
         files/<job>/rank-<N>/<relative_file_name>
+          .lock                                        held by the process that is fetching it
           .part                                        bytes that have arrived, at their offsets
           .journal                                     which ranges of it have; first the version
           .record                                      what the whole file is; written last
@@ -22,9 +22,7 @@ import contextlib
 import errno
 import fcntl
 import json
-import logging
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,8 +32,8 @@ from loader.fetch.plan import DoneRange
 from loader.types import Artifact
 
 STATE = ".podloader"
+_KINDS = ("part", "journal", "record", "lock")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_log = logging.getLogger("podloader")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +44,7 @@ class Places:
     part: Path
     journal: Path
     record: Path
+    lock: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +63,8 @@ class Record:
 def places(root: Path, artifact: Artifact) -> Places:
     """Return the paths of *artifact* below *root*."""
     state = root / STATE / "files" / artifact.path
-    part, journal, record = (
-        state.with_name(f"{state.name}.{kind}") for kind in ("part", "journal", "record")
-    )
-    return Places(root / artifact.path, part, journal, record)
+    kinds = (state.with_name(f"{state.name}.{kind}") for kind in _KINDS)
+    return Places(root / artifact.path, *kinds)
 
 
 def boot_id() -> str:
@@ -78,27 +75,24 @@ def boot_id() -> str:
         return ""
 
 
-@contextlib.contextmanager
-def lock(root: Path) -> Iterator[None]:
-    """Hold the folder's lock: a second fetch waits for the first, then finds its files."""
-    path = root / STATE / "lock"
+def try_lock(path: Path) -> int | None:
+    """Return the descriptor that holds the lock *path*, None where another one does.
+
+    The system lets go of it when the descriptor is closed, by whatever end of the process. The
+    file stays: were it removed, two processes could hold two of the same name.
+    """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-    try:
-        told = False
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told:
-                    _log.info("another podloader is fetching into %s; waiting for it", root)
-                told = True
-                time.sleep(0.1)
-        yield
-    finally:
-        os.close(fd)
+        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
 
 def check_way(root: Path, artifacts: Sequence[Artifact]) -> None:
@@ -111,7 +105,7 @@ def check_way(root: Path, artifacts: Sequence[Artifact]) -> None:
     folders: set[Path] = {root / STATE}
     for artifact in artifacts:
         place = places(root, artifact)
-        finals |= {place.final, place.part, place.journal, place.record}
+        finals |= {place.final, place.part, place.journal, place.record, place.lock}
         for leaf in (place.final, place.part):
             depth = len(leaf.parts) - len(root.parts) - 1
             folders.update(leaf.parents[:depth])

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import threading
+import time
 
 from loader.errors import FormatError, TransientError
 from loader.fetch.files import (
@@ -13,6 +14,7 @@ from loader.fetch.files import (
     Record,
     disk_errors,
     read_journal,
+    try_lock,
     write_journal,
     write_record,
 )
@@ -21,30 +23,46 @@ from loader.fetch.verify import check_structure, proved_ranges
 from loader.stores.base import ObjectInfo
 from loader.types import Artifact, FetchedFile
 
+LARGE_BYTES = 1 << 20  # smaller files come first, and several at a time
+
 
 class PartFile:
-    """One artifact's part file. ``write`` and ``finish`` may be called from many threads."""
+    """One artifact's part file. ``lock`` and ``resume`` come first; then ``write`` and ``finish``
+    may be called from many threads.
 
-    def __init__(
-        self, artifact: Artifact, info: ObjectInfo, place: Places, range_bytes: int, boot_id: str
-    ) -> None:
+    ``missing`` is what ``resume`` left to be fetched, ``done`` the file once it is whole.
+    """
+
+    def __init__(self, artifact: Artifact, info: ObjectInfo, place: Places, boot_id: str) -> None:
         self.artifact = artifact
         self.info = info
+        self.done: FetchedFile | None = None
+        self.missing: tuple[Range, ...] = ()
+        self.fetched_bytes = 0
         self._place = place
         self._boot_id = boot_id
         self._lock = threading.Lock()
         self._fd: int | None = None
         self._journal: int | None = None
-        self._have = list(self._resume())
-        step = range_bytes if info.ranges else max(info.size_bytes, 1)
-        self.missing: tuple[Range, ...] = missing_ranges(self._have, info.size_bytes, step)
-        self._left = len(self.missing)
-        self.done = self._adopt()
+        self._lock_fd: int | None = None
+        self._have: list[DoneRange] = []
+        self._have_bytes = 0
+        self._began = time.monotonic()
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it keeps many connections busy."""
+        return self.info.size_bytes > LARGE_BYTES
+
+    @property
+    def claimed_bytes(self) -> int:
+        """The bytes that an earlier run says are here; ``resume`` proves it."""
+        return sum(r.end - r.start for r in self._claimed())
 
     @property
     def have_bytes(self) -> int:
-        """The bytes that need not be fetched again."""
-        return sum(entry.end - entry.start for entry in self._have)
+        """The bytes that need not be fetched any more."""
+        return self._have_bytes
 
     @property
     def needed_bytes(self) -> int:
@@ -55,28 +73,34 @@ class PartFile:
             held = 0
         return max(0, self.info.size_bytes - held)
 
-    def open(self) -> None:
-        """Make the part file and its journal, or go on with those of an earlier run."""
-        with self._lock, disk_errors(self._place.part):
-            if self._fd is not None:
-                return
-            self._place.part.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            fd = os.open(self._place.part, flags, 0o644)
-            try:
-                os.ftruncate(fd, self.info.size_bytes)
-                write_journal(self._place.journal, self._key(), tuple(self._have))
-                flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-                self._journal = os.open(self._place.journal, flags)
-            except BaseException:
-                os.close(fd)
-                raise
-            self._fd = fd
+    def lock(self) -> bool:
+        """Take the file's lock. Return False where another process, or thread, has it."""
+        if self._lock_fd is None:
+            self._lock_fd = try_lock(self._place.lock)
+        return self._lock_fd is not None
+
+    def keep(self, record: Record) -> None:
+        """Take the file as *record* says: it was found whole."""
+        self.done = fetched_file(self.artifact, record, reused=True)
+        self.close()
+
+    def resume(self) -> None:
+        """Find out, and prove, what an earlier run left; publish the file where that is all."""
+        self._began = time.monotonic()
+        self._have = list(proved_ranges(self._place.part, self._claimed()))
+        self._have_bytes = sum(entry.end - entry.start for entry in self._have)
+        self.missing = missing_ranges(self._have, self.info.size_bytes)
+        self.done = self._adopt()
+        if self.done is not None:
+            self.missing = ()
+            self.close()
+        elif not self.missing:
+            self.publish()
 
     def write(self, data: memoryview, place: int) -> None:
         """Put *data* at the offset *place*."""
         if self._fd is None:
-            self.open()
+            self._open()
         assert self._fd is not None
         with disk_errors(self._place.part):
             while data:
@@ -84,18 +108,16 @@ class PartFile:
                 data, place = data[count:], place + count
 
     def finish(self, entry: DoneRange) -> bool:
-        """Note a range as whole; the last one publishes the file. Return whether it was."""
+        """Note a range as whole. Return whether it was the last one, after which to publish."""
         line = json.dumps([entry.start, entry.end, entry.crc]) + "\n"
         with self._lock:
             assert self._journal is not None
             with disk_errors(self._place.journal):
                 os.write(self._journal, line.encode())
             self._have.append(entry)
-            self._left -= 1
-            last = self._left == 0
-        if last:
-            self.publish()
-        return last
+            self._have_bytes += entry.end - entry.start
+            self.fetched_bytes += entry.end - entry.start
+            return self._have_bytes == self.info.size_bytes
 
     def publish(self) -> None:
         """Give the whole file its name, then write its record.
@@ -103,8 +125,7 @@ class PartFile:
         Raises:
             FormatError: the bytes are what the origin sent, and no whole file of their format.
         """
-        self.open()
-        self.close()
+        self._open()
         place = self._place
         have = sound_ranges(self._have, self.info.size_bytes)
         try:
@@ -125,15 +146,16 @@ class PartFile:
             mtime_ns = place.part.stat().st_mtime_ns
             place.part.replace(place.final)
         self.done = self._promote(have, mtime_ns)
+        self.close()
 
     def close(self) -> None:
-        """Close what is open; nothing is lost."""
+        """Close what is open and let go of the lock; nothing is lost."""
         with self._lock:
-            for fd in (self._fd, self._journal):
+            for fd in (self._fd, self._journal, self._lock_fd):
                 if fd is not None:
                     with contextlib.suppress(OSError):
                         os.close(fd)
-            self._fd = self._journal = None
+            self._fd = self._journal = self._lock_fd = None
 
     def ended_early(self, place: int, end: int) -> TransientError:
         """Return the error for a body that stopped at *place*."""
@@ -143,6 +165,24 @@ class PartFile:
             expected=f"bytes up to {end}",
             got=f"bytes up to {place}",
         )
+
+    def _open(self) -> None:
+        """Make the part file and its journal, or go on with those of an earlier run."""
+        with self._lock, disk_errors(self._place.part):
+            if self._fd is not None:
+                return
+            self._place.part.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            fd = os.open(self._place.part, flags, 0o644)
+            try:
+                os.ftruncate(fd, self.info.size_bytes)
+                write_journal(self._place.journal, self._key(), tuple(self._have))
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+                self._journal = os.open(self._place.journal, flags)
+            except BaseException:
+                os.close(fd)
+                raise
+            self._fd = fd
 
     def _adopt(self) -> FetchedFile | None:
         """Return the final file where an earlier run was killed between its name and record."""
@@ -155,6 +195,7 @@ class PartFile:
             return None
         if len(proved_ranges(place.final, have)) != len(have):
             return None
+        self._have_bytes = self.info.size_bytes
         return self._promote(have, place.final.stat().st_mtime_ns, reused=True)
 
     def _promote(
@@ -167,14 +208,13 @@ class PartFile:
         write_record(self._place.record, record)
         with disk_errors(self._place.journal):
             self._place.journal.unlink(missing_ok=True)
-        return fetched_file(self.artifact, record, reused=reused)
+        seconds = 0.0 if reused else time.monotonic() - self._began
+        return fetched_file(self.artifact, record, reused=reused, seconds=seconds)
 
-    def _resume(self) -> tuple[DoneRange, ...]:
-        """Return the ranges of an earlier run that are still sound."""
+    def _claimed(self) -> tuple[DoneRange, ...]:
         if not self.info.ranges:
             return ()
-        claimed = sound_ranges(read_journal(self._place.journal, self._key()), self.info.size_bytes)
-        return proved_ranges(self._place.part, claimed)
+        return sound_ranges(read_journal(self._place.journal, self._key()), self.info.size_bytes)
 
     def _key(self) -> dict[str, object]:
         """What a journal must have been written for, to be believed."""
@@ -182,7 +222,9 @@ class PartFile:
         return {"size_bytes": self.info.size_bytes, "version": version}
 
 
-def fetched_file(artifact: Artifact, record: Record, *, reused: bool) -> FetchedFile:
+def fetched_file(
+    artifact: Artifact, record: Record, *, reused: bool, seconds: float = 0.0
+) -> FetchedFile:
     """Return what a snapshot says about a whole file."""
     return FetchedFile(
         path=artifact.path,
@@ -192,4 +234,5 @@ def fetched_file(artifact: Artifact, record: Record, *, reused: bool) -> Fetched
         digest=record.digest,
         source=record.source,
         reused=reused,
+        seconds=seconds,
     )

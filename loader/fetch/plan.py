@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from awscrt.checksums import combine_crc64nvme
 
+_MOST_RANGES = 4  # of one request: what the last bytes of a large file wait for
+
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -41,18 +43,28 @@ def sound_ranges(done: Iterable[DoneRange], size_bytes: int) -> tuple[DoneRange,
     return tuple(kept)
 
 
-def missing_ranges(
-    done: Sequence[DoneRange], size_bytes: int, range_bytes: int
-) -> tuple[Range, ...]:
-    """Return what *done* (sorted, disjoint) leaves of a file, in pieces of *range_bytes*."""
+def missing_ranges(done: Sequence[DoneRange], size_bytes: int) -> tuple[Range, ...]:
+    """Return the holes that *done* (sorted, disjoint) leaves in a file."""
     missing: list[Range] = []
     place = 0
     ends = [(entry.start, entry.end) for entry in done]
     for start, end in [*ends, (size_bytes, size_bytes)]:
-        cuts = range(place, start, range_bytes)
-        missing += [Range(cut, min(cut + range_bytes, start)) for cut in cuts]
+        if place < start:
+            missing.append(Range(place, start))
         place = end
     return tuple(missing)
+
+
+def guided_bytes(hole_bytes: int, left_bytes: int, workers: int, range_bytes: int) -> int:
+    """Return how much of a hole to ask for at once, in whole ranges where there is more.
+
+    Half of what would be one worker's share of all that is left: few requests first, small ones
+    at the end. Source: Polychronopoulos and Kuck, "Guided self-scheduling", 1987.
+    """
+    ranges = left_bytes // (2 * workers * range_bytes)
+    size = max(1, min(ranges, _MOST_RANGES)) * range_bytes
+    # A rest that is not worth a request of its own goes with it.
+    return size if size + range_bytes // 4 < hole_bytes else hole_bytes
 
 
 def combine(done: Sequence[DoneRange]) -> str:

@@ -17,16 +17,16 @@ class Progress(Protocol):
     def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
         """So many files and bytes in all, of which *have_bytes* are here."""
 
-    def advance(self, count_bytes: int) -> None:
-        """So many bytes more; fewer, when an origin without ranges starts over."""
+    def advance(self, count_bytes: int, path: str) -> None:
+        """So many bytes more of a file; fewer, when an origin without ranges starts over."""
 
-    def begin_file(self, path: str) -> None:
+    def begin_file(self, path: str, size_bytes: int, have_bytes: int) -> None:
         """Bytes of this file are asked for; told at every request."""
 
     def finish_file(self, path: str) -> None:
         """One file more is whole."""
 
-    def retry(self, path: str) -> None:
+    def retry(self, path: str, reason: str) -> None:
         """Bytes of this file are asked for again after a passing failure."""
 
     def finish(self) -> None:
@@ -42,6 +42,7 @@ class LogProgress:
         self._files = self._total_files = 0
         self._bytes = self._total_bytes = self._had_bytes = 0
         self._began = self._told = time.monotonic()
+        self._retries = Retries(every_s)
 
     def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
         """Say what is to come."""
@@ -51,7 +52,7 @@ class LogProgress:
         here = f", {show_bytes(have_bytes)} of it here already" if have_bytes else ""
         _log.info("fetching %d files, %s%s", files, show_bytes(size_bytes), here)
 
-    def advance(self, count_bytes: int) -> None:
+    def advance(self, count_bytes: int, path: str) -> None:
         """Count, and tell now and then."""
         with self._lock:
             self._bytes += count_bytes
@@ -61,7 +62,7 @@ class LogProgress:
             self._told = now
         self._tell()
 
-    def begin_file(self, path: str) -> None:
+    def begin_file(self, path: str, size_bytes: int, have_bytes: int) -> None:
         """Say nothing."""
 
     def finish_file(self, path: str) -> None:
@@ -69,8 +70,10 @@ class LogProgress:
         with self._lock:
             self._files += 1
 
-    def retry(self, path: str) -> None:
-        """Say nothing: many passing failures of a busy origin are no news."""
+    def retry(self, path: str, reason: str) -> None:
+        """Say it, with those that came within the same seconds in one line."""
+        if line := self._retries.tell(path, reason):
+            _log.info("%s", line)
 
     def finish(self) -> None:
         """Say how far it came."""
@@ -89,6 +92,27 @@ class LogProgress:
             show_bytes(rate),
             left_s,
         )
+
+
+class Retries:
+    """Lines about passing failures, no more than one in every few seconds."""
+
+    def __init__(self, every_s: float = _EVERY_S) -> None:
+        self._every_s = every_s
+        self._lock = threading.Lock()
+        self._told: float | None = None
+        self._untold = 0
+
+    def tell(self, path: str, reason: str) -> str:
+        """Return the line to be shown now, empty where it is too soon for one."""
+        now = time.monotonic()
+        with self._lock:
+            if self._told is not None and now - self._told < self._every_s:
+                self._untold += 1
+                return ""
+            more = f", and {self._untold} others before it" if self._untold else ""
+            self._told, self._untold = now, 0
+        return f"asked for again: {path}: {reason}{more}"
 
 
 def show_bytes(count: float) -> str:

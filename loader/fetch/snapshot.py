@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,29 +13,25 @@ from typing import TypeVar
 
 from tenacity import Retrying
 
-from loader.errors import DiskError, FetchError, LoaderError, TransientError
+from loader.errors import FetchError, LoaderError, TransientError
 from loader.fetch.arrivals import Arrivals
+from loader.fetch.download import Download, is_same
 from loader.fetch.files import (
-    STATE,
     Record,
     boot_id,
     check_way,
-    disk_errors,
-    lock,
     places,
     read_record,
 )
 from loader.fetch.part import PartFile, fetched_file
 from loader.fetch.progress import LogProgress, Progress, show_bytes
-from loader.fetch.transfer import transfer
+from loader.fetch.transfer import Limits
 from loader.fetch.verify import Verify, is_intact
 from loader.retry import retrying
 from loader.stores.base import ObjectInfo, Store
-from loader.types import Artifact, FetchedFile, Manifest, Snapshot
+from loader.types import Artifact, Manifest, Snapshot
 
 _SMALL_BYTES = 256 << 20
-_SMALL_FIRST_BYTES = 1 << 20
-_SPARE_BYTES = 64 << 20  # journals, records, folders
 _log = logging.getLogger("podloader")
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -46,13 +41,15 @@ _Out = TypeVar("_Out")
 class FetchOptions:
     """Limits of one fetch.
 
-    ``concurrency``: connections at a time. ``retries``: how often one range or file is asked for
-    again without any progress. ``range_bytes``: asked for in one request. ``verify``: what files
-    of an earlier fetch have to prove.
+    ``concurrency``: the most connections at a time. ``retries``: how often one range or file is
+    asked for again without any progress, for ``deadline_s`` at the most. ``range_bytes``: the least
+    that is asked for of a large file, proved and resumed alone. ``verify``: what files of an
+    earlier fetch have to prove.
     """
 
     concurrency: int = 16
     retries: int = 6
+    deadline_s: float = 300.0
     range_bytes: int = 16 << 20
     verify: Verify = "sample"
 
@@ -99,29 +96,23 @@ def _fetch(
     root = root.absolute()
     check_way(root, manifest.files)
     began = time.monotonic()
-    with lock(root):
-        boot = boot_id()
-        kept = _kept(manifest.files, root, options, boot)
-        infos = _ask(manifest.files, kept, store, options)
-        reused = {a.path: r for a, r in kept.items() if _is_same(a, r, infos[a])}
-        done = {
-            a.path: fetched_file(a, reused[a.path], reused=True)
-            for a in manifest.files
-            if a.path in reused
-        }
-
-        def begin(artifact: Artifact) -> PartFile:
+    boot = boot_id()
+    seen = {a: r for a in manifest.files if (r := read_record(places(root, a).record))}
+    kept = _kept(seen, root, options, boot)
+    infos = _ask(manifest.files, kept, store, options)
+    reused = {a.path: r for a, r in kept.items() if is_same(a, r, infos[a])}
+    parts = []
+    for artifact in manifest.files:
+        if artifact.path in reused:
+            arrivals.arrive(fetched_file(artifact, reused[artifact.path], reused=True))
+        else:
             # A file from elsewhere is kept only where the origin says that it is the same.
             info = infos[artifact] or _stat(artifact, store, options.retries)
-            return PartFile(artifact, info, places(root, artifact), options.range_bytes, boot)
-
-        parts = _map(begin, [a for a in manifest.files if a.path not in done], options.concurrency)
-        done |= {part.artifact.path: part.done for part in parts if part.done}
-        parts = [part for part in parts if part.done is None]
-        for file in done.values():
-            arrivals.arrive(file)
-        fetched_bytes = _transfer(parts, done, root, store, options, progress, arrivals)
-    files = tuple(done[a.path] for a in manifest.files)
+            parts.append(PartFile(artifact, info, places(root, artifact), boot))
+    limits = Limits(options.concurrency, options.retries, options.deadline_s, options.range_bytes)
+    Download(parts, root, store, limits, options.verify, progress, arrivals).run(reused, seen)
+    files = tuple(arrivals.file(a.path) for a in manifest.files)
+    fetched_bytes = sum(part.fetched_bytes for part in parts)
     return Snapshot(root, files, time.monotonic() - began, fetched_bytes)
 
 
@@ -186,23 +177,22 @@ def _read_whole(artifact: Artifact, info: ObjectInfo, store: Store) -> bytes:
 
 
 def _kept(
-    files: Sequence[Artifact], root: Path, options: FetchOptions, boot: str
+    seen: dict[Artifact, Record], root: Path, options: FetchOptions, boot: str
 ) -> dict[Artifact, Record]:
-    """Return the files that an earlier fetch completed and that are still intact."""
+    """Return those files that an earlier fetch completed which are still intact."""
 
-    def look(artifact: Artifact) -> Record | None:
-        place = places(root, artifact)
-        record = read_record(place.record)
-        if record is None or artifact.size_bytes not in (None, record.size_bytes):
-            return None
-        if is_intact(place.final, record, options.verify, boot):
-            return record
-        if place.final.exists():
+    def is_kept(artifact: Artifact) -> bool:
+        record, final = seen[artifact], places(root, artifact).final
+        if artifact.size_bytes not in (None, record.size_bytes):
+            return False
+        if is_intact(final, record, options.verify, boot):
+            return True
+        if final.exists():
             _log.warning("%s is not what was fetched; it is fetched again", artifact.path)
-        return None
+        return False
 
-    records = _map(look, files, options.concurrency)
-    return {a: r for a, r in zip(files, records, strict=True) if r is not None}
+    found = _map(is_kept, tuple(seen), options.concurrency)
+    return {a: r for (a, r), kept in zip(seen.items(), found, strict=True) if kept}
 
 
 def _ask(
@@ -239,81 +229,6 @@ def _stat(artifact: Artifact, store: Store, retries: int) -> ObjectInfo:
 
 def _attempts(retries: int) -> Retrying:
     return retrying(lambda state: state.attempt_number > retries, threading.Event())
-
-
-def _is_same(artifact: Artifact, record: Record, info: ObjectInfo | None) -> bool:
-    """Return whether *record* is of the object that *artifact* names now."""
-    same_place = record.source == artifact.source
-    if info is None:
-        return same_place
-    if record.size_bytes != info.size_bytes:
-        return False
-    if record.version is None or info.version is None:
-        return same_place
-    return record.version == info.version  # wherever a new listing says that it lies
-
-
-def _transfer(
-    parts: list[PartFile],
-    done: dict[str, FetchedFile],
-    root: Path,
-    store: Store,
-    options: FetchOptions,
-    progress: Progress,
-    arrivals: Arrivals,
-) -> int:
-    """Fetch *parts* into *done* and return the count of bytes that moved."""
-    _check_room(parts, root)
-    total = sum(part.info.size_bytes for part in parts)
-    have = sum(part.have_bytes for part in parts)
-    here = sum(file.size_bytes for file in done.values())
-    progress.start(len(parts) + len(done), total + here, have + here)
-    for path in done:
-        progress.finish_file(path)
-    # Configs, indexes and adapters first: whoever waits for files can begin with them.
-    parts.sort(key=lambda part: part.info.size_bytes > _SMALL_FIRST_BYTES)
-    try:
-        for part in parts:
-            if not part.missing:
-                part.publish()
-                _arrived(part, progress, arrivals)
-        transfer(
-            (p for p in parts if p.missing),
-            store,
-            progress,
-            concurrency=options.concurrency,
-            retries=options.retries,
-            stop=arrivals.stop,
-            arrived=lambda part: _arrived(part, progress, arrivals),
-        )
-    finally:
-        for part in parts:
-            part.close()
-        progress.finish()
-    for part in parts:
-        assert part.done is not None
-        done[part.artifact.path] = part.done
-    return total - have
-
-
-def _arrived(part: PartFile, progress: Progress, arrivals: Arrivals) -> None:
-    assert part.done is not None
-    arrivals.arrive(part.done)
-    progress.finish_file(part.artifact.path)
-
-
-def _check_room(parts: Sequence[PartFile], root: Path) -> None:
-    needed = sum(part.needed_bytes for part in parts)
-    with disk_errors(root):
-        free = shutil.disk_usage(root).free
-    if needed and needed + _SPARE_BYTES > free:
-        raise DiskError(
-            "not enough free space for the download",
-            where=str(root),
-            expected=f"{show_bytes(needed + _SPARE_BYTES)} free",
-            got=f"{show_bytes(free)} free",
-            next_step=f"free some space, choose another download_folder, or remove {STATE}'s parts",
-        )
 
 
 def _map(function: Callable[[_In], _Out], values: Sequence[_In], concurrency: int) -> list[_Out]:

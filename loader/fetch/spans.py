@@ -39,16 +39,16 @@ class SpanProgress:
         self._next(self._download)
         self._inner.start(files, size_bytes, have_bytes)
 
-    def advance(self, count_bytes: int) -> None:
+    def advance(self, count_bytes: int, path: str) -> None:
         """Pass it on."""
-        self._inner.advance(count_bytes)
+        self._inner.advance(count_bytes, path)
 
-    def begin_file(self, path: str) -> None:
+    def begin_file(self, path: str, size_bytes: int, have_bytes: int) -> None:
         """Begin the file's span at its first request."""
         with self._lock:
             if path not in self._files:
                 self._files[path] = self._timeline.begin(path, kind="file")
-        self._inner.begin_file(path)
+        self._inner.begin_file(path, size_bytes, have_bytes)
 
     def finish_file(self, path: str) -> None:
         """End the file's span; one without was here already."""
@@ -61,10 +61,10 @@ class SpanProgress:
             self._timeline.end(begun)
         self._inner.finish_file(path)
 
-    def retry(self, path: str) -> None:
+    def retry(self, path: str, reason: str) -> None:
         """Count it."""
         self._timeline.count("retries")
-        self._inner.retry(path)
+        self._inner.retry(path, reason)
 
     def finish(self) -> None:
         """End what is open: the fetch is over, well or not."""

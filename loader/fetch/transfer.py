@@ -6,150 +6,232 @@ one buffer per thread, whatever the files' sizes.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from awscrt.checksums import crc64nvme
+from tenacity import RetryCallState
 
-from loader.errors import FetchError, LoaderError
+from loader.errors import FetchError, LoaderError, TransientError
+from loader.fetch.claim import Claim
+from loader.fetch.pace import Pace
 from loader.fetch.part import PartFile
-from loader.fetch.plan import DoneRange, Range
 from loader.fetch.progress import Progress
+from loader.fetch.schedule import Schedule
 from loader.retry import retrying
-from loader.stores.base import Store
+from loader.stores.base import ByteStream, Store
 
 _BUFFER_BYTES = 1 << 20
+_BUFFERS_BYTES = 24 << 20  # of all threads together
 _PROGRESS_BYTES = 1 << 16  # a try that brought so much was not in vain
+_TICK_S = 0.05
+_WATCH_S = 20.0  # a connection has to bring at least _SLOWEST_BYTES_S over so long
+_SLOWEST_BYTES_S = 4 << 10
 
 
 class StoppedError(Exception):
     """Another thread failed, or the user asked to stop."""
 
 
-def transfer(
-    parts: Iterable[PartFile],
-    store: Store,
-    progress: Progress,
-    *,
-    concurrency: int,
-    retries: int,
-    stop: threading.Event,
-    arrived: Callable[[PartFile], None],
-) -> None:
-    """Fetch what is missing of every part, and publish each as soon as it is whole.
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a transfer keeps to; see ``FetchOptions``."""
 
-    ``retries``: how often a range is asked for again without any progress. ``stop`` ends it from
-    outside; ``arrived`` is told of every part that is whole.
+    concurrency: int
+    retries: int
+    deadline_s: float
+    range_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """What a transfer asks of those around it, on any thread.
+
+    ``begin`` takes a part's lock and finds what is missing of it, False where another process has
+    the lock. ``arrived`` is told of every part that is whole. ``stop`` ends the transfer.
+    """
+
+    begin: Callable[[PartFile], bool]
+    arrived: Callable[[PartFile], None]
+    progress: Progress
+    stop: threading.Event
+
+
+def transfer(parts: Sequence[PartFile], store: Store, limits: Limits, events: Events) -> None:
+    """Fetch what is missing of every part, and publish each as soon as it is whole.
 
     Raises:
         LoaderError: the first failure that asking again did not cure, with the others beside it.
             What has arrived stays for the next run.
+        StoppedError: ``events.stop`` was set.
     """
-    tasks = deque((part, r) for part in parts for r in part.missing)
-    failures: list[BaseException] = []
+    if parts:
+        _Transfer(parts, store, limits, events).run()
 
-    def work() -> None:
-        buffer = memoryview(bytearray(_BUFFER_BYTES))
-        while not stop.is_set():
-            try:
-                part, wanted = tasks.popleft()
-            except IndexError:
+
+class _Transfer:
+    """The threads of one transfer."""
+
+    def __init__(
+        self, parts: Sequence[PartFile], store: Store, limits: Limits, events: Events
+    ) -> None:
+        self._store = store
+        self._limits = limits
+        self._events = events
+        self._schedule = Schedule(parts, events.begin, limits.range_bytes)
+        self._pace = Pace(limits.concurrency, time.monotonic())
+        self._halt = threading.Event()
+        self._over = threading.Event()
+        self._failures: list[BaseException] = []
+        self._workers: list[_Worker] = []
+
+    def run(self) -> None:
+        """Keep as many workers as the pace allows until nothing is left."""
+        stopped = False
+        try:
+            while not self._over.is_set():
+                self._schedule.set_limit(self._pace.limit)
+                while len(self._workers) < self._pace.limit:
+                    self._start_worker()
+                self._over.wait(_TICK_S)
+                if stopped := self._events.stop.is_set():
+                    break
+                brought = sum(worker.bytes for worker in self._workers)
+                self._pace.tick(time.monotonic(), brought, self._schedule.receiving())
+        finally:
+            self._halt.set()
+            self._schedule.stop()
+        if self._failures:
+            raise _first(self._failures)
+        if stopped:
+            raise StoppedError("the fetch was stopped; what has arrived is kept")
+
+    def _start_worker(self) -> None:
+        worker = _Worker(self._store, self._limits, self._events, self._pace, self._halt)
+        self._workers.append(worker)
+        name = f"fetch-{len(self._workers)}"
+        threading.Thread(target=self._work, args=(worker,), name=name, daemon=True).start()
+
+    def _work(self, worker: _Worker) -> None:
+        try:
+            while claim := self._schedule.take():
+                try:
+                    worker.run(claim)
+                finally:
+                    self._schedule.done(claim)
+        except StoppedError:
+            return
+        except BaseException as error:
+            self._failures.append(error)
+        self._over.set()
+
+
+class _Worker:
+    """Brings one claim after the other, each tried again from where the last try ended."""
+
+    def __init__(
+        self, store: Store, limits: Limits, events: Events, pace: Pace, halt: threading.Event
+    ) -> None:
+        size = min(_BUFFER_BYTES, max(_BUFFERS_BYTES // limits.concurrency, 64 << 10))
+        self._buffer = memoryview(bytearray(size))
+        self._store = store
+        self._limits = limits
+        self._events = events
+        self._pace = pace
+        self._halt = halt
+        self._in_vain = 0
+        self._progress_at = 0.0
+        self.bytes = 0
+
+    def run(self, claim: Claim) -> None:
+        """Bring the claim's bytes into its part file; publish the file where it is whole now."""
+        part = claim.part
+        self._events.progress.begin_file(part.artifact.path, part.info.size_bytes, part.have_bytes)
+        self._in_vain, self._progress_at = 0, time.monotonic()
+        for attempt in retrying(self._gives_up, self._halt):
+            with attempt:
+                self._try(claim)
+        if claim.settle():
+            part.publish()
+            self._events.arrived(part)
+
+    def _gives_up(self, _: RetryCallState) -> bool:
+        late = time.monotonic() - self._progress_at > self._limits.deadline_s
+        return late or self._in_vain > self._limits.retries
+
+    def _try(self, claim: Claim) -> None:
+        if self._halt.is_set():
+            raise StoppedError
+        if not claim.part.info.ranges and claim.place > claim.start:
+            self._tell(claim, -claim.restart())
+        began = claim.place
+        try:
+            self._receive(claim)
+        except LoaderError as error:
+            if self._halt.is_set():
+                raise StoppedError from None
+            if claim.is_over():  # taken over by another worker, which ended the stream
                 return
-            progress.begin_file(part.artifact.path)
+            if claim.place - began >= _PROGRESS_BYTES:
+                self._in_vain, self._progress_at = 0, time.monotonic()
+            else:
+                self._in_vain += 1
+            if isinstance(error, TransientError):
+                self._events.progress.retry(claim.part.artifact.path, error.what)
+                if error.busy:
+                    self._pace.slow_down(time.monotonic())
+            raise
+
+    def _receive(self, claim: Claim) -> None:
+        if claim.is_over():
+            return
+        part = claim.part
+        stream = self._store.open_range(part.artifact, claim.place, claim.end, part.info)
+        with contextlib.closing(stream):
+            claim.stream = stream
             try:
-                if _RangeTask(part, wanted, store, retries, progress, stop).run(buffer):
-                    arrived(part)
-            except StoppedError:
-                return
-            except BaseException as error:
-                failures.append(error)
-                stop.set()
+                self._drain(claim, stream)
+            finally:
+                claim.stream = None
 
-    count = min(concurrency, len(tasks))
-    threads = [threading.Thread(target=work, name=f"fetch-{i}", daemon=True) for i in range(count)]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    except BaseException:
-        stop.set()
-        for thread in threads:
-            thread.join(timeout=5)
-        raise
-    _raise_first(failures)
-    if tasks:
-        raise StoppedError("the fetch was stopped; what has arrived is kept")
+    def _drain(self, claim: Claim, stream: ByteStream) -> None:
+        since, brought = time.monotonic(), 0
+        while (wanted := claim.wanted()) > 0:
+            if self._halt.is_set():
+                raise StoppedError
+            count = stream.readinto(self._buffer[:wanted])
+            now = time.monotonic()
+            if not count:
+                if claim.is_over():
+                    return
+                raise claim.part.ended_early(claim.place, claim.end)
+            count = claim.put(self._buffer[:count], now)
+            self._tell(claim, count)
+            brought += count
+            if now - since > _WATCH_S:
+                if brought < _SLOWEST_BYTES_S * (now - since):
+                    raise _too_slow(claim, brought / (now - since))
+                since, brought = now, 0
+
+    def _tell(self, claim: Claim, count: int) -> None:
+        self.bytes += count
+        self._events.progress.advance(count, claim.part.artifact.path)
 
 
-def _raise_first(failures: list[BaseException]) -> None:
-    if not failures:
-        return
+def _too_slow(claim: Claim, rate: float) -> TransientError:
+    return TransientError(
+        "the connection brings next to nothing",
+        where=claim.part.artifact.source,
+        expected=f"at least {_SLOWEST_BYTES_S} bytes a second",
+        got=f"{rate:.0f}",
+    )
+
+
+def _first(failures: list[BaseException]) -> BaseException:
     first = failures[0]
     if isinstance(first, FetchError) and len(failures) > 1:
         others = [e for e in failures[1:] if isinstance(e, LoaderError)]
         first.problems += tuple(f"also: {e.what}: {e.where}" for e in others)
-    raise first
-
-
-class _RangeTask:
-    """One range, tried again from where the last try ended."""
-
-    def __init__(
-        self,
-        part: PartFile,
-        wanted: Range,
-        store: Store,
-        retries: int,
-        progress: Progress,
-        stop: threading.Event,
-    ) -> None:
-        self._part = part
-        self._wanted = wanted
-        self._store = store
-        self._retries = retries
-        self._progress = progress
-        self._stop = stop
-        self._place = wanted.start
-        self._crc = 0
-        self._in_vain = 0
-
-    def run(self, buffer: memoryview) -> bool:
-        """Fetch the range into the part file and journal. Return whether the file is whole now."""
-        for attempt in retrying(lambda _: self._in_vain > self._retries, self._stop):
-            with attempt:
-                self._try(buffer)
-        return self._part.finish(DoneRange(self._wanted.start, self._wanted.end, self._crc))
-
-    def _try(self, buffer: memoryview) -> None:
-        if self._stop.is_set():
-            raise StoppedError
-        if not self._part.info.ranges and self._place > self._wanted.start:
-            self._progress.advance(self._wanted.start - self._place)
-            self._place, self._crc = self._wanted.start, 0
-        began = self._place
-        try:
-            self._receive(buffer)
-        except LoaderError as error:
-            if error.retryable:
-                self._progress.retry(self._part.artifact.path)
-            self._in_vain = 0 if self._place - began >= _PROGRESS_BYTES else self._in_vain + 1
-            raise
-
-    def _receive(self, buffer: memoryview) -> None:
-        end = self._wanted.end
-        stream = self._store.open_range(self._part.artifact, self._place, end, self._part.info)
-        try:
-            while self._place < end:
-                if self._stop.is_set():
-                    raise StoppedError
-                count = stream.readinto(buffer[: end - self._place])
-                if not count:
-                    raise self._part.ended_early(self._place, end)
-                self._part.write(buffer[:count], self._place)
-                self._crc = crc64nvme(buffer[:count], self._crc)
-                self._place += count
-                self._progress.advance(count)
-        finally:
-            stream.close()
+    return first

@@ -86,7 +86,7 @@ class BootState:
         if self._inner:
             self._inner.start(files, size_bytes, have_bytes)
 
-    def advance(self, count_bytes: int) -> None:
+    def advance(self, count_bytes: int, path: str) -> None:
         """Count bytes."""
         now = time.monotonic()
         with self._lock:
@@ -96,12 +96,12 @@ class BootState:
                 while self._samples[0][0] < now - _RATE_OVER_S:
                     self._samples.popleft()
         if self._inner:
-            self._inner.advance(count_bytes)
+            self._inner.advance(count_bytes, path)
 
-    def begin_file(self, path: str) -> None:
+    def begin_file(self, path: str, size_bytes: int, have_bytes: int) -> None:
         """Pass it on."""
         if self._inner:
-            self._inner.begin_file(path)
+            self._inner.begin_file(path, size_bytes, have_bytes)
 
     def finish_file(self, path: str) -> None:
         """Count a file."""
@@ -110,10 +110,10 @@ class BootState:
         if self._inner:
             self._inner.finish_file(path)
 
-    def retry(self, path: str) -> None:
+    def retry(self, path: str, reason: str) -> None:
         """Pass it on: the timeline counts it."""
         if self._inner:
-            self._inner.retry(path)
+            self._inner.retry(path, reason)
 
     def finish(self) -> None:
         """Nothing is on its way any more."""

@@ -40,7 +40,10 @@ class ObjectInfo:
 
 
 class ByteStream(Protocol):
-    """The bytes of one range, in order. Close it, read to its end or not."""
+    """The bytes of one range, in order. Close it, read to its end or not.
+
+    One that can has ``abort()``, which makes a read that waits in another thread fail at once.
+    """
 
     @property
     def info(self) -> ObjectInfo:

@@ -30,6 +30,7 @@ from loader.stores.sockets import PlainReceiver, Receiver, TlsConnection, TlsSoc
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+_BUSY = {429, 503}
 _CONTENT_RANGE = re.compile(r"bytes (?:(?P<start>\d+)-(?P<last>\d+)|\*)/(?P<total>\d+|\*)$")
 _BODY_SHOWN = 64 * 1024
 _STALE = (http.client.RemoteDisconnected, ConnectionError, ssl.SSLEOFError)
@@ -351,6 +352,7 @@ def _check_status(
     if status in _TRANSIENT:
         error = TransientError(f"HTTP {status} {response.reason}", where=url)
         error.retry_after_s = _retry_after(response)
+        error.busy = status in _BUSY
         raise error
     if status == 412:
         raise _changed(url, "it is another version now")

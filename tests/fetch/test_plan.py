@@ -8,18 +8,33 @@ import random
 import pytest
 from awscrt.checksums import crc64nvme
 
-from loader.fetch.plan import DoneRange, Range, combine, digest_text, missing_ranges, sound_ranges
+from loader.fetch.plan import (
+    DoneRange,
+    Range,
+    combine,
+    digest_text,
+    guided_bytes,
+    missing_ranges,
+    sound_ranges,
+)
 
 
-def test_a_new_file_in_pieces() -> None:
-    assert missing_ranges((), 10, 4) == (Range(0, 4), Range(4, 8), Range(8, 10))
-    assert missing_ranges((), 0, 4) == ()
-    assert missing_ranges((), 4, 4) == (Range(0, 4),)
+def test_a_new_file_is_one_hole() -> None:
+    assert missing_ranges((), 10) == (Range(0, 10),)
+    assert missing_ranges((), 0) == ()
 
 
 def test_what_an_earlier_run_left() -> None:
     done = (DoneRange(2, 4, 0), DoneRange(4, 6, 0), DoneRange(9, 10, 0))
-    assert missing_ranges(done, 12, 2) == (Range(0, 2), Range(6, 8), Range(8, 9), Range(10, 12))
+    assert missing_ranges(done, 12) == (Range(0, 2), Range(6, 9), Range(10, 12))
+
+
+def test_requests_are_large_first_and_small_at_the_end() -> None:
+    assert guided_bytes(1000, 1000, workers=2, range_bytes=10) == 40
+    assert guided_bytes(1000, 100, workers=2, range_bytes=10) == 20
+    assert guided_bytes(1000, 30, workers=2, range_bytes=10) == 10
+    assert guided_bytes(11, 11, workers=2, range_bytes=10) == 11  # no request for one byte
+    assert guided_bytes(4, 1000, workers=2, range_bytes=10) == 4
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -31,8 +46,7 @@ def test_done_and_missing_make_up_the_file(seed: int) -> None:
         claimed.append(DoneRange(start, start + chance.randrange(0, 30), 0))
     done = sound_ranges(claimed, 100)
     pieces = sorted(
-        [(r.start, r.end) for r in done]
-        + [(r.start, r.end) for r in missing_ranges(done, 100, chance.randrange(1, 50))]
+        [(r.start, r.end) for r in done] + [(r.start, r.end) for r in missing_ranges(done, 100)]
     )
     assert pieces[0][0] == 0
     assert pieces[-1][1] == 100

@@ -1,0 +1,77 @@
+"""How many connections are worth having: pure arithmetic over rates, told the time."""
+
+from __future__ import annotations
+
+_FIRST = 2
+_WINDOW_S = 0.1  # over which a rate is measured
+_SETTLE_S = 0.5  # new connections that bring nothing by then are measured all the same
+_GAIN = 1.1  # what a larger number has to bring to be kept
+_HOLD_S = 2.0  # between two tries with more; doubled each time in vain
+_LONGEST_HOLD_S = 30.0
+_COOL_S = 5.0  # after an origin said that it is too much
+
+
+class Pace:
+    """The number of connections: doubled while the rate grows with it, halved when told to slow.
+
+    ``limit`` is the number now, never more than *most*.
+    """
+
+    def __init__(self, most: int, now: float) -> None:
+        self.limit = min(_FIRST, most)
+        self._most = most
+        self._ceiling = most
+        self._best_rate = 0.0
+        self._best_limit = self.limit
+        self._hold_s = _HOLD_S
+        self._next_try = now
+        self._growing = True
+        self._changed = now
+        self._began: float | None = None
+        self._began_bytes = 0
+
+    def tick(self, now: float, total_bytes: int, receiving: int) -> None:
+        """Take note of the bytes so far, and of how many connections bring some now."""
+        if self._began is None:
+            if receiving < self.limit and now - self._changed < _SETTLE_S:
+                return
+            self._began, self._began_bytes = now, total_bytes
+            return
+        if now - self._began < _WINDOW_S:
+            return
+        rate = (total_bytes - self._began_bytes) / (now - self._began)
+        self._began, self._began_bytes = now, total_bytes
+        if self._growing:
+            self._judge(rate, now)
+        elif now >= self._next_try:
+            self._ceiling = min(self._most, self._ceiling + 1)
+            self._best_rate, self._best_limit = rate, self.limit
+            self._set(self.limit + max(1, self.limit // 2), now)
+
+    def slow_down(self, now: float) -> None:
+        """Halve the number: the origin is busy. Several complaints of one moment count once."""
+        if not self._growing and now < self._next_try - _COOL_S * 0.8:
+            return
+        self._ceiling = max(1, self.limit // 2)
+        self._set(self._ceiling, now)
+        self._growing = False
+        self._next_try = now + _COOL_S
+
+    def _judge(self, rate: float, now: float) -> None:
+        if rate > self._best_rate * _GAIN:
+            self._best_rate, self._best_limit = rate, self.limit
+            self._hold_s = _HOLD_S
+            self._set(self.limit * 2, now)
+            if self.limit > self._best_limit:
+                return
+        else:
+            self._set(self._best_limit, now)
+            self._hold_s = min(self._hold_s * 2, _LONGEST_HOLD_S)
+        self._growing = False
+        self._next_try = now + self._hold_s
+
+    def _set(self, limit: int, now: float) -> None:
+        self.limit = max(1, min(limit, self._ceiling, self._most))
+        self._growing = True
+        self._changed = now
+        self._began = None

@@ -1,0 +1,174 @@
+"""What is left to fetch, dealt out to workers: large pieces first, smaller ones towards the end.
+
+A request takes as much as leaves every connection another one (guided self-scheduling), so that
+few requests wait for an answer and all connections end together. Whoever finds nothing left takes
+over from a connection that is slow: half of what it has still to bring, or all of it where it has
+as good as stopped.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from loader.fetch.claim import Claim
+from loader.fetch.part import PartFile
+from loader.fetch.plan import Range, guided_bytes
+
+_SLOW_S = 1.0  # what a claim would still take, for its rest to be shared
+_STALLED_S = 2.0  # without a byte, doubled each time that the same bytes stall
+_SPLIT_BYTES = 1 << 20  # less is not worth a request
+_FAR_BEHIND = 4.0  # times slower than the others
+
+
+class Schedule:
+    """The parts of one fetch. Every method may be called from any thread.
+
+    *begin* takes a part's lock and finds out what is missing of it: it returns False where another
+    process is fetching the file now, and it is tried again later.
+    """
+
+    def __init__(
+        self, parts: Sequence[PartFile], begin: Callable[[PartFile], bool], range_bytes: int
+    ) -> None:
+        self.turn = threading.Condition()
+        self.limit = 1
+        self.active: set[Claim] = set()
+        self._begin = begin
+        self._range_bytes = range_bytes
+        self._holes: deque[tuple[PartFile, Range]] = deque()
+        self._waiting = deque(parts)
+        self._elsewhere: deque[PartFile] = deque()
+        self._beginning = 0
+        self._beginning_large = 0
+        self._left_bytes = sum(part.info.size_bytes for part in parts)
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Deal out nothing more, note what has come, and end every read that waits."""
+        with self.turn:
+            self._stopped = True
+            claims = tuple(self.active)
+            self.turn.notify_all()
+        for claim in claims:
+            claim.cease()
+
+    def set_limit(self, limit: int) -> None:
+        """Let so many workers be at work."""
+        with self.turn:
+            if limit > self.limit:
+                self.turn.notify_all()
+            self.limit = limit
+
+    def receiving(self) -> int:
+        """Return how many claims bring bytes now."""
+        with self.turn:
+            return sum(1 for claim in self.active if claim.place > claim.start)
+
+    def take(self) -> Claim | None:
+        """Wait for something to do and return it; None at the end of all."""
+        with self.turn:
+            while not self._stopped:
+                if len(self.active) >= self.limit:
+                    self.turn.wait()
+                    continue
+                claim = self._deal() or (None if self._can_begin() else self._take_over())
+                if claim is not None:
+                    self.active.add(claim)
+                    return claim
+                if self._can_begin():
+                    self._begin_next()
+                elif self._elsewhere or self._beginning or self.active:
+                    self.turn.wait(0.1)
+                else:
+                    self.turn.notify_all()
+                    return None
+            return None
+
+    def done(self, claim: Claim) -> None:
+        """Say that the claim's worker is through with it."""
+        with self.turn:
+            self.active.discard(claim)
+            self.turn.notify_all()
+
+    def _deal(self) -> Claim | None:
+        if not self._holes:
+            return None
+        part, hole = self._holes[0]
+        size, unit = hole.size_bytes, max(part.info.size_bytes, 1)
+        if part.info.ranges:
+            unit = self._range_bytes
+            size = guided_bytes(size, self._left_bytes, self.limit, unit)
+        claim = Claim(part, hole.start, hole.start + size, unit, time.monotonic())
+        if size == hole.size_bytes:
+            self._holes.popleft()
+        else:
+            self._holes[0] = (part, Range(claim.end, hole.end))
+        self._left_bytes -= size
+        return claim
+
+    def _can_begin(self) -> bool:
+        if self._waiting:
+            # One large file at a time: its bytes keep all busy, and it is whole the sooner.
+            return not (self._beginning_large and self._waiting[0].is_large)
+        return bool(self._elsewhere) and not self._beginning and not self.active
+
+    def _begin_next(self) -> None:
+        """Begin a file, without the lock meanwhile: what an earlier run left has to be read."""
+        again = not self._waiting
+        part = self._elsewhere.popleft() if again else self._waiting.popleft()
+        self._beginning += 1
+        self._beginning_large += part.is_large
+        self.turn.release()
+        begun = False
+        try:
+            begun = self._begin(part)
+        finally:
+            self.turn.acquire()
+            self._beginning -= 1
+            self._beginning_large -= part.is_large
+            self.turn.notify_all()
+        if begun:
+            self._left_bytes -= part.info.size_bytes - sum(r.size_bytes for r in part.missing)
+            self._holes.extend((part, hole) for hole in part.missing)
+        else:
+            self._elsewhere.append(part)
+            if again:
+                self.turn.wait(0.1)
+
+    def _take_over(self) -> Claim | None:
+        """Return what a slow worker's claim is lightened by, None where nobody is slow."""
+        now = time.monotonic()
+        slow = sorted(self.active, key=lambda claim: -claim.seconds_left(now))
+        brought = [c.place - c.start for c in self.active if c.place > c.start]
+        spent = [now - c.began for c in self.active if c.place > c.start]
+        typical = sum(brought) / max(sum(spent), 1e-9)
+        for claim in slow:
+            if not claim.part.info.ranges or claim.seconds_left(now) < _SLOW_S:
+                continue
+            with claim.lock:
+                if taken := self._share(claim, typical, now):
+                    return taken
+        return None
+
+    def _share(self, claim: Claim, typical: float, now: float) -> Claim | None:
+        left = claim.end - claim.place
+        if not left:
+            return None
+        stalled = now - claim.last_byte > _STALLED_S * (1 << min(claim.stalls, 5))
+        crawls = now - claim.began > _STALLED_S and claim.seconds_left(now) > _FAR_BEHIND * (
+            left / max(typical, 1.0) + _SLOW_S
+        )
+        if stalled or crawls:
+            taken = Claim(claim.part, claim.place, claim.end, claim.unit, now, claim.stalls + 1)
+            claim.cut(claim.place)
+            claim.drop_stream()
+            return taken
+        if left < 2 * _SPLIT_BYTES or claim.place == claim.start:
+            return None
+        middle = claim.place + left // 2
+        taken = Claim(claim.part, middle, claim.end, claim.unit, now, claim.stalls)
+        claim.cut(middle)
+        return taken
