@@ -16,7 +16,6 @@ from loader.errors import LoaderError, redact
 
 VERSION = 1  # of every JSON document; a field may be added without a new number
 _UNEXPECTED = 1
-_INTERRUPTED = 130
 
 
 class _Redacted(logging.Formatter):
@@ -51,6 +50,9 @@ def write_json(document: dict[str, object]) -> None:
 @contextlib.contextmanager
 def errors_shown(as_json: bool) -> Iterator[None]:
     """Turn what goes wrong in the block into lines and the documented exit code."""
+    from loader.pod.signals import Signals, StopSignal
+
+    signals = Signals()
     try:
         yield
     except LoaderError as error:
@@ -58,13 +60,15 @@ def errors_shown(as_json: bool) -> Iterator[None]:
         if as_json:
             write_json({"error": error.to_json()})
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        say("interrupted; what has been fetched is kept")
-        raise typer.Exit(_INTERRUPTED) from None
+    except StopSignal as stop:
+        say(f"ended by {stop}; what has been fetched is kept")
+        raise typer.Exit(stop.exit_code) from None
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
     except Exception as error:
         _unexpected(error, as_json)
+    finally:
+        signals.restore()
 
 
 def _unexpected(error: Exception, as_json: bool) -> NoReturn:

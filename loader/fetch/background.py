@@ -13,6 +13,8 @@ from loader.fetch.snapshot import FetchOptions, fetch
 from loader.stores.base import Store
 from loader.types import Manifest
 
+_STOP_S = 1.0  # a thread that waits for an answer is not waited for much longer
+
 
 @contextlib.contextmanager
 def fetching(
@@ -44,6 +46,8 @@ def fetching(
     except BaseException:
         arrivals.stop.set()
         raise
-    finally:
+    else:
         thread.join()
+    finally:
+        thread.join(_STOP_S)
     arrivals.wait_all()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from tenacity import Retrying
 
@@ -25,6 +23,7 @@ from loader.fetch.files import (
 )
 from loader.fetch.part import PartFile, fetched_file
 from loader.fetch.progress import LogProgress, Progress, show_bytes
+from loader.fetch.threads import map_on_threads
 from loader.fetch.transfer import Limits
 from loader.fetch.verify import Verify, is_intact
 from loader.retry import retrying
@@ -33,8 +32,6 @@ from loader.types import Artifact, Manifest, Snapshot
 
 _SMALL_BYTES = 256 << 20
 _log = logging.getLogger("podloader")
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +95,8 @@ def _fetch(
     began = time.monotonic()
     boot = boot_id()
     seen = {a: r for a in manifest.files if (r := read_record(places(root, a).record))}
-    kept = _kept(seen, root, options, boot)
-    infos = _ask(manifest.files, kept, store, options)
+    kept = _kept(seen, root, options, boot, arrivals.stop)
+    infos = _ask(manifest.files, kept, store, options, arrivals.stop)
     reused = {a.path: r for a, r in kept.items() if is_same(a, r, infos[a])}
     parts = []
     for artifact in manifest.files:
@@ -123,7 +120,7 @@ def sizes(manifest: Manifest, store: Store, concurrency: int) -> Manifest:
         FetchError: the origin does not tell.
     """
     unknown = [a for a in (*manifest.files, *manifest.left_out) if a.size_bytes is None]
-    found = dict(zip(unknown, _map(store.stat, unknown, concurrency), strict=True))
+    found = dict(zip(unknown, map_on_threads(store.stat, unknown, concurrency), strict=True))
 
     def known(artifacts: Sequence[Artifact]) -> tuple[Artifact, ...]:
         return tuple(
@@ -177,7 +174,11 @@ def _read_whole(artifact: Artifact, info: ObjectInfo, store: Store) -> bytes:
 
 
 def _kept(
-    seen: dict[Artifact, Record], root: Path, options: FetchOptions, boot: str
+    seen: dict[Artifact, Record],
+    root: Path,
+    options: FetchOptions,
+    boot: str,
+    stop: threading.Event,
 ) -> dict[Artifact, Record]:
     """Return those files that an earlier fetch completed which are still intact."""
 
@@ -191,12 +192,16 @@ def _kept(
             _log.warning("%s is not what was fetched; it is fetched again", artifact.path)
         return False
 
-    found = _map(is_kept, tuple(seen), options.concurrency)
+    found = map_on_threads(is_kept, tuple(seen), options.concurrency, stop)
     return {a: r for (a, r), kept in zip(seen.items(), found, strict=True) if kept}
 
 
 def _ask(
-    files: Sequence[Artifact], kept: dict[Artifact, Record], store: Store, options: FetchOptions
+    files: Sequence[Artifact],
+    kept: dict[Artifact, Record],
+    store: Store,
+    options: FetchOptions,
+    stop: threading.Event,
 ) -> dict[Artifact, ObjectInfo | None]:
     """Return every object's version; None for kept files where the origin does not answer."""
     silent: list[LoaderError] = []
@@ -210,7 +215,7 @@ def _ask(
             silent.append(error)
             return None
 
-    infos = _map(ask, files, options.concurrency)
+    infos = map_on_threads(ask, files, options.concurrency, stop)
     if silent:
         _log.warning(
             "the origin does not tell whether %d files here are its newest: %s",
@@ -229,16 +234,3 @@ def _stat(artifact: Artifact, store: Store, retries: int) -> ObjectInfo:
 
 def _attempts(retries: int) -> Retrying:
     return retrying(lambda state: state.attempt_number > retries, threading.Event())
-
-
-def _map(function: Callable[[_In], _Out], values: Sequence[_In], concurrency: int) -> list[_Out]:
-    """Return *function* of each value, on threads; the first failure stops the rest."""
-    if len(values) < 2:
-        return [function(value) for value in values]
-    with ThreadPoolExecutor(min(concurrency, len(values))) as pool:
-        futures = [pool.submit(function, value) for value in values]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise

@@ -20,6 +20,7 @@ from loader.fetch.pace import Pace
 from loader.fetch.part import PartFile
 from loader.fetch.progress import Progress
 from loader.fetch.schedule import Schedule
+from loader.fetch.threads import StoppedError
 from loader.retry import retrying
 from loader.stores.base import ByteStream, Store
 
@@ -29,10 +30,6 @@ _PROGRESS_BYTES = 1 << 16  # a try that brought so much was not in vain
 _TICK_S = 0.05
 _WATCH_S = 20.0  # a connection has to bring at least _SLOWEST_BYTES_S over so long
 _SLOWEST_BYTES_S = 4 << 10
-
-
-class StoppedError(Exception):
-    """Another thread failed, or the user asked to stop."""
 
 
 @dataclass(frozen=True, slots=True)

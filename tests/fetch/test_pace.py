@@ -1,0 +1,75 @@
+"""The number of connections follows what they bring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from loader.fetch.pace import Pace
+
+TICK_S = 0.05
+
+
+def run(pace: Pace, rate: Callable[[int], float], seconds: float, start: float = 0.0) -> float:
+    """Tell *pace* of a world in which so many connections bring *rate* bytes a second."""
+    now, total = start, 0.0
+    while now < start + seconds:
+        now += TICK_S
+        total += rate(pace.limit) * TICK_S
+        pace.tick(now, int(total), pace.limit)
+    return now
+
+
+def test_each_connection_brings_its_share() -> None:
+    pace = Pace(16, 0.0)
+    assert pace.limit == 2
+    run(pace, lambda n: n * 50e6, 1.0)
+    assert pace.limit == 16
+
+
+@pytest.mark.parametrize(("useful", "most"), [(1, 2), (4, 6), (8, 12)])
+def test_no_more_than_bring_something(useful: int, most: int) -> None:
+    pace = Pace(64, 0.0)
+    now = run(pace, lambda n: min(n, useful) * 50e6, 1.0)
+    limits = set()
+    for _ in range(100):  # it tries more now and then, and goes back
+        now = run(pace, lambda n: min(n, useful) * 50e6, 0.1, now)
+        limits.add(pace.limit)
+    assert useful in limits or useful == 1
+    assert max(limits) <= 2 * most
+
+
+def test_a_world_that_becomes_faster_is_noticed() -> None:
+    pace = Pace(16, 0.0)
+    now = run(pace, lambda n: min(n, 2) * 50e6, 1.0)
+    assert pace.limit <= 4
+    run(pace, lambda n: n * 50e6, 20.0, now)
+    assert pace.limit == 16
+
+
+def test_an_origin_that_is_busy_gets_half() -> None:
+    pace = Pace(16, 0.0)
+    now = run(pace, lambda n: n * 50e6, 1.0)
+    for _ in range(16):  # every connection complains at once
+        pace.slow_down(now)
+    assert pace.limit == 8
+    now = run(pace, lambda n: n * 50e6, 2.0, now)
+    assert pace.limit == 8
+    pace.slow_down(now + 1.0)
+    assert pace.limit == 4
+
+
+def test_it_comes_back_slowly() -> None:
+    pace = Pace(16, 0.0)
+    now = run(pace, lambda n: n * 50e6, 1.0)
+    pace.slow_down(now)
+    run(pace, lambda n: n * 50e6, 120.0, now)
+    assert 8 < pace.limit <= 16
+
+
+def test_one_connection_at_least() -> None:
+    pace = Pace(1, 0.0)
+    pace.slow_down(1.0)
+    run(pace, lambda n: n * 50e6, 3.0)
+    assert pace.limit == 1
