@@ -147,7 +147,7 @@ def test_interrupted_by_a_person(config: Path, origin: FaultyOrigin) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert "interrupted; what has been fetched is kept" in said
+    assert "ended by SIGINT; what has been fetched is kept" in said
     assert "Traceback" not in said
 
 

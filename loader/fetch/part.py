@@ -8,7 +8,7 @@ import os
 import threading
 import time
 
-from loader.errors import FormatError, TransientError
+from loader.errors import FetchError, FormatError, TransientError
 from loader.fetch.files import (
     Places,
     Record,
@@ -19,6 +19,8 @@ from loader.fetch.files import (
     write_record,
 )
 from loader.fetch.plan import DoneRange, Range, combine, missing_ranges, sound_ranges
+from loader.fetch.sums import Check, Piece
+from loader.fetch.threads import StoppedError
 from loader.fetch.verify import check_structure, proved_ranges
 from loader.stores.base import ObjectInfo
 from loader.types import Artifact, FetchedFile
@@ -33,9 +35,17 @@ class PartFile:
     ``missing`` is what ``resume`` left to be fetched, ``done`` the file once it is whole.
     """
 
-    def __init__(self, artifact: Artifact, info: ObjectInfo, place: Places, boot_id: str) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        info: ObjectInfo,
+        place: Places,
+        boot_id: str,
+        check: Check | None = None,
+    ) -> None:
         self.artifact = artifact
         self.info = info
+        self.check = check
         self.done: FetchedFile | None = None
         self.missing: tuple[Range, ...] = ()
         self.fetched_bytes = 0
@@ -45,8 +55,10 @@ class PartFile:
         self._fd: int | None = None
         self._journal: int | None = None
         self._lock_fd: int | None = None
+        self._closed = False
         self._have: list[DoneRange] = []
         self._have_bytes = 0
+        self._digests: dict[DoneRange, bytes] = {}
         self._began = time.monotonic()
 
     @property
@@ -75,9 +87,11 @@ class PartFile:
 
     def lock(self) -> bool:
         """Take the file's lock. Return False where another process, or thread, has it."""
-        if self._lock_fd is None:
-            self._lock_fd = try_lock(self._place.lock)
-        return self._lock_fd is not None
+        with self._lock:
+            self._check_open()
+            if self._lock_fd is None:
+                self._lock_fd = try_lock(self._place.lock)
+            return self._lock_fd is not None
 
     def keep(self, record: Record) -> None:
         """Take the file as *record* says: it was found whole."""
@@ -107,14 +121,19 @@ class PartFile:
                 count = os.pwrite(self._fd, data, place)
                 data, place = data[count:], place + count
 
-    def finish(self, entry: DoneRange) -> bool:
-        """Note a range as whole. Return whether it was the last one, after which to publish."""
+    def finish(self, entry: DoneRange, digest: bytes | None = None) -> bool:
+        """Note a range as whole. Return whether it was the last one, after which to publish.
+
+        *digest* is the range's sum as ``check`` wants it.
+        """
         line = json.dumps([entry.start, entry.end, entry.crc]) + "\n"
         with self._lock:
             assert self._journal is not None
             with disk_errors(self._place.journal):
                 os.write(self._journal, line.encode())
             self._have.append(entry)
+            if digest is not None:
+                self._digests[entry] = digest
             self._have_bytes += entry.end - entry.start
             self.fetched_bytes += entry.end - entry.start
             return self._have_bytes == self.info.size_bytes
@@ -123,11 +142,13 @@ class PartFile:
         """Give the whole file its name, then write its record.
 
         Raises:
+            FetchError: the bytes do not sum up to what the origin says.
             FormatError: the bytes are what the origin sent, and no whole file of their format.
         """
         self._open()
         place = self._place
         have = sound_ranges(self._have, self.info.size_bytes)
+        self._compare_sum(have)
         try:
             check_structure(place.part, self.artifact.path)
         except FormatError as error:
@@ -149,8 +170,9 @@ class PartFile:
         self.close()
 
     def close(self) -> None:
-        """Close what is open and let go of the lock; nothing is lost."""
+        """Close what is open and let go of the lock, for good; nothing is lost."""
         with self._lock:
+            self._closed = True
             for fd in (self._fd, self._journal, self._lock_fd):
                 if fd is not None:
                     with contextlib.suppress(OSError):
@@ -169,6 +191,7 @@ class PartFile:
     def _open(self) -> None:
         """Make the part file and its journal, or go on with those of an earlier run."""
         with self._lock, disk_errors(self._place.part):
+            self._check_open()
             if self._fd is not None:
                 return
             self._place.part.parent.mkdir(parents=True, exist_ok=True)
@@ -183,6 +206,31 @@ class PartFile:
                 os.close(fd)
                 raise
             self._fd = fd
+
+    def _check_open(self) -> None:
+        """A thread that comes late must not take the lock again, or write without it."""
+        if self._closed:
+            raise StoppedError("the fetch is over")
+
+    def _compare_sum(self, have: tuple[DoneRange, ...]) -> None:
+        if self.check is None:
+            return
+        wanted = self.check.checksum
+        pieces = [Piece(entry, self._digests.get(entry)) for entry in have]
+        found = self.check.compute(pieces, self.info.size_bytes)
+        if found is None or found == wanted.digest:
+            return
+        # Nobody can say which of the bytes are wrong: they all come again.
+        for path in (self._place.journal, self._place.part):
+            path.unlink(missing_ok=True)
+        raise FetchError(
+            "the bytes do not sum up to what the origin says",
+            where=self.artifact.source,
+            expected=f"{wanted.algorithm} {wanted.digest.hex()}",
+            got=found.hex(),
+            next_step="run again: the file is fetched anew; a second time means that the origin's "
+            "copy is damaged",
+        )
 
     def _adopt(self) -> FetchedFile | None:
         """Return the final file where an earlier run was killed between its name and record."""
@@ -201,6 +249,8 @@ class PartFile:
     def _promote(
         self, have: tuple[DoneRange, ...], mtime_ns: int, *, reused: bool = False
     ) -> FetchedFile:
+        with self._lock:
+            self._check_open()
         size, digest = self.info.size_bytes, combine(have)
         record = Record(
             size, digest, self.artifact.source, self.info.version, mtime_ns, self._boot_id, have

@@ -67,6 +67,12 @@ class Schedule:
         with self.turn:
             return sum(1 for claim in self.active if claim.place > claim.start)
 
+    def stalled(self) -> int:
+        """Return how many claims have not brought a byte for a while; they count for none."""
+        now = time.monotonic()
+        with self.turn:
+            return sum(1 for claim in self.active if _is_stalled(claim, now))
+
     def take(self) -> Claim | None:
         """Wait for something to do and return it; None at the end of all."""
         with self.turn:
@@ -99,7 +105,8 @@ class Schedule:
         part, hole = self._holes[0]
         size, unit = hole.size_bytes, max(part.info.size_bytes, 1)
         if part.info.ranges:
-            unit = self._range_bytes
+            # A multipart upload's sum is of its parts: then they are what is asked for.
+            unit = (part.check and part.check.unit_bytes) or self._range_bytes
             size = guided_bytes(size, self._left_bytes, self.limit, unit)
         claim = Claim(part, hole.start, hole.start + size, unit, time.monotonic())
         if size == hole.size_bytes:
@@ -157,11 +164,10 @@ class Schedule:
         left = claim.end - claim.place
         if not left:
             return None
-        stalled = now - claim.last_byte > _STALLED_S * (1 << min(claim.stalls, 5))
         crawls = now - claim.began > _STALLED_S and claim.seconds_left(now) > _FAR_BEHIND * (
             left / max(typical, 1.0) + _SLOW_S
         )
-        if stalled or crawls:
+        if _is_stalled(claim, now) or crawls:
             taken = Claim(claim.part, claim.place, claim.end, claim.unit, now, claim.stalls + 1)
             claim.cut(claim.place)
             claim.drop_stream()
@@ -172,3 +178,7 @@ class Schedule:
         taken = Claim(claim.part, middle, claim.end, claim.unit, now, claim.stalls)
         claim.cut(middle)
         return taken
+
+
+def _is_stalled(claim: Claim, now: float) -> bool:
+    return now - claim.last_byte > _STALLED_S * (1 << min(claim.stalls, 5))

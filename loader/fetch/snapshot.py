@@ -23,6 +23,7 @@ from loader.fetch.files import (
 )
 from loader.fetch.part import PartFile, fetched_file
 from loader.fetch.progress import LogProgress, Progress, show_bytes
+from loader.fetch.sums import choose_check
 from loader.fetch.threads import map_on_threads
 from loader.fetch.transfer import Limits
 from loader.fetch.verify import Verify, is_intact
@@ -105,7 +106,8 @@ def _fetch(
         else:
             # A file from elsewhere is kept only where the origin says that it is the same.
             info = infos[artifact] or _stat(artifact, store, options.retries)
-            parts.append(PartFile(artifact, info, places(root, artifact), boot))
+            check = choose_check(info, options.range_bytes)
+            parts.append(PartFile(artifact, info, places(root, artifact), boot, check))
     limits = Limits(options.concurrency, options.retries, options.deadline_s, options.range_bytes)
     Download(parts, root, store, limits, options.verify, progress, arrivals).run(reused, seen)
     files = tuple(arrivals.file(a.path) for a in manifest.files)

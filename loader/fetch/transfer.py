@@ -89,8 +89,10 @@ class _Transfer:
         stopped = False
         try:
             while not self._over.is_set():
-                self._schedule.set_limit(self._pace.limit)
-                while len(self._workers) < self._pace.limit:
+                # One that has gone silent gives way to another, which may take it over.
+                silent = min(self._schedule.stalled(), self._limits.concurrency)
+                self._schedule.set_limit(self._pace.limit + silent)
+                while len(self._workers) < self._pace.limit + silent:
                     self._start_worker()
                 self._over.wait(_TICK_S)
                 if stopped := self._events.stop.is_set():
@@ -117,6 +119,7 @@ class _Transfer:
                 try:
                     worker.run(claim)
                 finally:
+                    claim.cease()
                     self._schedule.done(claim)
         except StoppedError:
             return

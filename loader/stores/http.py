@@ -76,6 +76,7 @@ class HttpClient:
         self._tls: ssl.SSLContext | None = None
         self._idle: dict[_Origin, list[http.client.HTTPConnection]] = {}
         self._lock = threading.Lock()
+        self._closed = False
         self._proxies = urllib.request.getproxies()
 
     def get(
@@ -145,6 +146,7 @@ class HttpClient:
     def close(self) -> None:
         """Close every idle connection."""
         with self._lock:
+            self._closed = True
             idle, self._idle = self._idle, {}
         for connections in idle.values():
             for connection in connections:
@@ -153,7 +155,10 @@ class HttpClient:
     def give_back(self, origin: _Origin, connection: http.client.HTTPConnection) -> None:
         """Keep a connection whose last body was read to its end."""
         with self._lock:
-            self._idle.setdefault(origin, []).append(connection)
+            if not self._closed:
+                self._idle.setdefault(origin, []).append(connection)
+                return
+        connection.close()
 
     def _send(
         self, request: _Request, url: str

@@ -24,7 +24,11 @@ from loader.errors import (
     TransientError,
 )
 from loader.fetch import snapshot as fetch_snapshot
+from loader.fetch.files import places
+from loader.fetch.part import PartFile
 from loader.fetch.snapshot import FetchOptions, fetch, read_artifact, sizes
+from loader.fetch.threads import StoppedError
+from loader.stores.base import ObjectInfo
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest, Snapshot
 from tests.origin import (
@@ -425,3 +429,13 @@ def test_small_files_are_read_from_where_they_are(setup: Setup) -> None:
     setup.origin.requests.clear()
     assert read_artifact(artifact, setup.root, setup.store) == BIG
     assert setup.origin.requests == []
+
+
+def test_a_thread_that_comes_late_takes_no_lock(setup: Setup) -> None:
+    artifact = setup.manifest().files[0]
+    part = PartFile(artifact, ObjectInfo(len(BIG)), places(setup.root, artifact), "")
+    part.close()
+    with pytest.raises(StoppedError):
+        part.lock()
+    setup.fetch()
+    setup.check()
