@@ -1,11 +1,11 @@
 """Download speed: podloader, its peers and a floor, from nginx on loopback, in one run.
 
-    python benchmarks/fetch.py [--scale 0.25] [--runs 3] [--peers PYTHON] [--tls] [--only NAME …]
+    python benchmarks/fetch.py [--scale 1] [--runs 3] [--peers PYTHON] [--tls] [--only NAME …]
 
 Needs nginx and curl on PATH. ``--peers`` is the interpreter of an environment with obstore,
-hf_transfer, s5cmd, boto3 and awscrt; a client that is not there is left out, and said so. The
-client's CPU seconds are its own (and its children's), the server's are not in them. Files come from
-the page cache and go to a memory file system where there is one.
+hf_transfer, s5cmd, boto3, awscrt and truss-transfer; a client that is not there is left out, and
+said so. The client's CPU seconds are its own (and its children's), the server's are not in them.
+Files come from the page cache and go to a memory file system where there is one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,8 @@ from awscrt.checksums import crc64nvme
 HERE = Path(__file__).parent
 CONNECTIONS = 16
 SETS = {"4 x 1 GiB": (4, 1 << 30), "64 x 16 MiB": (64, 16 << 20), "2000 x 8 KiB": (2000, 8 << 10)}
-NAMES = ("floor", "podloader", "curl", "obstore", "hf_transfer", "s5cmd", "boto3", "awscrt")
+NAMES: tuple[str, ...] = ("floor", "podloader", "curl", "obstore", "hf_transfer", "s5cmd", "boto3")
+NAMES += ("awscrt", "truss_transfer")
 NGINX = """
 worker_processes 2; daemon off; pid {root}/nginx.pid; error_log {root}/error.log crit;
 events {{ worker_connections 512; }}
@@ -60,7 +62,7 @@ def main() -> None:
         root = Path(name)
         with serve(root) as (plain, secure):
             for label, (count, size) in SETS.items():
-                if options.set and options.set not in label:
+                if options.set and label not in options.set:
                     continue
                 scaled = max(int(size * (options.scale if size > 1 << 20 else 1)), 1)
                 files = make_files(root / "www" / "bucket", label, count, scaled)
@@ -72,11 +74,11 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--scale", type=float, default=0.25, help="of the large files' sizes")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the large files' sizes")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--peers", default=sys.executable, help="an interpreter with the peers")
     parser.add_argument("--tls", action="store_true")
-    parser.add_argument("--set", help="only the set whose name holds this")
+    parser.add_argument("--set", nargs="*", choices=SETS, help="only these sets")
     parser.add_argument("--only", nargs="*", choices=NAMES, default=NAMES)
     return parser.parse_args()
 
@@ -94,7 +96,7 @@ def measure(
         f"\n{label}, {transport}: {total:,} bytes, {CONNECTIONS} connections, "
         f"median of {options.runs}"
     )
-    print(f"{'client':<12}{'seconds':>9}{'GB/s':>8}{'CPU-s/GB':>10}{'peak MiB':>10}")
+    print(f"{'client':<15}{'seconds':>9}{'GB/s':>8}{'CPU-s/GB':>10}{'peak MiB':>10}")
     runs: dict[str, list[Run]] = {}
     failed: dict[str, str] = {}
     for _ in range(options.runs):  # in turns, so that drift meets all alike
@@ -102,7 +104,7 @@ def measure(
             if name not in failed:
                 try:
                     runs.setdefault(name, []).append(run(options, name, files, endpoint, ca))
-                except (subprocess.CalledProcessError, AssertionError) as error:
+                except (subprocess.SubprocessError, AssertionError) as error:
                     failed[name] = str(error).splitlines()[-1][:90]
     for name, found in runs.items():
         if found and name not in failed:
@@ -111,11 +113,11 @@ def measure(
             peak = statistics.median(r.peak_bytes for r in found)
             gigabytes = total / 1e9
             print(
-                f"{name:<12}{seconds:>9.2f}{gigabytes / seconds:>8.2f}"
+                f"{name:<15}{seconds:>9.2f}{gigabytes / seconds:>8.2f}"
                 f"{cpu_s / gigabytes:>10.2f}{peak / 2**20:>10.0f}"
             )
     for name, reason in failed.items():
-        print(f"{name:<12}left out: {reason}")
+        print(f"{name:<15}left out: {reason}")
 
 
 def run(
@@ -148,7 +150,11 @@ def run(
         }
         began = time.monotonic()
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command,
+            cwd=HERE.parent,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         assert process.stdout is not None
         assert process.stderr is not None
@@ -189,6 +195,11 @@ def make_files(folder: Path, label: str, count: int, size: int) -> list[dict[str
     return files
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
 @contextmanager
 def serve(root: Path) -> Iterator[tuple[str, str]]:
     nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
@@ -203,7 +214,7 @@ def serve(root: Path) -> Iterator[tuple[str, str]]:
     for folder in (root, root / "www", root / "tmp"):
         folder.mkdir(exist_ok=True)
         folder.chmod(0o755)
-    port, tls_port = 18080, 18443
+    port, tls_port = (free_port() for _ in range(2))
     config = NGINX.format(root=root, port=port, tls_port=tls_port)
     if os.geteuid() == 0:
         config = "user root;\n" + config

@@ -217,9 +217,44 @@ def awscrt(job: dict[str, Any]) -> None:
         future.result()
 
 
+def truss_transfer(job: dict[str, Any]) -> None:
+    """Its manifest is read from a fixed place of a pod; it is put there for the run's length."""
+    from truss_transfer import lazy_data_resolve
+
+    manifest = Path("/static-bptr/static-bptr-manifest.json")
+    pointers = [
+        {
+            "resolution": {"url": f["url"], "expiration_timestamp": 4_000_000_000},
+            "uid": f"{f['path']}-{f['digest']}",
+            "file_name": f["path"],
+            "hashtype": "etag",
+            "hash": str(f["digest"]),
+            "size": f["size"],
+        }
+        for f in job["files"]
+    ]
+    manifest.parent.mkdir()
+    try:
+        manifest.write_text(json.dumps({"pointers": pointers}))
+        lazy_data_resolve(job["folder"])
+    finally:
+        manifest.unlink(missing_ok=True)
+        manifest.parent.rmdir()
+
+
 CLIENTS = {
     function.__name__: function
-    for function in (floor, podloader, curl, obstore, hf_transfer, s5cmd, boto3, awscrt)
+    for function in (
+        floor,
+        podloader,
+        curl,
+        obstore,
+        hf_transfer,
+        s5cmd,
+        boto3,
+        awscrt,
+        truss_transfer,
+    )
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 
 from rich.console import Console
@@ -16,8 +15,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from loader.fetch.progress import LogProgress, Retries
-from loader.fetch.progress import Progress as FetchProgress
+from loader.fetch.progress import Retries
 
 _BIG_BYTES = 64 << 20
 _LONGEST = 40
@@ -93,8 +91,3 @@ class BarProgress:
 def _short(path: str) -> str:
     """Return the end of a path, which tells files apart."""
     return path if len(path) <= _LONGEST else "…" + path[1 - _LONGEST :]
-
-
-def choose_progress() -> FetchProgress:
-    """Return bars where standard error is a terminal, else lines."""
-    return BarProgress() if sys.stderr.isatty() else LogProgress()

@@ -100,8 +100,8 @@ def fetch(
     """Download the files into the config's download_folder."""
     with errors_shown(as_json):
         from loader import boot
-        from loader.cli.bars import choose_progress
         from loader.cli.documents import fetch_document
+        from loader.cli.progress import choose_progress
         from loader.fetch.progress import show_bytes
 
         snapshot = boot.fetch_files(_settings(config, artifacts, set_), choose_progress())
@@ -125,8 +125,8 @@ def prepare(
     """Fetch, consolidate, attach or merge; print the model that is ready."""
     with errors_shown(as_json):
         from loader import boot
-        from loader.cli.bars import choose_progress
         from loader.cli.documents import ready_document
+        from loader.cli.progress import choose_progress
         from loader.cli.tables import show_ready
         from loader.cli.timelines import timeline_kept
 
@@ -245,7 +245,7 @@ def demo(
 ) -> None:
     """Do the whole job with a tiny model, trained on the spot."""
     with errors_shown(False):
-        from loader.cli.bars import choose_progress
+        from loader.cli.progress import choose_progress
         from loader.cli.tables import show_timeline
         from loader.demo.run import run
 

@@ -6,8 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from awscrt.checksums import crc64nvme
-
+from loader.fetch.crc import crc64nvme
 from loader.fetch.part import PartFile
 from loader.fetch.plan import DoneRange
 from loader.fetch.sums import Hasher

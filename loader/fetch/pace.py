@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _FIRST = 2
-_WINDOW_S = 0.1  # over which a rate is measured
+_WINDOW_S = 0.06  # over which a rate is measured
 _SETTLE_S = 0.5  # new connections that bring nothing by then are measured all the same
 _GAIN = 1.1  # what a larger number has to bring to be kept
 _HOLD_S = 2.0  # between two tries with more; doubled each time in vain

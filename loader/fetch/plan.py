@@ -6,7 +6,7 @@ import base64
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from awscrt.checksums import combine_crc64nvme
+from loader.fetch.crc import combine_crc64nvme
 
 _MOST_RANGES = 4  # of one request: what the last bytes of a large file wait for
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from awscrt.checksums import (
+from loader.fetch.crc import (
     combine_crc32,
     combine_crc32c,
     combine_crc64nvme,
@@ -22,7 +22,6 @@ from awscrt.checksums import (
     crc32c,
     crc64nvme,
 )
-
 from loader.fetch.plan import DoneRange
 from loader.stores.base import Algorithm, Checksum, ObjectInfo
 

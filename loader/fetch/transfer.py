@@ -27,7 +27,7 @@ from loader.stores.base import ByteStream, Store
 _BUFFER_BYTES = 1 << 20
 _BUFFERS_BYTES = 24 << 20  # of all threads together
 _PROGRESS_BYTES = 1 << 16  # a try that brought so much was not in vain
-_TICK_S = 0.05
+_TICK_S = 0.03
 _WATCH_S = 20.0  # a connection has to bring at least _SLOWEST_BYTES_S over so long
 _SLOWEST_BYTES_S = 4 << 10
 

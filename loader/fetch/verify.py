@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from awscrt.checksums import crc64nvme
-
+from loader.fetch.crc import crc64nvme
 from loader.fetch.files import Record
 from loader.fetch.plan import DoneRange
 from loader.weights.header import read_header
