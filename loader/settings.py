@@ -116,12 +116,17 @@ class Settings(BaseSettings):
         None, description="The name requests give the model. Default: the job id or base model."
     )
     concurrency: int = Field(
-        16, ge=1, le=256, description="Connections that download at the same time."
+        16,
+        ge=1,
+        le=256,
+        description="The most connections that download at the same time; fewer where more bring "
+        "nothing.",
     )
     range_size: ByteSize = Field(
         ByteSize(16 * 2**20),
         ge=2**16,
-        description="Bytes asked for in one request, such as `16MiB`; larger files come in ranges.",
+        description="The least that is asked for of a large file, such as `16MiB`; proved and "
+        "resumed alone.",
     )
     cache_folder: Path | None = Field(
         None,

@@ -102,14 +102,10 @@ def fetch(
         from loader import boot
         from loader.cli.documents import fetch_document
         from loader.cli.progress import choose_progress
-        from loader.fetch.progress import show_bytes
+        from loader.cli.tables import show_snapshot
 
         snapshot = boot.fetch_files(_settings(config, artifacts, set_), choose_progress())
-        kept = sum(1 for file in snapshot.files if file.reused)
-        say(
-            f"{len(snapshot.files)} files in {snapshot.root}: {show_bytes(snapshot.fetched_bytes)} "
-            f"fetched, {kept} files kept, {snapshot.seconds:.1f} s"
-        )
+        show_snapshot(snapshot)
         if as_json:
             write_json(fetch_document(snapshot))
 

@@ -57,6 +57,7 @@ def fetch_document(snapshot: Snapshot) -> dict[str, object]:
                 "digest": file.digest,
                 "source": file.source,
                 "reused": file.reused,
+                "bytes_per_s": round(file.size_bytes / file.seconds) if file.seconds else None,
             }
             for file in snapshot.files
         ],

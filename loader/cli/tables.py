@@ -9,7 +9,7 @@ from loader.cli.documents import total_bytes
 from loader.cli.report import say
 from loader.fetch.progress import show_bytes
 from loader.timeline import Timeline
-from loader.types import Checkpoint, Kind, Manifest, ReadyModel
+from loader.types import Checkpoint, Kind, Manifest, ReadyModel, Snapshot
 from loader.weights.consolidate.serving import serving_files
 
 _SHOWN = 50
@@ -57,6 +57,21 @@ def _show_unused(manifest: Manifest) -> None:
     else:
         return
     say(f"{'?' if total is None else show_bytes(total):>10}  {text}")
+
+
+def show_snapshot(snapshot: Snapshot) -> None:
+    """Show every file with its size, rate, digest and source, and the sum."""
+    for file in snapshot.files[:_SHOWN]:
+        rate = f"{show_bytes(file.size_bytes / file.seconds)}/s" if file.seconds else "kept"
+        say(f"{show_bytes(file.size_bytes):>10}  {rate:>12}  {file.digest}  {file.path}")
+        say(f"{'':>24}  from {file.source}")
+    if (more := len(snapshot.files) - _SHOWN) > 0:
+        say(f"{'':>10}  … and {more} more")
+    kept = sum(1 for file in snapshot.files if file.reused)
+    say(
+        f"{len(snapshot.files)} files in {snapshot.root}: {show_bytes(snapshot.fetched_bytes)} "
+        f"fetched, {kept} files kept, {snapshot.seconds:.1f} s"
+    )
 
 
 def show_ready(ready: ReadyModel) -> None:

@@ -453,6 +453,8 @@ def _translate(error: BaseException, url: str) -> BaseException:
         return _passing("the host's name cannot be resolved", url)
     if isinstance(error, TimeoutError):
         return _passing("the connection brought nothing in time", url)
+    if isinstance(error, http.client.RemoteDisconnected):
+        return _passing("the connection was closed without an answer", url)
     if isinstance(error, OSError):
         return _passing(error.strerror or type(error).__name__, url)
     if isinstance(error, http.client.HTTPException):
