@@ -5,6 +5,8 @@ from __future__ import annotations
 _FIRST = 2
 _WINDOW_S = 0.06  # over which a rate is measured
 _SETTLE_S = 0.5  # new connections that bring nothing by then are measured all the same
+_FACTOR = 4  # while it pays: a far origin has answered three times by then, not ten
+_MISSES = 1
 _GAIN = 1.1  # what a larger number has to bring to be kept
 _HOLD_S = 2.0  # between two tries with more; doubled each time in vain
 _LONGEST_HOLD_S = 30.0
@@ -12,7 +14,7 @@ _COOL_S = 5.0  # after an origin said that it is too much
 
 
 class Pace:
-    """The number of connections: doubled while the rate grows with it, halved when told to slow.
+    """The number of connections: multiplied while the rate grows, halved when told to slow.
 
     ``limit`` is the number now, never more than *most*.
     """
@@ -26,6 +28,7 @@ class Pace:
         self._hold_s = _HOLD_S
         self._next_try = now
         self._growing = True
+        self._misses = 0
         self._changed = now
         self._began: float | None = None
         self._began_bytes = 0
@@ -61,9 +64,12 @@ class Pace:
         if rate > self._best_rate * _GAIN:
             self._best_rate, self._best_limit = rate, self.limit
             self._hold_s = _HOLD_S
-            self._set(self.limit * 2, now)
+            self._set(self.limit * _FACTOR, now)
             if self.limit > self._best_limit:
                 return
+        elif self._misses < _MISSES:  # connections that pause for a moment all at once
+            self._misses += 1
+            return
         else:
             self._set(self._best_limit, now)
             self._hold_s = min(self._hold_s * 2, _LONGEST_HOLD_S)
@@ -73,5 +79,6 @@ class Pace:
     def _set(self, limit: int, now: float) -> None:
         self.limit = max(1, min(limit, self._ceiling, self._most))
         self._growing = True
+        self._misses = 0
         self._changed = now
         self._began = None

@@ -32,6 +32,7 @@ class PartFile:
     """One artifact's part file. ``lock`` and ``resume`` come first; then ``write`` and ``finish``
     may be called from many threads.
 
+    Files that are not worth a journal are fetched from their start after an interruption.
     ``missing`` is what ``resume`` left to be fetched, ``done`` the file once it is whole.
     """
 
@@ -42,10 +43,13 @@ class PartFile:
         place: Places,
         boot_id: str,
         check: Check | None = None,
+        *,
+        journaled: bool = True,
     ) -> None:
         self.artifact = artifact
         self.info = info
         self.check = check
+        self._journaled = journaled
         self.done: FetchedFile | None = None
         self.missing: tuple[Range, ...] = ()
         self.fetched_bytes = 0
@@ -128,9 +132,9 @@ class PartFile:
         """
         line = json.dumps([entry.start, entry.end, entry.crc]) + "\n"
         with self._lock:
-            assert self._journal is not None
-            with disk_errors(self._place.journal):
-                os.write(self._journal, line.encode())
+            if self._journal is not None:
+                with disk_errors(self._place.journal):
+                    os.write(self._journal, line.encode())
             self._have.append(entry)
             if digest is not None:
                 self._digests[entry] = digest
@@ -199,9 +203,10 @@ class PartFile:
             fd = os.open(self._place.part, flags, 0o644)
             try:
                 os.ftruncate(fd, self.info.size_bytes)
-                write_journal(self._place.journal, self._key(), tuple(self._have))
-                flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-                self._journal = os.open(self._place.journal, flags)
+                if self._journaled:
+                    write_journal(self._place.journal, self._key(), tuple(self._have))
+                    flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+                    self._journal = os.open(self._place.journal, flags)
             except BaseException:
                 os.close(fd)
                 raise
@@ -262,7 +267,7 @@ class PartFile:
         return fetched_file(self.artifact, record, reused=reused, seconds=seconds)
 
     def _claimed(self) -> tuple[DoneRange, ...]:
-        if not self.info.ranges:
+        if not self.info.ranges or not self._journaled:
             return ()
         return sound_ranges(read_journal(self._place.journal, self._key()), self.info.size_bytes)
 

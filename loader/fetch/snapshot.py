@@ -21,7 +21,7 @@ from loader.fetch.files import (
     places,
     read_record,
 )
-from loader.fetch.part import PartFile, fetched_file
+from loader.fetch.part import LARGE_BYTES, PartFile, fetched_file
 from loader.fetch.progress import LogProgress, Progress, show_bytes
 from loader.fetch.sums import choose_check
 from loader.fetch.threads import map_on_threads
@@ -107,7 +107,9 @@ def _fetch(
             # A file from elsewhere is kept only where the origin says that it is the same.
             info = infos[artifact] or _stat(artifact, store, options.retries)
             check = choose_check(info, options.range_bytes)
-            parts.append(PartFile(artifact, info, places(root, artifact), boot, check))
+            large = info.size_bytes > min(options.range_bytes, LARGE_BYTES)
+            place = places(root, artifact)
+            parts.append(PartFile(artifact, info, place, boot, check, journaled=large))
     limits = Limits(options.concurrency, options.retries, options.deadline_s, options.range_bytes)
     Download(parts, root, store, limits, options.verify, progress, arrivals).run(reused, seen)
     files = tuple(arrivals.file(a.path) for a in manifest.files)
