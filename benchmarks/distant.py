@@ -42,6 +42,7 @@ class DistantOrigin:
     def _accept(self) -> None:
         while True:
             taken, _ = self._listener.accept()
+            taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             taken.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, self._rate)
             threading.Thread(target=self._serve, args=(taken,), daemon=True).start()
 

@@ -17,7 +17,7 @@ from loader.fetch.claim import Claim
 from loader.fetch.part import PartFile
 from loader.fetch.plan import Range, guided_bytes
 
-_SLOW_S = 1.0  # what a claim would still take, for its rest to be shared
+_SLOW_S = 0.25  # what a claim would still take, for its rest to be shared
 _STALLED_S = 2.0  # without a byte, doubled each time that the same bytes stall
 _SPLIT_BYTES = 1 << 20  # less is not worth a request
 _FAR_BEHIND = 4.0  # times slower than the others
