@@ -35,6 +35,9 @@ class Pace:
 
     def tick(self, now: float, total_bytes: int, receiving: int) -> None:
         """Take note of the bytes so far, and of how many connections bring some now."""
+        if not receiving:  # nothing is to be learnt from an origin that has not answered yet
+            self._began = None
+            return
         if self._began is None:
             if receiving < self.limit and now - self._changed < _SETTLE_S:
                 return

@@ -73,3 +73,14 @@ def test_one_connection_at_least() -> None:
     pace.slow_down(1.0)
     run(pace, lambda n: n * 50e6, 3.0)
     assert pace.limit == 1
+
+
+def test_an_origin_that_is_slow_to_answer_is_waited_for() -> None:
+    pace = Pace(16, 0.0)
+    now = 0.0
+    while now < 3.0:
+        now += TICK_S
+        pace.tick(now, 0, 0)
+    assert pace.limit == 2
+    run(pace, lambda n: n * 50e6, 1.0, now)
+    assert pace.limit == 16
