@@ -38,6 +38,7 @@ def folders(origin: FaultyOrigin, tmp_path: Path, *patterns: str) -> list[str]:
     secrets = Look()
     found = fetch_checkpoints(config, secrets)
     assert {"hf_access_token", "baseten_api_key"} <= set(secrets.asked)
+    assert {"aws_access_key_id", "aws_secret_access_key"} <= set(secrets.asked)
     assert all(folder.is_dir() for folder in found)
     return [folder.relative_to(tmp_path / "down/job1").as_posix() for folder in found]
 

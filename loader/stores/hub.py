@@ -102,22 +102,30 @@ def describe_model(
     """
     from huggingface_hub import HfApi, hf_hub_download
 
-    def read(name: str, cached: bool) -> Path:
+    def read(cached: bool) -> Path:
         return Path(
-            hf_hub_download(repo_id, name, revision=revision, token=token, local_files_only=cached)
+            hf_hub_download(
+                repo_id, "config.json", revision=revision, token=token, local_files_only=cached
+            )
         )
 
-    with contextlib.suppress(Exception):  # whatever it is, the Hub is asked next
-        path = read("config.json", True)
-        return HubDescription(_read_config(path), _cached_bytes(path.parent))
-    try:
+    def listed_bytes() -> int | None:
         # Without the many tries of a download: this is for a recommendation only.
         info = HfApi(token=token).model_info(
             repo_id, revision=revision, files_metadata=True, timeout=_ANSWER_S
         )
         weights = [s for s in info.siblings or [] if s.rfilename.endswith(".safetensors")]
-        size = sum(s.size or 0 for s in weights if "/" not in s.rfilename)
-        return HubDescription(_read_config(read("config.json", False)), size or None)
+        return sum(s.size or 0 for s in weights if "/" not in s.rfilename) or None
+
+    with contextlib.suppress(Exception):  # whatever it is, the Hub is asked next
+        path = read(cached=True)
+        size = _cached_bytes(path.parent)
+        with contextlib.suppress(Exception):  # offline: the config alone has to do
+            size = size or listed_bytes()
+        return HubDescription(_read_config(path), size)
+    try:
+        size = listed_bytes()
+        return HubDescription(_read_config(read(cached=False)), size)
     except Exception as error:
         known = _translate(error, repo_id, revision)
         if not isinstance(known, LoaderError):  # of the HTTP library that huggingface-hub has now

@@ -17,7 +17,8 @@ import yaml
 from truss.base.truss_config import TrussConfig
 
 from loader import boot
-from loader.errors import AdapterError, ConfigError, ResolveError
+from loader.demo.origin import PROJECT
+from loader.errors import AdapterError, ConfigError, ListingError, ResolveError
 from loader.scaffold.choice import choose
 from loader.scaffold.deployment import Deployment, Secret, Wishes, decide
 from loader.scaffold.survey import Found, survey
@@ -398,6 +399,16 @@ def test_a_job_among_several(jobs: Jobs, tmp_path: Path) -> None:
     done = subprocess.run(command(*arguments, "--job-id", "full"), capture_output=True, check=False)
     assert done.returncode == 0
     assert read(tmp_path / "out")[1].training.artifact_references[0].training_job_id == "full"
+
+
+def test_another_source_than_a_listing(jobs: Jobs, tmp_path: Path) -> None:
+    source = f"file://{jobs.origin.root}/training_projects/{PROJECT}"
+    deployment = decide(choose(survey([source], ["lora"]), ["latest"]), Wishes())
+    assert deployment.chosen[0].path == "lora/rank-0/checkpoint-100"
+    write_truss(deployment, [source], tmp_path / "out")
+    assert read(tmp_path / "out")[1].artifacts == (source,)
+    with pytest.raises(ListingError, match="no listing"):
+        survey([jobs.listing("lora")], ["other"])
 
 
 def test_listing_sizes_are_enough(jobs: Jobs, tmp_path: Path) -> None:

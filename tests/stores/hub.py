@@ -48,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
             tree = [self.entry(name) for name in names]
             self.answer(200, json.dumps(tree).encode())
         elif path.startswith("/api/models/org/base"):
-            siblings = [{"rfilename": name} for name in names]
+            siblings = [{"rfilename": n, "size": self.entry(n)["size"]} for n in names]
             info = {"id": "org/base", "modelId": "org/base", "sha": COMMIT, "siblings": siblings}
             self.answer(200, json.dumps(info).encode())
         elif path.startswith("/org/base/resolve/") and path.rpartition("/")[2] in names:

@@ -23,6 +23,17 @@ except LoaderError as error:
     print(type(error).__name__, error.what)
 """
 
+DESCRIBE = """
+import sys
+from loader.errors import LoaderError
+from loader.stores.hub import describe_model
+try:
+    found = describe_model(sys.argv[1], sys.argv[2] or None, token=sys.argv[3] or None)
+    print(found.weight_bytes, found.config)
+except LoaderError as error:
+    print(type(error).__name__, error.what)
+"""
+
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
@@ -37,7 +48,12 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def ask(
-    hub: Hub, repo: str = "org/base", revision: str = "", token: str = "", **variables: str
+    hub: Hub,
+    repo: str = "org/base",
+    revision: str = "",
+    token: str = "",
+    script: str = SCRIPT,
+    **variables: str,
 ) -> str:
     environment = {
         **os.environ,
@@ -48,7 +64,7 @@ def ask(
         **variables,
     }
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, repo, revision, token],
+        [sys.executable, "-c", script, repo, revision, token],
         env=environment,
         capture_output=True,
         text=True,
@@ -85,3 +101,20 @@ def test_refusals(hub: Hub, repo: str, revision: str, said: str) -> None:
 
 def test_offline_and_not_in_the_cache(hub: Hub) -> None:
     assert "not in the cache" in ask(hub, HF_HUB_OFFLINE="1")
+
+
+def test_a_model_is_described_without_its_weights(hub: Hub) -> None:
+    (hub.folder / "config.json").write_text('{"hidden_size": 8}')
+    (hub.folder / "model.safetensors").write_bytes(b"x" * 1000)
+    for _ in range(2):  # the second finds the config in the cache
+        assert ask(hub, script=DESCRIBE) == "1000 {'hidden_size': 8}"
+    assert not [path for path, _ in hub.requests if path.endswith("safetensors")]
+    assert ask(hub, "org/gated", script=DESCRIBE).startswith("ConfigError the base model is gated")
+    assert ask(hub, script=DESCRIBE, HF_HUB_OFFLINE="1") == "None {'hidden_size': 8}"
+    assert ask(hub, "org/other", script=DESCRIBE, HF_HUB_OFFLINE="1").startswith("FetchError")
+
+
+def test_a_model_in_the_cache_is_described_offline(hub: Hub) -> None:
+    (hub.folder / "model.safetensors").write_bytes(b"x" * 1000)
+    ask(hub)
+    assert ask(hub, script=DESCRIBE, HF_HUB_OFFLINE="1") == "1000 {}"
