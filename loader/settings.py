@@ -185,6 +185,17 @@ class Settings(BaseSettings):
     retries: int = Field(
         6, ge=0, le=100, description="Further tries of one range after a passing failure."
     )
+    drain_timeout_s: float = Field(
+        20.0,
+        ge=0,
+        description="What `serve` gives requests under way after SIGTERM or SIGINT; 5 s later the "
+        "pod has ended, whatever hangs.",
+    )
+    on_failure: Literal["exit", "hold"] = Field(
+        "exit",
+        description="When `serve` cannot start: `exit` with the documented code, or `hold` and "
+        "answer `/health` with the reason until a signal comes.",
+    )
 
     @property
     def base_checkpoint(self) -> CheckpointName | None:

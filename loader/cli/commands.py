@@ -134,6 +134,28 @@ def prepare(
 
 
 @app.command()
+def serve(
+    config: Config,
+    vllm_arguments: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[-- VLLM_ARGS]", help="Further arguments of `vllm serve`."),
+    ] = None,
+    artifacts: Artifacts = None,
+    set_: Set = None,
+    timeline_file: TimelineFile = None,
+) -> None:
+    """Prepare, then be vLLM's OpenAI server; probes are answered from the first second."""
+    with errors_shown(False):
+        from loader.cli.pods import run_pod
+
+        def load_settings() -> Settings:
+            return _settings(config, artifacts, set_)
+
+        code = run_pod(config, load_settings, vllm_arguments or (), timeline_file)
+    raise typer.Exit(code)
+
+
+@app.command()
 def inspect(
     source: Annotated[
         str,

@@ -88,14 +88,14 @@ def show_timeline(timeline: Timeline) -> None:
     """Show when each stage began and how long it took, and the same as bars."""
     stages = sorted(timeline.stages, key=lambda stage: (stage.start_s, stage.end_s))
     total_s = max((stage.end_s for stage in stages), default=0.0) or 1.0
-    say(f"{'start':>9}  {'seconds':>9}  {'stage':<16}")
+    say(f"{'start':>9}  {'seconds':>9}  stage")
     for stage in stages:
         before = round(stage.start_s / total_s * _BAR_CHARACTERS)
         length = max(round(stage.end_s / total_s * _BAR_CHARACTERS) - before, 1)
         bar = " " * min(before, _BAR_CHARACTERS - 1) + "█" * length
         failed = f"  failed: {stage.failed}" if stage.failed else ""
-        say(f"{stage.start_s:>9.2f}  {stage.seconds:>9.2f}  {stage.name:<16}  {bar}{failed}")
-    counts = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in _counted(timeline))
+        say(f"{stage.start_s:>9.2f}  {stage.seconds:>9.2f}  {stage.name:<20}  {bar}{failed}")
+    counts = ", ".join(f"{name.replace('_', ' ')}: {number}" for name, number in _counted(timeline))
     say(f"{total_s:>9.2f}  in all{f'; {counts}' if counts else ''}")
 
 

@@ -15,9 +15,9 @@ from loader.timeline import Timeline
 
 
 @contextlib.contextmanager
-def timeline_kept(file: Path | None) -> Iterator[Timeline]:
+def timeline_kept(file: Path | None, timeline: Timeline | None = None) -> Iterator[Timeline]:
     """Give a timeline; at the end, well or not, show its table and write *file* and its picture."""
-    timeline = Timeline()
+    timeline = timeline or Timeline()
     with exporting(timeline, traces_exporter()):
         try:
             yield timeline

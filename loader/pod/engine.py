@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 from loader.errors import EngineError, LoaderError
 from loader.serve.channel import Channel, error_from_json
@@ -23,21 +23,33 @@ _WORKER = "loader.serve.worker"
 _END_S = 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class EngineLoaded:
+    """The engine could serve."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineGone:
+    """The process has failed or ended before it served."""
+
+
 class EngineProcess:
     """``loader.serve.worker`` and the channel to it. Its imports begin at once.
 
-    *failed* is called from another thread as soon as the process fails or ends before ``go``.
+    *tell* is called from another thread.
     """
 
     def __init__(
-        self, listening: socket.socket, timeline: Timeline, failed: Callable[[], None]
+        self,
+        listening: socket.socket,
+        timeline: Timeline,
+        tell: Callable[[EngineLoaded | EngineGone], None],
     ) -> None:
         ours, theirs = socket.socketpair()
         self._timeline = timeline
-        self._failed = failed
-        self._heard: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._tell = tell
         self._error: LoaderError | None = None
-        self._serving = False
+        self._loading = self._serving = False
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", _WORKER, str(theirs.fileno()), str(listening.fileno())],
@@ -60,26 +72,37 @@ class EngineProcess:
         """Why there is no engine."""
         if self._error is not None:
             return self._error
-        code = self._process.poll()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_S)
+        code = self._process.returncode
         return EngineError(
             "the engine's process ended while it started",
             got=f"exit code {code}" if code is None or code >= 0 else signal.Signals(-code).name,
             next_step="its own log lines above name the cause",
         )
 
-    def check(self, engine_args: Mapping[str, object], arguments: Sequence[str]) -> None:
-        """Let the process refuse arguments as soon as it can."""
-        self._channel.send("check", engine_args=dict(engine_args), arguments=list(arguments))
+    def check(
+        self,
+        engine_args: Mapping[str, object],
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+    ) -> None:
+        """Let the process refuse arguments as soon as it can, and set variables for vLLM."""
+        self._channel.send(
+            "check",
+            engine_args=dict(engine_args),
+            arguments=list(arguments),
+            environment=dict(environment),
+        )
 
-    def load(self, arguments: Sequence[str]) -> None:
-        """Load the model that *arguments* name and return when it could serve.
+    def hint(self, config: Path) -> None:
+        """Let the process look at the model's *config*, which is here before the weights."""
+        self._channel.send("hint", config=str(config))
 
-        Raises:
-            LoaderError: it does not start.
-        """
-        self._channel.send("load", arguments=list(arguments))
-        if self._heard.get() is None:
-            raise self.error
+    def load(self, arguments: Sequence[str], *, canary: bool) -> None:
+        """Begin to load the model that *arguments* name; with *canary*, its adapters are proved."""
+        self._loading = True
+        self._channel.send("load", arguments=list(arguments), canary=canary)
 
     def go(self, boot: Boot) -> None:
         """Let the process accept connections; *boot* is what its ``/status`` shows."""
@@ -102,9 +125,9 @@ class EngineProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """End the process if it still runs."""
+        """End the process if it still runs; one without an engine yet has nothing to tidy up."""
         self._serving = True  # its end is no failure any more
-        if self._process.poll() is None:
+        if self._loading and self._process.poll() is None:
             self.signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_S)
@@ -123,12 +146,11 @@ class EngineProcess:
                 span = begun.pop(message["name"])
                 self._timeline.end(span, at=message["at"], failed=message["failed"])
             elif kind == "loaded":
-                self._heard.put(message)
+                self._tell(EngineLoaded())
             elif kind == "failed":
                 self._error = error_from_json(message["error"])
                 break
         for span in begun.values():
             self._timeline.end(span, failed="ended")
-        self._heard.put(None)
         if not self._serving:
-            self._failed()
+            self._tell(EngineGone())

@@ -25,21 +25,18 @@ class StopSignal(BaseException):
 
 
 class Signals:
-    """Raises ``StopSignal`` in the main thread, or once ``pass_to`` was called, passes signals on.
+    """Gives signals to *receiver*, in the main thread; without one it raises ``StopSignal`` there.
 
-    Made in the main thread; ``restore`` puts back what was there before.
+    Made in the main thread. A long-lived process has a receiver: an exception in the midst of
+    somebody's import may be swallowed by it, or leave it broken.
     """
 
-    def __init__(self) -> None:
-        self._receiver: Callable[[int], None] | None = None
+    def __init__(self, receiver: Callable[[int], None] | None = None) -> None:
+        self._receiver = receiver
         self._before = {number: signal.signal(number, self._handle) for number in _STOPPING}
 
-    def pass_to(self, receiver: Callable[[int], None]) -> None:
-        """Raise no more: hand the signals to *receiver*, in the main thread."""
-        self._receiver = receiver
-
     def restore(self) -> None:
-        """Handle no more signals."""
+        """Put back what was there before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -65,7 +65,7 @@ def serve_arguments(
     if not ready.adapters and arguments.get("max_loras"):
         arguments["enable_lora"] = True  # room for adapters that come while it serves
     if ready.adapters or arguments.get("max_loras"):
-        on_cpu = _is_cpu_build() if cpu is None else cpu
+        on_cpu = is_cpu_build() if cpu is None else cpu
         slots = _adapter_slots(len(ready.adapters), arguments.get("max_loras"), on_cpu)
         arguments["max_loras"] = slots
         if isinstance(slots, int):
@@ -130,10 +130,10 @@ def adapter_room(slots: int) -> int | None:
 
     On a CPU one slot has to stay empty, see ``_adapter_slots``.
     """
-    return slots - 1 if _is_cpu_build() else None
+    return slots - 1 if is_cpu_build() else None
 
 
-def _is_cpu_build() -> bool:
+def is_cpu_build() -> bool:
     """Return whether vLLM runs on the CPU, told by its version as vLLM itself tells it."""
     try:
         return "cpu" in version("vllm")

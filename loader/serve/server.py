@@ -6,18 +6,25 @@ through before the first client's, and ``/status`` and podloader's metrics go on
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 from loader.errors import ConfigError, LoaderError
+from loader.serve.arguments import is_cpu_build
+from loader.serve.canary import Said, canary_body, check_adapters, read_said
 from loader.serve.channel import Channel
 from loader.serve.failures import start_failure
 from loader.serve.orphans import OrphanGuard
+from loader.serve.tasks import check_sound
 from loader.status.replies import STATUS_PATHS, status_reply
 from loader.status.state import Boot
+from loader.weights.inspect import read_json
 
 Stage = Callable[[str], AbstractContextManager[None]]
 _CORE = "EngineCore"
@@ -33,7 +40,10 @@ def import_engine() -> None:
     need not import it all again. vLLM itself falls back to spawn where a fork will not do, as when
     CUDA is initialised.
     """
-    os.environ.setdefault(_METHOD, "fork")
+    if os.environ.setdefault(_METHOD, "fork") == "fork" and is_cpu_build():
+        # vLLM leaves a core to its scheduler, by the environment of processes that it spawns. A
+        # fork's OpenMP has read its own before, and would take every core: ten times slower.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) - 1, 1)))
     import uvloop  # noqa: F401
     import vllm.entrypoints.launchers.api_server.entry
     import vllm.v1.engine.async_llm
@@ -44,19 +54,42 @@ def import_engine() -> None:
         import vllm.v1.worker.cpu_worker
     elif current_platform.is_cuda_alike():
         import vllm.v1.worker.gpu_worker  # noqa: F401
+    # The engine collects garbage several times while it starts: not among these objects, which all
+    # stay, and whose pages a fork would have to copy for it.
+    gc.freeze()
 
 
-def serve_openai(args: Any, listening: socket.socket, channel: Channel, stage: Stage) -> int:
+def inspect_model(config: Path) -> None:
+    """Let vLLM find out about the architectures in *config*, and keep that in its cache.
+
+    It imports itself once more for that, in a process that it starts. A pod's cache is empty, so
+    this would come after the download. What goes wrong here, the engine's start will tell.
+    """
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    with contextlib.suppress(Exception):
+        names = read_json(config).get("architectures")
+        for name in names if isinstance(names, list) else ():
+            ModelRegistry.models[name].inspect_model_cls()
+
+
+def serve_openai(
+    args: Any, listening: socket.socket, channel: Channel, stage: Stage, *, canary: bool
+) -> int:
     """Serve what *args*, vLLM's namespace, ask for; return the exit code when it is over.
 
+    With *canary*, adapters prove their effect before the first client.
+
     Raises:
+        AdapterError: an adapter that changes nothing.
         ConfigError: a way of serving that podloader does not have.
         EngineError: vLLM did not start.
     """
     import uvloop
 
     check_mode(args, listening.getsockname()[1])
-    code: int = uvloop.run(_serve(args, listening, channel, stage))
+    check_sound(Path(args.model))
+    code: int = uvloop.run(_serve(args, listening, channel, stage, canary))
     return code
 
 
@@ -79,7 +112,9 @@ def check_mode(args: Any, port: int) -> None:
         )
 
 
-async def _serve(args: Any, listening: socket.socket, channel: Channel, stage: Stage) -> int:
+async def _serve(
+    args: Any, listening: socket.socket, channel: Channel, stage: Stage, canary: bool
+) -> int:
     import asyncio
 
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -97,7 +132,7 @@ async def _serve(args: Any, listening: socket.socket, channel: Channel, stage: S
                 app = build_app(args, tasks, engine.model_config)
                 await init_app_state(engine, app.state, args, tasks)
             if "generate" in tasks:
-                await _warm_up(app.state, args, stage)
+                await _warm_up(app.state, args, stage, canary)
         except LoaderError:
             raise
         except Exception as error:
@@ -146,18 +181,32 @@ async def _start_engine(args: Any, method: str) -> Any:
     return engine
 
 
-async def _warm_up(state: Any, args: Any, stage: Stage) -> None:
+async def _warm_up(state: Any, args: Any, stage: Stage, canary: bool) -> None:
     """Send one request through everything a client's will meet, then time a first token."""
+    base = (args.served_model_name or [args.model])[0]
+    adapters = [module.name for module in args.lora_modules or ()]
+    with stage("warm-up"):
+        await _complete(state, {"model": base, "prompt": _PROMPT, "max_tokens": 1})
+    with stage("first token"):
+        await _complete(state, {"model": base, "prompt": _PROMPT, "max_tokens": 1})
+    if canary and adapters:
+
+        async def ask(name: str) -> Said:
+            return read_said(await _complete(state, canary_body(name)))
+
+        with stage("canary"):
+            await check_adapters(ask, base, adapters)
+
+
+async def _complete(state: Any, body: Mapping[str, Any]) -> dict[str, Any]:
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-    name = (args.served_model_name or [args.model])[0]
-    for label in ("warm-up", "first token"):
-        with stage(label):
-            request = CompletionRequest(model=name, prompt=_PROMPT, max_tokens=1, temperature=0.0)
-            answer = await state.openai_serving_completion.create_completion(request)
-            if isinstance(answer, ErrorResponse):
-                raise RuntimeError(f"the first request was refused: {answer.error.message}")
+    answer = await state.openai_serving_completion.create_completion(CompletionRequest(**body))
+    if isinstance(answer, ErrorResponse):
+        raise RuntimeError(f"the first request was refused: {answer.error.message}")
+    told: dict[str, Any] = answer.model_dump(mode="json")
+    return told
 
 
 def _go_on_telling(app: Any, boot: Boot) -> None:
@@ -167,12 +216,13 @@ def _go_on_telling(app: Any, boot: Boot) -> None:
 
     from loader.status.metrics import BootCollector
 
-    async def status(request: Request) -> Response:
-        told = status_reply(request.url.path, request.url.query, boot)
-        assert told is not None
-        return Response(told.body, told.status, dict(told.headers), told.content_type)
-
     for path in STATUS_PATHS:
+
+        async def status(request: Request, path: str = path) -> Response:
+            told = status_reply(path, request.url.query, boot)
+            assert told is not None
+            return Response(told.body, told.status, dict(told.headers), told.content_type)
+
         app.add_route(path, status, include_in_schema=False)
     BootCollector(lambda: boot).register()
 
@@ -207,8 +257,7 @@ async def _serve_http(app: Any, listening: socket.socket, args: Any) -> Any:
 def _exit_code(engine: Any) -> int:
     """Return 0 after an orderly end; after a crash what ended the engine, as a shell tells it."""
     manager = engine.engine_core.resources.engine_manager
-    ended = manager.finished_procs() if manager is not None else {}
-    if engine.engine_core.resources.engine_dead:
-        code = next((code for code in ended.values() if code), _ENGINE_DIED)
-        return 128 - code if code < 0 else _ENGINE_DIED
-    return 0
+    if manager is None or manager.failed_proc_name is None:
+        return 0
+    code: int = manager.finished_procs().get(manager.failed_proc_name, 1)
+    return 128 - code if code < 0 else _ENGINE_DIED

@@ -1,13 +1,17 @@
 """The engine's process: imports vLLM while the checkpoints arrive, then is its OpenAI server.
 
 ``python -m loader.serve.worker CHANNEL_FD LISTENING_FD``, started by ``loader.pod``. A process of
-its own, because imports hold the interpreter's lock: in a thread they would slow the download, and
-the download them. What it is told and tells, in this order:
+its own, though a thread would not slow the download more (``benchmarks/imports.py``): its crash
+leaves the pod an exit code to give, and it has no threads of a download or a merge, so that the
+engine's processes may be forks of it. What it is told and tells, in this order:
 
     imports          begin, end        "engine import"
-    <- check         engine_args, arguments without the model: refused while the download runs
-    <- load          arguments
-    engine           begin, end        "engine load", "warm-up", "first token"
+    <- check         engine_args, arguments without the model: refused while the download runs;
+                     environment
+    <- hint          config: the model's config.json, as soon as it is here
+    inspection       begin, end        "model class"
+    <- load          arguments, canary
+    engine           begin, end        "engine load", "warm-up", "first token", "canary"
     -> loaded
     <- go            boot: what /status shows from now on
     serves on LISTENING_FD until a signal or the engine's end
@@ -23,6 +27,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from loader.errors import EngineError, LoaderError
@@ -79,14 +84,18 @@ def _serve(channel: Channel, listening: socket.socket, stages: Stages) -> int:
     check = channel.receive()
     if check is None:
         return _UNEXPECTED  # the pod is gone
+    os.environ.update(check["environment"])  # before vLLM loads its plugins
     check_engine_args(check["engine_args"])
     parse_arguments(check["arguments"])
-    load = channel.receive()
+    from loader.serve.server import inspect_model, serve_openai
+
+    while (load := channel.receive()) and load["kind"] == "hint":
+        with stages.stage("model class"):
+            inspect_model(Path(load["config"]))
     if load is None:
         return _UNEXPECTED
-    from loader.serve.server import serve_openai
-
-    return serve_openai(parse_arguments(load["arguments"]), listening, channel, stages.stage)
+    args = parse_arguments(load["arguments"])
+    return serve_openai(args, listening, channel, stages.stage, canary=load["canary"])
 
 
 def _import_vllm() -> None:

@@ -9,6 +9,7 @@ from html import escape
 from loader.timeline import Open, Span
 
 MOST_FILES = 12
+_LEAST_SHARE = 0.01  # of the whole; files that took less are not drawn
 _WIDTH, _LEFT, _RIGHT = 960, 250, 70  # pixels; the names stand on the left
 _ROW, _BAR, _TOP, _BOTTOM = 24, 15, 30, 12
 _MOST_TICKS = 8
@@ -28,8 +29,10 @@ class _Bar:
 
 def gantt_svg(spans: Sequence[Span], running: Sequence[Open], now_s: float) -> str:
     """Return an SVG document of *spans*, and of what is *running* until *now_s*."""
-    bars = [*_bars(spans, running, now_s, "stage"), *_bars(spans, running, now_s, "file")]
-    total_s = max([bar.end_s for bar in bars], default=0.0) or 1.0
+    stages = _bars(spans, running, now_s, "stage")
+    files = _bars(spans, running, now_s, "file")
+    total_s = max([bar.end_s for bar in (*stages, *files)], default=0.0) or 1.0
+    bars = [*stages, *_longest(files, _LEAST_SHARE * total_s)]
     scale = (_WIDTH - _LEFT - _RIGHT) / total_s
     height = _TOP + _ROW * max(len(bars), 1) + _BOTTOM
     parts = [
@@ -63,9 +66,14 @@ def _bars(spans: Sequence[Span], running: Sequence[Open], now_s: float, kind: st
             for s in open_now
         ),
     ]
-    if kind == "file":
-        bars = sorted(bars, key=lambda bar: bar.start_s - bar.end_s)[:MOST_FILES]
     return sorted(bars, key=lambda bar: (bar.start_s, bar.end_s))
+
+
+def _longest(files: Sequence[_Bar], least_s: float) -> list[_Bar]:
+    """Return the files that took longest, as they began."""
+    found = [bar for bar in files if bar.end_s - bar.start_s >= least_s]
+    found.sort(key=lambda bar: bar.start_s - bar.end_s)
+    return sorted(found[:MOST_FILES], key=lambda bar: (bar.start_s, bar.end_s))
 
 
 def _why(span: Span) -> str:

@@ -72,7 +72,7 @@ def _headline(boot: Boot) -> str:
         facts.append(f"{boot.left_s:.0f} s of download left")
     if boot.phase == "starting":
         facts.append(f"{boot.now_s:.0f} s so far")
-    facts += [f"{n} {name.replace('_', ' ')}" for name, n in sorted(boot.counts.items()) if n]
+    facts += [f"{name.replace('_', ' ')}: {n}" for name, n in sorted(boot.counts.items()) if n]
     bar = f'<div class="bar"><div style="width: {share:.1f}%"></div></div>' if boot.files else ""
     return (
         f"<section><h1>{escape(title)}</h1>{bar}"
@@ -111,6 +111,8 @@ def _table(boot: Boot) -> str:
         for s in boot.running
         if s.kind == "stage"
     ]
+    if not rows:
+        return ""
     cells = "".join(
         f'<tr><td class="n">{start:.2f}</td><td class="n">{escape(took)}</td>'
         f'<td>{escape(name)}</td><td class="quiet">{escape(lane)}</td><td>{escape(note)}</td></tr>'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -62,9 +62,16 @@ class Boot:
 class BootState:
     """Counts what a fetch tells, passes it on, and gives ``Boot`` values from any thread."""
 
-    def __init__(self, timeline: Timeline, inner: Progress | None = None) -> None:
+    def __init__(
+        self,
+        timeline: Timeline,
+        inner: Progress | None = None,
+        arrived: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """*arrived* is told the path of every file that is whole."""
         self.timeline = timeline
         self._inner = inner
+        self._arrived = arrived
         self._lock = threading.Lock()
         self._phase: Phase = "starting"
         self._files = self._files_done = self._bytes = self._bytes_done = 0
@@ -78,10 +85,12 @@ class BootState:
         self._inner = inner
 
     def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
-        """Note what is to come."""
+        """Add what is to come: a start may fetch in several parts."""
         with self._lock:
-            self._files, self._bytes, self._bytes_done = files, size_bytes, have_bytes
-            self._samples = deque([(time.monotonic(), have_bytes)])
+            self._files += files
+            self._bytes += size_bytes
+            self._bytes_done += have_bytes
+            self._samples = deque([(time.monotonic(), self._bytes_done)])
             self._fetching = True
         if self._inner:
             self._inner.start(files, size_bytes, have_bytes)
@@ -109,6 +118,7 @@ class BootState:
             self._files_done += 1
         if self._inner:
             self._inner.finish_file(path)
+        self._arrived(path)
 
     def retry(self, path: str, reason: str) -> None:
         """Pass it on: the timeline counts it."""

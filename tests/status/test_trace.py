@@ -88,5 +88,11 @@ def test_what_runs_reaches_to_now_and_only_the_longest_files_are_drawn() -> None
     assert "f0:" not in svg
 
 
+def test_files_that_took_no_time_to_speak_of_are_left_out() -> None:
+    svg = gantt_svg([Span("long", 0, 100, "file"), Span("short", 0, 0.5, "file")], [], 100.0)
+    assert "long:" in svg
+    assert "short:" not in svg
+
+
 def test_an_empty_timeline_has_a_picture_too() -> None:
     ElementTree.fromstring(gantt_svg((), (), 0.0))

@@ -1,0 +1,65 @@
+"""``podloader serve``: a pod with its timeline, and its failures as exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loader.cli.report import say
+from loader.errors import LoaderError
+from loader.pod.pod import Pod
+from loader.pod.signals import StopSignal
+from loader.timeline import Timeline
+
+if TYPE_CHECKING:
+    from loader.settings import Settings
+
+
+def run_pod(
+    config: Path,
+    load_settings: Callable[[], Settings],
+    arguments: Sequence[str],
+    timeline_file: Path | None,
+) -> int:
+    """Return the pod's exit code when it is over.
+
+    A download that nobody waits for any more is not waited for either: the process ends here then.
+    """
+    timeline = Timeline()
+    with Pod(arguments, timeline) as pod:
+        code = _run(pod, config, load_settings, timeline, timeline_file)
+    if pod.is_preparing:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(
+    pod: Pod,
+    config: Path,
+    load_settings: Callable[[], Settings],
+    timeline: Timeline,
+    timeline_file: Path | None,
+) -> int:
+    # Not before the port answers: these import pydantic and rich.
+    from loader.cli.progress import choose_progress
+    from loader.cli.timelines import timeline_kept
+
+    try:
+        with timeline_kept(timeline_file, timeline):
+            pod.start(config, load_settings, choose_progress())
+    except StopSignal as stop:
+        say(f"{stop} while starting; what has been fetched is kept")
+        return stop.exit_code
+    except LoaderError as error:
+        say(f"error: {error}")
+        if pod.holds:
+            say("/health answers with this until a signal comes")
+            pod.hold()
+        return error.exit_code
+    say(f"ready after {timeline.now_s:.1f} s")
+    return pod.serve()

@@ -1,0 +1,35 @@
+"""An origin of one base and four adapters for every pod."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.models import tiny_llama, train_or_draw_lora
+from tests.origin import FaultyOrigin, serving
+
+JOBS = ("joba", "jobb", "jobc", "jobd")
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The origin's folder: ``base/base/`` and a checkpoint of each job."""
+    folder = tmp_path_factory.mktemp("published")
+    base = tiny_llama(folder / "base")
+    origin = FaultyOrigin(folder / "origin")
+    shutil.copytree(base, origin.folder("base") / "base")
+    for seed, job in enumerate(JOBS, start=1):
+        lora = train_or_draw_lora(base, folder / job, seed=seed, spread=0.3)
+        shutil.copytree(lora, origin.folder(job) / "checkpoint-1")
+    origin.server_close()
+    return folder / "origin"
+
+
+@pytest.fixture(scope="module")
+def origin(published: Path) -> Iterator[FaultyOrigin]:
+    """A server of its own for each file of tests."""
+    with serving(published) as found:
+        yield found

@@ -1,0 +1,199 @@
+"""A pod from its first second to its last, as PID 1; the tests stand in the order of its life."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
+
+from tests import origin as faults
+from tests.origin import FaultyOrigin
+from tests.pod.conftest import JOBS
+from tests.pod.pods import RunningPod, needs_namespaces, write_config
+
+pytestmark = pytest.mark.engine
+_REQUESTS = 200
+_PROMPTS = ["the quick brown", "what is the capital", "a model answers", "0 1 2 3", "plus minus"]
+
+
+@pytest.fixture(scope="module")
+def pod(origin: FaultyOrigin, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningPod]:
+    """One engine over the base and four adapters, ready."""
+    needs_namespaces()
+    # Broken off a few times, then slow enough to be seen on its way.
+    ways = [*[faults.cut(400_000)] * 4, *[faults.slow(0.1)] * 9]
+    origin.fail("base/model.safetensors", *ways)
+    config = write_config(origin, tmp_path_factory.mktemp("pod"), *JOBS)
+    running = RunningPod(config, environment={"VLLM_CPU_KVCACHE_SPACE": "1"})
+    try:
+        running.wait_ready()
+        yield running
+    finally:
+        running.close()
+
+
+@pytest.fixture
+def client(pod: RunningPod) -> Iterator[OpenAI]:
+    """OpenAI's client; it tries nothing twice, so that a lost request shows."""
+    with OpenAI(base_url=f"{pod.url}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+def test_probes_were_answered_all_along_and_never_refused(pod: RunningPod) -> None:
+    statuses = [status for _, status, _ in pod.answers]
+    turn = statuses.index(200)
+    assert set(statuses[:turn]) == {503}
+    assert set(statuses[turn:]) == {200}
+    assert pod.refused == []
+    bodies = [body for _, _, body in pod.answers[:turn]]
+    assert any("engine import" in body["stage"] for body in bodies)
+    assert any("engine load" in body["stage"] for body in bodies)
+    on_the_way = [body for body in bodies if 0 < body["bytes"]["done"] < body["bytes"]["total"]]
+    assert any(body["bytes_per_s"] > 0 and body["left_s"] is not None for body in on_the_way)
+
+
+def test_the_import_ran_beside_the_download(pod: RunningPod) -> None:
+    trace = json.loads((pod.folder / "boot.json").read_text())
+    spans = {event["name"]: event for event in trace["traceEvents"] if event["ph"] == "X"}
+    engine = {"engine import", "model class", "engine load", "warm-up", "first token", "canary"}
+    assert {"resolve", "download"} | engine <= set(spans)
+    assert "base/rank-0/base/model.safetensors" in spans
+    download, imports = spans["download"], spans["engine import"]
+    assert imports["ts"] < download["ts"]
+    assert imports["ts"] + imports["dur"] > download["ts"] + download["dur"]
+    assert trace["otherData"]["retries"] >= 1
+    assert "engine load" in (pod.folder / "boot.svg").read_text()
+    assert re.search(r"^ +[\d.]+ +[\d.]+ +engine import", pod.text(), re.MULTILINE)
+
+
+def test_models_are_the_base_and_its_adapters(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["base", *JOBS]
+
+
+def test_chat_and_completions_differ_by_adapter(client: OpenAI) -> None:
+    answers = set()
+    for model in ("base", *JOBS):
+        chat = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "the quick"}],
+            max_tokens=12,
+            temperature=0,
+        )
+        text = client.completions.create(
+            model=model, prompt="the quick", max_tokens=12, temperature=0
+        )
+        assert chat.model == text.model == model
+        assert chat.choices[0].finish_reason in ("stop", "length")
+        answers.add((chat.choices[0].message.content, text.choices[0].text))
+    assert len(answers) == 1 + len(JOBS)
+
+
+def test_a_stream_gives_the_same_text(client: OpenAI) -> None:
+    whole = client.completions.create(
+        model="joba", prompt="the quick", max_tokens=16, temperature=0
+    )
+    events = list(
+        client.completions.create(
+            model="joba", prompt="the quick", max_tokens=16, temperature=0, stream=True
+        )
+    )
+    assert len(events) > 2
+    assert "".join(event.choices[0].text for event in events) == whole.choices[0].text
+
+
+def test_bad_requests_are_refused_and_the_engine_stays_well(
+    client: OpenAI, pod: RunningPod
+) -> None:
+    with pytest.raises(NotFoundError):
+        client.completions.create(model="nobody", prompt="x")
+    with pytest.raises(BadRequestError):
+        client.completions.create(model="base", prompt="x", temperature=-1)
+    with pytest.raises(BadRequestError):
+        client.completions.create(model="base", prompt="x " * 500, max_tokens=5)
+    assert pod.get("/health").status_code == 200
+
+
+async def test_none_of_200_concurrent_requests_is_lost_or_crossed(pod: RunningPod) -> None:
+    async with AsyncOpenAI(base_url=f"{pod.url}/v1", api_key="none", max_retries=0) as client:
+
+        async def ask(job: str, prompt: str) -> tuple[str, str]:
+            answer = await client.completions.create(
+                model=job, prompt=prompt, max_tokens=12, temperature=0
+            )
+            return answer.model, answer.choices[0].text
+
+        alone = {(job, p): await ask(job, p) for job in JOBS for p in _PROMPTS}
+        for prompt in _PROMPTS:
+            assert len({alone[job, prompt][1] for job in JOBS}) == len(JOBS)
+        asked = [(JOBS[i % 4], _PROMPTS[(i // 4) % len(_PROMPTS)]) for i in range(_REQUESTS)]
+        answers = await asyncio.gather(*(ask(job, prompt) for job, prompt in asked))
+    assert len(answers) == _REQUESTS
+    assert list(answers) == [alone[key] for key in asked]
+
+
+def test_status_and_metrics_go_on_beside_vllms(pod: RunningPod) -> None:
+    metrics = pod.get("/metrics").text
+    assert "podloader_ready 1.0" in metrics
+    assert re.search(r"^podloader_retries_total [1-9]", metrics, re.MULTILINE)
+    assert re.search(r"^podloader_ready_seconds [1-9]", metrics, re.MULTILINE)
+    assert 'podloader_stage_seconds{stage="engine import"}' in metrics
+    assert "vllm:num_requests_running" in metrics
+    assert "Ready after" in pod.get("/status").text
+    assert pod.get("/status.json").json()["phase"] == "ready"
+
+
+def test_a_browser_shows_the_page(pod: RunningPod) -> None:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("there is no chromium")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
+    command = [chromium, *flags, "--dump-dom", f"{pod.url}/status"]
+    page = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "<title>podloader: ready</title>" in page
+    assert "Ready after" in page
+    assert "engine load" in page
+
+
+def test_sigterm_lets_requests_end_and_the_pod_with_them(pod: RunningPod, client: OpenAI) -> None:
+    """The last of this pod."""
+    family = [pod.pod, *pod.pod.children(recursive=True)]
+    stream = client.completions.create(
+        model="jobb",
+        prompt="the quick",
+        max_tokens=200,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    pod.stop_probing()
+    pod.signal(signal.SIGTERM)
+    last = list(stream)[-1]
+    assert last.choices[0].finish_reason == "length"
+    assert pod.wait(40) == 0
+    assert not [process for process in family if process.is_running()]
+
+
+def test_an_engine_crash_is_the_pods_exit_code(
+    origin: FaultyOrigin, tmp_path: Path, published: Path
+) -> None:
+    needs_namespaces()
+    config = write_config(origin, tmp_path, "joba")
+    pod = RunningPod(config, environment={"VLLM_CPU_KVCACHE_SPACE": "1"})
+    try:
+        pod.wait_ready()
+        family = [pod.pod, *pod.pod.children(recursive=True)]
+        pod.stop_probing()
+        pod.engine_core().send_signal(signal.SIGKILL)
+        assert pod.wait(60) == 128 + signal.SIGKILL
+        assert not [process for process in family if process.is_running()]
+    finally:
+        pod.close()

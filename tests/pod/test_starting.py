@@ -1,0 +1,105 @@
+"""A pod that does not come up: what it answers, how it ends. No engine is loaded."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import origin as faults
+from tests.origin import FaultyOrigin
+from tests.pod.pods import RunningPod, needs_namespaces, write_config
+
+Start = Callable[..., RunningPod]
+
+
+@pytest.fixture
+def start(origin: FaultyOrigin, tmp_path: Path) -> Iterator[Start]:
+    """Start a pod over ``joba``; keyword arguments are settings."""
+    with ExitStack() as stack:
+
+        def started(
+            *arguments: str, environment: dict[str, str] | None = None, **settings: Any
+        ) -> RunningPod:
+            as_pid_1 = settings.pop("as_pid_1", False)
+            config = write_config(origin, tmp_path, "joba", **settings)
+            pod = RunningPod(config, *arguments, as_pid_1=as_pid_1, environment=environment)
+            stack.callback(pod.close)
+            return pod
+
+        yield started
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_download_at_once_and_keeps_its_bytes(
+    start: Start, origin: FaultyOrigin, tmp_path: Path, number: int, code: int
+) -> None:
+    needs_namespaces()
+    origin.fail("base/model.safetensors", *[faults.slow(0.5)] * 9)
+    pod = start(as_pid_1=True)
+    body = pod.wait_for(lambda body: body["bytes"]["done"] > 150_000)  # small files come first
+    assert "download" in body["stage"].split(", ")
+    assert body["bytes"]["total"] > body["bytes"]["done"]
+    pod.stop_probing()
+    pod.signal(number)
+    assert pod.wait(20) == code
+    assert "what has been fetched is kept" in pod.text()
+    assert list((tmp_path / "models").rglob("*.part*"))
+    origin.faults.clear()
+
+
+def test_the_first_answer_comes_before_anything_heavy(start: Start) -> None:
+    pod = start(base_model="checkpoint:base/rank-0/nothing/")
+    body = pod.wait_answer()
+    assert body["status"] in ("starting", "failed")
+    assert pod.wait() == 3
+
+
+def test_a_failed_start_exits_with_the_documented_code(start: Start) -> None:
+    pod = start(base_model="checkpoint:base/rank-0/nothing/")
+    assert pod.wait() == 3
+    assert "error: " in pod.text()
+
+
+def test_a_failed_start_is_held_until_a_signal(start: Start) -> None:
+    pod = start(base_model="checkpoint:base/rank-0/nothing/", on_failure="hold")
+    body = pod.wait_for(lambda body: body["status"] == "failed")
+    assert body["error"]["error"] == "ResolveError"
+    assert "The start failed" in pod.get("/status").text
+    assert "podloader_failed 1.0" in pod.get("/metrics").text
+    assert pod.get("/v1/models").status_code == 503
+    assert pod.pod.is_running()
+    pod.stop_probing()
+    pod.signal(signal.SIGTERM)
+    assert pod.wait() == 3
+    assert not pod.refused
+
+
+def test_a_vllm_that_cannot_be_imported_ends_the_download(
+    start: Start, origin: FaultyOrigin, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken" / "vllm"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('libcudart.so.13 is not there')")
+    origin.fail("base/model.safetensors", lambda _: False, faults.stall(60))
+    pod = start(environment={"PYTHONPATH": str(broken.parent)}, stall_timeout_s=120)
+    assert pod.wait(30) == 6
+    assert "libcudart.so.13 is not there" in pod.text()
+    origin.faults.clear()
+
+
+def test_a_taken_port_is_a_config_error(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        pod = start("--port", str(taken.getsockname()[1]))
+        assert pod.wait() == 2
+        assert "the serving port cannot be opened" in pod.text()
+
+
+def test_another_engine_has_no_server(start: Start) -> None:
+    pod = start(engine="transformers")
+    assert pod.wait() == 2
