@@ -204,6 +204,21 @@ class CheckpointWriter:
         with self._lock:
             self._left[name] -= len(data)
 
+    def copy_bytes(self, name: str, offset_bytes: int, source: int, start: int, count: int) -> None:
+        """Copy *count* bytes of the file *source* from *start* on, inside the kernel; once each.
+
+        Raises:
+            DiskError: the disk refused.
+        """
+        shard = self._shards[name]
+        at = shard.tensors[name].start + offset_bytes
+        try:
+            _copy_range(source, start, self._descriptors[shard.file_name], at, count)
+        except OSError as error:
+            raise disk_error(self.folder, error) from error
+        with self._lock:
+            self._left[name] -= count
+
     def copy(self, names: Sequence[str], reader: Reader) -> None:
         """Copy tensors byte for byte; from local files inside the kernel, neighbours together.
 

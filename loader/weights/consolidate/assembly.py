@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 import torch
 
+from loader.weights.consolidate.files import LocalFile
 from loader.weights.consolidate.pieces import Piece, SourceTensor, flat_start
 from loader.weights.header import size_bytes
 from loader.weights.readers import TORCH_DTYPES, tensor_bytes
@@ -76,8 +77,12 @@ def write_part(part: Part, writer: CheckpointWriter, on_bytes: Callable[[int], N
         DiskError: the disk refused.
         FormatError: a file ended before its tensor did.
     """
-    target = part.target
+    target, piece = part.target, part.piece
     at = part.start * size_bytes(target.dtype, (1,))
+    if piece is not None and piece.dtype == target.dtype and isinstance(piece.file, LocalFile):
+        writer.copy_bytes(target.name, at, piece.file.descriptor, piece.start, piece.size_bytes)
+        on_bytes(piece.size_bytes)
+        return
     for data in _read_part(part):
         writer.write_bytes(target.name, at, data)
         at += len(data)
