@@ -135,12 +135,14 @@ def open_origin(settings: Settings, timeline: Timeline) -> Iterator[Origin]:
             expected="a listing JSON (path or URL), s3://bucket/prefix, baseten, or an fsspec URL",
             next_step="give --artifacts SRC, or set artifacts in model_metadata.podloader",
         )
-    jobs = tuple(dict.fromkeys(r.training_job_id for r in _wanted(settings).artifact_references))
+    references = _wanted(settings).artifact_references
+    jobs = tuple(dict.fromkeys(reference.training_job_id for reference in references))
+    loops = {reference.training_job_id for reference in references if reference.loops}
     store = Stores(settings)
     try:
         with timeline.stage("listing"):
-            listings = [one for src in settings.artifacts for one in store.read_listings(src, jobs)]
-        yield Origin(tuple(listings), store)
+            read = [store.read_listings(src, jobs, loops=loops) for src in settings.artifacts]
+        yield Origin(tuple(listing for listings in read for listing in listings), store)
     finally:
         store.close()
 

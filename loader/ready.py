@@ -13,6 +13,7 @@ from pathlib import Path
 from loader.adapters.attach import NamedAdapter, attach, check_fit, decide, name_adapters
 from loader.adapters.draft import Base
 from loader.adapters.incoming import IncomingWeights
+from loader.bases import fetch_base
 from loader.errors import AdapterError, CheckpointError, ConfigError, FormatError
 from loader.settings import Settings
 from loader.sources import (
@@ -25,6 +26,7 @@ from loader.sources import (
     output_folder,
 )
 from loader.stores.hub import REPO_ID, fetch_model
+from loader.stores.sources import is_remote
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, ReadyModel, Snapshot
 from loader.weights.inspect import open_checkpoint, read_json
@@ -302,7 +304,7 @@ def _find_small_files(settings: Settings, sources: Sequence[Source]) -> BaseMode
 
 
 def _find_base(settings: Settings, name: str, *, weights: bool = True) -> BaseModel:
-    """Return the base called *name*: a local folder, else a model of the Hub."""
+    """Return the base called *name*: a local folder, a URL's folder, else a model of the Hub."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         checkpoint = open_checkpoint(folder)
@@ -312,11 +314,13 @@ def _find_base(settings: Settings, name: str, *, weights: bool = True) -> BaseMo
         files = sorted(path for path in folder.iterdir() if path.is_file())
         stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
         return BaseModel(folder.resolve(), {"folder": str(folder.resolve()), "files": stats})
+    if is_remote(name):
+        return fetch_base(settings, name, weights=weights)
     if not REPO_ID.fullmatch(name):
         raise AdapterError(
             "the base model is not there",
             where=name,
-            expected="a folder on this machine or a Hugging Face id",
+            expected="a folder on this machine, a folder's URL or a Hugging Face id",
             next_step="set base_model to where the base model lies now",
         )
     token = settings.hf_token.get_secret_value() if settings.hf_token else None

@@ -86,24 +86,19 @@ def training_checkpoints(document: Mapping[str, Any], where: str) -> TrainingChe
         ConfigError: it is missing, or wrong; everything that is wrong is named.
     """
     section = mapping_at(document, "training_checkpoints", where)
-    if section.get("loops_checkpoint_ids"):
-        raise ConfigError(
-            "training_checkpoints.loops_checkpoint_ids is not supported yet",
-            where=where,
-            expected="training_checkpoints.artifact_references",
-            got="loops_checkpoint_ids",
-            next_step="name the training job and its paths in artifact_references",
-        )
     problems: list[str] = []
     references = section.get("artifact_references") or []
     folder = section.get("download_folder", DOWNLOAD_FOLDER)
     if not isinstance(folder, str) or not folder or "\0" in folder:
         problems.append(f"download_folder: expected a path, got {folder!r}")
         folder = DOWNLOAD_FOLDER
-    if not isinstance(references, list) or not references:
+    parsed = _loops_references(section.get("loops_checkpoint_ids") or [], problems)
+    if parsed and references:
+        problems.append("loops_checkpoint_ids excludes artifact_references: give one of them")
+    elif not parsed and (not isinstance(references, list) or not references):
         problems.append("artifact_references: expected a list with at least one training job")
         references = []
-    parsed = [_reference(i, entry, problems) for i, entry in enumerate(references)]
+    parsed += [_reference(i, entry, problems) for i, entry in enumerate(references)]
     if problems:
         raise ConfigError(
             "training_checkpoints is wrong or missing",
@@ -112,6 +107,17 @@ def training_checkpoints(document: Mapping[str, Any], where: str) -> TrainingChe
             next_step="write it as Truss defines it: download_folder, artifact_references",
         )
     return TrainingCheckpoints(Path(folder), tuple(parsed))
+
+
+def _loops_references(ids: object, problems: list[str]) -> list[ArtifactReference]:
+    """Return a reference to everything in each Loops checkpoint."""
+    if not isinstance(ids, list):
+        problems.append("loops_checkpoint_ids: expected a list of ids")
+        return []
+    for i, entry in enumerate(ids):
+        if not isinstance(entry, str) or not JOB_ID.fullmatch(entry):
+            problems.append(f"loops_checkpoint_ids[{i}]: expected an id, got {entry!r}")
+    return [ArtifactReference(str(entry), ("rank-*/",), loops=True) for entry in ids]
 
 
 def _reference(i: int, entry: object, problems: list[str]) -> ArtifactReference:

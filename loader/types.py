@@ -17,10 +17,14 @@ CONFIG_VARIABLE = "PODLOADER_CONFIG"
 
 @dataclass(frozen=True, slots=True)
 class ArtifactReference:
-    """Patterns of one training job, from ``training_checkpoints.artifact_references``."""
+    """Patterns of one training job, from ``training_checkpoints.artifact_references``.
+
+    ``loops``: it is a Loops checkpoint instead, from ``loops_checkpoint_ids``, and its id.
+    """
 
     training_job_id: str
     paths: tuple[str, ...]
+    loops: bool = False
 
 
 @dataclass(frozen=True, slots=True)

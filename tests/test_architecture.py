@@ -23,6 +23,7 @@ LAYERS = [
     {"status"},
     {"serve"},
     {"sources", "rangefiles"},
+    {"bases"},
     {"ready", "remote"},
     {"overlap", "shards"},
     {"boot"},

@@ -165,13 +165,23 @@ def test_no_url_or_argument_in_repr() -> None:
         ({"artifact_references": [{"training_job_id": "j", "paths": [""]}]}, r"paths\[0\]"),
         ({"artifact_references": ["j"]}, "training_job_id"),
         ({"artifact_references": REFERENCES, "download_folder": 5}, "download_folder"),
-        ({"loops_checkpoint_ids": ["x"]}, "loops_checkpoint_ids"),
+        ({"loops_checkpoint_ids": "x"}, "loops_checkpoint_ids"),
+        ({"loops_checkpoint_ids": ["../x"]}, r"loops_checkpoint_ids\[0\]"),
+        ({"loops_checkpoint_ids": ["x"], "artifact_references": REFERENCES}, "excludes"),
     ],
 )
 def test_training_checkpoints_that_are_wrong(section: object, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Settings.load({"training_checkpoints": section})
     assert said.replace("\\", "") in str(caught.value)
+
+
+def test_loops_checkpoints_are_taken_whole() -> None:
+    loaded = Settings.load({"training_checkpoints": {"loops_checkpoint_ids": ["c1", "c2"]}})
+    assert loaded.training.artifact_references == (
+        ArtifactReference("c1", ("rank-*/",), loops=True),
+        ArtifactReference("c2", ("rank-*/",), loops=True),
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import re
 from dataclasses import dataclass
@@ -10,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from loader.errors import ConfigError, FetchError, LoaderError, TransientError
+from loader.stores.model_files import side_files, weight_files
 
-# What a server needs. Weights come apart: .bin only where there is no safetensors.
-_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
-_UNWANTED = ("original/*", "*/*.safetensors", "onnx/*", "*/*.bin")
 _SINGLE = "model.safetensors"
 _ANSWER_S = 10
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -56,35 +55,23 @@ def fetch_model(
     from huggingface_hub import snapshot_download
 
     try:
+        chosen = _choose(repo_id, revision, token, allow_pickle=allow_pickle, weights=weights)
         folder = Path(
             snapshot_download(
                 repo_id,
                 revision=revision,
                 token=token,
-                allow_patterns=[*_SIDE_FILES, *(["*.safetensors"] if weights else [])],
-                ignore_patterns=list(_UNWANTED),
+                allow_patterns=[glob.escape(name) for name in chosen or ("config.json",)],
+                local_files_only=chosen is None,  # what was chosen then, lies beside the config
                 max_workers=concurrency,
             )
         )
-        if weights and not any(folder.glob("*.safetensors")):
-            if not allow_pickle:
-                raise FetchError(
-                    "the base model has no safetensors weights",
-                    where=repo_id,
-                    next_step="choose a revision that has, or set allow_pickle to read .bin files",
-                )
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                token=token,
-                allow_patterns=["*.bin"],
-                ignore_patterns=list(_UNWANTED),
-                max_workers=concurrency,
-            )
-    except FetchError:
+    except LoaderError:
         raise
     except Exception as error:
         raise _translate(error, repo_id, revision) from None
+    if weights and not weight_files(_names(folder), allow_pickle=allow_pickle):
+        raise _no_weights(repo_id)
     return HubModel(folder, folder.name)
 
 
@@ -150,6 +137,43 @@ def _cached_bytes(folder: Path) -> int | None:
     return None
 
 
+def _choose(
+    repo_id: str, revision: str | None, token: str | None, *, allow_pickle: bool, weights: bool
+) -> tuple[str, ...] | None:
+    """Return the files to ask for; None where the Hub is not to be reached."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        info = HfApi(token=token).model_info(repo_id, revision=revision)
+    except errors.HFValidationError:
+        raise
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code < 500:
+            raise
+        return None
+    except Exception:  # offline, or the HTTP library's own, which changes with the hub's version
+        return None
+    names = [sibling.rfilename for sibling in info.siblings or ()]
+    if not weights:
+        return side_files(names)
+    wanted = weight_files(names, allow_pickle=allow_pickle)
+    if not wanted:
+        raise _no_weights(repo_id)
+    return side_files(names) + wanted
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+
+
+def _no_weights(repo_id: str) -> FetchError:
+    return FetchError(
+        "the base model has no safetensors weights",
+        where=repo_id,
+        next_step="choose a revision that has, or set allow_pickle to read .bin files",
+    )
+
+
 def _translate(error: Exception, repo_id: str, revision: str | None) -> Exception:
     from huggingface_hub import errors
 
@@ -180,6 +204,7 @@ def _translate(error: Exception, repo_id: str, revision: str | None) -> Exceptio
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.HfHubHTTPError) and status is not None and status < 500:
         return FetchError("the Hub refuses", where=where, got=f"HTTP {status}")
-    if isinstance(error, OSError | errors.HfHubHTTPError):
+    network = type(error).__module__.startswith(("httpx", "httpcore"))
+    if network or isinstance(error, OSError | errors.HfHubHTTPError):
         return TransientError("the Hub did not answer", where=where, got=type(error).__name__)
     return error

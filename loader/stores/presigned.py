@@ -131,7 +131,7 @@ class FileListing:
             ListingError: the file cannot be read, or is no listing.
         """
         try:
-            self._read = self._stamp()
+            stamp = self._stamp()
             text = self._path.read_bytes()
         except OSError as error:
             raise ListingError(
@@ -141,7 +141,9 @@ class FileListing:
                 got=error.strerror or type(error).__name__,
                 next_step="correct --artifacts or the setting artifacts",
             ) from None
-        return parse_listings(text, str(self._path), local_urls=self._local_urls)
+        listings = parse_listings(text, str(self._path), local_urls=self._local_urls)
+        self._read = stamp
+        return listings
 
     def has_news(self) -> bool:
         """Return whether the file is another one than was read."""

@@ -31,6 +31,7 @@ from loader.stores.presigned import first_byte, open_url
 from loader.types import Artifact
 
 SCHEME = "s3://"
+_PAGE_SIZE = 1000  # the most that S3 gives
 _SIGNED_S = 900
 _USED_S = 300.0  # boto3 renews temporary credentials when they have less than ten minutes left
 _CHECKSUMS = {"x-amz-checksum-mode": "ENABLED"}
@@ -121,7 +122,9 @@ class S3Store:
         bucket = path.partition("/")[0]
         try:
             pages = self._s3_client(bucket).get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=bucket, Prefix=_key_prefix(path), **query):
+            size = {"PageSize": _PAGE_SIZE}
+            query |= {"Bucket": bucket, "Prefix": _key_prefix(path)}
+            for page in pages.paginate(PaginationConfig=size, **query):
                 # boto3 follows a bucket to its region; a URL has to be signed for it.
                 headers = page.get("ResponseMetadata", {}).get("HTTPHeaders", {})
                 if region := headers.get("x-amz-bucket-region"):

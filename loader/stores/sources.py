@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from loader.stores.s3 import S3Options, S3Store
 from loader.stores.urls import ListingSource, ReadSource, SignedUrls
 from loader.types import Artifact, Listing
 
-_URL = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]*:(//|:)", re.IGNORECASE)  # fsspec chains schemes by ::
 _WEB = ("http://", "https://")
 
 
@@ -51,8 +51,12 @@ class Stores:
         self._s3 = S3Store(self._trusted, _s3_options(settings))
         self._fs = FsspecStore(settings.storage_options)
 
-    def read_listings(self, source: str, jobs: Sequence[str] = ()) -> tuple[Listing, ...]:
+    def read_listings(
+        self, source: str, jobs: Sequence[str] = (), *, loops: Collection[str] = ()
+    ) -> tuple[Listing, ...]:
         """Return the listings of *jobs* at *source*, of every job there where none is named.
+
+        *loops*: those of them that are Loops checkpoints.
 
         Raises:
             ConfigError: no such sort of source, no key for it, or a package is missing.
@@ -60,9 +64,8 @@ class Stores:
             FetchError: the place refuses or does not answer.
         """
         if source == BASETEN or source.startswith(f"{BASETEN}:"):
-            return self._read_baseten(source, jobs)
-        scheme = _URL.match(source)
-        if scheme is None:
+            return self._read_baseten(source, jobs, loops)
+        if not is_remote(source):
             return self._keep(FileListing(Path(source), local_urls=self._local))
         if source.startswith(_WEB):
             return self._read_url(source)
@@ -117,14 +120,17 @@ class Stores:
         tree = self._fs.tree(url)
         return tree, tree.path(url)
 
-    def _read_baseten(self, source: str, jobs: Sequence[str]) -> tuple[Listing, ...]:
+    def _read_baseten(
+        self, source: str, jobs: Sequence[str], loops: Collection[str]
+    ) -> tuple[Listing, ...]:
         _, _, named = source.partition(":")
         wanted = (named,) if named else tuple(jobs)
         if not wanted:
             raise ConfigError("which training job?", where=source, expected=f"{BASETEN}:<job id>")
         settings = self._settings
         api = Api(self._trusted, settings.api_url, settings.api_key, settings.retries)
-        return tuple(one for job in wanted for one in self._keep(JobFiles(api, job)))
+        sources = (JobFiles(api, job, loops=job in loops) for job in wanted)
+        return tuple(listing for source in sources for listing in self._keep(source))
 
     def _read_url(self, url: str) -> tuple[Listing, ...]:
         """Read a listing behind a URL, whose failures are the listing's."""

@@ -39,7 +39,13 @@ except LoaderError as error:
 def hub(tmp_path: Path) -> Iterator[Hub]:
     folder = tmp_path / "repo"
     folder.mkdir()
-    for name in ("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json"):
+    for name in (
+        "config.json",
+        "consolidated.safetensors",
+        "model.safetensors",
+        "pytorch_model.bin",
+        "tokenizer.json",
+    ):
         (folder / name).write_text("{}")
     found = Hub(folder)
     yield found
@@ -83,7 +89,8 @@ def test_only_what_a_server_needs(hub: Hub) -> None:
 
 
 def test_pickled_weights_alone_are_refused(hub: Hub) -> None:
-    (hub.folder / "model.safetensors").unlink()
+    for path in hub.folder.glob("*.safetensors"):
+        path.unlink()
     assert "no safetensors" in ask(hub)
 
 
@@ -118,3 +125,10 @@ def test_a_model_in_the_cache_is_described_offline(hub: Hub) -> None:
     (hub.folder / "model.safetensors").write_bytes(b"x" * 1000)
     ask(hub)
     assert ask(hub, script=DESCRIBE, HF_HUB_OFFLINE="1") == "1000 {}"
+
+
+def test_a_hub_that_went_away_after_the_model_came(hub: Hub) -> None:
+    ask(hub)
+    hub.shutdown()
+    hub.server_close()
+    assert COMMIT in ask(hub)

@@ -1,0 +1,64 @@
+"""A real forward proxy on the loopback interface: CONNECT tunnels, and who asked for them."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+
+class Proxy(ThreadingHTTPServer):
+    """Tunnels every host to ``port`` of this machine."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.asked: list[tuple[str, str | None]] = []
+        super().__init__(("127.0.0.1", 0), _Handler)
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        """Its host and port."""
+        return f"127.0.0.1:{self.server_port}"
+
+    def stop(self) -> None:
+        """Tunnel no more."""
+        self.shutdown()
+        self.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def do_CONNECT(self) -> None:
+        """Join both ends until one closes."""
+        self.server.asked.append((self.path, self.headers["Proxy-Authorization"]))
+        with socket.create_connection(("127.0.0.1", self.server.port)) as behind:
+            self.send_response(200)
+            self.end_headers()
+            back = threading.Thread(target=_pump, args=(behind, self.connection), daemon=True)
+            back.start()
+            _pump(self.connection, behind)
+            back.join()
+        self.close_connection = True
+
+    def do_GET(self) -> None:
+        """Refuse what did not come through a tunnel."""
+        self.server.asked.append((urlsplit(self.path).netloc, None))
+        self.send_error(405)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Say nothing."""
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)

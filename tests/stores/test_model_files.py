@@ -1,0 +1,43 @@
+"""No weights twice, none of other frameworks."""
+
+from __future__ import annotations
+
+import pytest
+
+from loader.stores.model_files import side_files, weight_files
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["model.safetensors", "pytorch_model.bin", "original/model.safetensors"], 1),
+        (["model.safetensors", "model.fp32-00001-of-00002.safetensors"], 1),
+        ([*SHARDS, "model.safetensors.index.json", "consolidated.safetensors"], 2),
+        (["weights.safetensors", "pytorch_model.bin"], 1),
+        (["pytorch_model.bin", "training_args.bin"], 0),
+        (["onnx/model.safetensors", "tf_model.h5", "model.gguf"], 0),
+    ],
+)
+def test_weights_once(names: list[str], expected: int) -> None:
+    found = weight_files(names)
+    assert len(found) == expected
+    assert not {"consolidated.safetensors", "pytorch_model.bin"} & set(found)
+
+
+def test_pickles_where_there_is_nothing_else() -> None:
+    names = [
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model-00002-of-00002.bin",
+        "optimizer.bin",
+    ]
+    assert weight_files(names, allow_pickle=True) == tuple(names[:2])
+    assert weight_files(names) == ()
+
+
+def test_what_stands_beside_the_weights() -> None:
+    names = ["config.json", "tokenizer.model", "modeling_x.py", "additional_chat_templates/a.jinja"]
+    assert side_files([*names, "original/params.json", "README.md", "x.safetensors"]) == tuple(
+        sorted(names)
+    )
