@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import email.utils
 import http.client
 import re
 import socket
 import ssl
 import threading
+import time
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -429,8 +431,14 @@ def _changed(url: str, got: str) -> ChangedError:
 
 
 def _retry_after(response: http.client.HTTPResponse) -> float | None:
-    value = response.getheader("Retry-After", "")
-    return float(value) if value.isdigit() else None
+    value = response.getheader("Retry-After", "").strip()
+    if value.isdecimal():
+        return float(value)
+    try:
+        until = email.utils.parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max(0.0, until.timestamp() - time.time())
 
 
 def _proxy_authorization(proxy: str) -> dict[str, str]:

@@ -54,13 +54,28 @@ class Tree(Protocol):
 
 
 def list_jobs(tree: Tree, root: str, jobs: Sequence[str]) -> tuple[Listing, ...]:
-    """Return the listings of *jobs* below *root*; of every job there where none is named.
+    """Return the listings of *jobs* below *root*.
+
+    Where no job is named, of every job there; a folder without ranks is then taken as it is.
 
     Raises:
         ListingError: there is none, or it cannot be told which job a folder is of.
         FetchError: the place cannot be read.
     """
-    found = dict(_find(tree, root, tuple(jobs), _DEEPEST))
+    found: dict[str, str] = {}
+    for job, folder in _find(tree, root, tuple(jobs), _DEEPEST):
+        if found.setdefault(job, folder) != folder:
+            raise ListingError(
+                "two folders of one job",
+                where=tree.url(root),
+                got=f"{tree.url(found[job])} and {tree.url(folder)}",
+                next_step="give the URL of one of them",
+            )
+    if not found and not jobs:
+        name = root.rpartition("/")[2]
+        whole = list_folder(tree, root, name if JOB_ID.fullmatch(name) else "folder")
+        if whole.artifacts:
+            return (whole,)
     if not found:
         raise ListingError(
             "no folder of a training job's ranks there",
@@ -98,7 +113,7 @@ def _find(tree: Tree, folder: str, jobs: tuple[str, ...], depth: int) -> Iterato
         elif jobs and name != _PROJECTS:
             below = [job for job in jobs if job in below]
     if depth:
-        for name in below:
+        for name in (name for name in below if not name.startswith(".")):
             yield from _find(tree, f"{folder}/{name}", jobs, depth - 1)
 
 

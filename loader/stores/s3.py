@@ -6,6 +6,8 @@ made when they are needed and made anew before they or their credentials end.
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -69,6 +71,7 @@ class S3Store:
         self._lock = threading.Lock()
         self._s3: dict[str | None, Any] = {}  # boto3's clients, by region
         self._regions: dict[str, str] = {}  # of buckets that lie in another one than was said
+        self._trusted: Any = None  # a file of certificates, while boto3 needs it
         self._signed: dict[str, tuple[str, float]] = {}  # URL and when to sign anew, by artifact
 
     def stat(self, artifact: Artifact) -> ObjectInfo:
@@ -94,6 +97,9 @@ class S3Store:
         """Drop every connection."""
         with self._lock:
             clients, self._s3 = list(self._s3.values()), {}
+            if self._trusted is not None:
+                self._trusted.close()
+                self._trusted = None
         for client in clients:
             client.close()
         self._client.close()
@@ -169,13 +175,35 @@ class S3Store:
         with self._lock:
             if region not in self._s3:
                 try:
-                    self._s3[region] = _connect(self._options, region)
+                    self._s3[region] = _connect(self._options, region, self._bundle())
                 except Exception as error:
                     raise _translate(error, self._options.endpoint_url or SCHEME) from None
             return self._s3[region]
 
+    def _bundle(self) -> str | None:
+        """Return a file of boto3's own authorities and ``ca_bundle``'s: boto3 takes one alone."""
+        if self._options.ca_bundle is None:
+            return None
+        if self._trusted is None:
+            from botocore.httpsession import get_cert_path
 
-def _connect(options: S3Options, region: str | None) -> Any:
+            own = os.environ.get("AWS_CA_BUNDLE") or get_cert_path(True)
+            self._trusted = tempfile.NamedTemporaryFile(prefix="podloader-", suffix=".pem")  # noqa: SIM115
+            self._trusted.write(Path(own).read_bytes() + b"\n")
+            try:
+                self._trusted.write(self._options.ca_bundle.read_bytes())
+            except OSError as error:
+                raise FetchError(
+                    "the CA bundle cannot be read",
+                    where=str(self._options.ca_bundle),
+                    got=error.strerror or type(error).__name__,
+                    next_step="correct ca_bundle",
+                ) from None
+            self._trusted.flush()
+        return str(self._trusted.name)
+
+
+def _connect(options: S3Options, region: str | None, bundle: str | None) -> Any:
     import boto3
     from botocore.config import Config
 
@@ -190,7 +218,7 @@ def _connect(options: S3Options, region: str | None) -> Any:
         "s3",
         endpoint_url=options.endpoint_url,
         region_name=region or session.region_name or "us-east-1",
-        verify=str(options.ca_bundle) if options.ca_bundle else None,
+        verify=bundle,
         config=Config(
             signature_version="s3v4",
             connect_timeout=options.connect_timeout_s,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from urllib.parse import urlsplit
 
 
@@ -62,3 +64,41 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
             target.sendall(data)
     with contextlib.suppress(OSError):
         target.shutdown(socket.SHUT_WR)
+
+
+class TlsFront(ThreadingTCPServer):
+    """Ends TLS in front of ``port`` of this machine."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int, context: ssl.SSLContext) -> None:
+        self.port = port
+        self.context = context
+        super().__init__(("127.0.0.1", 0), _TlsHandler)
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def server_port(self) -> int:
+        """Where it listens."""
+        return int(self.server_address[1])
+
+    def stop(self) -> None:
+        """Answer no more."""
+        self.shutdown()
+        self.server_close()
+
+
+class _TlsHandler(BaseRequestHandler):
+    server: TlsFront
+
+    def handle(self) -> None:
+        """Join both ends until one closes."""
+        try:
+            taken = self.server.context.wrap_socket(self.request, server_side=True)
+        except OSError:
+            return  # a client that does not trust us
+        with taken, socket.create_connection(("127.0.0.1", self.server.port)) as behind:
+            back = threading.Thread(target=_pump, args=(behind, taken), daemon=True)
+            back.start()
+            _pump(taken, behind)
+            back.join()

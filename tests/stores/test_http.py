@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -135,6 +137,28 @@ def test_statuses_that_pass(
         store.stat(artifact)
     assert caught.value.retry_after_s == 7
     assert "Signature" not in str(caught.value) + repr(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "least_s", "most_s"),
+    [
+        (format_datetime(datetime.now(UTC) + timedelta(minutes=10), usegmt=True), 300, 601),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+    ],
+)
+def test_a_date_to_come_back(
+    origin: FaultyOrigin,
+    store: PresignedStore,
+    artifact: Artifact,
+    value: str,
+    least_s: float,
+    most_s: float,
+) -> None:
+    origin.fail("big file+.bin", status(503, Retry_After=value))
+    with pytest.raises(TransientError) as caught:
+        store.stat(artifact)
+    assert caught.value.retry_after_s is not None
+    assert least_s <= caught.value.retry_after_s <= most_s
 
 
 @pytest.mark.parametrize(("code", "said"), [(403, "access"), (404, "not there"), (418, "refuses")])

@@ -105,6 +105,20 @@ def test_a_job_is_not_taken_for_another(s3: Any, s3_url: str, bucket: str) -> No
         stores.read_listings(f"s3://{bucket}/plain", ("j1", "j2"))
 
 
+def test_a_folder_without_ranks_is_taken_as_it_is(s3: Any, s3_url: str, bucket: str) -> None:
+    put(s3, bucket, "llama/config.json", "llama/original/params.json", "llama/.cache/x/rank-0/y")
+    (listing,) = open_stores(s3_url).read_listings(f"s3://{bucket}/llama")
+    assert "llama/rank-0/config.json" in {a.path for a in listing.artifacts}
+    with pytest.raises(ListingError, match="no folder"):
+        open_stores(s3_url).read_listings(f"s3://{bucket}/llama", ("j1",))
+
+
+def test_two_folders_of_one_job(s3: Any, s3_url: str, bucket: str) -> None:
+    put(s3, bucket, *[f"training_projects/{p}/jobs/j1/rank-0/a" for p in ("p", "q")])
+    with pytest.raises(ListingError, match="two folders"):
+        open_stores(s3_url).read_listings(f"s3://{bucket}", ("j1",))
+
+
 def test_more_files_than_a_page(
     s3: Any, s3_url: str, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,9 +7,11 @@ import os
 import ssl
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import trustme
@@ -20,7 +22,8 @@ from loader.settings import Settings
 from loader.stores.sources import Stores
 from loader.types import Manifest
 from tests.origin import FaultyHandler, FaultyOrigin
-from tests.stores.proxy import Proxy
+from tests.stores import moto
+from tests.stores.proxy import Proxy, TlsFront
 
 CONTENT = bytes(range(256)) * 1000
 SCRIPT = """
@@ -147,3 +150,26 @@ def test_a_proxy_that_refuses(
         with pytest.raises(FetchError) as caught:
             stores.stat(listing.artifacts[0])
     assert "S3CR3T" not in str(caught.value)
+
+
+def test_s3_behind_a_private_authority(
+    s3_url: str, authority: trustme.CA, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = f"bucket-{uuid.uuid4().hex}"
+    s3 = moto.client(s3_url)
+    s3.create_bucket(Bucket=bucket)
+    s3.put_object(Bucket=bucket, Key="job1/rank-0/x", Body=b"123")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    front = TlsFront(urlsplit(s3_url).port or 0, context)
+    own = {"s3_endpoint_url": f"https://127.0.0.1:{front.server_port}", "retries": 0}
+    secrets = {"aws_access_key_id": moto.ACCESS_KEY, "aws_secret_access_key": moto.SECRET_KEY}
+    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
+    untrusting = closing(Stores(Settings.without_config(own, secrets=secrets)))
+    with untrusting as stores, pytest.raises(FetchError, match="certificate"):
+        stores.read_listings(f"s3://{bucket}", ("job1",))
+    own["ca_bundle"] = str(bundle)
+    with closing(Stores(Settings.without_config(own, secrets=secrets))) as stores:
+        (listing,) = stores.read_listings(f"s3://{bucket}", ("job1",))
+        assert stores.stat(listing.artifacts[0]).size_bytes == 3
+    front.stop()
