@@ -7,6 +7,7 @@ What the program itself asks for through ``LiveAdapters`` needs a listing alone.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from loader import boot
 from loader.adapters.attach import NamedAdapter, attach, decide
 from loader.errors import CheckpointError, RequestError
 from loader.fetch.files import STATE
-from loader.settings import Settings
+from loader.settings import Settings, setting_names
 from loader.types import (
     CONFIG_VARIABLE,
     JOB_ID,
@@ -156,10 +157,25 @@ def fetch_named(settings: Settings, base: Path, name: str) -> ServedAdapter:
 
 
 def live_environment(settings: Settings, config: Path) -> Mapping[str, str]:
-    """Return the variables that let ``vllm serve`` fetch adapters by itself, as *config* allows."""
+    """Return the variables that let vLLM's server fetch adapters by itself, as *settings* allow.
+
+    They name *config*, the file that the settings were read from, and hold what was set over it.
+    There may be signed URLs among them: for a process's environment, not for a log.
+    """
     if not settings.adapter_jobs:
         return {}
-    return {CONFIG_VARIABLE: str(config.absolute()), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    given = set(setting_names()) & settings.model_fields_set
+    values = settings.model_dump(mode="json", include=given, exclude_none=True)
+    return {
+        **{
+            f"{settings.model_config['env_prefix']}{name.upper()}": value
+            if isinstance(value, str)
+            else json.dumps(value)
+            for name, value in values.items()
+        },
+        CONFIG_VARIABLE: str(config.absolute()),
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    }
 
 
 def teach_vllm(config: str) -> None:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loader.adapters.attach import NamedAdapter, attach, check_fit, decide, name_adapters
+from loader.adapters.attach import NamedAdapter, attach, check_all, decide, name_adapters
 from loader.adapters.draft import Base
 from loader.adapters.incoming import IncomingWeights
 from loader.bases import fetch_base
@@ -29,6 +29,7 @@ from loader.stores.hub import REPO_ID, fetch_model
 from loader.stores.sources import is_remote
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, ReadyModel, Snapshot
+from loader.weights.header import TensorInfo, size_bytes
 from loader.weights.inspect import open_checkpoint, read_json
 from loader.weights.listing import StoredTensor
 from loader.weights.quantised import quantisation_of
@@ -215,7 +216,9 @@ def _with_adapters(
             (base,) = find_sources(arriving.wait(), [base.checkpoint])
     if base is None:
         with timeline.stage("base model"):
-            found = _find_base(settings, settings.base_model or _named_base(sources))
+            name = settings.base_model or _named_base(sources)
+            _check_fit_on_hub(settings, name, adapters)
+            found = _find_base(settings, name)
     else:
         found = BaseModel(base.checkpoint.path, {"checkpoint": dict(base.files)})
     made_from: dict[str, object] = {
@@ -245,8 +248,27 @@ def _check_fit(
 ) -> None:
     tensors = {name: stored.info for name, stored in late.tensors.items()}
     view = Base(tensors, read_json(base.path / "config.json"))
-    for adapter in adapters:
-        check_fit(adapter.folder, view, allow_pickle=settings.allow_pickle)
+    check_all(adapters, view, allow_pickle=settings.allow_pickle)
+
+
+def _check_fit_on_hub(settings: Settings, name: str, adapters: Sequence[NamedAdapter]) -> None:
+    """Check the adapters against the headers of a model on the Hub whose weights are not here."""
+    from loader.stores.hub_headers import read_tensors
+
+    if Path(name).expanduser().is_dir() or not REPO_ID.fullmatch(name):
+        return
+    small = _find_base(settings, name, weights=False)
+    config = read_json(small.path / "config.json")
+    if any(small.path.glob("*.safetensors")) or quantisation_of(config) is not None:
+        return  # whoever attaches or merges looks at the weights themselves
+    token = settings.hf_token.get_secret_value() if settings.hf_token else None
+    tensors = read_tensors(name, str(small.identity["commit"]), token=token)
+    if tensors is not None:
+        infos = {
+            tensor: TensorInfo(tensor, t.dtype, t.shape, 0, size_bytes(t.dtype, t.shape))
+            for tensor, t in tensors.items()
+        }
+        check_all(adapters, Base(infos, config), allow_pickle=settings.allow_pickle)
 
 
 def _merge(

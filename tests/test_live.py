@@ -177,6 +177,31 @@ async def test_paths_stay_below_the_download_folder(tmp_path: Path) -> None:
             await adapters.locate("base", path)
 
 
+def test_the_servers_process_gets_the_same_settings(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = job.folder / "config.yaml"
+    own = {"artifacts": ["/none.json"], "adapter_jobs": ["job1"], "range_size": "1MiB"}
+    references = [{"training_job_id": "job1", "paths": ["rank-0/"]}]
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "training_checkpoints": {"artifact_references": references},
+                "model_metadata": {"podloader": own},
+            }
+        )
+    )
+    over = {"artifacts": ("a.json", "b c.json"), "engine_args": {"max_loras": 5}, "canary": "no"}
+    settings = Settings.load(config, overrides=over)
+    assert live_environment(job.settings("rank-0/"), config) == {}
+    for name, value in live_environment(settings, config).items():
+        monkeypatch.setenv(name, value)
+    assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    again = Settings.load(os.environ[CONFIG_VARIABLE])
+    assert again.model_dump() == settings.model_dump()
+    assert again.artifacts == ("a.json", "b c.json")
+
+
 def test_the_plugin_stays_out_of_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(CONFIG_VARIABLE, raising=False)
     register()

@@ -17,6 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,7 @@ from loader.adapters.edits import Replace
 from loader.adapters.effect import check_effect
 from loader.adapters.plan import MergePlan, plan_merge
 from loader.adapters.surroundings import write_tokenizer
+from loader.adapters.together import run_all
 from loader.errors import AdapterError
 from loader.types import ReadyModel, ServedAdapter
 from loader.weights.header import TensorInfo
@@ -167,16 +169,15 @@ def attach(
 
     Raises:
         AdapterError: tensors without a module, of other shapes, ranks that disagree, or no effect;
-            of each adapter everything wrong is listed.
+            of all adapters everything wrong is listed.
         FormatError: broken files, or pickles without ``allow_pickle``.
         DiskError: the tokenizer folder could not be written.
     """
     view = Base(_list_base(base, allow_pickle), read_json(base / "config.json"))
+    check_all(adapters, view, allow_pickle=allow_pickle, base=base)
     configs = [read_adapter_config(adapter.folder) for adapter in adapters]
     warnings = []
     for adapter, config in zip(adapters, configs, strict=True):
-        plan = check_fit(adapter.folder, view, allow_pickle=allow_pickle)
-        _check_own_embeddings(adapter.folder, plan, base)
         named = (config.base_model or "").rstrip("/").rpartition("/")[2]
         if named and named not in str(base):
             warnings.append(f"{adapter.name} was trained over {config.base_model}, not {base}")
@@ -225,6 +226,30 @@ def _list_base(base: Path, allow_pickle: bool) -> Mapping[str, TensorInfo]:
     return plain_tensors(tensors, packed, plain_dtype(config))
 
 
+def check_all(
+    adapters: Sequence[NamedAdapter],
+    view: Base,
+    *,
+    allow_pickle: bool = False,
+    base: Path | None = None,
+) -> None:
+    """Check that every adapter fits *view*, told from headers alone.
+
+    With ``base``, whose weights are there, also that vLLM would leave nothing of theirs out.
+
+    Raises:
+        AdapterError: of all adapters everything that is wrong.
+        FormatError: broken files, or pickles without ``allow_pickle``.
+    """
+
+    def check(folder: Path) -> None:
+        plan = check_fit(folder, view, allow_pickle=allow_pickle)
+        if base is not None:
+            _check_own_embeddings(folder, plan, base)
+
+    run_all(partial(check, adapter.folder) for adapter in adapters)
+
+
 def check_fit(folder: Path, base: Base, *, allow_pickle: bool = False) -> MergePlan:
     """Return what the adapter in *folder* does to *base*, told from headers alone.
 
@@ -237,8 +262,13 @@ def check_fit(folder: Path, base: Base, *, allow_pickle: bool = False) -> MergeP
     if not files.pickled:
         stored = list_tensors(files)
         shapes = {name: tensor.info for name, tensor in stored.items()}
-        plan = plan_merge(config, shapes, base)
-        check_effect(folder, shapes, lambda name: read_bytes(stored[name]))
+        plan, _ = run_all(
+            (
+                partial(plan_merge, config, shapes, base),
+                partial(check_effect, folder, shapes, lambda name: read_bytes(stored[name])),
+            )
+        )
+        assert plan is not None
         return plan
     if not allow_pickle:
         raise refuse_pickle(files.paths[0])

@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from loader.adapters.incoming import IncomingWeights
 from loader.adapters.names import find_embedding
 from loader.adapters.plan import MergePlan, plan_merge
 from loader.adapters.surroundings import list_surroundings, write_config
+from loader.adapters.together import run_all
 from loader.errors import AdapterError, CheckpointError, UnsupportedError
 from loader.types import ReadyModel
 from loader.weights.dequantise import DequantisedReader
@@ -99,8 +101,6 @@ def merge(
             reader = _undo(base, reader, about, quantisation, asked_for=dequantise)
         sources = [_open(stack, a.folder, "adapter_model", allow_pickle) for a in adapters]
         view = Base(reader.tensors, about)
-        for adapter, source in zip(adapters, sources, strict=True):
-            check_effect(adapter.folder, source.tensors, source.read_raw)
         plan = _plan(adapters, configs, sources, view, combine)
         _check_dtypes(base, plan, reader)
         beside = list_surroundings(base, [adapter.folder for adapter in adapters])
@@ -205,9 +205,19 @@ def _plan(
     base: Base,
     combine: Combination,
 ) -> MergePlan:
+    checks: list[Callable[[], MergePlan | None]] = [
+        partial(plan_merge, config, source.tensors, base)
+        for config, source in zip(configs, sources, strict=True)
+    ]
+    checks += [
+        partial(check_effect, adapter.folder, source.tensors, source.read_raw)
+        for adapter, source in zip(adapters, sources, strict=True)
+    ]
+    made = run_all(checks)[: len(adapters)]
     plans = [
-        WeightedPlan(str(adapter.folder), adapter.weight, plan_merge(config, source.tensors, base))
-        for adapter, config, source in zip(adapters, configs, sources, strict=True)
+        WeightedPlan(str(adapter.folder), adapter.weight, plan)
+        for adapter, plan in zip(adapters, made, strict=True)
+        if plan is not None
     ]
     if len(plans) == 1:
         return _keep_tied(scale_plan(plans[0]), sources[0])

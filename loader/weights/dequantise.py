@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -41,6 +42,7 @@ class DequantisedReader:
         self.derived = frozenset(packed)
         self._packed = MappingProxyType(dict(packed))
         self._dtype = TORCH_DTYPES[dtype]
+        self._here = threading.local()
 
     def read(self, name: str) -> torch.Tensor:
         """Return the whole tensor."""
@@ -66,6 +68,15 @@ class DequantisedReader:
         """Close all files."""
         self.plain.close()
 
+    def _part(self, packed: Packed, role: str) -> torch.Tensor:
+        """Return a part beside the weight itself; a thread keeps those of the weight it reads."""
+        kept: tuple[str, dict[str, torch.Tensor]] = getattr(self._here, "kept", ("", {}))
+        if kept[0] != packed.name:
+            kept = self._here.kept = (packed.name, {})
+        if role not in kept[1]:
+            kept[1][role] = self.plain.read(packed.parts[role])
+        return kept[1][role]
+
     def _scale(self, packed: Packed, start: int, end: int) -> torch.Tensor:
         """W = stored · scale, the scale being of all, of each row or of each block.
 
@@ -73,11 +84,11 @@ class DequantisedReader:
         bitsandbytes ``functional.py``, ``int8_vectorwise_dequant``.
         """
         rows = self.plain.read_rows(packed.parts["weight"], start, end).to(torch.float32)
-        scale = self.plain.read(packed.parts["scale"]).to(torch.float32)
+        scale = self._part(packed, "scale").to(torch.float32)
         if "SCB" in packed.parts:
             scale = scale / 127
-        if (zero := packed.parts.get("weight_zero_point")) is not None:
-            points = self.plain.read(zero).to(torch.float32)
+        if "weight_zero_point" in packed.parts:
+            points = self._part(packed, "weight_zero_point").to(torch.float32)
             rows -= self._spread(points, packed, start, end)
         return rows * self._spread(scale, packed, start, end)
 
@@ -108,7 +119,7 @@ class DequantisedReader:
         low = first * size // 2 // in_bytes
         high = min(-(-last * size // 2 // in_bytes), weight.shape[0])
         raw = self.plain.read_rows(parts["weight"], low, high).flatten().to(torch.int64)
-        code = self.plain.read(parts["quant_map"]).to(torch.float32)
+        code = self._part(packed, "quant_map").to(torch.float32)
         values = torch.stack((code[raw >> 4], code[raw & 15]), 1).flatten()
         skipped = low * in_bytes * 2
         absmax = self._absmax(packed, first, last).repeat_interleave(size)
@@ -119,11 +130,11 @@ class DequantisedReader:
 
     def _absmax(self, packed: Packed, first: int, last: int) -> torch.Tensor:
         state, parts = packed.state, packed.parts
-        found = self.plain.read(parts["absmax"]).flatten()[first:last]
+        found = self._part(packed, "absmax").flatten()[first:last]
         if "nested_absmax" not in parts:
             return found.to(torch.float32)
-        code = self.plain.read(parts["nested_quant_map"]).to(torch.float32)
-        outer = self.plain.read(parts["nested_absmax"]).to(torch.float32)
+        code = self._part(packed, "nested_quant_map").to(torch.float32)
+        outer = self._part(packed, "nested_absmax").to(torch.float32)
         block = torch.arange(first, last) // int(str(state["nested_blocksize"]))
         scaled = code[found.to(torch.int64)] * outer[block]
         return scaled + float(str(state["nested_offset"]))

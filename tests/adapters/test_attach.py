@@ -137,6 +137,21 @@ def test_everything_that_does_not_fit_is_listed(base: Path, tmp_path: Path) -> N
     assert len(error.value.problems) == 3
 
 
+def test_everything_wrong_with_all_adapters_is_listed(base: Path, tmp_path: Path) -> None:
+    """Misfits and tensors without effect, of one adapter and of another."""
+    one, two, good = (draw(base, tmp_path / name) for name in ("one", "two", "good"))
+    edit_tensors(one, q_A=torch.ones(4, 99), v_B=torch.zeros(64, 4))
+    edit_tensors(two, k_A=torch.ones(4, 128))
+    with pytest.raises(AdapterError, match="does not fit its base") as error:
+        attach(base, [one, good, two], tmp_path / "out")
+    text = "\n".join(error.value.problems)
+    assert len(error.value.problems) == 3
+    for part in ("one", "q_proj.lora_A", "v_proj.lora_B.weight: all zero", "two", "k_proj"):
+        assert part in text
+    assert "good" not in text
+    assert "change nothing" in error.value.what
+
+
 def test_modules_that_the_base_lacks(base: Path, tmp_path: Path) -> None:
     deep = tiny_llama(tmp_path / "deep", num_hidden_layers=4, tokenizer=False)
     with pytest.raises(AdapterError) as error:

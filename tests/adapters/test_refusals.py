@@ -121,6 +121,27 @@ def test_pickles(base: Path, tmp_path: Path) -> None:
     refused(base, adapter, FormatError, "pickle")
 
 
+class Hostile:
+    """Runs a command where a pickle is opened without care."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.mark,))
+
+
+def test_a_hostile_pickle_is_never_run(base: Path, tmp_path: Path) -> None:
+    adapter = train_or_draw_lora(base, tmp_path / "a", safe_serialization=False)
+    tensors = torch.load(adapter / "adapter_model.bin")
+    torch.save(tensors | {"x": Hostile(tmp_path / "mark")}, adapter / "adapter_model.bin")
+    for allowed in (False, True):
+        with pytest.raises(FormatError, match="pickle"):
+            merge(base, [WeightedAdapter(adapter)], tmp_path / "out", allow_pickle=allowed)
+    assert not (tmp_path / "mark").exists()
+    assert not (tmp_path / "out").exists()
+
+
 def test_quantised_base(adapter: Path, tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "quantised", tokenizer=False)
     set_config(base, "config.json", quantization_config={"quant_method": "gptq", "bits": 4})

@@ -44,7 +44,8 @@ def test_logits_agree_within_rounding(tmp_path: Path, dtype: torch.dtype) -> Non
 async def texts(model: VLLMModel | TransformersModel, name: str) -> list[str]:
     body = {"model": name, "prompt": PROMPTS, "temperature": 0, "max_tokens": 24}
     answer: Any = await model.predict(body)
-    return [choice["text"] for choice in answer["choices"]]
+    # vLLM leaves a character that the last token cuts out, transformers shows what there is of it.
+    return [choice["text"].rstrip("\N{REPLACEMENT CHARACTER}") for choice in answer["choices"]]
 
 
 @pytest.mark.engine
