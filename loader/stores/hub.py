@@ -101,8 +101,8 @@ def describe_model(
         info = HfApi(token=token).model_info(
             repo_id, revision=revision, files_metadata=True, timeout=_ANSWER_S
         )
-        weights = [s for s in info.siblings or [] if s.rfilename.endswith(".safetensors")]
-        return sum(s.size or 0 for s in weights if "/" not in s.rfilename) or None
+        sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
+        return sum(sizes[name] for name in weight_files(sizes)) or None
 
     with contextlib.suppress(Exception):  # whatever it is, the Hub is asked next
         path = read(cached=True)
