@@ -138,7 +138,7 @@ def open_origin(settings: Settings, timeline: Timeline) -> Iterator[Origin]:
     references = _wanted(settings).artifact_references
     jobs = tuple(dict.fromkeys(reference.training_job_id for reference in references))
     loops = {reference.training_job_id for reference in references if reference.loops}
-    store = Stores(settings)
+    store = Stores(settings, on_renewal=lambda: timeline.count("refreshes"))
     try:
         with timeline.stage("listing"):
             read = [store.read_listings(src, jobs, loops=loops) for src in settings.artifacts]

@@ -22,8 +22,9 @@ from loader.errors import (
 )
 from loader.serve.model import base_name
 from loader.settings import Settings
+from loader.timeline import Timeline
 from tests.models import tiny_llama, train_or_draw_lora
-from tests.origin import FaultyOrigin, write_listing
+from tests.origin import FaultyOrigin, status, write_listing
 from tests.other_models import tiny_whisper
 
 
@@ -277,6 +278,20 @@ def test_a_listing_that_is_too_short_or_of_another_job(job: Job, base: Path) -> 
     path.write_text(json.dumps(job.origin.listing("job1") | {"job": {"id": "other"}}))
     with pytest.raises(ListingError, match="no listing for a job"):
         boot.prepare(settings)
+
+
+def test_a_listing_that_is_read_again_is_counted(job: Job) -> None:
+    job.origin.put("checkpoint-5/notes.txt", b"x")
+    settings = job.settings("rank-0/")
+    timeline = Timeline(quiet=True)
+    with boot.open_origin(settings, timeline) as origin:
+        (artifact,) = origin.listings[0].artifacts
+        assert timeline.counts == {}
+        job.origin.lifetime_s += 5  # another signature
+        write_listing(job.origin, job.folder / "job1.json")
+        job.origin.fail("notes.txt", status(403))
+        assert origin.store.stat(artifact).size_bytes == 1
+    assert timeline.counts == {"refreshes": 1}
 
 
 def test_no_listing_at_all(job: Job) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,10 +33,14 @@ def is_remote(source: str) -> bool:
 
 
 class Stores:
-    """Every store that the settings make possible, as one ``Store``: the URL's scheme chooses."""
+    """Every store that the settings make possible, as one ``Store``: the URL's scheme chooses.
 
-    def __init__(self, settings: Settings) -> None:
+    *on_renewal* is called whenever listings were read again because their URLs end.
+    """
+
+    def __init__(self, settings: Settings, on_renewal: Callable[[], object] | None = None) -> None:
         self._settings = settings
+        self._on_renewal = on_renewal
         options = HttpOptions(
             connect_timeout_s=settings.connect_timeout_s,
             stall_timeout_s=settings.stall_timeout_s,
@@ -153,7 +157,7 @@ class Stores:
         """Return what *source* has, and remember it: its URLs may have to be signed anew."""
         listings = source.read()
         self._read.append(ReadSource(source, listings))
-        self._signed = PresignedStore(self._client, SignedUrls(self._read))
+        self._signed = PresignedStore(self._client, SignedUrls(self._read, self._on_renewal))
         return listings
 
 

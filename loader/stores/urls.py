@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,9 +42,15 @@ class ReadSource:
 
 
 class SignedUrls:
-    """The URLs of artifacts. Safe to use from many threads: one of them renews for all."""
+    """The URLs of artifacts. Safe to use from many threads: one of them renews for all.
 
-    def __init__(self, sources: Sequence[ReadSource] = ()) -> None:
+    *on_renewal* is called whenever listings were read again.
+    """
+
+    def __init__(
+        self, sources: Sequence[ReadSource] = (), on_renewal: Callable[[], object] | None = None
+    ) -> None:
+        self._on_renewal = on_renewal or (lambda: None)
         self._sources = [
             (one.source, frozenset(listing.job for listing in one.listings)) for one in sources
         ]
@@ -101,3 +107,4 @@ class SignedUrls:
             _log.info("the listing of %s was read again: its signed URLs end", job)
             self._newer = {**self._newer, **newer}
             self._ends_s.clear()
+            self._on_renewal()

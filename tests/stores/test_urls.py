@@ -179,7 +179,9 @@ def test_one_thread_renews_for_all() -> None:
         def has_news(self) -> bool:
             return True
 
-    urls = SignedUrls([ReadSource(Source(), (Listing("job1", (old,)),))])
+    told: list[int] = []
+    source = ReadSource(Source(), (Listing("job1", (old,)),))
+    urls = SignedUrls([source], on_renewal=lambda: told.append(count))
     together = threading.Barrier(8)
 
     def renew(_: int) -> str | None:
@@ -189,6 +191,7 @@ def test_one_thread_renews_for_all() -> None:
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(renew, range(8))) == {new.url}
     assert count == 1
+    assert told == [1]
     assert urls.current(old) == new.url
 
 
