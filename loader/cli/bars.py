@@ -46,7 +46,7 @@ class BarProgress:
 
     def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
         """Show the bars."""
-        self._total = files
+        self._count, self._total = 0, files
         self._task = self._bars.add_task(self._label(), total=size_bytes, completed=have_bytes)
         self._bars.start()
 

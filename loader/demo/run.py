@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _LIFETIME_S = 900.0
 _QUIET = {
+    "DS_ACCELERATOR": "cpu",  # accelerate imports DeepSpeed, which tells where it finds itself
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore",
     "TORCH_CPP_LOG_LEVEL": "ERROR",

@@ -46,7 +46,7 @@ class LogProgress:
 
     def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
         """Say what is to come."""
-        self._total_files, self._total_bytes = files, size_bytes
+        self._files, self._total_files, self._total_bytes = 0, files, size_bytes
         self._bytes = self._had_bytes = have_bytes
         self._began = self._told = time.monotonic()
         here = f", {show_bytes(have_bytes)} of it here already" if have_bytes else ""

@@ -1,0 +1,22 @@
+"""What a fetch tells about itself in a log."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from loader.fetch.progress import LogProgress
+
+
+def test_each_fetch_counts_its_own_files(caplog: pytest.LogCaptureFixture) -> None:
+    progress = LogProgress()
+    with caplog.at_level(logging.INFO, "podloader"):
+        for files in (2, 1):
+            progress.start(files, 100 * files, 0)
+            for name in ("a", "b")[:files]:
+                progress.advance(100, name)
+                progress.finish_file(name)
+            progress.finish()
+    told = [record.getMessage().partition(",")[0] for record in caplog.records]
+    assert told == ["fetching 2 files", "2/2 files", "fetching 1 files", "1/1 files"]
