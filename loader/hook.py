@@ -18,9 +18,13 @@ from loader import boot
 from loader.credentials import Secrets
 from loader.errors import RequestError
 from loader.fetch.progress import LogProgress
+from loader.serve.imports import CONFIG, EarlyImports
 from loader.serve.model import ServedModel
 from loader.serve.request import PROMPTS, check_prompt
-from loader.settings import Settings
+from loader.settings import Settings, traces_exporter
+from loader.status.table import timeline_lines
+from loader.status.tracing import exporting
+from loader.timeline import Timeline
 
 _CLIENT_CLOSED_REQUEST = 499  # nginx's code, which Truss uses too
 _log = logging.getLogger("podloader")
@@ -50,6 +54,9 @@ class TrussModel:
     def load(self) -> None:
         """Prepare the model and start the engine; a second call does nothing.
 
+        The engine is imported while the files arrive. At the end the log shows where the seconds
+        went, which are OpenTelemetry's spans, too, where the ``OTEL_*`` variables ask for them.
+
         Raises:
             LoaderError: see ``loader.errors``; another try goes on from what is on disk.
         """
@@ -62,7 +69,13 @@ class TrussModel:
                 # Truss's own model_cache, which may hold the base model; Truss insists on this.
                 self._lazy_data_resolver.block_until_download_complete()
             settings = Settings.load(self._config, secrets=self._secrets)
-            self._model = boot.start(boot.prepare(settings, LogProgress()), settings)
+            timeline = Timeline()
+            try:
+                with exporting(timeline, traces_exporter()):
+                    self._model = _start(settings, timeline)
+            finally:
+                for line in timeline_lines(timeline) if timeline.stages else ():
+                    _log.info("%s", line)
 
     async def predict(self, request: Any, http: Request = None) -> Response:  # type: ignore[assignment]
         """Return the answer to an OpenAI body, as HTTP.
@@ -107,6 +120,16 @@ class TrussModel:
         # Starlette closes the stream, and with it the request, when the client goes away; a bare
         # generator would be read to its end by Truss, and gathered for some clients.
         return StreamingResponse(answer, media_type="text/event-stream")
+
+
+def _start(settings: Settings, timeline: Timeline) -> ServedModel:
+    folder = settings.training.download_folder
+    imports = EarlyImports(settings.engine, folder, timeline, LogProgress())
+    if settings.base_model and not settings.base_checkpoint:
+        imports.look_at(Path(settings.base_model).expanduser() / CONFIG)
+    ready = boot.prepare(settings, imports, timeline)
+    imports.wait()
+    return boot.start(ready, settings, timeline)
 
 
 def _failure(error: RequestError) -> JSONResponse:

@@ -17,7 +17,7 @@ _log = logging.getLogger("podloader")
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """A span that has begun. ``lane`` is the process that does the work."""
+    """A span that has begun. ``lane`` is what does the work: podloader, or the engine beside it."""
 
     name: str
     start_s: float

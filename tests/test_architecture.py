@@ -15,7 +15,7 @@ LOADER = Path(__file__).parent.parent / "loader"
 # A room may import what stands below it, and itself.
 LAYERS = [
     {"errors"},
-    {"types", "timeline", "retry"},
+    {"types", "timeline", "retry", "imports"},
     {"truss_config", "credentials"},
     {"settings"},
     {"resolve", "stores", "weights"},
@@ -111,6 +111,7 @@ def loaded_by(code: str) -> set[str]:
         "loader",
         "loader.cli",
         "loader.boot",
+        "loader.hook",
         "loader.sources",
         "loader.ready",
         "loader.remote",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import time
@@ -195,6 +196,24 @@ class TestVLLMModel:
         log = vllm_server.log.read_text()
         assert "adapters: attach" in log
         assert "fetching" in log
+
+    def test_the_engine_is_imported_beside_the_download(self, vllm_server: TrussServer) -> None:
+        imports, download, start = (
+            stage_of(vllm_server.log, name)
+            for name in ("engine import", "download", "engine start")
+        )
+        assert download[0] <= imports[0] <= download[1]
+        assert imports[1] <= start[0]
+        # Of the base's config.json: HOME is new here, and vLLM keeps what it finds out below it.
+        assert imports[1] <= stage_of(vllm_server.log, "model class")[1] <= start[0]
+
+
+def stage_of(log: Path, name: str) -> tuple[float, float]:
+    """Return when a stage began and ended, by the table at the end of the start."""
+    found = re.search(rf"^.*? ([\d.]+) +([\d.]+)  {name} ", log.read_text(), re.MULTILINE)
+    assert found, log.read_text()
+    start, seconds = map(float, found.groups())
+    return start, start + seconds
 
 
 def _generated_tokens(server: TrussServer) -> float:

@@ -8,12 +8,12 @@ from pathlib import Path
 from loader.cli.documents import total_bytes
 from loader.cli.report import say
 from loader.fetch.progress import show_bytes
+from loader.status.table import timeline_lines
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, Manifest, ReadyModel, Snapshot
 from loader.weights.consolidate.serving import serving_files
 
 _SHOWN = 50
-_BAR_CHARACTERS = 40
 _WOULD = {
     Kind.FULL: "would be served as it is",
     Kind.ADAPTER: "would be attached to its base, or merged into it",
@@ -86,21 +86,8 @@ def show_ready(ready: ReadyModel) -> None:
 
 def show_timeline(timeline: Timeline) -> None:
     """Show when each stage began and how long it took, and the same as bars."""
-    stages = sorted(timeline.stages, key=lambda stage: (stage.start_s, stage.end_s))
-    total_s = max((stage.end_s for stage in stages), default=0.0) or 1.0
-    say(f"{'start':>9}  {'seconds':>9}  stage")
-    for stage in stages:
-        before = round(stage.start_s / total_s * _BAR_CHARACTERS)
-        length = max(round(stage.end_s / total_s * _BAR_CHARACTERS) - before, 1)
-        bar = " " * min(before, _BAR_CHARACTERS - 1) + "█" * length
-        failed = f"  failed: {stage.failed}" if stage.failed else ""
-        say(f"{stage.start_s:>9.2f}  {stage.seconds:>9.2f}  {stage.name:<20}  {bar}{failed}")
-    counts = ", ".join(f"{name.replace('_', ' ')}: {number}" for name, number in _counted(timeline))
-    say(f"{total_s:>9.2f}  in all{f'; {counts}' if counts else ''}")
-
-
-def _counted(timeline: Timeline) -> list[tuple[str, int]]:
-    return sorted((name, number) for name, number in timeline.counts.items() if number)
+    for line in timeline_lines(timeline):
+        say(line)
 
 
 def show_checkpoints(checkpoints: Sequence[Checkpoint]) -> None:

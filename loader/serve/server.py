@@ -20,6 +20,7 @@ from loader.serve.arguments import is_cpu_build
 from loader.serve.canary import Said, canary_body, check_adapters, read_said
 from loader.serve.channel import Channel
 from loader.serve.failures import start_failure
+from loader.serve.imports import import_vllm
 from loader.serve.orphans import OrphanGuard
 from loader.serve.tasks import check_sound
 from loader.status.replies import STATUS_PATHS, status_reply
@@ -44,9 +45,7 @@ def import_engine() -> None:
         # vLLM leaves a core to its scheduler, by the environment of processes that it spawns. A
         # fork's OpenMP has read its own before, and would take every core: ten times slower.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) - 1, 1)))
-    import uvloop  # noqa: F401
-    import vllm.entrypoints.launchers.api_server.entry
-    import vllm.v1.engine.async_llm
+    import_vllm()
     import vllm.v1.engine.core
     from vllm.platforms import current_platform
 

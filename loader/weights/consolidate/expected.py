@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from loader.errors import ConfigError, UnsupportedError
+from loader.imports import importing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,12 +73,13 @@ def read_model_names(folder: Path) -> ModelNames:
 
 
 def _build(folder: Path) -> PreTrainedModel:
-    import torch
-    import transformers
+    with importing:
+        import torch
+        import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    name = next(iter(config.architectures or ()), "")
-    found = getattr(transformers, name, None)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        name = next(iter(config.architectures or ()), "")
+        found = getattr(transformers, name, None)  # which imports the model's own module
     with torch.device("meta"):
         if found is not None:
             return found(config)
