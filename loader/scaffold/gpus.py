@@ -1,4 +1,17 @@
-"""Which GPUs a model needs: a table of their memory, and a calculation that people can follow."""
+"""Which GPUs a model needs: a table of their memory, and a calculation that people can follow.
+
+Where the table comes from:
+
+- names: ``truss.base.truss_config.Accelerator``, which knows no memory;
+- what is to be had, and how many of it in one instance: the platform's instance types,
+  https://docs.baseten.co/deployment/resources#instance-type-reference, whose memory is nominal (an
+  "80 GiB" H100 has 79.2; ``H100MIG`` there is ``H100_40GB`` here, and cannot be had in pairs);
+- memory: what CUDA and so torch report as a device's total, as in torch's out-of-memory errors,
+  rounded down: T4 14.56, L4 and A10G 22.0, A100 40GB 39.4, L40S 44.3, H100 and A100 80GB 79.1,
+  RTX PRO 6000 94.97, H200 139.8, B200 178.35 (https://github.com/pytorch/ao/pull/4002). Of V100 and
+  B300 only nvidia-smi's 16160 and 275040 MiB were found, which CUDA does not give whole (compare
+  https://github.com/modal-labs/modal-client/pull/2797); a MIG of half an H100 is half of it.
+"""
 
 from __future__ import annotations
 
@@ -16,30 +29,34 @@ _COUNTS = (1, 2, 4, 8)  # of one node
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU by Truss's name. ``offered``: chosen without being asked for."""
+    """A GPU by Truss's name.
+
+    ``offered``: chosen without being asked for; ``most``: that many are chosen for one instance.
+    """
 
     name: str
     memory_gib: int
     bfloat16: bool = True
     offered: bool = False
+    most: int = _COUNTS[-1]
 
 
-# What the driver reports, rounded down. T4 and V100 compute no bfloat16 (compute capability < 8.0).
+# T4 and V100 compute no bfloat16 (compute capability < 8.0).
 GPUS = (
-    Gpu("T4", 15, bfloat16=False),
-    Gpu("V100", 16, bfloat16=False),
-    Gpu("L4", 22, offered=True),
+    Gpu("T4", 14, bfloat16=False, most=4),
+    Gpu("V100", 15, bfloat16=False),
+    Gpu("L4", 22, offered=True, most=4),
     Gpu("A10G", 22),
-    Gpu("H100_40GB", 39, offered=True),
+    Gpu("H100_40GB", 39, offered=True, most=1),
     Gpu("A100_40GB", 39),
     Gpu("L40S", 44),
     Gpu("H100", 79, offered=True),
     Gpu("A100", 79),
-    Gpu("RTX_PRO_6000", 95),
+    Gpu("RTX_PRO_6000", 94),
     Gpu("H200", 139, offered=True),
     Gpu("B200", 178, offered=True),
-    Gpu("B300", 268),
-    Gpu("GB300", 268),
+    Gpu("B300", 267),
+    Gpu("GB300", 267),
 )
 
 
@@ -113,7 +130,8 @@ def _candidates(gpu: Gpu | None, count: int | None) -> Iterator[tuple[Gpu, int]]
     offered = [gpu] if gpu else sorted((g for g in GPUS if g.offered), key=lambda g: g.memory_gib)
     for number in [count] if count else _COUNTS:
         for candidate in offered:
-            yield candidate, number
+            if count or number <= candidate.most:
+                yield candidate, number
 
 
 def _needed(size: ModelSize, load: Load, gpus: int) -> int:

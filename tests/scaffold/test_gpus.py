@@ -48,6 +48,14 @@ def test_what_is_asked_for_is_taken() -> None:
     assert place(sized(1), LOAD, "A100-40GB:4").accelerator == "A100_40GB:4"
 
 
+def test_no_more_are_chosen_than_an_instance_has() -> None:
+    assert place(sized(8), LOAD, "H100_40GB").count == 1
+    with pytest.raises(ConfigError, match="does not fit") as error:
+        place(sized(27), LOAD, "H100_40GB")
+    assert len(error.value.problems) == 1
+    assert place(sized(27), LOAD, "H100_40GB:2").count == 2
+
+
 @pytest.mark.parametrize("asked", ["H1000", "H100:3", "H100:", "H100:0", ""])
 def test_unknown_accelerators(asked: str) -> None:
     if not asked:
