@@ -12,6 +12,8 @@ MOST_FILES = 12
 _LEAST_SHARE = 0.01  # of the whole; files that took less are not drawn
 _WIDTH, _LEFT, _RIGHT = 960, 250, 70  # pixels; the names stand on the left
 _ROW, _BAR, _TOP, _BOTTOM = 24, 15, 30, 12
+_LEGEND_STEP = 110
+_CHARACTER = 7  # about as wide as one of the font
 _MOST_TICKS = 8
 _LABEL_CHARACTERS = 34
 _COLOURS = {"podloader": "#3b6fb6", "engine": "#d9822b"}
@@ -34,7 +36,8 @@ def gantt_svg(spans: Sequence[Span], running: Sequence[Open], now_s: float) -> s
     total_s = max([bar.end_s for bar in (*stages, *files)], default=0.0) or 1.0
     bars = [*stages, *_longest(files, _LEAST_SHARE * total_s)]
     scale = (_WIDTH - _LEFT - _RIGHT) / total_s
-    height = _TOP + _ROW * max(len(bars), 1) + _BOTTOM
+    bottom = _TOP + _ROW * max(len(bars), 1)
+    height = bottom + _ROW + _BOTTOM
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
         f'width="{_WIDTH}" height="{height}" font-family="system-ui, sans-serif" font-size="12">',
@@ -43,13 +46,13 @@ def gantt_svg(spans: Sequence[Span], running: Sequence[Open], now_s: float) -> s
     for tick in _ticks(total_s):
         x = _LEFT + tick * scale
         parts.append(
-            f'<line x1="{x:.1f}" y1="{_TOP - 6}" x2="{x:.1f}" y2="{height - _BOTTOM}" '
+            f'<line x1="{x:.1f}" y1="{_TOP - 6}" x2="{x:.1f}" y2="{bottom}" '
             f'stroke="#e3e3e3"/><text x="{x:.1f}" y="{_TOP - 12}" text-anchor="middle" '
             f'fill="#777777">{tick:g} s</text>'
         )
     for row, bar in enumerate(bars):
         parts.append(_draw(bar, _TOP + row * _ROW, scale))
-    parts.append("</svg>\n")
+    parts += [*_legend(bars, bottom + _BAR // 2), "</svg>\n"]
     return "\n".join(parts)
 
 
@@ -96,9 +99,34 @@ def _draw(bar: _Bar, y: int, scale: float) -> str:
         f"<g><title>{escape(bar.label)}: {bar.start_s:.2f} to {bar.end_s:.2f} s</title>"
         f'<text x="{_LEFT - 8}" y="{text_y}" text-anchor="end" fill="#333333">{escape(label)}'
         f'</text><rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_BAR}" rx="2" '
-        f'fill="{bar.colour}"/><text x="{x + width + 5:.1f}" y="{text_y}" fill="#555555">'
-        f"{escape(bar.note)}</text></g>"
+        f'fill="{bar.colour}"/>{_note(bar.note, x, width, text_y)}</g>'
     )
+
+
+def _note(text: str, x: float, width: float, y: int) -> str:
+    """Return *text* behind the bar; where there is no room, in the bar or before it."""
+    needed = len(text) * _CHARACTER + 10
+    place, anchor, colour = x + width + 5, "start", "#555555"
+    if place + needed > _WIDTH:
+        inside = width > needed
+        place, anchor = (x + width - 5 if inside else x - 5), "end"
+        colour = "#ffffff" if inside else colour
+    return (
+        f'<text x="{place:.1f}" y="{y}" text-anchor="{anchor}" fill="{colour}">'
+        f"{escape(text)}</text>"
+    )
+
+
+def _legend(bars: Sequence[_Bar], y: int) -> list[str]:
+    """Return what the colours mean, of those that are there."""
+    meanings = {**{c: name for name, c in _COLOURS.items()}, _FILE: "a file", _FAILED: "failed"}
+    used = {bar.colour for bar in bars}
+    shown = [(colour, name) for colour, name in meanings.items() if colour in used]
+    return [
+        f'<rect x="{x}" y="{y}" width="{_BAR}" height="{_BAR}" rx="2" fill="{colour}"/>'
+        f'<text x="{x + _BAR + 6}" y="{y + _BAR - 3}" fill="#555555">{name}</text>'
+        for x, (colour, name) in zip(range(_LEFT, _WIDTH, _LEGEND_STEP), shown, strict=False)
+    ]
 
 
 def _ticks(total_s: float) -> list[float]:

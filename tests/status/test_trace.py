@@ -96,3 +96,23 @@ def test_files_that_took_no_time_to_speak_of_are_left_out() -> None:
 
 def test_an_empty_timeline_has_a_picture_too() -> None:
     ElementTree.fromstring(gantt_svg((), (), 0.0))
+
+
+def test_no_note_is_cut_at_the_edge() -> None:
+    spans = [
+        Span("long", 0, 100, failed="AMuchLongerNameOfAnErrorThanMost"),
+        Span("short", 99, 100, failed="AMuchLongerNameOfAnErrorThanMost"),
+    ]
+    root = ElementTree.fromstring(gantt_svg(spans, (), 100.0))
+    for group in root.findall("{http://www.w3.org/2000/svg}g"):
+        note = group.findall("{http://www.w3.org/2000/svg}text")[-1]
+        assert note.text is not None
+        assert note.text.endswith("AMuchLongerNameOfAnErrorThanMost")
+        assert note.get("text-anchor") == "end"
+        assert float(note.get("x", 0)) < 960
+
+
+def test_colours_are_explained_where_they_are_used(timeline: Timeline) -> None:
+    svg = gantt_svg(timeline.spans, (), 6.0)
+    assert all(f">{name}</text>" in svg for name in ("podloader", "engine", "a file", "failed"))
+    assert ">failed</text>" not in gantt_svg([Span("all is well", 0, 1)], (), 1.0)
