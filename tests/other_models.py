@@ -151,3 +151,18 @@ def tone(seconds: float = 1.0, hertz: float = 440.0) -> bytes:
         sound.setframerate(SOUND_RATE)
         sound.writeframes(struct.pack(f"<{len(frames)}h", *frames))
     return file.getvalue()
+
+
+def heard(folder: Path, tokens: int) -> str:
+    """Return the first *tokens* that transformers' Whisper writes for ``tone()``."""
+    processor = WhisperProcessor.from_pretrained(folder)
+    model = WhisperForConditionalGeneration.from_pretrained(folder)
+    samples = torch.frombuffer(bytearray(tone()[44:]), dtype=torch.int16) / 2**15
+    features = processor(samples.numpy(), sampling_rate=SOUND_RATE, return_tensors="pt")
+    names = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+    ids = torch.tensor([processor.tokenizer.convert_tokens_to_ids(names)])
+    with torch.no_grad():
+        for _ in range(tokens):
+            scores = model(features.input_features, decoder_input_ids=ids).logits[0, -1]
+            ids = torch.cat([ids, scores.argmax().view(1, 1)], dim=1)
+    return str(processor.decode(ids[0], skip_special_tokens=True))

@@ -13,10 +13,10 @@ import httpx
 import pytest
 import torch
 from openai import APIStatusError, OpenAI
-from transformers import AutoTokenizer, BertModel, WhisperForConditionalGeneration, WhisperProcessor
+from transformers import AutoTokenizer, BertModel
 
 from tests.origin import serving, write_listing
-from tests.other_models import SOUND_RATE, tiny_embedder, tiny_whisper, tone
+from tests.other_models import heard, tiny_embedder, tiny_whisper, tone
 from tests.serve.truss_server import TrussServer, running_template
 
 pytestmark = pytest.mark.engine
@@ -156,18 +156,3 @@ class TestWhisper:
 
 def in_base64(sound: bytes) -> str:
     return base64.b64encode(sound).decode()
-
-
-def heard(folder: Path, tokens: int) -> str:
-    """Return the first *tokens* that transformers' Whisper writes for ``tone()``."""
-    processor = WhisperProcessor.from_pretrained(folder)
-    model = WhisperForConditionalGeneration.from_pretrained(folder)
-    samples = torch.frombuffer(bytearray(tone()[44:]), dtype=torch.int16) / 2**15
-    features = processor(samples.numpy(), sampling_rate=SOUND_RATE, return_tensors="pt")
-    names = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
-    ids = torch.tensor([processor.tokenizer.convert_tokens_to_ids(names)])
-    with torch.no_grad():
-        for _ in range(tokens):
-            scores = model(features.input_features, decoder_input_ids=ids).logits[0, -1]
-            ids = torch.cat([ids, scores.argmax().view(1, 1)], dim=1)
-    return str(processor.decode(ids[0], skip_special_tokens=True))

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +53,19 @@ class RunningPod:
 
     def __init__(
         self,
-        config: Path,
-        *arguments: str,
+        command: Sequence[str],
+        folder: Path,
+        port: int,
+        *,
         as_pid_1: bool = True,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.folder = config.parent
-        self.log = self.folder / "pod.log"
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.folder = folder
+        self.log = folder / "pod.log"
         self.answers: list[tuple[float, int, dict[str, Any]]] = []
         self.refused: list[str] = []
-        command = [sys.executable, "-m", "loader", "serve", str(config)]
-        command += ["--timeline", str(self.folder / "boot.json")]
-        command += ["--", "--host", "127.0.0.1", "--port", str(self.port), *arguments]
         self.began = time.monotonic()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -165,6 +162,27 @@ class RunningPod:
             body = answer.json() if answer.content else {"status": "ready"}
             self.answers.append((time.monotonic() - self.began, answer.status_code, body))
             time.sleep(_PROBE_EVERY_S)
+
+
+def start_pod(
+    config: Path,
+    *arguments: str,
+    as_pid_1: bool = True,
+    environment: Mapping[str, str] | None = None,
+) -> RunningPod:
+    """Run ``podloader serve`` on *config*, with more arguments for vLLM."""
+    folder, port = config.parent, free_port()
+    command = [sys.executable, "-m", "loader", "serve", str(config)]
+    command += ["--timeline", str(folder / "boot.json")]
+    command += ["--", "--host", "127.0.0.1", "--port", str(port), *arguments]
+    return RunningPod(command, folder, port, as_pid_1=as_pid_1, environment=environment)
+
+
+def free_port() -> int:
+    """Return a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def needs_namespaces() -> None:

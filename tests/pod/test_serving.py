@@ -17,7 +17,7 @@ from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 from tests import origin as faults
 from tests.origin import FaultyOrigin
 from tests.pod.conftest import JOBS
-from tests.pod.pods import RunningPod, needs_namespaces, write_config
+from tests.pod.pods import RunningPod, needs_namespaces, start_pod, write_config
 
 pytestmark = pytest.mark.engine
 _REQUESTS = 200
@@ -32,7 +32,7 @@ def pod(origin: FaultyOrigin, tmp_path_factory: pytest.TempPathFactory) -> Itera
     ways = [*[faults.cut(400_000)] * 4, *[faults.slow(0.1)] * 9]
     origin.fail("base/model.safetensors", *ways)
     config = write_config(origin, tmp_path_factory.mktemp("pod"), *JOBS)
-    running = RunningPod(config, environment={"VLLM_CPU_KVCACHE_SPACE": "1"})
+    running = start_pod(config, environment={"VLLM_CPU_KVCACHE_SPACE": "1"})
     try:
         running.wait_ready()
         yield running
@@ -187,7 +187,7 @@ def test_an_engine_crash_is_the_pods_exit_code(
 ) -> None:
     needs_namespaces()
     config = write_config(origin, tmp_path, "joba")
-    pod = RunningPod(config, environment={"VLLM_CPU_KVCACHE_SPACE": "1"})
+    pod = start_pod(config, environment={"VLLM_CPU_KVCACHE_SPACE": "1"})
     try:
         pod.wait_ready()
         family = [pod.pod, *pod.pod.children(recursive=True)]

@@ -13,7 +13,7 @@ import pytest
 
 from tests import origin as faults
 from tests.origin import FaultyOrigin
-from tests.pod.pods import RunningPod, needs_namespaces, write_config
+from tests.pod.pods import RunningPod, needs_namespaces, start_pod, write_config
 
 Start = Callable[..., RunningPod]
 
@@ -28,7 +28,7 @@ def start(origin: FaultyOrigin, tmp_path: Path) -> Iterator[Start]:
         ) -> RunningPod:
             as_pid_1 = settings.pop("as_pid_1", False)
             config = write_config(origin, tmp_path, "joba", **settings)
-            pod = RunningPod(config, *arguments, as_pid_1=as_pid_1, environment=environment)
+            pod = start_pod(config, *arguments, as_pid_1=as_pid_1, environment=environment)
             stack.callback(pod.close)
             return pod
 

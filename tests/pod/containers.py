@@ -1,0 +1,57 @@
+"""A Truss with a ``docker_server`` as its container runs it: the start command, in its own root."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from truss.base.truss_config import TrussConfig
+
+from tests.pod.pods import RunningPod
+
+# In the mount namespace that is the container's: this machine's folders, the Truss's as /app as its
+# image has it, and the secrets that the platform mounts.
+_ROOT = """
+set -eu
+root=$1 app=$2 secrets=$3
+shift 3
+mount -t tmpfs none "$root"
+for place in /*; do
+    if [ -L "$place" ]; then cp -P "$place" "$root/"
+    elif [ -d "$place" ]; then mkdir "$root$place" && mount --rbind "$place" "$root$place"
+    fi
+done
+mkdir -p "$root/app" "$root/secrets"
+mount --bind "$app" "$root/app"
+mount --bind "$secrets" "$root/secrets"
+exec chroot "$root" "$@"
+"""
+
+
+def start_container(
+    truss: Path, folder: Path, secrets: Mapping[str, str], environment: Mapping[str, str]
+) -> RunningPod:
+    """Run the start command of the Truss in *truss* as PID 1, with values for its *secrets*."""
+    config = TrussConfig.from_yaml(truss / "config.yaml")
+    server = config.docker_server
+    assert server is not None
+    root, mounted = folder / "root", folder / "secrets"
+    root.mkdir()
+    mounted.mkdir()
+    for name in config.secrets:
+        (mounted / name).write_text(secrets[name])
+    start = shlex.split(str(server.start_command))  # as Truss's supervisor splits it
+    bin_folder = Path(sys.executable).parent  # where `podloader` is
+    return RunningPod(
+        ["sh", "-c", _ROOT, "container", str(root), str(truss), str(mounted), *start],
+        folder,
+        server.server_port,
+        environment={
+            "PATH": f"{bin_folder}:{os.environ['PATH']}",
+            **config.environment_variables,
+            **environment,
+        },
+    )
