@@ -11,6 +11,7 @@ from typing import Literal
 
 from loader.fetch.progress import Progress
 from loader.imports import importing
+from loader.serve.forkserver import start_forkserver
 from loader.timeline import Timeline
 
 _LANE = "engine"
@@ -101,6 +102,8 @@ class EarlyImports:
     def _begin(self) -> None:
         with self._lock:
             if self._thread is None:
+                if self._engine == "vllm":
+                    start_forkserver()
                 self._thread = threading.Thread(target=self._run, name="imports", daemon=True)
                 self._thread.start()
 

@@ -20,6 +20,7 @@ from loader.serve.arguments import is_cpu_build
 from loader.serve.canary import Said, canary_body, check_adapters, read_said
 from loader.serve.channel import Channel
 from loader.serve.failures import start_failure
+from loader.serve.forkserver import METHOD
 from loader.serve.imports import import_vllm
 from loader.serve.orphans import OrphanGuard
 from loader.serve.tasks import check_sound
@@ -29,7 +30,6 @@ from loader.weights.inspect import read_json
 
 Stage = Callable[[str], AbstractContextManager[None]]
 _CORE = "EngineCore"
-_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 _ENGINE_DIED = 6  # as EngineError
 _PROMPT = "Hello"
 
@@ -41,7 +41,7 @@ def import_engine() -> None:
     need not import it all again. vLLM itself falls back to spawn where a fork will not do, as when
     CUDA is initialised.
     """
-    if os.environ.setdefault(_METHOD, "fork") == "fork" and is_cpu_build():
+    if os.environ.setdefault(METHOD, "fork") == "fork" and is_cpu_build():
         # vLLM leaves a core to its scheduler, by the environment of processes that it spawns. A
         # fork's OpenMP has read its own before, and would take every core: ten times slower.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) - 1, 1)))
@@ -119,7 +119,7 @@ async def _serve(
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
 
-    method = os.environ[_METHOD]
+    method = os.environ[METHOD]
     async with AsyncExitStack() as stack:
         try:
             with stage("engine load"):
@@ -168,7 +168,7 @@ async def _start_engine(args: Any, method: str) -> Any:
     propagate_flash_late_interaction(args, engine_args)
     usage = UsageContext.OPENAI_API_SERVER
     config = engine_args.create_engine_config(usage_context=usage)
-    os.environ[_METHOD] = method
+    os.environ[METHOD] = method
     engine = AsyncLLM.from_vllm_config(
         config,
         usage_context=usage,

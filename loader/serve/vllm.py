@@ -20,6 +20,7 @@ from loader.serve.arguments import (
 )
 from loader.serve.canary import Said, canary_body, check_adapters, read_said
 from loader.serve.failures import import_failure, start_failure
+from loader.serve.forkserver import METHOD, forked_engine, start_forkserver
 from loader.serve.live import EngineAdapters
 from loader.serve.loop import LoopThread
 from loader.serve.model import base_name, ready_folder
@@ -188,9 +189,10 @@ class VLLMModel:
             await check_adapters(ask, self._base, names)
 
     def _start(self) -> _Running:
+        start_forkserver()
         # As vLLM's own command line does: a fork of a process that already runs threads (Truss's
         # server, torch's OpenMP after a merge) can hang in the child.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        os.environ.setdefault(METHOD, "spawn")
         try:
             import uvloop
             import vllm  # noqa: F401
@@ -201,7 +203,8 @@ class VLLMModel:
         args = parse_arguments(self._arguments)
         loop = LoopThread("vllm", uvloop.new_event_loop)
         try:
-            return loop.call(_start_engine(loop, args, self._ready.adapters))
+            with forked_engine(args):
+                return loop.call(_start_engine(loop, args, self._ready.adapters))
         except LoaderError:
             loop.close()
             raise

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from loader.errors import ConfigError, EngineError, RequestError
@@ -47,6 +49,16 @@ async def test_both_engines_say_the_same(
         for key in ("text", "finish_reason"):
             assert ours.get(key) == theirs.get(key), body
         assert ours.get("message", {}).get("content") == theirs.get("message", {}).get("content")
+
+
+def test_the_engine_is_a_fork_of_the_process_that_has_imported_vllm(vllm_model: VLLMModel) -> None:
+    (core,) = (child for child in active_children() if child.name == "EngineCore")
+    server = psutil.Process(core.pid).parent()
+    assert server is not None
+    assert "forkserver" in " ".join(server.cmdline())
+    assert "loader.serve.preloaded" in " ".join(server.cmdline())
+    (worker,) = psutil.Process(core.pid).children()
+    assert worker.cmdline() == server.cmdline()
 
 
 async def test_streams_say_the_same(vllm_model: VLLMModel) -> None:

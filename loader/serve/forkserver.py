@@ -1,0 +1,84 @@
+"""Processes for vLLM's engine that are forks of one that has imported it and runs no threads.
+
+In a process that runs threads (Truss's server, a notebook, torch's OpenMP after a merge) vLLM
+spawns its engine's processes, one below the other, and each imports all of vLLM anew. Python's fork
+server imports it once, in a process of its own and while this one still fetches; the engine's
+processes are forks of that one and share its pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any
+
+METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+_KEPT = "OMP_NUM_THREADS"  # OpenMP has read the fork server's own, see import_engine
+_PRELOADED = "loader.serve.preloaded"
+_lock = threading.Lock()
+_started = threading.Event()
+
+
+class EngineProcess(ForkServerProcess):
+    """A process that runs in the environment of its starter, as a spawned one would."""
+
+    def start(self) -> None:
+        """Start it; vLLM sets variables around this call."""
+        self._environment = dict(os.environ)
+        super().start()
+
+    def run(self) -> None:
+        """Do the work that it was given."""
+        kept = {_KEPT: os.environ[_KEPT]} if _KEPT in os.environ else {}
+        os.environ.clear()
+        # Its own children may be forks of it: vLLM spawns them where that will not do.
+        os.environ.update(self._environment | kept | {METHOD: "fork"})
+        super().run()
+
+
+class EngineContext(ForkServerContext):
+    """The ``multiprocessing`` context of ``EngineProcess``."""
+
+    Process = EngineProcess
+
+
+def start_forkserver() -> None:
+    """Begin to import vLLM in the fork server, and return at once; a second call does nothing.
+
+    Nothing happens where ``VLLM_WORKER_MULTIPROC_METHOD`` says how vLLM is to start its processes.
+    """
+    with _lock:
+        if _started.is_set() or METHOD in os.environ:
+            return
+        multiprocessing.set_forkserver_preload([_PRELOADED])
+        forkserver.ensure_running()
+        _started.set()
+
+
+@contextlib.contextmanager
+def forked_engine(args: Any) -> Iterator[None]:
+    """Let vLLM start its engine from the fork server in this block, if that was started.
+
+    *args* are vLLM's; binding to NUMA nodes needs processes that are spawned.
+    """
+    if not _started.is_set() or getattr(args, "numa_bind", False):
+        yield
+        return
+    import vllm.v1.engine.utils as starter
+
+    own = starter.get_mp_context
+
+    def context() -> EngineContext:
+        own()  # it sets variables for the engine's processes
+        return EngineContext()
+
+    starter.get_mp_context = context
+    try:
+        yield
+    finally:
+        starter.get_mp_context = own
