@@ -51,22 +51,24 @@ def prepare(
     Raises:
         LoaderError: see ``loader.errors``.
     """
-    from loader.overlap import LateFetch, find_late, prepare_while_fetching
+    from loader.fetch.background import SplitFetch
+    from loader.overlap import find_late, prepare_while_fetching
     from loader.ready import make_ready  # fetch and plan do without these
-    from loader.shards import find_shards, prepare_from_shards, split
+    from loader.shards import find_shards, prepare_from_shards
 
     timeline = timeline or Timeline()
     root = settings.training.download_folder
+    options = _options(settings)
     with open_origin(settings, timeline) as origin:
         manifest = _resolved(settings, origin, timeline)
         if late := find_late(settings, manifest):
-            parts = LateFetch.split(manifest, late, origin.store, _options(settings), progress)
+            parts = SplitFetch.split(manifest, late, root, origin.store, options, progress)
             return prepare_while_fetching(settings, parts, timeline)
         if shards := find_shards(settings, manifest):
-            both = split(manifest, shards, origin.store, _options(settings), progress)
-            return prepare_from_shards(settings, both, timeline)
+            parts = SplitFetch.split(manifest, shards, root, origin.store, options, progress)
+            return prepare_from_shards(settings, parts, timeline)
         with SpanProgress(progress, timeline) as watched:
-            snapshot = fetch(manifest, root, origin.store, _options(settings), watched)
+            snapshot = fetch(manifest, root, origin.store, options, watched)
     with timeline.stage("inspect"):
         checkpoints = find_checkpoints(snapshot.root, [file.path for file in snapshot.files])
     return make_ready(settings, snapshot, checkpoints, timeline)

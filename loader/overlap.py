@@ -10,54 +10,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import Self
+from pathlib import PurePosixPath
 
 from loader.adapters.incoming import IncomingWeights
 from loader.fetch.arrivals import Arrivals
-from loader.fetch.background import fetching
-from loader.fetch.files import places, read_record
-from loader.fetch.progress import Progress
-from loader.fetch.snapshot import FetchOptions, fetch
-from loader.fetch.spans import SpanProgress
+from loader.fetch.background import SplitFetch, are_here, join
 from loader.ready import Arriving, LateWeights, make_ready
 from loader.remote import read_headers
 from loader.settings import Settings
-from loader.stores.base import Store
 from loader.timeline import Timeline
-from loader.types import Artifact, Manifest, ReadyModel, Snapshot
+from loader.types import Artifact, Manifest, ReadyModel
 from loader.weights.inspect import ADAPTER_CONFIG, find_checkpoints, is_safetensors
-
-
-@dataclass(frozen=True, slots=True)
-class LateFetch:
-    """A fetch in two parts: all that a merge needs to begin, and the base's weight files."""
-
-    early: Manifest
-    late: Manifest
-    store: Store
-    options: FetchOptions
-    progress: Progress | None
-
-    @classmethod
-    def split(
-        cls,
-        manifest: Manifest,
-        late: Collection[Artifact],
-        store: Store,
-        options: FetchOptions,
-        progress: Progress | None,
-    ) -> Self:
-        """Return the fetch of *manifest* with *late* as its second part."""
-        early = tuple(a for a in manifest.files if a not in late)
-        return cls(
-            replace(manifest, files=early),
-            replace(manifest, files=tuple(late)),
-            store,
-            options,
-            progress,
-        )
 
 
 def find_late(settings: Settings, manifest: Manifest) -> tuple[Artifact, ...]:
@@ -75,50 +38,38 @@ def find_late(settings: Settings, manifest: Manifest) -> tuple[Artifact, ...]:
         for a in manifest.files
         if PurePosixPath(a.path).parent == folder and is_safetensors(PurePosixPath(a.path).name)
     )
-    root = settings.training.download_folder.absolute()
-    return late if any(not _is_here(a, root) for a in late) else ()
-
-
-def _is_here(artifact: Artifact, root: Path) -> bool:
-    place = places(root, artifact)
-    return place.final.is_file() and read_record(place.record) is not None
+    return () if are_here(late, settings.training.download_folder) else late
 
 
 def prepare_while_fetching(
-    settings: Settings, fetched: LateFetch, timeline: Timeline
+    settings: Settings, fetched: SplitFetch, timeline: Timeline
 ) -> ReadyModel:
     """Return the ReadyModel of both parts of *fetched*.
 
     Raises:
         LoaderError: as ``fetch`` and ``make_ready``.
     """
-    root = settings.training.download_folder.absolute()
-    options, store = fetched.options, fetched.store
-    with SpanProgress(fetched.progress, timeline, "download of adapters") as watched:
-        first = fetch(fetched.early, root, store, options, watched)
+    options = fetched.options
+    first = fetched.fetch_early(timeline, "download of adapters")
     with timeline.stage("headers"):
         tensors = read_headers(
             fetched.late.files,
-            root,
-            store,
+            fetched.root,
+            fetched.store,
             concurrency=options.concurrency,
             retries=options.retries,
         )
 
     @contextlib.contextmanager
     def fetch_late() -> Iterator[Arriving]:
-        with (
-            SpanProgress(fetched.progress, timeline) as watched,
-            fetching(fetched.late, root, store, options, watched) as arrivals,
-        ):
+        with fetched.fetching_late(timeline) as arrivals:
             files = _as_they_arrive(fetched.late.files, arrivals)
             yield Arriving(
-                IncomingWeights(tensors, files), lambda: _join(first, arrivals.wait_all())
+                IncomingWeights(tensors, files), lambda: join(first, arrivals.wait_all())
             )
 
     with timeline.stage("inspect"):
-        names = [artifact.path for artifact in (*fetched.early.files, *fetched.late.files)]
-        checkpoints = find_checkpoints(root, sorted(names))
+        checkpoints = find_checkpoints(fetched.root, fetched.paths)
     return make_ready(settings, first, checkpoints, timeline, LateWeights(tensors, fetch_late))
 
 
@@ -130,13 +81,3 @@ def _as_they_arrive(artifacts: Sequence[Artifact], arrivals: Arrivals) -> Iterat
         here = [path for path in left if arrivals.is_here(path)]
         left = [path for path in left if path not in here]
         yield [PurePosixPath(path).name for path in here]
-
-
-def _join(first: Snapshot, second: Snapshot) -> Snapshot:
-    files = sorted((*first.files, *second.files), key=lambda file: file.path)
-    return replace(
-        second,
-        files=tuple(files),
-        seconds=first.seconds + second.seconds,
-        fetched_bytes=first.fetched_bytes + second.fetched_bytes,
-    )

@@ -15,7 +15,7 @@ from loader.fetch.arrivals import Arrivals
 from loader.retry import retrying
 from loader.stores.base import ObjectInfo, Store
 from loader.types import Artifact, Checkpoint
-from loader.weights.consolidate.files import LocalFile, RangeFile
+from loader.weights.consolidate.files import LocalFile, RangeFile, choose_copy
 from loader.weights.consolidate.places import weight_folders
 
 _BLOCK_BYTES = 1 << 18  # what small reads, of headers and directories, are rounded up to
@@ -156,14 +156,9 @@ class ShardFiles:
         Raises:
             FormatError: no folder has it, or ranks have files of different sizes under the name.
         """
-        files = self._files.get(name, [])
-        if len({file.size_bytes for file in files}) != 1:
-            raise FormatError(
-                "ranks have different files under one name" if files else "no rank has this file",
-                where=name,
-                problems=[f"{file.where}: {file.size_bytes} bytes" for file in files],
-            )
-        return files[0]
+        if name not in self._files:
+            raise FormatError("no rank has this file", where=name)
+        return choose_copy(name, self._files[name])
 
     def __enter__(self) -> Self:
         return self

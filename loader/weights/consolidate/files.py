@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 from loader.errors import FormatError
 
@@ -146,16 +146,7 @@ class LocalFiles:
         if not paths:
             where = ", ".join(map(str, self.folders))
             raise FormatError("no rank has this file", where=where, expected=name)
-        files = [LocalFile(path) for path in paths]
-        if len({file.size_bytes for file in files}) > 1:
-            raise FormatError(
-                "ranks have different files under one name",
-                where=name,
-                problems=[f"{file.where}: {file.size_bytes} bytes" for file in files],
-                next_step="leave out the ranks whose files belong to another checkpoint",
-            )
-        self._open[name] = files[0]
-        return files[0]
+        return self._open.setdefault(name, choose_copy(name, [LocalFile(path) for path in paths]))
 
     def copies(self, name: str) -> tuple[Path, ...]:
         """Return every rank's file of that name."""
@@ -172,6 +163,25 @@ class LocalFiles:
     ) -> None:
         for file in self._open.values():
             file.close()
+
+
+_AnyFile = TypeVar("_AnyFile", bound=RangeFile)
+
+
+def choose_copy(name: str, files: Sequence[_AnyFile]) -> _AnyFile:
+    """Return the first of *files*, which several ranks have under one *name*.
+
+    Raises:
+        FormatError: their sizes differ.
+    """
+    if len({file.size_bytes for file in files}) > 1:
+        raise FormatError(
+            "ranks have different files under one name",
+            where=name,
+            problems=[f"{file.where}: {file.size_bytes} bytes" for file in files],
+            next_step="leave out the ranks whose files belong to another checkpoint",
+        )
+    return files[0]
 
 
 def read_all(file: RangeFile, *, limit_bytes: int) -> bytes:
