@@ -24,9 +24,6 @@ from loader.types import (
     Snapshot,
     TrainingCheckpoints,
 )
-from loader.weights.consolidate.serving import serving_files
-from loader.weights.index import shard_names
-from loader.weights.inspect import find_checkpoints
 
 if TYPE_CHECKING:
     from loader.serve.model import ServedModel
@@ -55,6 +52,7 @@ def prepare(
     from loader.overlap import find_late, prepare_while_fetching
     from loader.ready import make_ready  # fetch and plan do without these
     from loader.shards import find_shards, prepare_from_shards
+    from loader.weights.inspect import find_checkpoints
 
     timeline = timeline or Timeline()
     root = settings.training.download_folder
@@ -162,6 +160,8 @@ def _leave_out(settings: Settings, manifest: Manifest) -> Manifest:
     """Return *manifest* without what serving will not use, where the settings ask for that."""
     if not settings.weights_only_fetch:
         return manifest
+    from loader.weights.consolidate.serving import serving_files
+
     needed = serving_files(
         (artifact.path for artifact in manifest.files),
         partitions=settings.consolidate_dtype is not None,
@@ -194,9 +194,13 @@ def _wanted(settings: Settings) -> TrainingCheckpoints:
 
 def _check_indexes(settings: Settings, manifest: Manifest, origin: Origin) -> None:
     """Read every index among the files and refuse holes, before anything large is fetched."""
+    indexes = [artifact for artifact in manifest.files if artifact.name.endswith(_INDEXES)]
+    if not indexes:
+        return
+    from loader.weights.index import shard_names
+
     listed = {artifact.path for listing in origin.listings for artifact in listing.artifacts}
-    for artifact in manifest.files:
-        if artifact.name.endswith(_INDEXES):
-            text = read_artifact(artifact, settings.training.download_folder, origin.store)
-            names = shard_names(text, artifact.path)
-            check_index(artifact.job, artifact.name, names, listed)
+    for artifact in indexes:
+        text = read_artifact(artifact, settings.training.download_folder, origin.store)
+        names = shard_names(text, artifact.path)
+        check_index(artifact.job, artifact.name, names, listed)

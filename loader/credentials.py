@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
-
-from pydantic import SecretStr
 
 from loader.errors import ConfigError
 
@@ -22,6 +20,13 @@ _S3_NAMES = {
 _S3_DOCUMENTS = ("aws_secret_json", "aws-secret-json")  # all of them in one, as Truss's caches take
 
 
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """A text that is shown to nobody who does not ask for its value."""
+
+    value: str = field(repr=False)
+
+
 class Secrets(Protocol):
     """Look-up only, as Truss gives them: iterating over them raises."""
 
@@ -32,9 +37,9 @@ class Secrets(Protocol):
 class S3Credentials:
     """What Truss's secrets hold for S3. Without a key, boto3 finds one by its own chain."""
 
-    access_key_id: SecretStr | None = None
-    secret_access_key: SecretStr | None = None
-    session_token: SecretStr | None = None
+    access_key_id: Secret | None = None
+    secret_access_key: Secret | None = None
+    session_token: Secret | None = None
     region: str | None = None
 
     def __post_init__(self) -> None:
@@ -47,19 +52,19 @@ class S3Credentials:
             )
 
 
-def find_secret(name: str, variables: tuple[str, ...], secrets: Secrets | None) -> SecretStr | None:
+def find_secret(name: str, variables: tuple[str, ...], secrets: Secrets | None) -> Secret | None:
     """Return a secret from Truss, its mounted file or variable, or the tool's own *variables*."""
     if secrets is not None:
         try:
-            return SecretStr(secrets[name].strip())
+            return Secret(secrets[name].strip())
         except Exception:  # Truss raises a type of its own, which only a pod can import
             pass
     mounted = SECRETS_FOLDER / name
     if mounted.is_file():
-        return SecretStr(mounted.read_text(encoding="utf-8").strip())
+        return Secret(mounted.read_text(encoding="utf-8").strip())
     for variable in (f"TRUSS_SECRET_{name}", *variables):
         if value := os.environ.get(variable, "").strip():
-            return SecretStr(value)
+            return Secret(value)
     return None
 
 
@@ -70,23 +75,23 @@ def find_s3_credentials(secrets: Secrets | None) -> S3Credentials:
         ConfigError: half of them, or text that is no JSON object.
     """
     together = _document(secrets)
-    found: dict[str, SecretStr] = {}
-    for field, names in _S3_NAMES.items():
+    found: dict[str, Secret] = {}
+    for part, names in _S3_NAMES.items():
         for name in names:
             secret = find_secret(name, (), secrets) or together.get(name)
-            if secret is not None and secret.get_secret_value():
-                found.setdefault(field, secret)
+            if secret is not None and secret.value:
+                found.setdefault(part, secret)
     region = found.pop("region", None)
-    return S3Credentials(**found, region=region.get_secret_value() if region else None)
+    return S3Credentials(**found, region=region.value if region else None)
 
 
-def _document(secrets: Secrets | None) -> dict[str, SecretStr]:
+def _document(secrets: Secrets | None) -> dict[str, Secret]:
     for name in _S3_DOCUMENTS:
         secret = find_secret(name, (), secrets)
         if secret is None:
             continue
         try:
-            fields = json.loads(secret.get_secret_value())
+            fields = json.loads(secret.value)
         except ValueError:
             fields = None
         if not isinstance(fields, dict):
@@ -96,5 +101,5 @@ def _document(secrets: Secrets | None) -> dict[str, SecretStr]:
                 expected='{"aws_access_key_id": …, "aws_secret_access_key": …, "aws_region": …}',
                 next_step="correct the secret",
             )
-        return {str(k): SecretStr(v) for k, v in fields.items() if isinstance(v, str)}
+        return {str(k): Secret(v) for k, v in fields.items() if isinstance(v, str)}
     return {}

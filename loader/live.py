@@ -7,11 +7,11 @@ What the program itself asks for through ``LiveAdapters`` needs a listing alone.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from loader import boot
 from loader.adapters.attach import NamedAdapter, attach, decide
 from loader.errors import CheckpointError, RequestError
 from loader.fetch.files import STATE
-from loader.settings import Settings, setting_names
+from loader.settings import Settings
 from loader.types import (
     CONFIG_VARIABLE,
     JOB_ID,
@@ -111,7 +111,7 @@ def fetch_adapter(
     training = TrainingCheckpoints(
         settings.training.download_folder, (ArtifactReference(job, tuple(patterns)),)
     )
-    wanted = settings.model_copy(update={"training": training, "base_model": None})
+    wanted = replace(settings, training=training, base_model=None)
     snapshot = boot.fetch_files(wanted)
     found = find_checkpoints(snapshot.root, [file.path for file in snapshot.files])
     if len(found) != 1 or found[0].kind is not Kind.ADAPTER:
@@ -164,15 +164,8 @@ def live_environment(settings: Settings, config: Path) -> Mapping[str, str]:
     """
     if not settings.adapter_jobs:
         return {}
-    given = set(setting_names()) & settings.model_fields_set
-    values = settings.model_dump(mode="json", include=given, exclude_none=True)
     return {
-        **{
-            f"{settings.model_config['env_prefix']}{name.upper()}": value
-            if isinstance(value, str)
-            else json.dumps(value)
-            for name, value in values.items()
-        },
+        **settings.variables(),
         CONFIG_VARIABLE: str(config.absolute()),
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     }

@@ -261,7 +261,7 @@ def _check_fit_on_hub(settings: Settings, name: str, adapters: Sequence[NamedAda
     config = read_json(small.path / "config.json")
     if any(small.path.glob("*.safetensors")) or quantisation_of(config) is not None:
         return  # whoever attaches or merges looks at the weights themselves
-    token = settings.hf_token.get_secret_value() if settings.hf_token else None
+    token = settings.hf_token.value if settings.hf_token else None
     tensors = read_tensors(name, str(small.identity["commit"]), token=token)
     if tensors is not None:
         infos = {
@@ -345,7 +345,7 @@ def _find_base(settings: Settings, name: str, *, weights: bool = True) -> BaseMo
             expected="a folder on this machine, a folder's URL or a Hugging Face id",
             next_step="set base_model to where the base model lies now",
         )
-    token = settings.hf_token.get_secret_value() if settings.hf_token else None
+    token = settings.hf_token.value if settings.hf_token else None
     model = fetch_model(
         name,
         settings.base_revision,

@@ -198,7 +198,7 @@ def test_the_servers_process_gets_the_same_settings(
         monkeypatch.setenv(name, value)
     assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     again = Settings.load(os.environ[CONFIG_VARIABLE])
-    assert again.model_dump() == settings.model_dump()
+    assert again == settings
     assert again.artifacts == ("a.json", "b c.json")
 
 

@@ -13,7 +13,7 @@ from truss.base.truss_config import TrussConfig
 
 from loader import credentials
 from loader.errors import ConfigError
-from loader.settings import Settings, setting_names, settings_table
+from loader.settings import Settings, setting_defaults, settings_table
 from loader.truss_config import DOWNLOAD_FOLDER
 from loader.types import ArtifactReference
 
@@ -129,7 +129,7 @@ def test_secrets_come_by_name_and_stay_hidden(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("BASETEN_API_KEY", "S3CR3T-api")
     loaded = Settings.load(config(), secrets=TrussSecrets({"hf_access_token": "S3CR3T-hf\n"}))
     assert loaded.hf_token is not None
-    assert loaded.hf_token.get_secret_value() == "S3CR3T-hf"
+    assert loaded.hf_token.value == "S3CR3T-hf"
     assert loaded.api_key is not None
     assert "S3CR3T" not in repr(loaded)
 
@@ -142,7 +142,7 @@ def test_a_mounted_secret_wins_over_variables(
     monkeypatch.setenv("TRUSS_SECRET_hf_access_token", "variable")
     token = Settings.load(config()).hf_token
     assert token is not None
-    assert token.get_secret_value() == "mounted"
+    assert token.value == "mounted"
 
 
 def test_no_url_or_argument_in_repr() -> None:
@@ -207,9 +207,6 @@ def test_the_readme_has_the_table_of_settings() -> None:
 
 
 def test_a_config_may_hold_every_default() -> None:
-    defaults = {
-        name: Settings.model_fields[name].get_default(call_default_factory=True, validated_data={})
-        for name in setting_names()
-    }
+    defaults = setting_defaults()
     text = yaml.safe_dump(json.loads(json.dumps(config(**defaults))))
     assert Settings.load(yaml.safe_load(text)).concurrency == defaults["concurrency"]

@@ -45,7 +45,7 @@ def _run(
     timeline: Timeline,
     timeline_file: Path | None,
 ) -> int:
-    # Not before the port answers: these import pydantic and rich.
+    # Not before the port answers: these import rich.
     from loader.cli.progress import choose_progress
     from loader.cli.timelines import timeline_kept
 

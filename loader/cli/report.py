@@ -10,8 +10,6 @@ import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
-import typer
-
 from loader.errors import LoaderError, redact
 
 VERSION = 1  # of every JSON document; a field may be added without a new number
@@ -59,12 +57,15 @@ def errors_shown(as_json: bool) -> Iterator[None]:
         say(f"error: {error}")
         if as_json:
             write_json({"error": error.to_json()})
-        raise typer.Exit(error.exit_code) from None
+        raise SystemExit(error.exit_code) from None
     except StopSignal as stop:
         say(f"ended by {stop}; what has been fetched is kept")
-        raise typer.Exit(stop.exit_code) from None
-    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise SystemExit(stop.exit_code) from None
+    except BrokenPipeError:
         raise
+    except EOFError:
+        say("error: no answer")
+        raise SystemExit(_UNEXPECTED) from None
     except Exception as error:
         _unexpected(error, as_json)
     finally:
@@ -76,4 +77,4 @@ def _unexpected(error: Exception, as_json: bool) -> NoReturn:
     say("error: this is a fault of podloader or of a library; the lines above say where")
     if as_json:
         write_json({"error": {"error": type(error).__name__, "what": redact(str(error))}})
-    raise typer.Exit(_UNEXPECTED) from None
+    raise SystemExit(_UNEXPECTED) from None

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
-
-import typer
+from typing import TYPE_CHECKING
 
 from loader.cli.report import errors_shown, say, write_json
 
@@ -14,103 +13,64 @@ if TYPE_CHECKING:
     from loader.scaffold.deployment import Deployment, Wishes
     from loader.scaffold.survey import Found
 
-truss = typer.Typer(
-    help="Make Trusses.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
-)
 _SHOWN = 20
-Words = Optional[list[str]]  # noqa: UP045 - typer reads annotations at run time
+Words = list[str] | None
 
 
-@truss.callback()
-def top() -> None:
-    """Make Trusses."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What ``truss init`` was given; see ``arguments``."""
+
+    output: Path
+    artifacts: Words
+    job_id: Words
+    checkpoint: Words
+    name: str | None
+    base_model: str | None
+    max_model_len: int | None
+    requests: int
+    accelerator: str | None
+    env: Words
+    secret: Words
+    interactive: bool
+    overwrite: bool
+    as_json: bool
 
 
-@truss.command()
-def init(
-    output: Annotated[Path, typer.Option(help="The Truss folder to make.")],
-    artifacts: Annotated[
-        Words,
-        typer.Option(metavar="SRC", help="Where the checkpoints are listed. Repeatable."),
-    ] = None,
-    job_id: Annotated[
-        Words, typer.Option(metavar="JOB", help="Checkpoints of this job only. Repeatable.")
-    ] = None,
-    checkpoint: Annotated[
-        Words,
-        typer.Option(
-            metavar="NAME", help="A checkpoint by its folder, or latest. Repeatable for LoRA."
-        ),
-    ] = None,
-    name: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="The model's name. Default: that of the base model or checkpoint."),
-    ] = None,
-    base_model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="The base model. Default: what the adapter's config names."),
-    ] = None,
-    max_model_len: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Tokens of one request. Default: 8192, or what the model knows."),
-    ] = None,
-    requests: Annotated[
-        int, typer.Option(help="Requests of that length to have room for at once.", min=1)
-    ] = 4,
-    accelerator: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="GPUs, such as L4 or H100:2. Default: what the model needs."),
-    ] = None,
-    env: Annotated[
-        Words, typer.Option(metavar="NAME=VALUE", help="An environment variable. Repeatable.")
-    ] = None,
-    secret: Annotated[
-        Words,
-        typer.Option(
-            metavar="[VARIABLE=]NAME",
-            help="A secret of the platform, and a variable to put it into. Repeatable.",
-        ),
-    ] = None,
-    interactive: Annotated[
-        bool,
-        typer.Option("--interactive/--non-interactive", help="Ask, where there is a terminal."),
-    ] = True,
-    overwrite: Annotated[bool, typer.Option(help="Replace a Truss that is there.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document to standard output.")
-    ] = False,
-) -> None:
+def init(given: Options) -> None:
     """Make the Truss that serves a training job's checkpoints."""
-    with errors_shown(as_json):
+    with errors_shown(given.as_json):
         from loader.scaffold.choice import LATEST, check_together, choose
         from loader.scaffold.deployment import Secret, Wishes, decide
         from loader.scaffold.survey import survey
         from loader.scaffold.truss import write_truss
 
-        asks = interactive and not as_json and sys.stdin.isatty() and sys.stderr.isatty()
-        found = survey(artifacts or (), job_id or ())
-        if asks and not checkpoint:
+        asks = (
+            given.interactive and not given.as_json and sys.stdin.isatty() and sys.stderr.isatty()
+        )
+        found = survey(given.artifacts or (), given.job_id or ())
+        if asks and not given.checkpoint:
             chosen = _ask_checkpoints(found)
         else:
-            chosen = choose(found, checkpoint or [LATEST])
+            chosen = choose(found, given.checkpoint or [LATEST])
         check_together(chosen)
         wishes = Wishes(
-            model_name=name,
-            base_model=base_model,
-            max_model_len=max_model_len,
-            requests=requests,
-            accelerator=accelerator,
-            sources=tuple(artifacts or ()),
-            environment=dict(map(_variable, env or ())),
-            secrets=tuple(Secret(*reversed(text.split("=", 1))) for text in secret or ()),
+            model_name=given.name,
+            base_model=given.base_model,
+            max_model_len=given.max_model_len,
+            requests=given.requests,
+            accelerator=given.accelerator,
+            sources=tuple(given.artifacts or ()),
+            environment=dict(map(_variable, given.env or ())),
+            secrets=tuple(Secret(*reversed(text.split("=", 1))) for text in given.secret or ()),
         )
         deployment = decide(chosen, wishes)
         if asks:
             deployment = _ask_rest(chosen, wishes, deployment)
-        write_truss(deployment, artifacts or (), output, overwrite=overwrite)
-        _show(deployment, output)
-        if as_json:
-            write_json(_document(deployment, output))
+        write_truss(deployment, given.artifacts or (), given.output, overwrite=given.overwrite)
+        _show(deployment, given.output)
+        if given.as_json:
+            write_json(_document(deployment, given.output))
 
 
 def _variable(text: str) -> tuple[str, str]:
@@ -136,7 +96,7 @@ def _ask_checkpoints(found: tuple[Found, ...]) -> tuple[Found, ...]:
     if len(listed) > _SHOWN:
         say(f"      … and {len(listed) - _SHOWN} more: name one with --checkpoint")
     while True:
-        text = typer.prompt("Which (several LoRA with commas)", default="1", err=True)
+        text = _ask("Which (several LoRA with commas)", "1")
         words = [word.strip() for word in text.split(",")]
         if all(word.isdecimal() and 0 < int(word) <= len(listed) for word in words):
             return tuple(listed[int(word) - 1] for word in dict.fromkeys(words))
@@ -145,24 +105,36 @@ def _ask_checkpoints(found: tuple[Found, ...]) -> tuple[Found, ...]:
 
 def _ask_rest(chosen: tuple[Found, ...], wishes: Wishes, deployment: Deployment) -> Deployment:
     """Return the deployment with what a person changed; what an option gave is not asked again."""
-    from dataclasses import replace
-
     from loader.scaffold.deployment import decide
 
     if wishes.model_name is None:
-        name = typer.prompt("Model name", default=deployment.model_name, err=True)
+        name = _ask("Model name", deployment.model_name)
         wishes = replace(wishes, model_name=name)
     length = deployment.engine_args.get("max_model_len")
     if wishes.max_model_len is None and isinstance(length, int):
-        asked = typer.prompt("Tokens of one request", default=length, type=int, err=True)
+        asked = _ask_number("Tokens of one request", length)
         wishes = replace(wishes, max_model_len=asked)
     deployment = decide(chosen, wishes)
     if wishes.accelerator is None:
         for line in deployment.placement.calculation:
             say(f"  {line}")
-        gpus = typer.prompt("GPUs", default=deployment.placement.accelerator, err=True)
+        gpus = _ask("GPUs", deployment.placement.accelerator)
         deployment = decide(chosen, replace(wishes, accelerator=gpus))
     return deployment
+
+
+def _ask(question: str, default: str) -> str:
+    from rich.console import Console
+    from rich.prompt import Prompt
+
+    return Prompt.ask(question, default=default, console=Console(stderr=True))
+
+
+def _ask_number(question: str, default: int) -> int:
+    from rich.console import Console
+    from rich.prompt import IntPrompt
+
+    return IntPrompt.ask(question, default=default, console=Console(stderr=True))
 
 
 def _show(deployment: Deployment, output: Path) -> None:

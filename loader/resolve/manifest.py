@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
@@ -99,6 +98,8 @@ def _explain_unmatched(job: str, pattern: str, artifacts: Sequence[Artifact]) ->
         names = {a.name for a in artifacts}
     # Edit distance is slow: ask it only about the names that begin most alike.
     names_by_likeness = sorted(names, key=lambda n: (-_alike(n, pattern), n))
+    import difflib  # only mistakes need it
+
     near = difflib.get_close_matches(pattern, names_by_likeness[:500], n=3, cutoff=0.3)
     return f"{job}: {pattern!r}; nearest in the listing: {', '.join(near) or 'nothing'}"
 

@@ -19,8 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from pydantic import SecretStr
-
+from loader.credentials import Secret
 from loader.errors import ConfigError, DeniedError, FetchError, ListingError
 from loader.retry import retrying
 from loader.stores.http import HttpClient, HttpStream
@@ -36,7 +35,7 @@ _log = logging.getLogger("podloader")
 class Api:
     """The API as one key sees it. Safe to use from many threads."""
 
-    def __init__(self, client: HttpClient, url: str, key: SecretStr | None, retries: int) -> None:
+    def __init__(self, client: HttpClient, url: str, key: Secret | None, retries: int) -> None:
         self._client = client
         self._url = url.rstrip("/")
         self._retries = retries
@@ -47,7 +46,7 @@ class Api:
                 expected="Truss's secret baseten_api_key, or BASETEN_API_KEY",
                 next_step="give one that may read the training job",
             )
-        self._headers = {"Authorization": f"Api-Key {key.get_secret_value()}"}
+        self._headers = {"Authorization": f"Api-Key {key.value}"}
 
     def get(self, path: str, **query: object) -> Mapping[str, Any]:
         """Return the JSON object that the API gives at *path*.

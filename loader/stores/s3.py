@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import SecretStr
-
-from loader.credentials import S3Credentials
+from loader.credentials import S3Credentials, Secret
 from loader.errors import (
     ConfigError,
     DeniedError,
@@ -228,8 +226,8 @@ def _connect(options: S3Options, region: str | None, bundle: str | None) -> Any:
     )
 
 
-def _text(secret: SecretStr | None) -> str | None:
-    return secret.get_secret_value() if secret else None
+def _text(secret: Secret | None) -> str | None:
+    return secret.value if secret else None
 
 
 def _key_prefix(path: str) -> str:

@@ -1,0 +1,254 @@
+"""What may stand on the command line, by argparse: it is there at once, and a download waits."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loader import __version__
+
+
+def parse(words: Sequence[str]) -> dict[str, Any]:
+    """Return ``command``, ``verbose`` and what that command's function takes.
+
+    Raises:
+        SystemExit: help or the version was asked for, or something is wrong: both were written.
+    """
+    own, behind = _split(words)
+    parser = _build()
+    if not own:
+        parser.print_help()
+        parser.exit(2)
+    given, unknown = parser.parse_known_args(own)
+    found = vars(given)
+    chosen: argparse.ArgumentParser = found.pop("parser")
+    if found["command"] == "serve":
+        found["vllm_arguments"] = behind
+    else:
+        unknown += behind
+    if unknown:
+        _refuse(chosen, unknown)
+    return found
+
+
+def _split(words: Sequence[str]) -> tuple[Sequence[str], list[str]]:
+    """Return what is podloader's own, and what stands behind ``--``."""
+    if "--" not in words:
+        return words, []
+    place = words.index("--")
+    return words[:place], list(words[place + 1 :])
+
+
+def _refuse(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
+    import difflib  # only mistakes need it
+
+    known = [name for action in parser._actions for name in action.option_strings]
+    near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    parser.error(f"unknown: {' '.join(unknown)}{hint}")
+
+
+class _Commands:
+    """Adds commands with what several of them share."""
+
+    def __init__(self, parser: argparse.ArgumentParser, before: str = "") -> None:
+        self._commands = parser.add_subparsers(metavar="COMMAND", required=True)
+        self._before = before
+
+    def add(self, name: str, told: str, *, config: bool = False) -> argparse.ArgumentParser:
+        """Return the new command's parser; *config*: it is about a Truss config."""
+        parser = self._commands.add_parser(name, help=told, description=told, allow_abbrev=False)
+        parser.set_defaults(command=self._before + name, parser=parser)
+        if config:
+            parser.add_argument("config", metavar="CONFIG", type=Path, help="A Truss config.yaml.")
+            parser.add_argument(
+                "--artifacts",
+                metavar="SRC",
+                action="append",
+                help="A listing's path or URL, s3://…, baseten, or an fsspec URL. Repeatable.",
+            )
+            _add_set(parser)
+        return parser
+
+
+def _build() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="podloader",
+        description="From a training job's checkpoint storage to a vLLM that answers.",
+        allow_abbrev=False,
+    )
+    version = f"podloader {__version__}"
+    parser.add_argument("--version", action="version", version=version, help="Print the version.")
+    parser.add_argument("-v", "--verbose", action="store_true", help="Say more.")
+    commands = _Commands(parser)
+    _add_plan(commands)
+    _add_json(commands.add("fetch", "Download the files into download_folder.", config=True))
+    told = "Fetch, consolidate, attach or merge; print the model that is ready."
+    prepare = commands.add("prepare", told, config=True)
+    _add_timeline(prepare)
+    _add_json(prepare)
+    told = "Prepare, then be vLLM's OpenAI server; probes are answered from the first second."
+    serve = commands.add("serve", told, config=True)
+    serve.usage = "podloader serve CONFIG [options] [-- VLLM_ARGS]"
+    serve.epilog = "VLLM_ARGS are further arguments of `vllm serve`."
+    _add_timeline(serve)
+    _add_inspect(commands)
+    _add_merge(commands)
+    _add_consolidate(commands)
+    _add_init(_Commands(commands.add("truss", "Make Trusses."), "truss "))
+    demo = commands.add("demo", "Do the whole job with a tiny model, trained on the spot.")
+    told = "Where the demo keeps its files."
+    demo.add_argument("--folder", metavar="DIR", type=Path, default=Path(".demo"), help=told)
+    return parser
+
+
+def _add_plan(commands: _Commands) -> None:
+    told = "Show what would be fetched: files, sizes, total, free disk."
+    parser = commands.add("plan", told, config=True)
+    parser.add_argument(
+        "--sizes",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Ask the origin for sizes not listed.",
+    )
+    _add_json(parser)
+
+
+def _add_inspect(commands: _Commands) -> None:
+    told = "Say what a checkpoint is, and what would be done with it."
+    parser = commands.add("inspect", told)
+    parser.add_argument(
+        "source",
+        metavar="PATH_OR_URL",
+        help="A folder, a listing, s3://…, baseten:JOB, or an fsspec URL.",
+    )
+    _add_set(parser)
+    _add_json(parser)
+
+
+def _add_merge(commands: _Commands) -> None:
+    parser = commands.add("merge", "Fold LoRA adapters into a base model's weights.")
+    parser.add_argument("--base", metavar="DIR", required=True, help="The base model: a folder.")
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR[=WEIGHT]",
+        action="append",
+        required=True,
+        help="A LoRA folder. Repeatable.",
+    )
+    _add_output(parser, "The folder to make.")
+    parser.add_argument(
+        "--exact",
+        choices=["float32", "peft"],
+        default="float32",
+        help="Round once, from float32, or wherever PEFT rounds.",
+    )
+    parser.add_argument(
+        "--combine",
+        choices=["linear", "cat"],
+        default="linear",
+        help="How several adapters become one, as PEFT names it.",
+    )
+    parser.add_argument(
+        "--dequantise",
+        action="store_true",
+        help="Take a quantised base, too: the result is in full precision.",
+    )
+    parser.add_argument("--allow-pickle", action="store_true", help="Read .bin weights too.")
+    _add_json(parser)
+
+
+def _add_consolidate(commands: _Commands) -> None:
+    told = "Make one Hugging Face folder of weights that are sharded over ranks."
+    parser = commands.add("consolidate", told)
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        nargs="+",
+        type=Path,
+        help="A folder with rank-*/ in it, or the checkpoint of each rank.",
+    )
+    _add_output(parser, "The folder to make.")
+    parser.add_argument(
+        "--dtype", help="bfloat16, float16 or float32; as trained where it is left out."
+    )
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        type=Path,
+        help="The model that was trained: its config, where no rank has one.",
+    )
+    _add_json(parser)
+
+
+def _add_init(commands: _Commands) -> None:
+    parser = commands.add("init", "Make the Truss that serves a training job's checkpoints.")
+    _add_output(parser, "The Truss folder to make.")
+    several = [
+        ("--artifacts", "SRC", "Where the checkpoints are listed."),
+        ("--job-id", "JOB", "Checkpoints of this job only."),
+        ("--checkpoint", "NAME", "A checkpoint by its folder, or latest; several for LoRA."),
+        ("--env", "NAME=VALUE", "An environment variable."),
+        (
+            "--secret",
+            "[VARIABLE=]NAME",
+            "A secret of the platform, and a variable to put it into.",
+        ),
+    ]
+    for name, metavar, told in several:
+        parser.add_argument(name, metavar=metavar, action="append", help=f"{told} Repeatable.")
+    one = [
+        ("--name", "The model's name. Default: that of the base model or checkpoint."),
+        ("--base-model", "The base model. Default: what the adapter's config names."),
+        ("--accelerator", "GPUs, such as L4 or H100:2. Default: what the model needs."),
+    ]
+    for name, told in one:
+        parser.add_argument(name, help=told)
+    told = "Tokens of one request. Default: 8192, or what the model knows."
+    parser.add_argument("--max-model-len", metavar="TOKENS", type=int, help=told)
+    told = "Requests of that length to have room for at once."
+    parser.add_argument("--requests", metavar="COUNT", type=_positive, default=4, help=told)
+    parser.add_argument(
+        "--interactive",
+        action="store_true",
+        default=True,
+        help="Ask, where there is a terminal; this is the default.",
+    )
+    told = "Ask nothing."
+    parser.add_argument("--non-interactive", dest="interactive", action="store_false", help=told)
+    told = "Replace a Truss that is there."
+    parser.add_argument("--overwrite", action="store_true", help=told)
+    _add_json(parser)
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    told = "A setting, over the config. Repeatable."
+    parser.add_argument("--set", dest="set_", metavar="NAME=VALUE", action="append", help=told)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    told = "Print one JSON document to standard output."
+    parser.add_argument("--json", dest="as_json", action="store_true", help=told)
+
+
+def _add_output(parser: argparse.ArgumentParser, told: str) -> None:
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help=told)
+
+
+def _add_timeline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--timeline",
+        dest="timeline_file",
+        metavar="FILE",
+        type=Path,
+        help="Write where the seconds went: a Chrome trace to FILE, a picture (.svg) beside it.",
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("expected at least 1")
+    return number
