@@ -67,7 +67,9 @@ class FaultyHandler(Handler):
 
     server: FaultyOrigin
     cut_after: int | None = None
+    flipped: int | None = None
     chunk_pause_s: float = 0.0
+    pause: tuple[int, float] | None = None
 
     def send_object(self, fd: int) -> None:
         """Meet the fault, or answer."""
@@ -76,7 +78,7 @@ class FaultyHandler(Handler):
         path = unquote(urlsplit(self.path).path)
         with self.server.lock:
             self.server.requests.append((path, self.headers.get("Range", "")))
-        self.cut_after, self.chunk_pause_s = None, 0.0
+        self.cut_after, self.flipped, self.chunk_pause_s, self.pause = None, None, 0.0, None
         fault = self.server.take_fault(path)
         if fault is None or not fault(self):
             super().send_object(fd)
@@ -87,7 +89,12 @@ class FaultyHandler(Handler):
             self.copy(fd, start, min(end, start + self.cut_after))
             reset(self)
             return
-        if not self.chunk_pause_s:
+        if self.pause is not None:
+            after, seconds = self.pause
+            self.copy(fd, start, min(end, start + after))
+            time.sleep(seconds)
+            self.copy(fd, min(end, start + after), end)
+        elif not self.chunk_pause_s:
             self.copy(fd, start, end)
         else:
             for place in range(start, end, 1 << 16):
@@ -98,8 +105,11 @@ class FaultyHandler(Handler):
 
     def copy(self, fd: int, start: int, end: int) -> None:
         """Send the bytes, through TLS where it is spoken: a plain ``sendfile`` goes past it."""
-        if isinstance(self.connection, ssl.SSLSocket):
-            self.connection.sendall(os.pread(fd, end - start, start))
+        if isinstance(self.connection, ssl.SSLSocket) or self.flipped is not None:
+            content = bytearray(os.pread(fd, end - start, start))
+            if self.flipped is not None and start <= self.flipped < end:
+                content[self.flipped - start] ^= 1
+            self.connection.sendall(content)
         else:
             super().send_bytes(fd, start, end)
 
@@ -132,11 +142,31 @@ def cut(after: int) -> Fault:
     return fault
 
 
+def flip(place: int) -> Fault:
+    """Turn a bit over on the way, of the byte at *place* where that is asked for."""
+
+    def fault(handler: FaultyHandler) -> bool:
+        handler.flipped = place
+        return False
+
+    return fault
+
+
 def slow(pause_s: float) -> Fault:
     """Pause after every 64 KiB."""
 
     def fault(handler: FaultyHandler) -> bool:
         handler.chunk_pause_s = pause_s
+        return False
+
+    return fault
+
+
+def pause(after: int, seconds: float) -> Fault:
+    """Say nothing for a while in the midst of the body, after so many bytes."""
+
+    def fault(handler: FaultyHandler) -> bool:
+        handler.pause = (after, seconds)
         return False
 
     return fault

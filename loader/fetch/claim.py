@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from loader.fetch.crc import crc64nvme
 from loader.fetch.part import PartFile
 from loader.fetch.plan import DoneRange
-from loader.fetch.sums import Hasher
+from loader.fetch.sums import Tally
 from loader.stores.base import ByteStream
 
 
@@ -34,12 +34,12 @@ class Claim:
     lock: threading.Lock = field(default_factory=threading.Lock)
     _mark: int = 0  # up to which the journal has it
     _crc: int = 0  # of the bytes since then
-    _hasher: Hasher | None = None  # the same by the sum that the origin gave
+    _tally: Tally | None = None  # for the sum that the origin gave
 
     def __post_init__(self) -> None:
         self.place = self._mark = self.start
         self.last_byte = self.began
-        self._renew_hasher()
+        self._begin_tally()
 
     def is_over(self) -> bool:
         """Return whether no byte is left to bring."""
@@ -56,8 +56,8 @@ class Claim:
             if count := len(data):
                 self.part.write(data, self.place)
                 self._crc = crc64nvme(data, self._crc)
-                if self._hasher is not None:
-                    self._hasher.update(data)
+                if self._tally is not None:
+                    self._tally.update(data)
                 self.place += count
                 self.last_byte = now
                 if self.place == self._mark + self.unit < self.end:
@@ -87,7 +87,7 @@ class Claim:
             lost = self.place - self.start
             self.place = self._mark = self.start
             self._crc = 0
-            self._renew_hasher()
+            self._begin_tally()
             return lost
 
     def seconds_left(self, now: float) -> float:
@@ -107,11 +107,10 @@ class Claim:
         if not self.part.info.ranges and self.place < self.part.info.size_bytes:
             return False  # such an origin starts over, and then these bytes come again
         entry = DoneRange(self._mark, self.place, self._crc)
-        digest = self._hasher.digest() if self._hasher is not None else None
         self._mark, self._crc = self.place, 0
-        self._renew_hasher()
-        return self.part.finish(entry, digest)
+        if self._tally is not None:
+            self._tally.mark()
+        return self.part.finish(entry)
 
-    def _renew_hasher(self) -> None:
-        check = self.part.check
-        self._hasher = check.new_hasher() if check is not None else None
+    def _begin_tally(self) -> None:
+        self._tally = self.part.sum.tally(self.start) if self.part.sum is not None else None

@@ -19,7 +19,7 @@ from loader.fetch.files import (
     write_record,
 )
 from loader.fetch.plan import DoneRange, Range, combine, missing_ranges, sound_ranges
-from loader.fetch.sums import Check, Piece
+from loader.fetch.sums import Check
 from loader.fetch.threads import StoppedError
 from loader.fetch.verify import check_structure, proved_ranges
 from loader.stores.base import ObjectInfo
@@ -49,6 +49,7 @@ class PartFile:
         self.artifact = artifact
         self.info = info
         self.check = check
+        self.sum = check.new_sum(info.size_bytes) if check is not None else None
         self._journaled = journaled
         self.done: FetchedFile | None = None
         self.missing: tuple[Range, ...] = ()
@@ -62,7 +63,6 @@ class PartFile:
         self._closed = False
         self._have: list[DoneRange] = []
         self._have_bytes = 0
-        self._digests: dict[DoneRange, bytes] = {}
         self._began = time.monotonic()
 
     @property
@@ -105,7 +105,7 @@ class PartFile:
     def resume(self) -> None:
         """Find out, and prove, what an earlier run left; publish the file where that is all."""
         self._began = time.monotonic()
-        self._have = list(proved_ranges(self._place.part, self._claimed()))
+        self._have = list(proved_ranges(self._place.part, self._claimed(), self.sum))
         self._have_bytes = sum(entry.end - entry.start for entry in self._have)
         self.missing = missing_ranges(self._have, self.info.size_bytes)
         self.done = self._adopt()
@@ -125,19 +125,14 @@ class PartFile:
                 count = os.pwrite(self._fd, data, place)
                 data, place = data[count:], place + count
 
-    def finish(self, entry: DoneRange, digest: bytes | None = None) -> bool:
-        """Note a range as whole. Return whether it was the last one, after which to publish.
-
-        *digest* is the range's sum as ``check`` wants it.
-        """
+    def finish(self, entry: DoneRange) -> bool:
+        """Note a range as whole. Return whether it was the last one, after which to publish."""
         line = json.dumps([entry.start, entry.end, entry.crc]) + "\n"
         with self._lock:
             if self._journal is not None:
                 with disk_errors(self._place.journal):
                     os.write(self._journal, line.encode())
             self._have.append(entry)
-            if digest is not None:
-                self._digests[entry] = digest
             self._have_bytes += entry.end - entry.start
             self.fetched_bytes += entry.end - entry.start
             return self._have_bytes == self.info.size_bytes
@@ -218,11 +213,9 @@ class PartFile:
             raise StoppedError("the fetch is over")
 
     def _compare_sum(self, have: tuple[DoneRange, ...]) -> None:
-        if self.check is None:
+        if self.check is None or self.sum is None:
             return
-        wanted = self.check.checksum
-        pieces = [Piece(entry, self._digests.get(entry)) for entry in have]
-        found = self.check.compute(pieces, self.info.size_bytes)
+        wanted, found = self.check.checksum, self.sum.result(have)
         if found is None or found == wanted.digest:
             return
         # Nobody can say which of the bytes are wrong: they all come again.

@@ -67,6 +67,14 @@ def guided_bytes(hole_bytes: int, left_bytes: int, workers: int, range_bytes: in
     return size if size + range_bytes // 4 < hole_bytes else hole_bytes
 
 
+def unit_end(start: int, end: int, unit_bytes: int) -> int:
+    """Return the last end of a unit up to *end*, or the first one behind *start* if that is later.
+
+    Units lie one behind the other from the file's first byte; the last one may be shorter.
+    """
+    return max(end - end % unit_bytes, start - start % unit_bytes + unit_bytes)
+
+
 def combine(done: Sequence[DoneRange]) -> str:
     """Return ``crc64nvme:<base64>`` of the file that *done* (sorted, without holes) makes up.
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from loader.fetch.claim import Claim
 from loader.fetch.part import PartFile
-from loader.fetch.plan import Range, guided_bytes
+from loader.fetch.plan import Range, guided_bytes, unit_end
 
 _SLOW_S = 0.25  # what a claim would still take, for its rest to be shared
 _STALLED_S = 2.0  # without a byte, doubled each time that the same bytes stall
@@ -105,9 +105,10 @@ class Schedule:
         part, hole = self._holes[0]
         size, unit = hole.size_bytes, max(part.info.size_bytes, 1)
         if part.info.ranges:
-            # A multipart upload's sum is of its parts: then they are what is asked for.
-            unit = (part.check and part.check.unit_bytes) or self._range_bytes
-            size = guided_bytes(size, self._left_bytes, self.limit, unit)
+            unit, whole = self._range_bytes, _unit_bytes(part)
+            size = guided_bytes(size, self._left_bytes, self.limit, max(unit, whole))
+            size = unit_end(hole.start, hole.start + size, whole) - hole.start
+            size = min(size, hole.size_bytes)
         claim = Claim(part, hole.start, hole.start + size, unit, time.monotonic())
         if size == hole.size_bytes:
             self._holes.popleft()
@@ -168,16 +169,23 @@ class Schedule:
             left / max(typical, 1.0) + _SLOW_S
         )
         if _is_stalled(claim, now) or crawls:
-            taken = Claim(claim.part, claim.place, claim.end, claim.unit, now, claim.stalls + 1)
-            claim.cut(claim.place)
+            place, end = claim.place, claim.end
+            claim.cut(place)
             claim.drop_stream()
-            return taken
+            return Claim(claim.part, place, end, claim.unit, now, claim.stalls + 1)
         if left < 2 * _SPLIT_BYTES or claim.place == claim.start:
             return None
-        middle = claim.place + left // 2
+        middle = unit_end(claim.place, claim.place + left // 2, _unit_bytes(claim.part))
+        if middle >= claim.end:
+            return None  # what is left is hashed as one
         taken = Claim(claim.part, middle, claim.end, claim.unit, now, claim.stalls)
         claim.cut(middle)
         return taken
+
+
+def _unit_bytes(part: PartFile) -> int:
+    """Return how many bytes one connection has to bring for the file's sum."""
+    return (part.check and part.check.unit_bytes) or 1
 
 
 def _is_stalled(claim: Claim, now: float) -> bool:

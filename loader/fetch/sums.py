@@ -1,18 +1,20 @@
 """What the origin says that a file sums up to, compared with what was written: no second read.
 
-CRC64NVME is there anyway. Of other sums one is computed while the bytes are written, where that
-can be: the CRCs combine whatever the ranges are, a hash (MD5, SHA) needs the file, or each part of
-a multipart upload, in one worker's hands from its first byte to its last. Where bytes came from an
-earlier run, or a slow connection's rest was taken over, a hash stays unknown, and the file is as
-sure as its version and its transport made it.
+CRC64NVME is there anyway. Of other sums one is taken up while the bytes are written. A CRC of the
+whole combines from those of any ranges. A hash (MD5, SHA) goes on byte by byte: of a file of up to
+64 MiB, or of each part of a multipart upload. Such a unit is brought by one connection; where
+another one takes over its rest, or a later run goes on with it, the hash goes on as well. A hash
+of a larger whole would have to wait for all of its bytes in order, one connection at a time: it is
+not compared, and the file is as sure as its version and its transport make it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from loader.fetch.crc import (
     combine_crc32,
@@ -25,7 +27,7 @@ from loader.fetch.crc import (
 from loader.fetch.plan import DoneRange
 from loader.stores.base import Algorithm, Checksum, ObjectInfo
 
-_MOST_PART_BYTES = 64 << 20  # of parts that are fetched as the ranges they were uploaded in
+_MOST_UNIT_BYTES = 64 << 20  # what one connection brings alone
 _COMBINE: Mapping[str, Callable[[int, int, int], int]] = {
     "crc32": combine_crc32,
     "crc32c": combine_crc32c,
@@ -43,86 +45,231 @@ class Hasher(Protocol):
     def digest(self) -> bytes:
         """Return the sum so far."""
 
+    def copy(self) -> Self:
+        """Return one that goes on from here."""
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A range as it was written, and its sum by the check's algorithm where one was computed."""
 
-    range: DoneRange
-    digest: bytes | None
+class Tally(Protocol):
+    """The sum of bytes that come one after the other, in one thread's hands."""
+
+    def update(self, data: memoryview, /) -> None:
+        """Take more bytes in."""
+
+    def mark(self) -> None:
+        """Say that the bytes up to here are written, and right as far as is known."""
+
+
+class Sum(Protocol):
+    """The sum of one file. Every method may be called from any thread."""
+
+    def tally(self, place: int) -> Tally:
+        """Return what the bytes from *place* on are put through."""
+
+    def result(self, have: Sequence[DoneRange]) -> bytes | None:
+        """Return what the ranges, the whole file, sum up to; None where that cannot be said."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One sum to be compared. ``unit_bytes``: pieces have to be cut at its multiples."""
+    """One sum to be compared. ``unit_bytes`` come by one connection; None: by any ranges."""
 
     checksum: Checksum
     unit_bytes: int | None
 
-    def new_hasher(self) -> Hasher | None:
-        """Return what each piece is put through, None where its CRC64NVME is all it takes."""
+    def new_sum(self, size_bytes: int) -> Sum:
+        """Return the sum of a file of which nothing is here."""
         algorithm = self.checksum.algorithm
-        return None if algorithm == "crc64nvme" else _hasher(algorithm)
-
-    def compute(self, pieces: Sequence[Piece], size_bytes: int) -> bytes | None:
-        """Return what *pieces*, sorted, sum up to; None where that cannot be said."""
-        checksum = self.checksum
-        if checksum.algorithm == "crc64nvme":
-            pieces = [Piece(p.range, p.range.crc.to_bytes(8, "big")) for p in pieces]
-        digests = [piece.digest for piece in pieces if piece.digest is not None]
-        if len(digests) != len(pieces) or not pieces:
-            return None
-        if not checksum.parts:
-            combine = _COMBINE.get(checksum.algorithm)
-            if combine is None:
-                return digests[0] if len(pieces) == 1 else None
-            total = 0
-            for piece, digest in zip(pieces, digests, strict=True):
-                length = piece.range.end - piece.range.start
-                total = combine(total, int.from_bytes(digest, "big"), length)
-            return total.to_bytes(len(checksum.digest), "big")
-        unit = self.unit_bytes or size_bytes
-        starts = [piece.range.start for piece in pieces]
-        if starts != list(range(0, size_bytes, unit)) or len(starts) != checksum.parts:
-            return None
-        whole = _hasher(checksum.algorithm)
-        whole.update(memoryview(b"".join(digests)))
-        return whole.digest()
+        if self.unit_bytes is not None:
+            return _Units(self.checksum, self.unit_bytes, size_bytes)
+        return _Known(algorithm) if algorithm == "crc64nvme" else _Combined(algorithm)
 
 
 def choose_check(info: ObjectInfo, range_bytes: int) -> Check | None:
-    """Return the cheapest sum that can be computed for an object, None where there is none."""
+    """Return the cheapest sum that can be taken of an object, None where there is none."""
+    most_bytes = max(_MOST_UNIT_BYTES, range_bytes)
     for algorithm in _CHEAPEST:
         for checksum in info.checksums:
             if checksum.algorithm != algorithm:
                 continue
-            if not checksum.parts:
-                if algorithm in _COMBINE or (info.ranges and info.size_bytes <= range_bytes):
-                    return Check(checksum, None)
-            else:
-                part_bytes = info.size_bytes if checksum.parts == 1 else checksum.part_bytes
-                if part_bytes and info.ranges and part_bytes <= _MOST_PART_BYTES:
-                    return Check(checksum, part_bytes)
+            if not checksum.parts and algorithm in _COMBINE:
+                return Check(checksum, None)
+            whole = checksum.parts < 2
+            unit_bytes = max(info.size_bytes, 1) if whole else checksum.part_bytes
+            if unit_bytes and (unit_bytes <= most_bytes if info.ranges else whole):
+                return Check(checksum, unit_bytes)
     return None
 
 
-def _hasher(algorithm: Algorithm) -> Hasher:
-    crcs = {"crc32": _Crc(crc32, 4), "crc32c": _Crc(crc32c, 4), "crc64nvme": _Crc(crc64nvme, 8)}
-    return crcs.get(algorithm) or hashlib.new(algorithm, usedforsecurity=False)
+class _Known:
+    """CRC64NVME of the whole, which every range has."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        self._algorithm = algorithm
+
+    def tally(self, place: int) -> Tally:
+        """Return one that does nothing."""
+        return _NoTally()
+
+    def result(self, have: Sequence[DoneRange]) -> bytes | None:
+        """Return the ranges' CRCs combined."""
+        return _combine(self._algorithm, [(entry, entry.crc) for entry in have])
+
+
+class _NoTally:
+    def update(self, data: memoryview, /) -> None:
+        """Do nothing."""
+
+    def mark(self) -> None:
+        """Do nothing."""
+
+
+class _Combined:
+    """Another CRC of the whole, from those of its ranges."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        self._algorithm = algorithm
+        self._found: dict[tuple[int, int], int] = {}  # by start and end
+
+    def tally(self, place: int) -> Tally:
+        """Return what takes the CRC of each piece between two marks."""
+        return _PieceTally(self._algorithm, self._found, place)
+
+    def result(self, have: Sequence[DoneRange]) -> bytes | None:
+        """Return the pieces' CRCs combined."""
+        pieces = [(entry, self._found.get((entry.start, entry.end))) for entry in have]
+        known = [(entry, crc) for entry, crc in pieces if crc is not None]
+        return _combine(self._algorithm, known) if len(known) == len(pieces) else None
+
+
+class _PieceTally:
+    def __init__(self, algorithm: Algorithm, found: dict[tuple[int, int], int], place: int) -> None:
+        self._algorithm = algorithm
+        self._found = found
+        self._start = self._place = place
+        self._crc = _Crc(algorithm)
+
+    def update(self, data: memoryview, /) -> None:
+        """Take more bytes in."""
+        self._crc.update(data)
+        self._place += len(data)
+
+    def mark(self) -> None:
+        """Keep the piece since the last mark, and begin the next."""
+        self._found[self._start, self._place] = self._crc.value
+        self._start, self._crc = self._place, _Crc(self._algorithm)
+
+
+class _Units:
+    """The digest of the file, or of its parts' digests: each from its first byte to its last."""
+
+    def __init__(self, checksum: Checksum, unit_bytes: int, size_bytes: int) -> None:
+        self.algorithm = checksum.algorithm
+        self.unit_bytes = unit_bytes
+        self.size_bytes = size_bytes
+        self._parts = checksum.parts
+        self._lock = threading.Lock()
+        self._digests: dict[int, bytes] = {}  # of whole units, by their start
+        self._states: dict[int, Hasher] = {}  # of begun ones, by how far they are
+
+    def tally(self, place: int) -> Tally:
+        """Return what goes on where others ended; one that begins inside a unit finds nothing."""
+        return _UnitTally(self, place)
+
+    def state(self, place: int) -> Hasher | None:
+        """Return the hash of the unit's bytes before *place*, None where it is not known."""
+        if place % self.unit_bytes == 0:
+            return _hasher(self.algorithm)
+        with self._lock:
+            found = self._states.get(place)
+            return found.copy() if found is not None else None
+
+    def keep(self, digests: Mapping[int, bytes], place: int, state: Hasher | None) -> None:
+        """Take whole units, and the state of the one that *place* is in."""
+        with self._lock:
+            self._digests |= digests
+            if state is not None:
+                self._states[place] = state.copy()
+
+    def result(self, have: Sequence[DoneRange]) -> bytes | None:
+        """Return the digest, None where a unit's is missing."""
+        starts = range(0, max(self.size_bytes, 1), self.unit_bytes)
+        digests = [self._digests[start] for start in starts if start in self._digests]
+        if len(digests) != len(starts) or len(starts) != max(self._parts, 1):
+            return None
+        if not self._parts:
+            return digests[0]
+        whole = _hasher(self.algorithm)
+        whole.update(memoryview(b"".join(digests)))
+        return whole.digest()
+
+
+class _UnitTally:
+    def __init__(self, units: _Units, place: int) -> None:
+        self._units = units
+        self._place = place
+        self._state = units.state(place)
+        self._whole: dict[int, bytes] = {}  # units that ended since the last mark
+
+    def update(self, data: memoryview, /) -> None:
+        """Take more bytes in."""
+        unit_bytes = self._units.unit_bytes
+        while data:
+            start = self._place - self._place % unit_bytes
+            end = min(start + unit_bytes, self._units.size_bytes)
+            piece, data = data[: end - self._place], data[end - self._place :]
+            self._place += len(piece)
+            if self._state is not None:
+                self._state.update(piece)
+            if self._place == end:
+                if self._state is not None:
+                    self._whole[start] = self._state.digest()
+                self._state = self._units.state(end)
+
+    def mark(self) -> None:
+        """Keep what is whole, and the state here for whoever goes on."""
+        self._units.keep(self._whole, self._place, self._state)
+        self._whole.clear()
 
 
 class _Crc:
     """A CRC as a hasher."""
 
-    def __init__(self, function: Callable[[memoryview, int], int], size_bytes: int) -> None:
-        self._function = function
-        self._size_bytes = size_bytes
-        self._value = 0
+    def __init__(self, algorithm: Algorithm, value: int = 0) -> None:
+        self._algorithm = algorithm
+        self.value = value
 
     def update(self, data: memoryview, /) -> None:
         """Take more bytes in."""
-        self._value = self._function(data, self._value)
+        self.value = _CRCS[self._algorithm](data, self.value)
 
     def digest(self) -> bytes:
         """Return the sum so far, big-endian."""
-        return self._value.to_bytes(self._size_bytes, "big")
+        return self.value.to_bytes(_crc_bytes(self._algorithm), "big")
+
+    def copy(self) -> _Crc:
+        """Return one that goes on from here."""
+        return _Crc(self._algorithm, self.value)
+
+
+_CRCS: Mapping[str, Callable[[memoryview, int], int]] = {
+    "crc32": crc32,
+    "crc32c": crc32c,
+    "crc64nvme": crc64nvme,
+}
+
+
+def _crc_bytes(algorithm: Algorithm) -> int:
+    return 8 if algorithm == "crc64nvme" else 4
+
+
+def _hasher(algorithm: Algorithm) -> Hasher:
+    if algorithm in _CRCS:
+        return _Crc(algorithm)
+    return hashlib.new(algorithm, usedforsecurity=False)
+
+
+def _combine(algorithm: Algorithm, pieces: Sequence[tuple[DoneRange, int]]) -> bytes:
+    total = 0
+    for entry, crc in pieces:
+        total = _COMBINE[algorithm](total, crc, entry.end - entry.start)
+    return total.to_bytes(_crc_bytes(algorithm), "big")

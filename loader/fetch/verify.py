@@ -11,6 +11,7 @@ from typing import Literal
 from loader.fetch.crc import crc64nvme
 from loader.fetch.files import Record
 from loader.fetch.plan import DoneRange
+from loader.fetch.sums import Sum, Tally
 from loader.weights.header import read_header
 
 Verify = Literal["size", "sample", "full"]
@@ -18,15 +19,20 @@ _CHUNK_BYTES = 1 << 20
 _SAMPLES = 4
 
 
-def proved_ranges(path: Path, claimed: Iterable[DoneRange]) -> tuple[DoneRange, ...]:
-    """Return those of the *claimed* ranges whose bytes in *path* have their CRC."""
+def proved_ranges(
+    path: Path, claimed: Iterable[DoneRange], total: Sum | None = None
+) -> tuple[DoneRange, ...]:
+    """Return those of the *claimed* ranges whose bytes in *path* have their CRC.
+
+    They are put into *total*, too, the sum of the whole file.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return ()
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     try:
-        return tuple(r for r in claimed if _range_crc(fd, r, buffer) == r.crc)
+        return tuple(r for r in claimed if _is_proved(fd, r, buffer, total))
     except OSError:  # unreadable sectors prove nothing
         return ()
     finally:
@@ -67,7 +73,16 @@ def _sample(ranges: Sequence[DoneRange]) -> list[DoneRange]:
     return list(dict.fromkeys([*ranges[:1], *chosen, *ranges[-1:]]))
 
 
-def _range_crc(fd: int, claimed: DoneRange, buffer: memoryview) -> int | None:
+def _is_proved(fd: int, claimed: DoneRange, buffer: memoryview, total: Sum | None) -> bool:
+    tally = total.tally(claimed.start) if total is not None else None
+    if _range_crc(fd, claimed, buffer, tally) != claimed.crc:
+        return False
+    if tally is not None:
+        tally.mark()
+    return True
+
+
+def _range_crc(fd: int, claimed: DoneRange, buffer: memoryview, tally: Tally | None) -> int | None:
     """Return the CRC of the range's bytes, None where the file ends before them."""
     crc, place = 0, claimed.start
     while place < claimed.end:
@@ -75,5 +90,7 @@ def _range_crc(fd: int, claimed: DoneRange, buffer: memoryview) -> int | None:
         if not count:
             return None
         crc = crc64nvme(buffer[:count], crc)
+        if tally is not None:
+            tally.update(buffer[:count])
         place += count
     return crc

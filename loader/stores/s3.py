@@ -6,12 +6,13 @@ made when they are needed and made anew before they or their credentials end.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +47,7 @@ _DENIED = {
 }
 _ABSENT = {"NoSuchBucket", "NoSuchKey", "NotFound", "404"}
 _Out = TypeVar("_Out")
+_log = logging.getLogger("podloader")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class S3Store:
         """Return size, version and all checksums: those that S3 keeps come with HEAD alone."""
         url = self._sign(artifact, "head_object", {"ChecksumMode": "ENABLED"})
         try:
-            return self._client.head(url, headers=_CHECKSUMS)
+            return self._with_part_bytes(artifact, self._client.head(url, headers=_CHECKSUMS))
         except TransientError:
             raise
         except FetchError:
@@ -121,6 +123,34 @@ class S3Store:
     def url(self, path: str) -> str:
         """Return ``s3://<bucket>/<key>``."""
         return SCHEME + path
+
+    def _with_part_bytes(self, artifact: Artifact, info: ObjectInfo) -> ObjectInfo:
+        """Return *info* with the size of the parts that an object was uploaded in.
+
+        S3 tells it of one part at a time. It is asked, where nothing else proves the whole object,
+        for the first and the last one: if all before the last are as large as the first, their sum
+        is that of the object, to the byte. A version that is newer by now is of no matter, its
+        ranges are refused.
+        """
+        if any(not checksum.parts for checksum in info.checksums):
+            return info
+        count = max((checksum.parts for checksum in info.checksums), default=0)
+        if count < 2:
+            return info
+        bucket, _, key = artifact.url.removeprefix(SCHEME).partition("/")
+        try:
+            s3 = self._s3_client(bucket)
+            first, last = (
+                int(s3.head_object(Bucket=bucket, Key=key, PartNumber=number)["ContentLength"])
+                for number in (1, count)
+            )
+        except Exception as error:  # a service without parts, or a right that is missing
+            _log.debug("the parts of %s are not told: %s", artifact.source, type(error).__name__)
+            return info
+        if not 0 < last <= first or first * (count - 1) + last != info.size_bytes:
+            return info
+        known = (replace(checksum, part_bytes=first) for checksum in info.checksums)
+        return replace(info, checksums=tuple(known))
 
     def _pages(self, path: str, **query: str) -> Iterator[dict[str, Any]]:
         bucket = path.partition("/")[0]

@@ -18,7 +18,7 @@ from loader.stores.base import Algorithm, Checksum, ObjectInfo
 from loader.stores.http import HttpClient
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest
-from tests.origin import FaultyOrigin, act, status
+from tests.origin import FaultyOrigin, act, cut, flip, ignore_range, pause, status
 
 RANGE = 64 << 10
 PART = 80 << 10
@@ -66,25 +66,102 @@ def multipart(algorithm: Algorithm) -> Checksum:
     return Checksum(algorithm, one(b"".join(map(one, parts))), len(parts), PART)
 
 
-@pytest.mark.parametrize("algorithm", SUMS)
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_wrong_sum_is_an_error_and_a_right_one_is_not(
-    client: HttpClient, manifest: Manifest, tmp_path: Path, algorithm: Algorithm, whole: bool
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loader.retry._FIRST_WAIT_S", 0.01)
+
+
+def whole(algorithm: Algorithm) -> Checksum:
+    return Checksum(algorithm, SUMS[algorithm])
+
+
+OPTIONS = FetchOptions(range_bytes=RANGE, concurrency=4)
+KINDS = {f"{algorithm}, whole": whole(algorithm) for algorithm in SUMS} | {
+    f"{algorithm} of parts": multipart(algorithm) for algorithm in SUMS
+}
+
+
+EACH_WAY = ["crc64nvme, whole", "crc32c, whole", "md5, whole", "md5 of parts", "crc32 of parts"]
+
+
+@pytest.fixture(params=EACH_WAY)
+def right(request: pytest.FixtureRequest) -> Checksum:
+    return KINDS[request.param]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bit_that_turns_over_on_the_way_is_found(
+    origin: FaultyOrigin, client: HttpClient, manifest: Manifest, tmp_path: Path, kind: str
 ) -> None:
-    # A hash of the whole file needs the file in one request.
-    combines = algorithm.startswith("crc")
-    options = FetchOptions(range_bytes=RANGE if combines and not whole else 1 << 20, concurrency=4)
-    right = Checksum(algorithm, SUMS[algorithm]) if whole or combines else multipart(algorithm)
-    wrong = replace(right, digest=right.digest[::-1])
+    right = KINDS[kind]
+    store = TellingStore(client, right)
+    origin.fail("big.bin", *[flip(PART + RANGE + 5)] * 99)
     with pytest.raises(FetchError, match="sum up") as caught:
-        fetch(manifest, tmp_path, TellingStore(client, wrong), options)
-    assert wrong.digest.hex() in caught.value.expected
+        fetch(manifest, tmp_path, store, OPTIONS)
+    assert right.digest.hex() in caught.value.expected
     assert "Signature" not in str(caught.value)
     final = tmp_path / "job1/rank-0/big.bin"
     assert not final.exists()
     assert not list(tmp_path.rglob("*.part"))
-    fetch(manifest, tmp_path, TellingStore(client, right), options)
+    origin.faults.clear()
+    fetch(manifest, tmp_path, store, OPTIONS)
     assert final.read_bytes() == CONTENT
+
+
+def test_what_breaks_off_is_summed_up_all_the_same(
+    origin: FaultyOrigin, client: HttpClient, manifest: Manifest, tmp_path: Path, right: Checksum
+) -> None:
+    origin.fail("big.bin", act(lambda: None), *[cut(RANGE - 1000)] * 5)
+    wrong = replace(right, digest=right.digest[::-1])
+    with pytest.raises(FetchError, match="sum up"):
+        fetch(manifest, tmp_path, TellingStore(client, wrong), OPTIONS)
+
+
+def test_what_an_earlier_run_left_is_summed_up_too(
+    origin: FaultyOrigin, client: HttpClient, manifest: Manifest, tmp_path: Path, right: Checksum
+) -> None:
+    options = replace(OPTIONS, concurrency=1, retries=0)
+    store = TellingStore(client, replace(right, digest=right.digest[::-1]))
+    origin.fail("big.bin", act(lambda: None), cut(RANGE + 100), *[status(404)] * 9)
+    with pytest.raises(FetchError, match="not there"):
+        fetch(manifest, tmp_path, store, options)
+    origin.bytes_sent = 0
+    origin.faults.clear()
+    with pytest.raises(FetchError, match="sum up"):
+        fetch(manifest, tmp_path, store, options)
+    assert origin.bytes_sent < len(CONTENT) - RANGE
+
+
+def test_a_connection_that_takes_over_goes_on_with_the_sum(
+    origin: FaultyOrigin,
+    client: HttpClient,
+    manifest: Manifest,
+    tmp_path: Path,
+    right: Checksum,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("loader.fetch.schedule._STALLED_S", 0.1)
+    wrong = TellingStore(client, replace(right, digest=right.digest[::-1]))
+    origin.fail("big.bin", act(lambda: None), pause(RANGE + 100, 0.6), pause(RANGE, 0.6))
+    with pytest.raises(FetchError, match="sum up"):
+        fetch(manifest, tmp_path, wrong, OPTIONS)
+    assert any(int(place) % PART not in (0, RANGE) for place in starts(origin)), "nobody took over"
+
+
+def starts(origin: FaultyOrigin) -> list[str]:
+    """Return where each request for the file began."""
+    return [r.removeprefix("bytes=").split("-")[0] for r in origin.ranges_of("big.bin")]
+
+
+def test_an_origin_without_ranges_sends_the_whole_for_a_sum(
+    origin: FaultyOrigin, client: HttpClient, manifest: Manifest, tmp_path: Path
+) -> None:
+    for algorithm in SUMS:
+        wrong = replace(whole(algorithm), digest=SUMS[algorithm][::-1])
+        origin.fail("big.bin", ignore_range, ignore_range, ignore_range)
+        with pytest.raises(FetchError, match="sum up"):
+            fetch(manifest, tmp_path, TellingStore(client, wrong), OPTIONS)
+        origin.faults.clear()
 
 
 @pytest.mark.parametrize("algorithm", SUMS)
@@ -95,24 +172,8 @@ def test_the_parts_of_an_upload_are_what_is_asked_for(
     tmp_path: Path,
     algorithm: Algorithm,
 ) -> None:
-    right, options = multipart(algorithm), FetchOptions(range_bytes=RANGE, concurrency=4)
-    wrong = replace(right, digest=right.digest[::-1])
-    with pytest.raises(FetchError, match="sum up"):
-        fetch(manifest, tmp_path, TellingStore(client, wrong), options)
-    fetch(manifest, tmp_path, TellingStore(client, right), options)
-    starts = [int(r.removeprefix("bytes=").split("-")[0]) for r in origin.ranges_of("big.bin")]
-    assert all(start % PART == 0 for start in starts)
-
-
-def test_what_an_earlier_run_left_cannot_be_hashed_and_is_no_error(
-    origin: FaultyOrigin, client: HttpClient, manifest: Manifest, tmp_path: Path
-) -> None:
-    options = FetchOptions(range_bytes=RANGE, concurrency=1, retries=0)
-    store = TellingStore(client, multipart("md5"))
-    origin.fail("big.bin", *[act(lambda: None)] * 2, status(404))
-    with pytest.raises(FetchError, match="not there"):
-        fetch(manifest, tmp_path, store, options)
-    assert fetch(manifest, tmp_path, store, options).fetched_bytes < len(CONTENT)
+    fetch(manifest, tmp_path, TellingStore(client, multipart(algorithm)), OPTIONS)
+    assert all(int(start) % PART == 0 for start in starts(origin))
 
 
 def test_the_cheapest_sum_that_can_be_had_is_taken() -> None:
@@ -122,6 +183,8 @@ def test_the_cheapest_sum_that_can_be_had_is_taken() -> None:
     assert found is not None
     assert found.checksum is crc
     assert choose_check(replace(small, checksums=(md5,)), RANGE) is not None
-    assert choose_check(large, RANGE) is None  # many requests bring it, out of order
+    assert choose_check(large, RANGE) is None  # many connections bring it, out of order
+    assert choose_check(replace(large, ranges=False), RANGE) is not None  # one has to bring it
+    assert choose_check(replace(large, size_bytes=64 << 20), RANGE) is not None
     unknown = Checksum("md5", b"m" * 16, 12)  # into parts of what size?
     assert choose_check(replace(large, checksums=(unknown,)), RANGE) is None

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import random
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loader.errors import ConfigError, FetchError, ListingError, TransientError
+from loader.fetch.snapshot import FetchOptions, fetch
 from loader.settings import Settings
 from loader.stores.base import Checksum
+from loader.stores.http import HttpStream
 from loader.stores.sources import Stores
+from loader.types import Manifest
 from tests.stores import moto
 
 SECRETS = {"aws_access_key_id": moto.ACCESS_KEY, "aws_secret_access_key": moto.SECRET_KEY}
@@ -129,9 +133,7 @@ def test_more_files_than_a_page(
     assert all(a.size_bytes == 3 for a in listing.artifacts)
 
 
-def test_sums_of_parts(s3: Any, s3_url: str, bucket: str) -> None:
-    parts = [b"a" * (5 << 20), b"b"]
-    key = "j1/rank-0/big"
+def upload_parts(s3: Any, bucket: str, key: str, parts: Sequence[bytes]) -> None:
     upload = s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
     done = [
         {
@@ -145,10 +147,50 @@ def test_sums_of_parts(s3: Any, s3_url: str, bucket: str) -> None:
     s3.complete_multipart_upload(
         Bucket=bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": done}
     )
+
+
+def md5_of_parts(parts: Sequence[bytes]) -> bytes:
+    return hashlib.md5(b"".join(hashlib.md5(part).digest() for part in parts)).digest()
+
+
+@pytest.mark.parametrize(("sizes", "told"), [((5, 5, 1), 5), ((5, 5, 5), 5), ((6, 5, 7), None)])
+def test_sums_of_parts_and_how_large_they_are(
+    s3: Any, s3_url: str, bucket: str, sizes: Sequence[int], told: int | None
+) -> None:
+    parts = [bytes([i]) * (size << 20) for i, size in enumerate(sizes)]
+    upload_parts(s3, bucket, "j1/rank-0/big", parts)
     stores = open_stores(s3_url)
     (listing,) = stores.read_listings(f"s3://{bucket}", ("j1",))
-    digest = hashlib.md5(b"".join(hashlib.md5(part).digest() for part in parts)).digest()
-    assert Checksum("md5", digest, parts=2) in stores.stat(listing.artifacts[0]).checksums
+    expected = Checksum("md5", md5_of_parts(parts), 3, told and told << 20)
+    assert stores.stat(listing.artifacts[0]).checksums == (expected,)
+
+
+def test_an_upload_in_parts_is_proved_by_its_etag(
+    s3: Any, s3_url: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [random.Random(i).randbytes(5 << 20) for i in range(3)] + [b"end"]
+    upload_parts(s3, bucket, "j1/rank-0/big", parts)
+    stores = open_stores(s3_url)
+    (listing,) = stores.read_listings(f"s3://{bucket}", ("j1",))
+    manifest = Manifest(listing.artifacts)
+    options = FetchOptions(range_bytes=1 << 20, concurrency=3)
+    read = HttpStream.readinto
+    left = [7 << 20]
+
+    def flips(stream: HttpStream, buffer: memoryview) -> int:
+        count = read(stream, buffer)
+        before, left[0] = left[0], left[0] - count
+        if before > 0 >= left[0]:
+            buffer[0] ^= 1
+        return count
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HttpStream, "readinto", flips)
+        with pytest.raises(FetchError, match="sum up") as caught:
+            fetch(manifest, tmp_path, stores, options)
+    assert md5_of_parts(parts).hex() in caught.value.expected
+    fetch(manifest, tmp_path, stores, options)
+    assert (tmp_path / "j1/rank-0/big").read_bytes() == b"".join(parts)
 
 
 @pytest.mark.parametrize(("used_s", "signatures"), [(300.0, 1), (0.0, 3)])
