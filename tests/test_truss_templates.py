@@ -8,6 +8,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from loader.serve.arguments import parse_arguments, serve_arguments
 from loader.settings import Settings
 from loader.types import ReadyModel, ServedAdapter
 from tests.models import tiny_llama, train_or_draw_lora
-from tests.origin import serving, write_listing
+from tests.origin import FaultyOrigin, serving, write_listing
 from tests.serve.truss_server import TEMPLATES, TrussServer, running_template
+from tests.stores import moto
+from tests.stores.api import KEY, Api
+from tests.stores.hub import Hub
 
 NAMES = sorted(path.parent.name for path in TEMPLATES.glob("*/config.yaml"))
 PROMPT = {"prompt": "the capital of france", "temperature": 0, "max_tokens": 8}
@@ -82,6 +86,7 @@ class Job:
     """A base model, two adapters of one job, and their listing behind signed URLs."""
 
     def __init__(self, folder: Path, origin: Any) -> None:
+        self.folder = folder
         self.base = tiny_llama(folder / "base")
         for seed, name in enumerate(("checkpoint-1", "checkpoint-2"), start=1):
             lora = train_or_draw_lora(self.base, folder / name, seed=seed, spread=0.3)
@@ -227,13 +232,49 @@ def _generated_tokens(server: TrussServer) -> float:
     return counts[-1]
 
 
+@pytest.fixture
+def hub(job: Job) -> Iterator[Hub]:
+    """A Hub with the base as ``org/base``."""
+    found = Hub(job.base)
+    yield found
+    found.shutdown()
+    found.server_close()
+
+
 @pytest.mark.engine
-def test_lora_multi(job: Job, tmp_path: Path) -> None:
-    with start(job, "lora-multi", tmp_path, PODLOADER_ENGINE="transformers") as server:
-        names = ("base", "job1-checkpoint-1", "job1-checkpoint-2")
-        texts = {text_of(server, PROMPT | {"model": name}) for name in names}
-        assert len(texts) == 3
-        assert server.predict(PROMPT | {"model": "absent"}).status_code == 404
+def test_lora_multi_with_secrets_for_s3_and_the_hub(job: Job, hub: Hub, tmp_path: Path) -> None:
+    token = "hf_hush"
+    with moto.serving(tmp_path) as s3_url:
+        moto.client(s3_url).create_bucket(Bucket="runs")
+        for path in (job.folder / "origin").rglob("*"):
+            if path.is_file():
+                key = path.relative_to(job.folder / "origin").as_posix()
+                moto.client(s3_url).upload_file(str(path), "runs", key)
+        settings = {
+            "PODLOADER_ENGINE": "transformers",
+            "PODLOADER_ARTIFACTS": "s3://runs/",
+            "PODLOADER_S3_ENDPOINT_URL": s3_url,
+            "PODLOADER_BASE_MODEL": "org/base",
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        secrets = {
+            "aws_access_key_id": moto.ACCESS_KEY,
+            "aws_secret_access_key": moto.SECRET_KEY,
+            "hf_access_token": token,
+        }
+        with running_template(
+            "lora-multi", tmp_path / "pod", job.listing, settings, secrets
+        ) as server:
+            names = ("base", "job1-checkpoint-1", "job1-checkpoint-2")
+            texts = {text_of(server, PROMPT | {"model": name}) for name in names}
+            assert len(texts) == 3
+            assert server.predict(PROMPT | {"model": "absent"}).status_code == 404
+            log = server.log.read_text()
+    asked = {authorization for path, authorization in hub.requests if path.startswith("/org/base")}
+    assert asked == {f"Bearer {token}"}
+    assert not [hidden for hidden in (token, moto.SECRET_KEY) if hidden in log]
 
 
 def classifier(folder: Path) -> tuple[torch.nn.Linear, torch.nn.Linear]:
@@ -250,18 +291,33 @@ def classifier(folder: Path) -> tuple[torch.nn.Linear, torch.nn.Linear]:
     return hidden, out
 
 
+@contextmanager
+def served_api(origin: FaultyOrigin) -> Iterator[Api]:
+    api = Api(origin)
+    try:
+        yield api
+    finally:
+        api.stop()
+
+
 @pytest.mark.engine
-def test_custom_architecture(tmp_path: Path) -> None:
-    with serving(tmp_path / "origin") as origin:
+def test_custom_architecture_with_a_secret_for_the_api(tmp_path: Path) -> None:
+    with serving(tmp_path / "origin") as origin, served_api(origin) as api:
         hidden, out = classifier(origin.folder("job1") / "checkpoint-1")
         listing = write_listing(origin, tmp_path / "listing.json", "job1")
         rows = torch.randn(4, 3)
-        with running_template("custom-architecture", tmp_path, listing, {}) as server:
+        settings = {"PODLOADER_ARTIFACTS": "baseten", "PODLOADER_API_URL": api.url}
+        secrets = {"baseten_api_key": KEY}
+        with running_template(
+            "custom-architecture", tmp_path, listing, settings, secrets
+        ) as server:
             answer = server.predict({"inputs": rows.tolist()})
             assert answer.status_code == 200, answer.text
             log = server.log.read_text()
+    assert api.requests
     expected = torch.softmax(out(torch.relu(hidden(rows))), dim=-1).max(dim=-1)
     assert answer.json()["labels"] == [("cat", "dog")[i] for i in expected.indices.tolist()]
     found = torch.tensor(answer.json()["probabilities"])
     torch.testing.assert_close(found, expected.values.detach())
     assert "fetching" in log
+    assert KEY not in log

@@ -85,9 +85,16 @@ def running(
 
 
 def running_template(
-    template: str, folder: Path, listing: Path, settings: Mapping[str, str]
+    template: str,
+    folder: Path,
+    listing: Path,
+    settings: Mapping[str, str],
+    secrets: Mapping[str, str] | None = None,
 ) -> AbstractContextManager[TrussServer]:
-    """Run *template* on the checkpoints of ``job1`` in *listing*, with more variables."""
+    """Run *template* on the checkpoints of ``job1`` in *listing*, with more variables.
+
+    Values of *secrets* stand in the config, from which only Truss's own secrets read them.
+    """
 
     def change(config: TrussConfig) -> None:
         checkpoints = config.training_checkpoints
@@ -96,6 +103,7 @@ def running_template(
         del checkpoints.artifact_references[1:]
         checkpoints.artifact_references[0].training_job_id = "job1"
         checkpoints.artifact_references[0].paths = ["rank-0/checkpoint-*/"]
+        config.secrets.update(secrets or {})
         shutil.copy(listing, folder / "truss" / "listing.json")
 
     lay_out(template, folder / "truss", change)
