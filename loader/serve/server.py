@@ -32,6 +32,7 @@ Stage = Callable[[str], AbstractContextManager[None]]
 _CORE = "EngineCore"
 _ENGINE_DIED = 6  # as EngineError
 _PROMPT = "Hello"
+_CLOSE_S = 1
 
 
 def import_engine() -> None:
@@ -88,6 +89,8 @@ def serve_openai(
 
     check_mode(args, listening.getsockname()[1])
     check_sound(Path(args.model))
+    # The engine's processes are forks of this one: none may keep the port open when this is gone.
+    os.register_at_fork(after_in_child=listening.close)
     code: int = uvloop.run(_serve(args, listening, channel, stage, canary))
     return code
 
@@ -242,6 +245,8 @@ async def _serve_http(app: Any, listening: socket.socket, args: Any) -> Any:
         log_level=args.uvicorn_log_level,
         access_log=not args.disable_uvicorn_access_log,
         timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        # The engine has drained then, or was ended at its limit: no answer goes on any more.
+        timeout_graceful_shutdown=_CLOSE_S,
         ssl_keyfile=args.ssl_keyfile,
         ssl_certfile=args.ssl_certfile,
         ssl_ca_certs=args.ssl_ca_certs,

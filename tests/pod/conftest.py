@@ -11,6 +11,7 @@ import pytest
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin, serving
 
+LONGEST = 32_768  # tokens; long enough that an answer outlives every limit
 JOBS = ("joba", "jobb", "jobc", "jobd")
 
 
@@ -18,7 +19,7 @@ JOBS = ("joba", "jobb", "jobc", "jobd")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The origin's folder: ``base/base/`` and a checkpoint of each job."""
     folder = tmp_path_factory.mktemp("published")
-    base = tiny_llama(folder / "base")
+    base = tiny_llama(folder / "base", max_position_embeddings=LONGEST)
     origin = FaultyOrigin(folder / "origin")
     shutil.copytree(base, origin.folder("base") / "base")
     for seed, job in enumerate(JOBS, start=1):

@@ -98,10 +98,10 @@ def test_what_is_no_sound_is_refused(client: OpenAI) -> None:
         client.audio.transcriptions.create(model="hearing", file=("tone.wav", b"no sound"))
 
 
-def test_sigterm_ends_it_well(container: RunningPod) -> None:
+def test_sigint_ends_it_well(container: RunningPod) -> None:
     """The last of this container."""
     family = [container.pod, *container.pod.children(recursive=True)]
     container.stop_probing()
-    container.signal(signal.SIGTERM)
+    container.signal(signal.SIGINT)
     assert container.wait(40) == 0
     assert not [process for process in family if process.is_running()]

@@ -16,8 +16,8 @@ from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 
 from tests import origin as faults
 from tests.origin import FaultyOrigin
-from tests.pod.conftest import JOBS
-from tests.pod.pods import RunningPod, needs_namespaces, start_pod, write_config
+from tests.pod.conftest import JOBS, LONGEST
+from tests.pod.pods import ENGINE_ARGS, RunningPod, needs_namespaces, start_pod, write_config
 
 pytestmark = pytest.mark.engine
 _REQUESTS = 200
@@ -31,7 +31,9 @@ def pod(origin: FaultyOrigin, tmp_path_factory: pytest.TempPathFactory) -> Itera
     # Broken off a few times, then slow enough to be seen on its way.
     ways = [*[faults.cut(400_000)] * 4, *[faults.slow(0.1)] * 9]
     origin.fail("base/model.safetensors", *ways)
-    config = write_config(origin, tmp_path_factory.mktemp("pod"), *JOBS)
+    folder = tmp_path_factory.mktemp("pod")
+    engine_args = ENGINE_ARGS | {"max_model_len": LONGEST}
+    config = write_config(origin, folder, *JOBS, engine_args=engine_args, drain_timeout_s=8)
     running = start_pod(config, environment={"VLLM_CPU_KVCACHE_SPACE": "1"})
     try:
         running.wait_ready()
@@ -117,7 +119,7 @@ def test_bad_requests_are_refused_and_the_engine_stays_well(
     with pytest.raises(BadRequestError):
         client.completions.create(model="base", prompt="x", temperature=-1)
     with pytest.raises(BadRequestError):
-        client.completions.create(model="base", prompt="x " * 500, max_tokens=5)
+        client.completions.create(model="base", prompt="x " * LONGEST, max_tokens=5)
     assert pod.get("/health").status_code == 200
 
 
@@ -162,24 +164,28 @@ def test_a_browser_shows_the_page(pod: RunningPod) -> None:
     assert "engine load" in page
 
 
-def test_sigterm_lets_requests_end_and_the_pod_with_them(pod: RunningPod, client: OpenAI) -> None:
+def test_sigterm_lets_requests_end_within_the_limit(pod: RunningPod, client: OpenAI) -> None:
     """The last of this pod."""
     family = [pod.pod, *pod.pod.children(recursive=True)]
-    stream = client.completions.create(
-        model="jobb",
-        prompt="the quick",
-        max_tokens=200,
-        temperature=0,
-        stream=True,
-        extra_body={"ignore_eos": True},
+    short, endless = (
+        client.completions.create(
+            model="jobb",
+            prompt="the quick",
+            max_tokens=tokens,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        for tokens in (50, LONGEST - 100)
     )
-    next(iter(stream))
+    next(iter(short))
+    next(iter(endless))
     pod.stop_probing()
     pod.signal(signal.SIGTERM)
-    last = list(stream)[-1]
-    assert last.choices[0].finish_reason == "length"
+    assert list(short)[-1].choices[0].finish_reason == "length"
     assert pod.wait(40) == 0
     assert not [process for process in family if process.is_running()]
+    endless.close()
 
 
 def test_an_engine_crash_is_the_pods_exit_code(
