@@ -10,11 +10,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,9 +23,7 @@ from loader.weights.consolidate.assembly import (
     CASTABLE,
     DTYPE_NAMES,
     Target,
-    find_parts,
     is_same,
-    write_part,
 )
 from loader.weights.consolidate.dcp import DcpSource
 from loader.weights.consolidate.expected import ModelNames, read_model_names
@@ -39,11 +34,9 @@ from loader.weights.consolidate.pieces import SourceTensor
 from loader.weights.consolidate.places import CONFIG, home_folders, weight_folders
 from loader.weights.consolidate.ranks import RankShardsSource
 from loader.weights.consolidate.sidecars import find_sidecars, write_sidecars
+from loader.weights.consolidate.work import Progress, even_shard_bytes, write_all
 from loader.weights.consolidate.zero import ZeroSource
 from loader.weights.writer import MAX_SHARD_BYTES, CheckpointWriter, TensorSpec, plan_shards
-
-_THREADS = 4
-Progress = Callable[[int, int], None]
 
 
 class ShardedSource(Protocol):
@@ -110,9 +103,10 @@ def consolidate(
             files = stack.enter_context(LocalFiles(weight_folders(checkpoint)))
         plan = plan_consolidation(checkpoint, files, base=base, names=names, dtype=code)
         specs = [TensorSpec(t.name, t.dtype, t.source.shape) for t in plan.targets]
-        shards = plan_shards(specs, max_shard_bytes=max_shard_bytes, stem=plan.stem)
+        even = min(max_shard_bytes, even_shard_bytes(plan.size_bytes))
+        shards = plan_shards(specs, max_shard_bytes=even, stem=plan.stem)
         with CheckpointWriter(output, shards, stem=plan.stem) as writer:
-            _write_all(plan, writer, on_progress)
+            write_all(plan.targets, writer, on_progress)
             write_sidecars(plan.sidecars, writer.path, dtype=plan.dtype)
     return output
 
@@ -227,25 +221,3 @@ def _dtype_code(dtype: str | None) -> str | None:
             next_step="leave it out to keep the weights as they were trained",
         )
     return codes[dtype] if dtype else None
-
-
-def _write_all(plan: Consolidation, writer: CheckpointWriter, on_progress: Progress | None) -> None:
-    lock = threading.Lock()
-    done = 0
-
-    def count(written: int) -> None:
-        nonlocal done
-        if on_progress is not None:
-            with lock:
-                done += written
-                on_progress(done, plan.size_bytes)
-
-    workers = min(_THREADS, os.cpu_count() or 1)
-    executor = ThreadPoolExecutor(workers, "consolidate")
-    try:
-        parts = sorted((p for t in plan.targets for p in find_parts(t)), key=lambda p: p.order)
-        futures = [executor.submit(write_part, part, writer, count) for part in parts]
-        for future in futures:
-            future.result()
-    finally:
-        executor.shutdown(cancel_futures=True)
