@@ -29,6 +29,7 @@ from loader.stores.hub import REPO_ID, fetch_model
 from loader.stores.sources import is_remote
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, ReadyModel, Snapshot
+from loader.weights.consolidate.parallel import refuse_ranks
 from loader.weights.header import TensorInfo, size_bytes
 from loader.weights.inspect import open_checkpoint, read_json
 from loader.weights.listing import StoredTensor
@@ -116,6 +117,8 @@ def _refuse_unservable(sources: Sequence[Source]) -> None:
                 got=", ".join(map(str, found[:8])) if isinstance(found, list) else "nothing",
                 next_step="choose the checkpoint's whole folder in paths, with / at its end",
             )
+        if checkpoint.kind is Kind.MEGATRON:
+            raise refuse_ranks(checkpoint)
         missing = checkpoint.detail.get("missing")
         if missing and checkpoint.kind is not Kind.RANK_SHARDS:  # there, tensors are named
             raise CheckpointError(

@@ -123,6 +123,7 @@ class Kind(StrEnum):
     RANK_SHARDS = "rank-shards"
     DCP = "dcp"
     ZERO = "zero"
+    MEGATRON = "megatron"
     WHISPER = "whisper"
     UNKNOWN = "unknown"
 

@@ -20,6 +20,7 @@ _WOULD = {
     Kind.RANK_SHARDS: "would be consolidated into one model or adapter, then served",
     Kind.DCP: "would be consolidated into one model or adapter, then served",
     Kind.ZERO: "would be consolidated into one model or adapter, then served",
+    Kind.MEGATRON: "would be refused: its files do not say how their tensors were cut",
     Kind.WHISPER: "would be served as it is, for transcriptions",
     Kind.UNKNOWN: "would be refused",
 }

@@ -18,6 +18,7 @@ from loader.types import Artifact, Checkpoint, Kind, Listing
 from loader.weights.inspect import ADAPTER_CONFIG, INDEXES, read_json
 
 SHARDED = (Kind.RANK_SHARDS, Kind.DCP, Kind.ZERO)
+_REFUSED = (Kind.UNKNOWN, Kind.MEGATRON)
 _WEIGHTS = (".safetensors", ".bin")
 _STEP = re.compile(r"\d+")
 _MOST_STATS = 64  # weight files whose sizes are asked for one by one
@@ -78,7 +79,7 @@ def survey(sources: Sequence[str], jobs: Sequence[str] = ()) -> tuple[Found, ...
         with tempfile.TemporaryDirectory(prefix="podloader-") as folder:
             root = Path(folder)
             checkpoints = [
-                c for c in read_checkpoints(listings, store, root) if c.kind is not Kind.UNKNOWN
+                c for c in read_checkpoints(listings, store, root) if c.kind not in _REFUSED
             ]
             known = [_describe(c, root, listings, store) for c in checkpoints]
     finally:

@@ -26,6 +26,9 @@ _SHARD = re.compile(r"^(model|pytorch_model)-(\d{5,})-of-(\d{5,})\.(safetensors|
 _DCP_OF_PARENT = re.compile(r"^(pytorch_model_fsdp_\d+|model(_\d+)?)$")
 _OPTIMIZER = re.compile(r"^optim(izer)?(_\d+)?$")
 _ZERO = re.compile(r"mp_rank_\d+_(optim|model)_states\.pt$")
+_MEGATRON_RANK = re.compile(r"^mp_rank_\d{2,}(_\d{3})*$")
+_MEGATRON = frozenset({"model_optim_rng.pt", "model_rng.pt"})
+_ITERATION = re.compile(r"^iter_\d+$")
 _ZERO_TAG = re.compile(r"^global_step\d+(_universal)?$")
 
 
@@ -79,8 +82,8 @@ def _find_in_job(places: tuple[Place, ...]) -> list[Checkpoint]:
         # ZeRO-3 without gathering leaves a model file of empty tensors beside the true weights.
         if not any(_is_hollow(c) for c in whole[relative]):
             del zero[relative]
-    dcp = _find_dcp(places, by_folder)
-    sharded = {r: [c] for r, c in {**dcp, **zero}.items() if r in zero or r not in whole}
+    others = {**_find_megatron(places, by_folder), **_find_dcp(places, by_folder)}
+    sharded = {r: [c] for r, c in {**others, **zero}.items() if r in zero or r not in whole}
     merged = {**whole, **sharded}
     return [c for relative in sorted(merged) for c in merged[relative]]
 
@@ -218,6 +221,24 @@ def _find_dcp(places: tuple[Place, ...], by_folder: dict[str, Place]) -> dict[st
         home = place.folder(place.ranks[0])
         root = home if relative == place.relative else home.parent
         found[relative] = Checkpoint(Kind.DCP, _folder_with_config(owner, root), detail)
+    return found
+
+
+def _find_megatron(places: tuple[Place, ...], by_folder: dict[str, Place]) -> dict[str, Checkpoint]:
+    """Return Megatron's checkpoints of a file per model-parallel rank: known, to be refused."""
+    ranks: dict[str, list[Place]] = {}
+    for place in places:
+        if _MEGATRON_RANK.match(place.base) and place.names & _MEGATRON:
+            above = place.parent
+            inside = _ITERATION.match(above.rpartition("/")[2])
+            ranks.setdefault(above.rpartition("/")[0] if inside else above, []).append(place)
+    found = {}
+    for relative, cut in ranks.items():
+        detail: dict[str, object] = {"model_ranks": sorted({place.base for place in cut})}
+        owner = by_folder.get(relative)
+        home = cut[0].folder(cut[0].ranks[0])
+        root = home.parents[cut[0].relative.removeprefix(relative).strip("/").count("/")]
+        found[relative] = Checkpoint(Kind.MEGATRON, _folder_with_config(owner, root), detail)
     return found
 
 

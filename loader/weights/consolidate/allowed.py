@@ -90,6 +90,12 @@ RECORDS = frozenset(
         "torch.distributed.checkpoint.metadata.ChunkStorageMetadata",
         "torch.distributed.checkpoint.metadata.TensorProperties",
         "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+        # Megatron-Core keeps every rank's plan in .metadata.
+        "torch.distributed.checkpoint.planner.SavePlan",
+        "torch.distributed.checkpoint.planner.WriteItem",
+        "torch.distributed.checkpoint.planner.WriteItemType",
+        "torch.distributed.checkpoint.planner.TensorWriteData",
+        "torch.distributed.checkpoint.planner.BytesIOWriteData",
         "torch.distributed.checkpoint.filesystem._StorageInfo",
         "torch.distributed.checkpoint.filesystem._StoragePrefix",
         "deepspeed.runtime.fp16.loss_scaler.LossScaler",

@@ -29,13 +29,16 @@ from loader.weights.consolidate.dcp import DcpSource
 from loader.weights.consolidate.expected import ModelNames, read_model_names
 from loader.weights.consolidate.files import Files, LocalFiles
 from loader.weights.consolidate.hfstorage import SafetensorsStorageSource, is_storage
+from loader.weights.consolidate.megatron import MegatronSource, is_megatron
 from loader.weights.consolidate.names import match_names
+from loader.weights.consolidate.parallel import refuse_ranks
 from loader.weights.consolidate.pieces import SourceTensor
 from loader.weights.consolidate.places import CONFIG, home_folders, weight_folders
 from loader.weights.consolidate.ranks import RankShardsSource
 from loader.weights.consolidate.sidecars import find_sidecars, write_sidecars
 from loader.weights.consolidate.work import Progress, even_shard_bytes, write_all
 from loader.weights.consolidate.zero import ZeroSource
+from loader.weights.inspect import read_json
 from loader.weights.writer import MAX_SHARD_BYTES, CheckpointWriter, TensorSpec, plan_shards
 
 
@@ -136,6 +139,8 @@ def plan_consolidation(
     if CONFIG not in sidecars and base is not None:
         sidecars = {**find_sidecars([base]), **sidecars}
     expected = ModelNames(names) if names is not None else _expected(sidecars, where)
+    if is_megatron(source.shapes) and CONFIG in sidecars:
+        source = MegatronSource(source, read_json(sidecars[CONFIG]), where)
     match = match_names(source.shapes, expected, where)
     targets = _targets(match.names, source, dtype)
     _check_copies(targets, match.copies, source, dtype, where)
@@ -149,6 +154,8 @@ def _open_source(checkpoint: Checkpoint, files: Files) -> ShardedSource:
         return RankShardsSource(files)
     if checkpoint.kind is Kind.ZERO:
         return ZeroSource(files, str(checkpoint.detail.get("tag", "")))
+    if checkpoint.kind is Kind.MEGATRON:
+        raise refuse_ranks(checkpoint)
     raise UnsupportedError(
         "a checkpoint that is not sharded over ranks",
         where=str(checkpoint.path),

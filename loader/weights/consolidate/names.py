@@ -34,7 +34,7 @@ _LEADS = (
 )
 # First segments of what trainers keep beside the model.
 _NOT_MODEL = re.compile(
-    r"^(app\.)?(optimizer|optim|optimizer_states?|optimizers|lr_scheduler|scheduler|train_state|"
+    r"^(app\.|chained_\d+\.)?(optimizer|optim|optimizer_states?|optimizers|lr_scheduler|scheduler|train_state|"
     r"dataloader|rng|rng_state|ema|extra_state|trainer|loops|callbacks|step|epoch)(\.|$)"
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -49,6 +50,14 @@ def zero(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def megatron(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``jobs/mcore.py`` leaves: a folder per case."""
+    out = tmp_path_factory.mktemp("megatron")
+    run_job("mcore.py", base, out, ranks=2)
+    return out
+
+
 def run_job(script: str, *arguments: Path, ranks: int) -> None:
     """Run a script of ``jobs`` under torchrun to its end."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -83,6 +92,14 @@ def assert_same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -
     for name, tensor in wanted.items():
         assert got[name].dtype == tensor.dtype, name
         assert got[name].equal(tensor), name
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    """Write *fields* into the config.json of *folder*; None takes one away."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | fields
+    path.unlink()
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
 def copy_case(case: Path, target: Path) -> Path:

@@ -1,0 +1,107 @@
+"""Megatron-Core: what it saved answers like the model that it trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from loader.errors import CheckpointError, UnsupportedError
+from loader.types import Kind
+from loader.weights.consolidate.consolidation import consolidate
+from loader.weights.consolidate.megatron import MegatronSource
+from loader.weights.inspect import read_json
+from tests.weights.consolidate.conftest import copy_case, edit_config, found, tensors_of
+
+
+class SourceOf:
+    """Tensors that are never read."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.shapes: Mapping[str, tuple[int, ...]] = shapes
+        self.dtypes: Mapping[str, str] = dict.fromkeys(shapes, "F32")
+
+    def open(self, names: object, dtype: object) -> Any:
+        """Fail the test."""
+        raise AssertionError("nothing is read")
+
+
+@pytest.mark.parametrize("case", ["torch-dist", "numbered"])
+def test_it_answers_like_the_model_that_was_trained(
+    megatron: Path, case: str, tmp_path: Path
+) -> None:
+    """Two tensor-parallel ranks, layers stacked or numbered, a padded vocabulary, tied or not."""
+    checkpoint = found(megatron / case)
+    assert checkpoint.kind is Kind.DCP
+    out = consolidate(checkpoint, tmp_path / "out")
+    model: Any = LlamaForCausalLM.from_pretrained(out, dtype="auto")
+    answers = load_file(megatron / case / "answers.safetensors")
+    with torch.no_grad():
+        logits = model(answers["ids"]).logits
+    wanted = answers["logits"][..., : logits.shape[-1]]
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-4)
+    assert logits.argmax(-1).equal(wanted.argmax(-1))
+    assert ("lm_head.weight" in tensors_of(out)) is (case == "torch-dist")
+
+
+def test_every_bit_is_one_that_a_rank_trained(megatron: Path, tmp_path: Path) -> None:
+    """Each rank's own state dict holds its rows of QKV: one query group for each of two ranks."""
+    tensors = tensors_of(consolidate(found(megatron / "torch-dist"), tmp_path / "out"))
+    for rank in (0, 1):
+        own = load_file(megatron / f"torch-dist/state-{rank}.safetensors")
+        qkv = own["decoder.layers.1.self_attention.linear_qkv.weight"]
+        at = "model.layers.1.self_attn"
+        halves = [tensors[f"{at}.{n}_proj.weight"].chunk(2)[rank] for n in "qkv"]
+        assert torch.cat(halves).equal(qkv)
+        fused = own["decoder.layers.1.mlp.linear_fc1.weight"]
+        gate, up = (tensors[f"model.layers.1.mlp.{n}_proj.weight"] for n in ("gate", "up"))
+        assert torch.cat([gate.chunk(2)[rank], up.chunk(2)[rank]]).equal(fused)
+        down = tensors["model.layers.1.mlp.down_proj.weight"].chunk(2, dim=1)[rank]
+        assert down.equal(own["decoder.layers.1.mlp.linear_fc2.weight"])
+
+
+def test_a_rank_that_is_missing(megatron: Path, tmp_path: Path) -> None:
+    case = copy_case(megatron / "torch-dist", tmp_path / "case")
+    for path in (case / "rank-1/checkpoint-10").iterdir():
+        path.unlink()
+    with pytest.raises(CheckpointError, match="no rank's folder holds") as error:
+        consolidate(found(case), tmp_path / "out")
+    names = {problem.partition(" ")[0] for problem in error.value.problems}
+    assert "decoder.layers.mlp.linear_fc1.weight" in names
+    assert not [name for name in names if "exp_avg" in name]
+
+
+def test_heads_that_are_another_models(megatron: Path, tmp_path: Path) -> None:
+    case = copy_case(megatron / "torch-dist", tmp_path / "case")
+    edit_config(case / "rank-0/checkpoint-10", num_key_value_heads=1)
+    with pytest.raises(CheckpointError, match="not the model") as error:
+        consolidate(found(case), tmp_path / "out")
+    assert "linear_qkv" in error.value.problems[0]
+    edit_config(case / "rank-0/checkpoint-10", num_attention_heads=None)
+    with pytest.raises(CheckpointError, match="how Megatron's tensors are fused"):
+        consolidate(found(case), tmp_path / "out")
+
+
+def test_a_layer_that_hugging_face_does_not_know(megatron: Path) -> None:
+    names = ("embedding.word_embeddings.weight", "decoder.layers.mlp.router")
+    source = SourceOf(dict.fromkeys(names, (2, 4)))
+    config = read_json(megatron / "torch-dist/rank-0/checkpoint-10/config.json")
+    with pytest.raises(UnsupportedError, match="no name in Hugging Face") as error:
+        MegatronSource(source, config, "here")
+    assert error.value.problems == ("decoder.layers.mlp.router: [2, 4]",)
+
+
+def test_a_file_per_rank_is_known_and_refused(megatron: Path, tmp_path: Path) -> None:
+    checkpoint = found(megatron / "ranks")
+    assert checkpoint.kind is Kind.MEGATRON
+    assert checkpoint.path == megatron / "ranks/rank-0/checkpoint-10"
+    with pytest.raises(UnsupportedError, match="does not say how its tensors were cut") as error:
+        consolidate(checkpoint, tmp_path / "out")
+    assert error.value.got == "2 ranks: mp_rank_00, mp_rank_01"
+    assert "torch_dist" in error.value.expected
+    assert not (tmp_path / "out").exists()
