@@ -32,6 +32,7 @@ from typing import Any
 import yaml
 
 from benchmarks.merge import _CLOCK
+from benchmarks.models import VOCABULARY, make_llama
 from benchmarks.overlap import measure as measure_command
 from benchmarks.overlap import serve
 from loader.demo.origin import PROJECT
@@ -110,30 +111,18 @@ def _home(path: Path) -> Path:
 def train(kind: str, job: Path, layers: int) -> None:
     """Take one step and save, as one rank of the job."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     rank = int(os.environ["RANK"])
     home = job / f"rank-{rank}" / CHECKPOINT
     home.mkdir(parents=True, exist_ok=True)
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    model: Any = LlamaForCausalLM(config)
-    ids = torch.randint(0, 32000, (1, 8))
+    model: Any = make_llama(layers)
+    config = model.config
+    ids = torch.randint(0, VOCABULARY, (1, 8))
     if kind == "fsdp":
         _train_fsdp(model, ids, home)
     else:
         _train_zero(model, ids, home)
     if rank == 0:
-        config.architectures = ["LlamaForCausalLM"]
         config.save_pretrained(home)
         (home / "tokenizer.json").write_text(json.dumps({}))
 

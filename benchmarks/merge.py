@@ -1,6 +1,6 @@
 """Merging a LoRA into a model of 1B parameters: podloader, PEFT, ``cp``, and mergekit if given.
 
-    python benchmarks/merge.py [--folder DIR] [--layers 22] [--mergekit PYTHON] [--runs 3]
+    python -m benchmarks.merge [--folder DIR] [--layers 22] [--mergekit PYTHON] [--runs 3]
 
 Give a ``--folder`` in memory (/dev/shm) to leave a slow disk out of it.
 
@@ -27,6 +27,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.models import VOCABULARY, make_base_and_adapter
 
 _CLOCK = """
 import json, sys, time
@@ -67,40 +69,6 @@ _PROMPTS = 8
 _TOKENS = 32
 
 
-def make_models(folder: Path, layers: int) -> tuple[Path, Path]:
-    """Return a base and an adapter over it, made in *folder* unless they are there already."""
-    base, adapter = folder / f"base-{layers}", folder / f"adapter-{layers}"
-    if adapter.exists():
-        return base, adapter
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(base, max_shard_size="500MB")
-    tuned = get_peft_model(
-        LlamaForCausalLM.from_pretrained(base, dtype="auto"),
-        LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
-    )
-    for name, parameter in tuned.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.01)
-    tuned.save_pretrained(adapter)
-    return base, adapter
-
-
 def measure(python: str, name: str, base: Path, adapter: Path, output: Path) -> dict[str, float]:
     """Return the times and the peak memory of one contestant, run once."""
     for path in sorted(base.iterdir()):
@@ -137,7 +105,9 @@ def greedy_tokens(folder: Path) -> list[list[int]]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    prompts = torch.randint(0, 32000, (_PROMPTS, 16), generator=torch.Generator().manual_seed(0))
+    prompts = torch.randint(
+        0, VOCABULARY, (_PROMPTS, 16), generator=torch.Generator().manual_seed(0)
+    )
     with torch.inference_mode():
         out = model.generate(
             prompts,
@@ -186,7 +156,7 @@ def main() -> None:
     parser.add_argument("--mergekit", help="a Python that has mergekit installed")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    base, adapter = make_models(options.folder, options.layers)
+    base, adapter = make_base_and_adapter(options.folder, options.layers)
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     print(f"base: {size / 1e9:.2f} GB, {len(list(base.glob('*.safetensors')))} files")
     names = [*_CONTESTANTS, *(["mergekit"] if options.mergekit else [])]

@@ -1,8 +1,10 @@
 """A LoRA merged into its base while the base is downloaded, against the download alone.
 
     python -m benchmarks.overlap [--folder DIR] [--layers 22] [--rate 100] [--runs 2]
+                                 [--shard 500MB 50GB]
 
-The model and adapter are those of ``merge.py``. A server process sends both, all connections
+The model and adapter are those of ``merge.py``; the base is saved in files of ``--shard`` at the
+most, one base after the other. A server process sends both, all connections
 together held to ``--rate`` MB/s. Two processes do what a pod would, each on an empty folder and
 imports included: ``podloader fetch``, and ``podloader prepare``, which merges while it fetches.
 """
@@ -24,7 +26,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.merge import make_models
+from benchmarks.models import make_base_and_adapter
 from loader.demo.origin import PROJECT, Handler, Origin
 
 _PIECE_BYTES = 256 << 10
@@ -120,26 +122,38 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--rate", type=float, default=100.0, help="MB/s")
     parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--shard", nargs="+", default=["500MB", "50GB"])
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    base, adapter = make_models(options.folder, options.layers)
+    for shard in options.shard:
+        compare(options.folder, options.layers, shard, options.rate, options.runs)
+
+
+def compare(folder: Path, layers: int, shard: str, rate_mb_s: float, runs: int) -> None:
+    """Print the figures over a base in files of *shard* bytes at the most."""
+    base, adapter = make_base_and_adapter(folder, layers, shard)
     if not (base / "tokenizer.json").exists():
         (base / "tokenizer.json").write_text(json.dumps({}))
-    root = publish(options.folder, base, adapter)
-    config = write_config(options.folder)
-    ours, theirs = multiprocessing.Pipe()
-    arguments = (root, options.folder, options.rate, theirs)
-    server = multiprocessing.get_context("spawn").Process(target=serve, args=arguments, daemon=True)
-    server.start()
-    ours.recv()
-    best: dict[str, float] = {}
-    for _ in range(options.runs):
-        for command in ("fetch", "prepare"):
-            seconds = measure(command, config, options.folder / "down")
-            best[command] = min(seconds, best.get(command, seconds))
-    ours.send("stop")
-    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    print(f"base: {size / 1e9:.2f} GB in {len(list(base.glob('*.safetensors')))} files")
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        place = Path(temporary)
+        root = publish(place, base, adapter)
+        config = write_config(place)
+        ours, theirs = multiprocessing.Pipe()
+        server = multiprocessing.get_context("spawn").Process(
+            target=serve, args=(root, place, rate_mb_s, theirs), daemon=True
+        )
+        server.start()
+        ours.recv()
+        best: dict[str, float] = {}
+        for _ in range(runs):
+            for command in ("fetch", "prepare"):
+                seconds = measure(command, config, place / "down")
+                best[command] = min(seconds, best.get(command, seconds))
+        ours.send("stop")
+        server.join()
+    files = list(base.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in files)
+    print(f"base: {size / 1e9:.2f} GB in {len(files)} files")
     for command, seconds in best.items():
         print(f"{command:8} {seconds:6.2f} s  {seconds / best['fetch']:5.2f} x fetch")
 

@@ -1,4 +1,4 @@
-"""A base model behind a URL -> a folder on this disk.
+"""A base model by its name -> a folder on this disk: a local one, one behind a URL, or the Hub's.
 
 ::
 
@@ -9,18 +9,126 @@ The cache folder is ``.podloader/models`` of the download folder where none is s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from loader.errors import FetchError, redact
+from loader.errors import AdapterError, ConfigError, FetchError, FormatError, redact
+from loader.fetch.background import SplitFetch, are_here
 from loader.fetch.files import STATE
 from loader.fetch.snapshot import FetchOptions, fetch
+from loader.late import LateWeights, read_late
 from loader.resolve.manifest import check_names
 from loader.settings import Settings
 from loader.sources import BaseModel
+from loader.stores.hub import REPO_ID, fetch_model
 from loader.stores.model_files import side_files, weight_files
-from loader.stores.sources import Stores
-from loader.types import JOB_ID, Manifest
+from loader.stores.sources import Stores, is_remote
+from loader.timeline import Timeline
+from loader.types import JOB_ID, Artifact, Checkpoint, Kind, Manifest, Snapshot
+from loader.weights.header import TensorInfo, size_bytes
+from loader.weights.inspect import is_safetensors, open_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class LateBase:
+    """A base whose weights are not here, its small files in *path*.
+
+    ``identify`` returns what it is, from the snapshot of all of it.
+    """
+
+    path: Path
+    weights: LateWeights
+    identify: Callable[[Snapshot], BaseModel]
+
+
+def find_base(settings: Settings, name: str, *, weights: bool = True) -> BaseModel:
+    """Return the base called *name*: a local folder, a URL's folder, else a model of the Hub.
+
+    Raises:
+        AdapterError: *name* is nothing of that sort.
+        ConfigError: no full model, or it is not to be had.
+        FetchError: it cannot be fetched.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        checkpoint = open_checkpoint(folder)
+        if checkpoint.kind is not Kind.FULL:
+            raise not_a_base(str(folder), checkpoint.kind.value)
+        check_weights(settings, checkpoint)
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+        return BaseModel(folder.resolve(), {"folder": str(folder.resolve()), "files": stats})
+    if is_remote(name):
+        return fetch_base(settings, name, weights=weights)
+    if not REPO_ID.fullmatch(name):
+        raise AdapterError(
+            "the base model is not there",
+            where=name,
+            expected="a folder on this machine, a folder's URL or a Hugging Face id",
+            next_step="set base_model to where the base model lies now",
+        )
+    model = fetch_model(
+        name,
+        settings.base_revision,
+        token=_hub_token(settings),
+        allow_pickle=settings.allow_pickle,
+        concurrency=settings.concurrency,
+        weights=weights,
+    )
+    return BaseModel(model.path, {"hub": name, "commit": model.commit})
+
+
+def not_a_base(where: str, got: str) -> ConfigError:
+    """Return the error for a base that is no full model."""
+    return ConfigError(
+        "the base model is no full model",
+        where=where,
+        expected="a full Hugging Face model",
+        got=got,
+        next_step="correct base_model",
+    )
+
+
+def check_weights(settings: Settings, checkpoint: Checkpoint) -> None:
+    """Raise FormatError where weights are pickled and pickles are not allowed."""
+    if checkpoint.detail.get("format") == "bin" and not settings.allow_pickle:
+        raise FormatError(
+            "the weights are pickled",
+            where=str(checkpoint.path),
+            expected="safetensors",
+            got=".bin files",
+            next_step="save them as safetensors, or set allow_pickle to read tensors from them",
+        )
+
+
+def read_hub_headers(
+    settings: Settings, name: str, small: BaseModel
+) -> Mapping[str, TensorInfo] | None:
+    """Return the tensors of a model on the Hub whose weights are not here, by its headers alone.
+
+    None where *small*, what is here of it, has weights, or where the Hub cannot tell.
+
+    Raises:
+        TransientError: the Hub did not answer.
+    """
+    from loader.stores.hub_headers import read_tensors
+
+    if any(small.path.glob("*.safetensors")):
+        return None
+    tensors = read_tensors(name, str(small.identity["commit"]), token=_hub_token(settings))
+    if tensors is None:
+        return None
+    return {
+        tensor: TensorInfo(tensor, t.dtype, t.shape, 0, size_bytes(t.dtype, t.shape))
+        for tensor, t in tensors.items()
+    }
+
+
+def _hub_token(settings: Settings) -> str | None:
+    return settings.hf_token.value if settings.hf_token else None
 
 
 def fetch_base(settings: Settings, url: str, *, weights: bool = True) -> BaseModel:
@@ -30,34 +138,75 @@ def fetch_base(settings: Settings, url: str, *, weights: bool = True) -> BaseMod
         ConfigError: no such sort of place, or a package or credentials are missing.
         FetchError: it cannot be fetched, or has no weights.
     """
+    with contextlib.closing(Stores(settings)) as stores:
+        files = _find_files(settings, stores, url, weights=weights)
+        snapshot = fetch(files.manifest, files.root, stores, _options(settings))
+    return files.identify(snapshot)
+
+
+@contextlib.contextmanager
+def opened_base(settings: Settings, url: str, timeline: Timeline) -> Iterator[BaseModel | LateBase]:
+    """Give the model in the folder at *url*, for the length of the block.
+
+    It is whole where an earlier run fetched it, or where its weights are pickled.
+
+    Raises:
+        ConfigError: no such sort of place, or a package or credentials are missing.
+        FetchError: it cannot be fetched, or has no weights.
+    """
+    with contextlib.closing(Stores(settings)) as stores:
+        files = _find_files(settings, stores, url, weights=True)
+        options = _options(settings)
+        late = tuple(a for a in files.manifest.files if is_safetensors(a.relative_file_name))
+        if not late or are_here(late, files.root):
+            yield files.identify(fetch(files.manifest, files.root, stores, options))
+            return
+        parts = SplitFetch.split(files.manifest, late, files.root, stores, options, None)
+        first = parts.fetch_early(timeline, "download of small files")
+        yield LateBase(files.folder, read_late(parts, first, timeline), files.identify)
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What an engine needs of the folder at *url*, and where it goes."""
+
+    url: str
+    name: str
+    root: Path
+    manifest: Manifest
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.name / "rank-0"
+
+    def identify(self, snapshot: Snapshot) -> BaseModel:
+        digests = {file.path.partition("/rank-0/")[2]: file.digest for file in snapshot.files}
+        return BaseModel(self.folder, {"url": redact(self.url), "files": digests})
+
+
+def _find_files(settings: Settings, stores: Stores, url: str, *, weights: bool) -> _Files:
     root = (settings.cache_folder or settings.training.download_folder / STATE / "models") / "bases"
     last = url.rstrip("/").rpartition("/")[2]
     digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
     name = f"{last if JOB_ID.fullmatch(last) else 'base'}-{digest}"
-    stores = Stores(settings)
-    try:
-        listing = stores.read_folder(url, name)
-        names = [artifact.relative_file_name for artifact in listing.artifacts]
-        chosen = set(side_files(names))
-        if weights:
-            wanted = weight_files(names, allow_pickle=settings.allow_pickle)
-            if not wanted:
-                raise FetchError(
-                    "the base model has no safetensors weights",
-                    where=url,
-                    got=", ".join(sorted(names)[:10]),
-                    next_step="give the folder that save_pretrained wrote, or set allow_pickle to "
-                    "read .bin files",
-                )
-            chosen |= set(wanted)
-        files = [a for a in listing.artifacts if a.relative_file_name in chosen]
-        check_names(files)
-        manifest = Manifest(tuple(sorted(files, key=lambda a: a.path)))
-        snapshot = fetch(manifest, root, stores, _options(settings))
-    finally:
-        stores.close()
-    digests = {file.path.partition("/rank-0/")[2]: file.digest for file in snapshot.files}
-    return BaseModel(snapshot.root / name / "rank-0", {"url": redact(url), "files": digests})
+    listing = stores.read_folder(url, name)
+    names = [artifact.relative_file_name for artifact in listing.artifacts]
+    chosen = set(side_files(names))
+    if weights:
+        wanted = weight_files(names, allow_pickle=settings.allow_pickle)
+        if not wanted:
+            raise FetchError(
+                "the base model has no safetensors weights",
+                where=url,
+                got=", ".join(sorted(names)[:10]),
+                next_step="give the folder that save_pretrained wrote, or set allow_pickle to "
+                "read .bin files",
+            )
+        chosen |= set(wanted)
+    files: list[Artifact] = [a for a in listing.artifacts if a.relative_file_name in chosen]
+    check_names(files)
+    manifest = Manifest(tuple(sorted(files, key=lambda a: a.path)))
+    return _Files(url, name, root.absolute(), manifest)
 
 
 def _options(settings: Settings) -> FetchOptions:

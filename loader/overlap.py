@@ -2,21 +2,17 @@
 merged into them while they are.
 
 The adapters and all small files come first. Of the base's weight files only the headers are read
-then, at the origin; an adapter that does not fit costs no download. After that, each file of the
-base is merged as soon as it is whole.
+then, at the origin; an adapter that does not fit costs no download. After that, each tensor of the
+base is merged as soon as it is there.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator, Sequence
 from pathlib import PurePosixPath
 
-from loader.adapters.incoming import IncomingWeights
-from loader.fetch.arrivals import Arrivals
-from loader.fetch.background import SplitFetch, are_here, join
-from loader.ready import Arriving, LateWeights, make_ready
-from loader.remote import read_headers
+from loader.fetch.background import SplitFetch, are_here
+from loader.late import read_late
+from loader.ready import make_ready
 from loader.settings import Settings
 from loader.timeline import Timeline
 from loader.types import Artifact, Manifest, ReadyModel
@@ -49,35 +45,8 @@ def prepare_while_fetching(
     Raises:
         LoaderError: as ``fetch`` and ``make_ready``.
     """
-    options = fetched.options
     first = fetched.fetch_early(timeline, "download of adapters")
-    with timeline.stage("headers"):
-        tensors = read_headers(
-            fetched.late.files,
-            fetched.root,
-            fetched.store,
-            concurrency=options.concurrency,
-            retries=options.retries,
-        )
-
-    @contextlib.contextmanager
-    def fetch_late() -> Iterator[Arriving]:
-        with fetched.fetching_late(timeline) as arrivals:
-            files = _as_they_arrive(fetched.late.files, arrivals)
-            yield Arriving(
-                IncomingWeights(tensors, files), lambda: join(first, arrivals.wait_all())
-            )
-
+    late = read_late(fetched, first, timeline)
     with timeline.stage("inspect"):
         checkpoints = find_checkpoints(fetched.root, fetched.paths)
-    return make_ready(settings, first, checkpoints, timeline, LateWeights(tensors, fetch_late))
-
-
-def _as_they_arrive(artifacts: Sequence[Artifact], arrivals: Arrivals) -> Iterator[Collection[str]]:
-    """Yield the names of files that are whole; they arrive in about the order of their paths."""
-    left = sorted(artifact.path for artifact in artifacts)
-    while left:
-        arrivals.wait(left[0])
-        here = [path for path in left if arrivals.is_here(path)]
-        left = [path for path in left if path not in here]
-        yield [PurePosixPath(path).name for path in here]
+    return make_ready(settings, first, checkpoints, timeline, late)

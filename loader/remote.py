@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from loader.fetch.heads import Head, read_head
 from loader.fetch.snapshot import read_artifact
 from loader.resolve.manifest import check_count, check_names
 from loader.settings import Settings
 from loader.stores.base import Store
 from loader.stores.sources import Stores, is_remote
 from loader.types import Artifact, Checkpoint, Listing
-from loader.weights.header import Header, header_length, parse_header
 from loader.weights.inspect import find_checkpoints, open_checkpoint
-from loader.weights.listing import StoredTensor, join_headers
 
-_LENGTH_BYTES = 8
 _TELLING = ("/config.json", "/adapter_config.json", ".index.json", "/latest")
 
 
@@ -50,31 +45,6 @@ def inspect_source(source: str, settings: Settings | None = None) -> tuple[Check
             return tuple(replace(c, path=c.path.relative_to(root)) for c in found)
     finally:
         store.close()
-
-
-def read_headers(
-    artifacts: Sequence[Artifact], root: Path, store: Store, *, concurrency: int, retries: int
-) -> Mapping[str, StoredTensor]:
-    """Return where each tensor of safetensors *artifacts* will lie below *root*.
-
-    Nothing is downloaded: of each file two small ranges are read.
-
-    Raises:
-        FetchError: they cannot be read.
-        FormatError: a header is broken, or a tensor is in two files.
-    """
-
-    def read(artifact: Artifact) -> Header:
-        def needed(head: Head) -> int:
-            return _LENGTH_BYTES + header_length(head.content, head.size_bytes, artifact.path)
-
-        head = read_head(artifact, store, needed, retries)
-        return parse_header(head.content, head.size_bytes, artifact.path)
-
-    with ThreadPoolExecutor(min(concurrency, max(1, len(artifacts)))) as pool:
-        headers = list(pool.map(read, artifacts))
-    paths = [root / artifact.path for artifact in artifacts]
-    return join_headers(dict(zip(paths, headers, strict=True)))
 
 
 def read_checkpoints(

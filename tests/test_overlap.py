@@ -14,12 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from loader import boot
 from loader.adapters.merge import WeightedAdapter, merge
-from loader.errors import AdapterError, FetchError, FormatError
+from loader.errors import AdapterError, ChangedError, FetchError, FormatError
 from loader.settings import Settings
 from loader.timeline import Timeline
+from loader.weights.header import read_header
 from tests.models import tiny_llama, train_or_draw_lora
-from tests.origin import Fault, FaultyOrigin, act, status
+from tests.origin import Fault, FaultyHandler, FaultyOrigin, act, status
 from tests.test_boot import Job
+
+FILE = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,7 @@ def test_merged_while_it_is_fetched(job: Job, models: tuple[Path, Path], tmp_pat
 
     def written() -> bool:
         expected = (tmp_path / "expected" / first).read_bytes()
-        return any(p.read_bytes() == expected for p in cache.glob(f".*.partial/{first}"))
+        return any(p.read_bytes() == expected for p in cache.glob(f".*.partial/.*.partial/{first}"))
 
     def wait() -> None:
         end = time.monotonic() + 60
@@ -150,3 +153,86 @@ def test_a_single_file_with_a_long_header(origin: FaultyOrigin, tmp_path: Path) 
     ready = boot.prepare(settings_of(job))
     assert json.loads((ready.path / "podloader.json").read_text())["kind"] == "merged"
     assert weights(ready.path).keys() == tensors.keys()
+
+
+def test_a_single_file_is_merged_tensor_by_tensor(origin: FaultyOrigin, tmp_path: Path) -> None:
+    """The end of the only file is held back until a tensor from its middle has been merged."""
+    job = Job(origin, tmp_path)
+    base = tiny_llama(tmp_path / "base", hidden_size=256, num_hidden_layers=3)
+    adapter = train_or_draw_lora(base, tmp_path / "adapter")
+    merge(base, [WeightedAdapter(adapter)], tmp_path / "expected")
+    job.put(base, "checkpoint-5", job="basejob")
+    job.put(adapter, "checkpoint-10")
+    info = read_header(base / FILE).tensors["model.layers.0.self_attn.q_proj.weight"]
+    expected = (tmp_path / "expected" / FILE).read_bytes()
+    size = (base / FILE).stat().st_size
+    cache = job.root / ".podloader/models"
+    seen: list[bool] = []
+
+    def is_merged() -> bool:
+        for path in cache.glob(f".*.partial/.*.partial/{FILE}"):
+            with path.open("rb") as file:
+                file.seek(info.start)
+                if file.read(info.size_bytes) == expected[info.start : info.end]:
+                    return True
+        return False
+
+    def hold(handler: FaultyHandler) -> bool:
+        if handler.headers["Range"].endswith(f"-{size - 1}"):
+            end = time.monotonic() + 20
+            while not (found := is_merged()) and time.monotonic() < end:
+                time.sleep(0.02)
+            seen.append(found)
+        return False
+
+    nothing: Fault = act(lambda: None)
+    job.origin.fail(f"checkpoint-5/{FILE}", nothing, nothing, nothing, *[hold] * 1000)
+    ready = boot.prepare(settings_of(job, range_size="64KiB", concurrency=4))
+    assert seen[0]
+    assert (ready.path / FILE).read_bytes() == expected
+
+
+def test_a_base_that_changes_after_its_header_was_read(
+    origin: FaultyOrigin, tmp_path: Path
+) -> None:
+    """What was planned by one header is not done with the bytes of another file."""
+    job = Job(origin, tmp_path)
+    base = tiny_llama(tmp_path / "base")
+    job.put(train_or_draw_lora(base, tmp_path / "adapter"), "checkpoint-10")
+    path = job.put(base, "checkpoint-5", job="basejob") / FILE
+    other = tiny_llama(tmp_path / "other", num_hidden_layers=3) / FILE
+    nothing: Fault = act(lambda: None)
+    replaced = act(lambda: shutil.copyfile(other, path))
+    job.origin.fail(f"checkpoint-5/{FILE}", nothing, nothing, replaced)
+    with pytest.raises(ChangedError):
+        boot.prepare(settings_of(job))
+    assert not list((job.root / ".podloader/models").glob("*"))
+    shutil.copyfile(base / FILE, path)
+    assert boot.prepare(settings_of(job)).path.is_dir()
+
+
+def test_a_file_that_another_run_began(origin: FaultyOrigin, tmp_path: Path) -> None:
+    """What an earlier run left of the file counts as having come."""
+    job = Job(origin, tmp_path)
+    base = tiny_llama(tmp_path / "base", hidden_size=256, num_hidden_layers=3)
+    adapter = train_or_draw_lora(base, tmp_path / "adapter")
+    merge(base, [WeightedAdapter(adapter)], tmp_path / "expected")
+    job.put(base, "checkpoint-5", job="basejob")
+    job.put(adapter, "checkpoint-10")
+    size = (base / FILE).stat().st_size
+    nothing: Fault = act(lambda: None)
+
+    def refuse(handler: FaultyHandler) -> bool:
+        at_end = handler.headers["Range"].endswith(f"-{size - 1}")
+        return status(404)(handler) if at_end else False
+
+    job.origin.fail(f"checkpoint-5/{FILE}", nothing, nothing, nothing, *[refuse] * 1000)
+    settings = settings_of(job, range_size="64KiB", concurrency=4)
+    with pytest.raises(FetchError):
+        boot.prepare(settings)
+    assert not list((job.root / ".podloader/models").glob("*"))
+    job.origin.faults.clear()
+    sent = job.origin.bytes_sent
+    ready = boot.prepare(settings)
+    assert job.origin.bytes_sent - sent < size
+    assert (ready.path / FILE).read_bytes() == (tmp_path / "expected" / FILE).read_bytes()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -46,8 +47,7 @@ class _Counter:
 class Merging:
     """A merge about to be made: what is read, what is to be done, and where it goes.
 
-    ``files`` gives the names of the files that are there to be merged, as they arrive: each file
-    of *writer* is made from the file of the same name.
+    ``arriving`` gives the names of the base's tensors as they are there to be read.
     """
 
     reader: Reader
@@ -55,7 +55,7 @@ class Merging:
     plan: MergePlan
     writer: CheckpointWriter
     exact: Exact
-    files: Iterable[Collection[str]]
+    arriving: Iterable[Collection[str]]
 
     def read(self, part: str) -> torch.Tensor:
         """Return a tensor of an adapter; of several adapters, its name begins with a number."""
@@ -77,7 +77,9 @@ def merge_tensors(merging: Merging, on_progress: Progress | None = None) -> bool
     files = writer.files()
     counter = _Counter(sum(t.size_bytes for f in files.values() for t in f.values()), on_progress)
     touched = {*plan.edits, *plan.origins, *reader.derived}
+    made_of = _group_by_origin(files, plan)
     local = threading.local()
+    failed = threading.Event()
 
     def copy(names: list[str]) -> bool:
         writer.copy(names, reader)
@@ -90,26 +92,55 @@ def merge_tensors(merging: Merging, on_progress: Progress | None = None) -> bool
         counter.add(count)
         return changed
 
-    def submit(batch: Sequence[Mapping[str, TensorInfo]]) -> Iterator[Future[bool]]:
-        for tensors in batch:
-            if untouched := [name for name in tensors if name not in touched]:
+    def submit(names: Collection[str]) -> Iterator[Future[bool]]:
+        batch: dict[str, list[TensorInfo]] = {}
+        for made in (made for name in names for made in made_of[name]):
+            batch.setdefault(made.file, []).append(made.tensor)
+        for tensors in batch.values():
+            if untouched := [t.name for t in tensors if t.name not in touched]:
                 yield pool.submit(copy, untouched)
         # In turns over the files: writers of one file wait for each other.
-        for turn in zip_longest(*([t for t in f.values() if t.name in touched] for f in batch)):
+        for turn in zip_longest(*([t for t in f if t.name in touched] for f in batch.values())):
             yield from (pool.submit(change, t.name, t.size_bytes) for t in turn if t)
 
     jobs: list[Future[bool]] = []
     with _one_thread_each(), ThreadPoolExecutor(_count_threads(), "merge") as pool:
         try:
-            for names in merging.files:
-                jobs += submit([files[name] for name in names])
-                if any(job.done() and job.exception() for job in jobs):
+            for names in merging.arriving:
+                for job in submit(names):
+                    job.add_done_callback(partial(_tell_failure, failed))
+                    jobs.append(job)
+                if failed.is_set():
                     break
             done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     changed = [job.result() for job in jobs if job in done]  # every one: any may have failed
     return any(changed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A tensor to be written, and the file that it goes into."""
+
+    tensor: TensorInfo
+    file: str
+
+
+def _group_by_origin(
+    files: Mapping[str, Mapping[str, TensorInfo]], plan: MergePlan
+) -> Mapping[str, Sequence[_Made]]:
+    """Return what is made of each tensor of the base, in the order of the files to be written."""
+    found: dict[str, list[_Made]] = {}
+    for file, tensors in files.items():
+        for name, tensor in tensors.items():
+            found.setdefault(plan.origins.get(name, name), []).append(_Made(tensor, file))
+    return found
+
+
+def _tell_failure(failed: threading.Event, job: Future[bool]) -> None:
+    if not job.cancelled() and job.exception() is not None:
+        failed.set()
 
 
 def _count_threads() -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from loader.weights.listing import StoredTensor
 
@@ -12,9 +13,11 @@ from loader.weights.listing import StoredTensor
 class IncomingWeights:
     """The weights of a base.
 
-    ``tensors`` say where each will lie, from headers read at the origin; ``files`` gives the names
-    of the files that are whole, as soon as they are.
+    ``tensors`` say where each will lie, from headers read at the origin; ``arriving`` gives the
+    names of those that are there, as soon as they are, and ends when all files are whole and
+    proved; ``open`` returns a descriptor of a file of which something is there.
     """
 
     tensors: Mapping[str, StoredTensor]
-    files: Iterable[Collection[str]]
+    arriving: Iterable[Collection[str]]
+    open: Callable[[Path], int]

@@ -46,7 +46,7 @@ from loader.types import ReadyModel
 from loader.weights.dequantise import DequantisedReader
 from loader.weights.inspect import read_json
 from loader.weights.publishing import disk_error
-from loader.weights.quantised import find_packed, plain_dtype, quantisation_of
+from loader.weights.quantised import check_dequantisable, find_packed, plain_dtype, quantisation_of
 from loader.weights.readers import MemoryReader, SafetensorsReader, open_weights
 from loader.weights.writer import CheckpointWriter, ShardPlan, TensorSpec, plan_shard, plan_shards
 
@@ -81,8 +81,9 @@ def merge(
 
     ``exact="float32"`` rounds once, at the end; ``"peft"`` gives the bits of ``merge_and_unload``.
     ``combine`` is how several adapters become one. With ``dequantise``, the weights of a quantised
-    base are merged, and written, as what they stand for. With ``incoming``, the base's weight files
-    are merged as they arrive; all else must be there. ``on_progress(done_bytes, total_bytes)``.
+    base are merged, and written, as what they stand for. With ``incoming``, the base's weights are
+    merged tensor by tensor as they arrive; all else must be there.
+    ``on_progress(done_bytes, total_bytes)``.
 
     Raises:
         AdapterError: an adapter that does not fit its base, is left over, or has no effect.
@@ -97,8 +98,8 @@ def merge(
     with ExitStack() as stack:
         about = read_json(base / "config.json")
         reader = _open_base(stack, base, allow_pickle, incoming)
-        if (quantisation := quantisation_of(about)) is not None:
-            reader = _undo(base, reader, about, quantisation, asked_for=dequantise)
+        if quantisation_of(about) is not None:
+            reader = _undo(base, reader, about, asked_for=dequantise)
         sources = [_open(stack, a.folder, "adapter_model", allow_pickle) for a in adapters]
         view = Base(reader.tensors, about)
         plan = _plan(adapters, configs, sources, view, combine)
@@ -106,8 +107,8 @@ def merge(
         beside = list_surroundings(base, [adapter.folder for adapter in adapters])
         provenance = _describe(base, adapters, configs, exact, combine)
         with CheckpointWriter(output, _plan_files(reader, plan)) as writer:
-            files = incoming.files if incoming else (tuple(writer.files()),)
-            merging = Merging(reader, sources, plan, writer, exact, files)
+            arriving = incoming.arriving if incoming else (tuple(reader.tensors),)
+            merging = Merging(reader, sources, plan, writer, exact, arriving)
             changed = merge_tensors(merging, on_progress)
             if not changed and any(adapter.weight for adapter in adapters):
                 raise _without_effect(adapters)
@@ -161,34 +162,22 @@ def _open_base(
 ) -> LocalReader:
     if incoming is None:
         return _open(stack, base, "model", allow_pickle)
-    return stack.enter_context(SafetensorsReader(incoming.tensors))
+    return stack.enter_context(SafetensorsReader(incoming.tensors, incoming.open))
 
 
 def _undo(
-    base: Path,
-    reader: LocalReader,
-    config: Mapping[str, object],
-    quantisation: Mapping[str, object],
-    *,
-    asked_for: bool,
+    base: Path, reader: LocalReader, config: Mapping[str, object], *, asked_for: bool
 ) -> DequantisedReader:
     """Return *reader* with every weight as it was before it was quantised.
 
     Raises:
         UnsupportedError: it was not asked for, or the method is none that is undone here.
     """
-    method = str(quantisation.get("quant_method", "quantization_config in config.json"))
-    packed = find_packed(config, reader.tensors, reader.read_raw)
-    if not asked_for or not packed or not isinstance(reader, SafetensorsReader):
-        raise UnsupportedError(
-            "a quantised base cannot take up an adapter",
-            where=str(base),
-            got=method,
-            expected="weights in bfloat16, float16 or float32",
-            next_step="merge into the original model and quantise the result, attach instead, or "
-            "set dequantise: true for a merged model in full precision",
-        )
-    return DequantisedReader(reader, packed, plain_dtype(config), method)
+    stored = isinstance(reader, SafetensorsReader)
+    packed = find_packed(config, reader.tensors, reader.read_raw) if stored else {}
+    check_dequantisable(str(base), config, packed, asked_for=asked_for)
+    assert isinstance(reader, SafetensorsReader)
+    return DequantisedReader(reader, packed, plain_dtype(config))
 
 
 def _open(stack: ExitStack, folder: Path, stem: str, allow_pickle: bool) -> LocalReader:

@@ -1,13 +1,30 @@
-"""Which files of a running fetch are whole, for threads that can begin with some of them."""
+"""What a running fetch has brought, for threads that can begin with some of it."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from loader.errors import FetchError
+from loader.fetch.files import disk_errors
 from loader.types import FetchedFile, Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes ``[start, end)`` of the file *path* that are here: all of it, and proved, if ``whole``.
+
+    Before that, they are what the origin sent, of one version of the file.
+    """
+
+    path: str
+    start: int
+    end: int
+    whole: bool = False
 
 
 class Arrivals:
@@ -20,6 +37,8 @@ class Arrivals:
         self._root = root.absolute()
         self._expected = frozenset(paths)
         self._here: dict[str, FetchedFile] = {}
+        self._parts: dict[str, Path] = {}
+        self._pieces: list[Piece] = []
         self._snapshot: Snapshot | None = None
         self._error: BaseException | None = None
         self._changed = threading.Condition()
@@ -55,6 +74,40 @@ class Arrivals:
                 raise self._error
             return self._snapshot
 
+    def follow(self, paths: Collection[str]) -> Iterator[Sequence[Piece]]:
+        """Yield what has come of *paths*, a few pieces at a time, until all of them are whole.
+
+        Raises:
+            LoaderError: the fetch failed before.
+        """
+        left, seen = set(paths), 0
+        while left:
+            fresh = self._wait_for_pieces(seen)
+            seen += len(fresh)
+            yield [piece for piece in fresh if piece.path in left]
+            left -= {piece.path for piece in fresh if piece.whole}
+
+    def _wait_for_pieces(self, seen: int) -> Sequence[Piece]:
+        with self._changed:
+            self._changed.wait_for(lambda: seen < len(self._pieces) or self._error is not None)
+            if seen == len(self._pieces):
+                assert self._error is not None
+                raise self._error
+            return self._pieces[seen:]
+
+    def open(self, path: str) -> int:
+        """Return a descriptor of the file *path*, of which some piece is here.
+
+        Raises:
+            DiskError: it cannot be opened.
+        """
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        if not self.is_here(path):  # under its own name an older version may lie until then
+            with contextlib.suppress(FileNotFoundError):  # renamed this very moment
+                return os.open(self._parts[path], flags)
+        with disk_errors(self._root / path):
+            return os.open(self._root / path, flags)
+
     def is_here(self, path: str) -> bool:
         """Return whether the file *path* is whole already."""
         return path in self._here
@@ -63,10 +116,18 @@ class Arrivals:
         """Return what came under *path*, which is here already."""
         return self._here[path]
 
+    def advance(self, path: str, part: Path, start: int, end: int) -> None:
+        """Say that bytes ``[start, end)`` of *path* lie in the file *part*. The fetch does."""
+        with self._changed:
+            self._parts[path] = part
+            self._pieces.append(Piece(path, start, end))
+            self._changed.notify_all()
+
     def arrive(self, file: FetchedFile) -> None:
         """Say that a file is whole. The fetch does."""
         with self._changed:
             self._here[file.path] = file
+            self._pieces.append(Piece(file.path, 0, file.size_bytes, whole=True))
             self._changed.notify_all()
 
     def end(self, outcome: Snapshot | BaseException) -> None:

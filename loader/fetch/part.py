@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 
 from loader.errors import FetchError, FormatError, TransientError
 from loader.fetch.files import (
@@ -32,7 +33,8 @@ class PartFile:
     """One artifact's part file. ``lock`` and ``resume`` come first; then ``write`` and ``finish``
     may be called from many threads.
 
-    Files that are not worth a journal are fetched from their start after an interruption.
+    Files that are not worth a journal are fetched from their start after an interruption. *tell*
+    is called with start and end of what has come, and with what was here.
     ``missing`` is what ``resume`` left to be fetched, ``done`` the file once it is whole.
     """
 
@@ -45,12 +47,14 @@ class PartFile:
         check: Check | None = None,
         *,
         journaled: bool = True,
+        tell: Callable[[int, int], None] = lambda start, end: None,
     ) -> None:
         self.artifact = artifact
         self.info = info
         self.check = check
         self.sum = check.new_sum(info.size_bytes) if check is not None else None
         self._journaled = journaled
+        self._tell = tell
         self.done: FetchedFile | None = None
         self.missing: tuple[Range, ...] = ()
         self.fetched_bytes = 0
@@ -108,6 +112,8 @@ class PartFile:
         self._have = list(proved_ranges(self._place.part, self._claimed(), self.sum))
         self._have_bytes = sum(entry.end - entry.start for entry in self._have)
         self.missing = missing_ranges(self._have, self.info.size_bytes)
+        for entry in self._have:
+            self._tell(entry.start, entry.end)
         self.done = self._adopt()
         if self.done is not None:
             self.missing = ()
@@ -135,7 +141,9 @@ class PartFile:
             self._have.append(entry)
             self._have_bytes += entry.end - entry.start
             self.fetched_bytes += entry.end - entry.start
-            return self._have_bytes == self.info.size_bytes
+            is_whole = self._have_bytes == self.info.size_bytes
+        self._tell(entry.start, entry.end)
+        return is_whole
 
     def publish(self) -> None:
         """Give the whole file its name, then write its record.

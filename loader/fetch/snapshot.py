@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from tenacity import Retrying
@@ -105,11 +106,12 @@ def _fetch(
             arrivals.arrive(fetched_file(artifact, reused[artifact.path], reused=True))
         else:
             # A file from elsewhere is kept only where the origin says that it is the same.
-            info = infos[artifact] or _stat(artifact, store, options.retries)
+            info = infos[artifact] or ask_version(artifact, store, options.retries)
             check = choose_check(info, options.range_bytes)
             large = info.size_bytes > min(options.range_bytes, LARGE_BYTES)
             place = places(root, artifact)
-            parts.append(PartFile(artifact, info, place, boot, check, journaled=large))
+            tell = partial(arrivals.advance, artifact.path, place.part)
+            parts.append(PartFile(artifact, info, place, boot, check, journaled=large, tell=tell))
     limits = Limits(options.concurrency, options.retries, options.deadline_s, options.range_bytes)
     Download(parts, root, store, limits, options.verify, progress, arrivals).run(reused, seen)
     files = tuple(arrivals.file(a.path) for a in manifest.files)
@@ -147,7 +149,7 @@ def read_artifact(artifact: Artifact, root: Path, store: Store) -> bytes:
     record = read_record(place.record)
     if record is not None and is_intact(place.final, record, "size", boot_id()):
         return place.final.read_bytes()
-    info = _stat(artifact, store, FetchOptions().retries)
+    info = ask_version(artifact, store, FetchOptions().retries)
     if info.size_bytes > _SMALL_BYTES:
         raise FetchError(
             "a small file was expected",
@@ -212,7 +214,7 @@ def _ask(
 
     def ask(artifact: Artifact) -> ObjectInfo | None:
         if artifact not in kept:
-            return _stat(artifact, store, options.retries)
+            return ask_version(artifact, store, options.retries)
         try:
             return None if silent else store.stat(artifact)
         except FetchError as error:
@@ -229,7 +231,12 @@ def _ask(
     return dict(zip(files, infos, strict=True))
 
 
-def _stat(artifact: Artifact, store: Store, retries: int) -> ObjectInfo:
+def ask_version(artifact: Artifact, store: Store, retries: int) -> ObjectInfo:
+    """Return which version of the object lies at the origin now.
+
+    Raises:
+        FetchError: the origin does not tell.
+    """
     for attempt in _attempts(retries):
         with attempt:
             return store.stat(artifact)

@@ -8,7 +8,6 @@ from types import MappingProxyType
 
 import torch
 
-from loader.errors import UnsupportedError
 from loader.weights.header import TensorInfo
 from loader.weights.quantised import Packed, plain_tensors
 from loader.weights.readers import TORCH_DTYPES, SafetensorsReader, tensor_bytes
@@ -17,22 +16,11 @@ from loader.weights.readers import TORCH_DTYPES, SafetensorsReader, tensor_bytes
 class DequantisedReader:
     """A ``Reader`` over *stored*, a quantised checkpoint, in which every weight has *dtype*.
 
-    ``derived`` are the tensors that are computed; the others are those of ``stored``.
-
-    Raises:
-        UnsupportedError: weights in a form that is not undone here (all are listed).
+    ``derived`` are the tensors that are computed; the others are those of ``stored``. What can be
+    undone is told by ``check_dequantisable``.
     """
 
-    def __init__(
-        self, stored: SafetensorsReader, packed: Mapping[str, Packed], dtype: str, method: str
-    ) -> None:
-        if strange := [name for name, p in packed.items() if p.form == "packed"]:
-            raise UnsupportedError(
-                f"weights of the method {method!r} are not dequantised here",
-                problems=strange,
-                expected="FP8, compressed-tensors with scales, or bitsandbytes",
-                next_step="merge into the original model and quantise the result, or attach",
-            )
+    def __init__(self, stored: SafetensorsReader, packed: Mapping[str, Packed], dtype: str) -> None:
         self.plain = stored
         self.stored = {
             name: stored.stored[packed[name].parts["weight"] if name in packed else name]

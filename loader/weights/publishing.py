@@ -4,14 +4,18 @@
 
     <parent>/.<name>.<random>.partial/     being written; locked by its writer while it lives
     <parent>/<name>/                       the same folder, renamed when all of it is there
+    <parent>/.<what>.<random>.partial/     room for what has no name yet; locked alike
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
 import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,16 +39,8 @@ class PartialFolder:
         parent = self.folder.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            _sweep(self.folder)
-            free = shutil.disk_usage(parent).free
-            if free < self._needed_bytes:
-                raise DiskError(
-                    "not enough free space",
-                    where=str(parent),
-                    expected=f"{self._needed_bytes} bytes",
-                    got=f"{free} bytes",
-                    next_step="free some space, or choose another output folder",
-                )
+            sweep(parent, self.folder.name)
+            check_room([(parent, self._needed_bytes)])
             self.path = Path(tempfile.mkdtemp(".partial", f".{self.folder.name}.", parent))
             self.path.chmod(0o755)
             self._lock = _lock(self.path)
@@ -73,6 +69,54 @@ class PartialFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path, what: str) -> Iterator[Path]:
+    """Give an empty folder in *parent*, to be renamed from or thrown away at the block's end.
+
+    Raises:
+        DiskError: the disk refused.
+    """
+    lock = None
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        sweep(parent, what)
+        folder = Path(tempfile.mkdtemp(".partial", f".{what}.", parent))
+        lock = _lock(folder)
+    except OSError as error:
+        raise disk_error(parent, error) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def check_room(needs: Iterable[tuple[Path, int]]) -> None:
+    """Check that the bytes of *needs*, each below its folder, find room together.
+
+    Raises:
+        DiskError: they do not.
+    """
+    needed: Counter[int] = Counter()
+    folders: dict[int, Path] = {}
+    for folder, count in needs:
+        folder.mkdir(parents=True, exist_ok=True)
+        device = folder.stat().st_dev
+        needed[device] += count
+        folders.setdefault(device, folder)
+    for device, count in needed.items():
+        free = shutil.disk_usage(folders[device]).free
+        if free < count:
+            raise DiskError(
+                "not enough free space",
+                where=str(folders[device]),
+                expected=f"{count} bytes",
+                got=f"{free} bytes",
+                next_step="free some space, or choose another output folder",
+            )
 
 
 def disk_error(folder: Path, error: OSError) -> DiskError:
@@ -111,8 +155,13 @@ def _lock(path: Path) -> int | None:
     return descriptor
 
 
-def _sweep(folder: Path) -> None:
-    for left in folder.parent.glob(f".{folder.name}.*.partial"):
-        if (lock := _lock(left)) is not None:
+def sweep(parent: Path, name: str) -> None:
+    """Remove what killed writers of *name* left in *parent*; those of living ones stay."""
+    for left in parent.glob(f".{name}.*.partial"):
+        try:
+            lock = _lock(left)
+        except OSError:  # its writer has just published or removed it
+            continue
+        if lock is not None:
             shutil.rmtree(left, ignore_errors=True)
             os.close(lock)

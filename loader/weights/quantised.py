@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
-from loader.errors import FormatError
+from loader.errors import FormatError, UnsupportedError
 from loader.weights.header import TensorInfo, size_bytes
 
 Form = Literal["scaled", "four bits", "packed"]
@@ -96,6 +96,46 @@ def find_packed(
         if packed is not None:
             found[packed.name] = packed
     return MappingProxyType(found)
+
+
+def is_description(name: str) -> bool:
+    """Return whether *name* is a small tensor whose bytes ``find_packed`` reads."""
+    return _STATE in name
+
+
+def check_dequantisable(
+    where: str,
+    config: Mapping[str, object],
+    packed: Mapping[str, Packed] | None,
+    *,
+    asked_for: bool,
+) -> None:
+    """Check that the quantised base at *where* can be merged into, as what its weights stand for.
+
+    ``packed`` is None where these are not known yet.
+
+    Raises:
+        UnsupportedError: that was not asked for, or weights are in a form that is not undone here.
+    """
+    about = quantisation_of(config) or {}
+    method = str(about.get("quant_method", "quantization_config in config.json"))
+    if not asked_for or packed == {}:
+        raise UnsupportedError(
+            "a quantised base cannot take up an adapter",
+            where=where,
+            got=method,
+            expected="weights in bfloat16, float16 or float32",
+            next_step="merge into the original model and quantise the result, attach instead, or "
+            "set dequantise: true for a merged model in full precision",
+        )
+    if strange := [name for name, found in (packed or {}).items() if found.form == "packed"]:
+        raise UnsupportedError(
+            f"weights of the method {method!r} are not dequantised here",
+            where=where,
+            problems=strange,
+            expected="FP8, compressed-tensors with scales, or bitsandbytes",
+            next_step="merge into the original model and quantise the result, or attach",
+        )
 
 
 def plain_tensors(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Protocol, Self
@@ -70,13 +70,24 @@ class Reader(Protocol):
         """Return the tensor's bytes as safetensors stores them."""
 
 
+def open_file(path: Path) -> int:
+    """Return a descriptor to read *path* by."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
 class SafetensorsReader:
-    """A ``Reader`` over local safetensors files; keeps one descriptor per file until closed."""
+    """A ``Reader`` over local safetensors files; keeps one descriptor per file until closed.
+
+    ``open_path`` is how a file is opened, for those that do not bear their names yet.
+    """
 
     derived: frozenset[str] = frozenset()
 
-    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(
+        self, stored: Mapping[str, StoredTensor], open_path: Callable[[Path], int] = open_file
+    ) -> None:
         self.stored = stored
+        self._open_path = open_path
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {name: tensor.info for name, tensor in stored.items()}
         )
@@ -87,7 +98,7 @@ class SafetensorsReader:
         """Return the open descriptor of a file, for copies inside the kernel."""
         with self._lock:
             if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._descriptors[path] = self._open_path(path)
             return self._descriptors[path]
 
     def read(self, name: str) -> torch.Tensor:
