@@ -73,7 +73,7 @@ class LateWeights:
             header = self.headers[place.final]
             size = max((t.end for t in header.tensors.values()), default=0)
             with contextlib.suppress(OSError):
-                size -= place.part.stat().st_blocks * 512
+                size -= Path(place.part).stat().st_blocks * 512
             here = read_record(place.record) is not None and place.final.is_file()
             missing += 0 if here else max(0, size)
         return missing

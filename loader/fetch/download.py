@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loader.errors import DiskError
 from loader.fetch.arrivals import Arrivals
-from loader.fetch.files import STATE, Record, boot_id, disk_errors, places, read_record
+from loader.fetch.files import STATE, Record, boot_id, disk_errors, read_record
 from loader.fetch.part import PartFile
 from loader.fetch.progress import Progress, show_bytes
 from loader.fetch.transfer import Events, Limits, transfer
@@ -20,58 +20,74 @@ _SPARE_BYTES = 64 << 20  # journals, records, folders
 
 
 class Download:
-    """The files of a fetch that have to be brought here, by this process or one beside it."""
+    """The files of a fetch that have to be brought here, by this process or one beside it.
+
+    Records *seen* before prove nothing new.
+    """
 
     def __init__(
         self,
-        parts: list[PartFile],
         root: Path,
-        store: Store,
         limits: Limits,
         verify: Verify,
+        seen: Mapping[Artifact, Record],
         progress: Progress,
         arrivals: Arrivals,
     ) -> None:
-        # Configs, indexes and adapters first: whoever waits for files can begin with them.
-        self._parts = sorted(parts, key=lambda part: part.is_large)
         self._root = root
-        self._store = store
         self._limits = limits
         self._verify = verify
+        self._seen = seen
         self._progress = progress
         self._arrivals = arrivals
-        self._seen: Mapping[Artifact, Record] = {}
 
-    def run(self, reused: Mapping[str, Record], seen: Mapping[Artifact, Record]) -> None:
-        """Bring them all, beside the *reused* files. Records *seen* before prove nothing new."""
-        parts, self._seen = self._parts, seen
-        here_bytes = sum(record.size_bytes for record in reused.values())
-        _check_room(parts, self._root)
-        total = sum(part.info.size_bytes for part in parts)
-        have = sum(part.claimed_bytes for part in parts)
-        self._progress.start(len(parts) + len(reused), total + here_bytes, have + here_bytes)
+    def run(self, parts: Sequence[PartFile], store: Store, reused: Mapping[str, Record]) -> None:
+        """Bring all *parts*, beside the *reused* files and those that came whole already."""
+        # Configs, indexes and adapters first: whoever waits for files can begin with them.
+        left = sorted((p for p in parts if p.done is None), key=lambda part: part.is_large)
+        _check_room(left, self._root)
+        have = sum(record.size_bytes for record in reused.values())
+        total = have + sum(part.info.size_bytes for part in parts)
+        have += sum(part.claimed_bytes for part in left)
+        have += sum(f.size_bytes for part in parts if (f := part.done) and f.reused)
+        self._progress.start(len(parts) + len(reused), total, have)
         for path in reused:
             self._progress.finish_file(path)
+        self._tell_whole(parts)
         events = Events(self._begin, self._arrived, self._progress, self._arrivals.stop)
         try:
-            transfer(parts, self._store, self._limits, events)
+            transfer(left, store, self._limits, events)
         finally:
-            for part in parts:
+            for part in left:
                 part.close()
             self._progress.finish()
 
-    def _begin(self, part: PartFile) -> bool:
+    def claim(self, part: PartFile) -> bool:
         """Take the part's lock, and the file as it is where another process has completed it."""
         if not part.lock():
             return False
-        claimed = part.claimed_bytes
         record = self._completed(part)
         if record is not None:
             part.keep(record)
-            found = part.info.size_bytes
         else:
             part.resume()
-            found = part.have_bytes
+        return True
+
+    def _tell_whole(self, parts: Sequence[PartFile]) -> None:
+        for part in parts:
+            if (file := part.done) is None:
+                continue
+            if not file.reused:
+                self._progress.begin_file(file.path, file.size_bytes, 0)
+                self._progress.advance(file.size_bytes, file.path)
+            self._progress.finish_file(file.path)
+
+    def _begin(self, part: PartFile) -> bool:
+        if not part.lock():
+            return False
+        claimed = part.claimed_bytes
+        self.claim(part)
+        found = part.have_bytes if part.done is None else part.info.size_bytes
         if found != claimed:
             self._progress.advance(found - claimed, part.artifact.path)
         if part.done is not None:
@@ -80,12 +96,11 @@ class Download:
 
     def _completed(self, part: PartFile) -> Record | None:
         """Return the record of a file that another process has completed meanwhile."""
-        place = places(self._root, part.artifact)
-        record = read_record(place.record)
+        record = read_record(part.place.record)
         if record is None or record == self._seen.get(part.artifact):
             return None
         whole = is_same(part.artifact, record, part.info) and is_intact(
-            place.final, record, self._verify, boot_id()
+            part.place.final, record, self._verify, boot_id()
         )
         return record if whole else None
 

@@ -23,28 +23,54 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from loader.errors import DiskError, ResolveError
+from loader.errors import DiskError
 from loader.fetch.plan import DoneRange
 from loader.types import Artifact
 
 STATE = ".podloader"
-_KINDS = ("part", "journal", "record", "lock")
+KINDS = ("part", "journal", "record", "lock")  # of an artifact's state
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where one artifact goes, and where its state is kept."""
+    """Where the artifact ``path`` goes below ``root``, and where its state is kept.
 
-    final: Path
-    part: Path
-    journal: Path
-    record: Path
-    lock: Path
+    Text, made when it is asked for: a checkpoint may have many thousand files, and five Paths cost
+    as much as a small file's transfer.
+    """
+
+    root: str
+    path: str
+
+    @property
+    def final(self) -> Path:
+        """The whole file."""
+        return Path(f"{self.root}/{self.path}")
+
+    @property
+    def part(self) -> str:
+        """The bytes that have arrived."""
+        return f"{self.root}/{STATE}/files/{self.path}.part"
+
+    @property
+    def journal(self) -> str:
+        """Which ranges have."""
+        return f"{self.root}/{STATE}/files/{self.path}.journal"
+
+    @property
+    def record(self) -> str:
+        """What the whole file is."""
+        return f"{self.root}/{STATE}/files/{self.path}.record"
+
+    @property
+    def lock(self) -> str:
+        """Held by the process that is fetching it."""
+        return f"{self.root}/{STATE}/files/{self.path}.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +88,7 @@ class Record:
 
 def places(root: Path, artifact: Artifact) -> Places:
     """Return the paths of *artifact* below *root*."""
-    state = root / STATE / "files" / artifact.path
-    kinds = (state.with_name(f"{state.name}.{kind}") for kind in _KINDS)
-    return Places(root / artifact.path, *kinds)
+    return Places(str(root), artifact.path)
 
 
 def boot_id() -> str:
@@ -75,15 +99,19 @@ def boot_id() -> str:
         return ""
 
 
-def try_lock(path: Path) -> int | None:
+def try_lock(path: str) -> int | None:
     """Return the descriptor that holds the lock *path*, None where another one does.
 
     The system lets go of it when the descriptor is closed, by whatever end of the process. The
     file stays: were it removed, two processes could hold two of the same name.
     """
+    flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fd = os.open(path, flags, 0o644)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            fd = os.open(path, flags, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -93,32 +121,6 @@ def try_lock(path: Path) -> int | None:
             os.close(fd)
             raise
         return fd
-
-
-def check_way(root: Path, artifacts: Sequence[Artifact]) -> None:
-    """Look below *root* at every place that is going to be written.
-
-    Raises:
-        ResolveError: symlinks, files in a folder's place, folders in a file's place; all of them.
-    """
-    finals: set[Path] = set()
-    folders: set[Path] = {root / STATE}
-    for artifact in artifacts:
-        place = places(root, artifact)
-        finals |= {place.final, place.part, place.journal, place.record, place.lock}
-        for leaf in (place.final, place.part):
-            depth = len(leaf.parts) - len(root.parts) - 1
-            folders.update(leaf.parents[:depth])
-    problems = [f"{path}: a symlink" for path in sorted(finals | folders) if path.is_symlink()]
-    problems += [f"{p}: a file, where a folder is needed" for p in sorted(folders) if p.is_file()]
-    problems += [f"{p}: a folder, where a file is needed" for p in sorted(finals) if p.is_dir()]
-    if problems:
-        raise ResolveError(
-            "something lies in the way below the download folder",
-            where=str(root),
-            problems=problems,
-            next_step="remove it, or use an empty download_folder",
-        )
 
 
 def is_case_sensitive(root: Path) -> bool:
@@ -133,10 +135,10 @@ def is_case_sensitive(root: Path) -> bool:
             probe.unlink(missing_ok=True)
 
 
-def read_journal(path: Path, key: dict[str, object]) -> tuple[DoneRange, ...]:
+def read_journal(path: str, key: dict[str, object]) -> tuple[DoneRange, ...]:
     """Return the ranges that a journal of the same *key* holds; a torn last line is left out."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = _read(path).split(b"\n")
     except FileNotFoundError:
         return ()
     try:
@@ -151,38 +153,64 @@ def read_journal(path: Path, key: dict[str, object]) -> tuple[DoneRange, ...]:
     return tuple(done)
 
 
-def write_journal(path: Path, key: dict[str, object], done: tuple[DoneRange, ...]) -> None:
+def write_journal(path: str, key: dict[str, object], done: tuple[DoneRange, ...]) -> None:
     """Write a journal anew, at once."""
     lines = [json.dumps(key), *(json.dumps([r.start, r.end, r.crc]) for r in done)]
-    replace_text(path, "\n".join(lines) + "\n")
+    with disk_errors(path):
+        _write(f"{path}.new", ("\n".join(lines) + "\n").encode())
+        os.replace(f"{path}.new", path)
 
 
-def read_record(path: Path) -> Record | None:
+def read_record(path: str) -> Record | None:
     """Return the record, None where there is none that can be read."""
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(_read(path))
         ranges = tuple(DoneRange(*map(int, entry)) for entry in fields.pop("ranges"))
         return Record(**fields, ranges=ranges)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
-def write_record(path: Path, record: Record) -> None:
-    """Write the record, at once."""
-    fields = asdict(record) | {"ranges": [[r.start, r.end, r.crc] for r in record.ranges]}
-    replace_text(path, json.dumps(fields))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Put *text* at *path*, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.new")
+def write_record(path: str, record: Record) -> None:
+    """Write the record. One that is not whole is no JSON, and so no record."""
+    fields = {
+        "size_bytes": record.size_bytes,
+        "digest": record.digest,
+        "source": record.source,
+        "version": record.version,
+        "mtime_ns": record.mtime_ns,
+        "boot_id": record.boot_id,
+        "ranges": [[r.start, r.end, r.crc] for r in record.ranges],
+    }
     with disk_errors(path):
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        _write(path, json.dumps(fields).encode())
+
+
+def remove(path: str) -> None:
+    """Remove the file *path* where there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _read(path: str) -> bytes:
+    """Return the contents of a file of states."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    with open(fd, "rb") as file:
+        return file.read()
+
+
+def _write(path: str, data: bytes) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(path, flags, 0o644)
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: str | Path) -> Iterator[None]:
     """Raise OSErrors of the block as DiskError."""
     try:
         yield

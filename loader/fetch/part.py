@@ -15,6 +15,7 @@ from loader.fetch.files import (
     Record,
     disk_errors,
     read_journal,
+    remove,
     try_lock,
     write_journal,
     write_record,
@@ -58,7 +59,7 @@ class PartFile:
         self.done: FetchedFile | None = None
         self.missing: tuple[Range, ...] = ()
         self.fetched_bytes = 0
-        self._place = place
+        self.place = place
         self._boot_id = boot_id
         self._lock = threading.Lock()
         self._fd: int | None = None
@@ -88,7 +89,7 @@ class PartFile:
     def needed_bytes(self) -> int:
         """The bytes that the disk has yet to find room for."""
         try:
-            held = self._place.part.stat().st_blocks * 512
+            held = os.stat(self.place.part).st_blocks * 512
         except OSError:
             held = 0
         return max(0, self.info.size_bytes - held)
@@ -98,7 +99,7 @@ class PartFile:
         with self._lock:
             self._check_open()
             if self._lock_fd is None:
-                self._lock_fd = try_lock(self._place.lock)
+                self._lock_fd = try_lock(self.place.lock)
             return self._lock_fd is not None
 
     def keep(self, record: Record) -> None:
@@ -109,7 +110,7 @@ class PartFile:
     def resume(self) -> None:
         """Find out, and prove, what an earlier run left; publish the file where that is all."""
         self._began = time.monotonic()
-        self._have = list(proved_ranges(self._place.part, self._claimed(), self.sum))
+        self._have = list(proved_ranges(self.place.part, self._claimed(), self.sum))
         self._have_bytes = sum(entry.end - entry.start for entry in self._have)
         self.missing = missing_ranges(self._have, self.info.size_bytes)
         for entry in self._have:
@@ -126,7 +127,7 @@ class PartFile:
         if self._fd is None:
             self._open()
         assert self._fd is not None
-        with disk_errors(self._place.part):
+        with disk_errors(self.place.part):
             while data:
                 count = os.pwrite(self._fd, data, place)
                 data, place = data[count:], place + count
@@ -136,7 +137,7 @@ class PartFile:
         line = json.dumps([entry.start, entry.end, entry.crc]) + "\n"
         with self._lock:
             if self._journal is not None:
-                with disk_errors(self._place.journal):
+                with disk_errors(self.place.journal):
                     os.write(self._journal, line.encode())
             self._have.append(entry)
             self._have_bytes += entry.end - entry.start
@@ -153,13 +154,13 @@ class PartFile:
             FormatError: the bytes are what the origin sent, and no whole file of their format.
         """
         self._open()
-        place = self._place
+        place = self.place
         have = sound_ranges(self._have, self.info.size_bytes)
         self._compare_sum(have)
         try:
             check_structure(place.part, self.artifact.path)
         except FormatError as error:
-            place.journal.unlink(missing_ok=True)
+            remove(place.journal)
             raise FormatError(
                 f"the origin's file is broken: {error.what}",
                 where=self.artifact.path,
@@ -168,11 +169,15 @@ class PartFile:
                 problems=error.problems,
                 next_step="wait until the training job has uploaded it whole, or leave it out",
             ) from None
+        assert self._fd is not None
         with disk_errors(place.final):
-            place.final.parent.mkdir(parents=True, exist_ok=True)
-            place.record.unlink(missing_ok=True)
-            mtime_ns = place.part.stat().st_mtime_ns
-            place.part.replace(place.final)
+            remove(place.record)
+            mtime_ns = os.fstat(self._fd).st_mtime_ns
+            try:
+                os.replace(place.part, place.final)
+            except FileNotFoundError:
+                place.final.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(place.part, place.final)
         self.done = self._promote(have, mtime_ns)
         self.close()
 
@@ -197,19 +202,18 @@ class PartFile:
 
     def _open(self) -> None:
         """Make the part file and its journal, or go on with those of an earlier run."""
-        with self._lock, disk_errors(self._place.part):
+        with self._lock, disk_errors(self.place.part):
             self._check_open()
             if self._fd is not None:
                 return
-            self._place.part.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            fd = os.open(self._place.part, flags, 0o644)
+            fd = os.open(self.place.part, flags, 0o644)
             try:
                 os.ftruncate(fd, self.info.size_bytes)
                 if self._journaled:
-                    write_journal(self._place.journal, self._key(), tuple(self._have))
+                    write_journal(self.place.journal, self._key(), tuple(self._have))
                     flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-                    self._journal = os.open(self._place.journal, flags)
+                    self._journal = os.open(self.place.journal, flags)
             except BaseException:
                 os.close(fd)
                 raise
@@ -227,8 +231,8 @@ class PartFile:
         if found is None or found == wanted.digest:
             return
         # Nobody can say which of the bytes are wrong: they all come again.
-        for path in (self._place.journal, self._place.part):
-            path.unlink(missing_ok=True)
+        for path in (self.place.journal, self.place.part):
+            remove(path)
         raise FetchError(
             "the bytes do not sum up to what the origin says",
             where=self.artifact.source,
@@ -240,8 +244,8 @@ class PartFile:
 
     def _adopt(self) -> FetchedFile | None:
         """Return the final file where an earlier run was killed between its name and record."""
-        place = self._place
-        if place.part.exists() or not place.final.is_file():
+        place = self.place
+        if os.path.lexists(place.part) or not place.final.is_file():
             return None
         have = sound_ranges(read_journal(place.journal, self._key()), self.info.size_bytes)
         whole = sum(entry.end - entry.start for entry in have) == self.info.size_bytes
@@ -261,16 +265,16 @@ class PartFile:
         record = Record(
             size, digest, self.artifact.source, self.info.version, mtime_ns, self._boot_id, have
         )
-        write_record(self._place.record, record)
-        with disk_errors(self._place.journal):
-            self._place.journal.unlink(missing_ok=True)
+        write_record(self.place.record, record)
+        with disk_errors(self.place.journal):
+            remove(self.place.journal)
         seconds = 0.0 if reused else time.monotonic() - self._began
         return fetched_file(self.artifact, record, reused=reused, seconds=seconds)
 
     def _claimed(self) -> tuple[DoneRange, ...]:
         if not self.info.ranges or not self._journaled:
             return ()
-        return sound_ranges(read_journal(self._place.journal, self._key()), self.info.size_bytes)
+        return sound_ranges(read_journal(self.place.journal, self._key()), self.info.size_bytes)
 
     def _key(self) -> dict[str, object]:
         """What a journal must have been written for, to be believed."""

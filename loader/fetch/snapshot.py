@@ -1,11 +1,11 @@
-"""Manifest -> Snapshot: look, prove, ask the origin, check the room, transfer, publish."""
+"""Manifest -> Snapshot: look, prove, ask the origin, bring what is small, then the rest."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,18 +16,20 @@ from loader.errors import FetchError, LoaderError, TransientError
 from loader.fetch.arrivals import Arrivals
 from loader.fetch.download import Download, is_same
 from loader.fetch.files import (
+    Places,
     Record,
     boot_id,
-    check_way,
     places,
     read_record,
 )
+from loader.fetch.opening import Hooks, Opening
 from loader.fetch.part import LARGE_BYTES, PartFile, fetched_file
 from loader.fetch.progress import LogProgress, Progress, show_bytes
 from loader.fetch.sums import choose_check
 from loader.fetch.threads import map_on_threads
 from loader.fetch.transfer import Limits
 from loader.fetch.verify import Verify, is_intact
+from loader.fetch.way import check_way
 from loader.retry import retrying
 from loader.stores.base import ObjectInfo, Store
 from loader.types import Artifact, Manifest, Snapshot
@@ -96,24 +98,32 @@ def _fetch(
     check_way(root, manifest.files)
     began = time.monotonic()
     boot = boot_id()
-    seen = {a: r for a in manifest.files if (r := read_record(places(root, a).record))}
-    kept = _kept(seen, root, options, boot, arrivals.stop)
-    infos = _ask(manifest.files, kept, store, options, arrivals.stop)
+    at = {artifact: places(root, artifact) for artifact in manifest.files}
+    seen = {a: r for a, place in at.items() if (r := read_record(place.record))}
+    kept = _kept(seen, at, options, boot, arrivals.stop)
+    infos = _ask(kept, store, options, arrivals.stop)
     reused = {a.path: r for a, r in kept.items() if is_same(a, r, infos[a])}
-    parts = []
-    for artifact in manifest.files:
+    for artifact in kept:
         if artifact.path in reused:
             arrivals.arrive(fetched_file(artifact, reused[artifact.path], reused=True))
-        else:
-            # A file from elsewhere is kept only where the origin says that it is the same.
-            info = infos[artifact] or ask_version(artifact, store, options.retries)
-            check = choose_check(info, options.range_bytes)
-            large = info.size_bytes > min(options.range_bytes, LARGE_BYTES)
-            place = places(root, artifact)
-            tell = partial(arrivals.advance, artifact.path, place.part)
-            parts.append(PartFile(artifact, info, place, boot, check, journaled=large, tell=tell))
+
+    def make(artifact: Artifact, info: ObjectInfo) -> PartFile:
+        check = choose_check(info, options.range_bytes)
+        large = info.size_bytes > min(options.range_bytes, LARGE_BYTES)
+        tell = partial(arrivals.advance, artifact.path, Path(at[artifact].part))
+        return PartFile(artifact, info, at[artifact], boot, check, journaled=large, tell=tell)
+
+    def arrived(part: PartFile) -> None:
+        if part.done is not None:
+            arrivals.arrive(part.done)
+
     limits = Limits(options.concurrency, options.retries, options.deadline_s, options.range_bytes)
-    Download(parts, root, store, limits, options.verify, progress, arrivals).run(reused, seen)
+    download = Download(root, limits, options.verify, seen, progress, arrivals)
+    hooks = Hooks(make, download.claim, arrived, progress)
+    opening = Opening(store, hooks, options.retries, options.range_bytes)
+    left = [artifact for artifact in manifest.files if artifact.path not in reused]
+    parts = opening.run(left, options.concurrency, arrivals.stop)
+    download.run(parts, store, reused)
     files = tuple(arrivals.file(a.path) for a in manifest.files)
     fetched_bytes = sum(part.fetched_bytes for part in parts)
     return Snapshot(root, files, time.monotonic() - began, fetched_bytes)
@@ -181,7 +191,7 @@ def _read_whole(artifact: Artifact, info: ObjectInfo, store: Store) -> bytes:
 
 def _kept(
     seen: dict[Artifact, Record],
-    root: Path,
+    at: Mapping[Artifact, Places],
     options: FetchOptions,
     boot: str,
     stop: threading.Event,
@@ -189,7 +199,7 @@ def _kept(
     """Return those files that an earlier fetch completed which are still intact."""
 
     def is_kept(artifact: Artifact) -> bool:
-        record, final = seen[artifact], places(root, artifact).final
+        record, final = seen[artifact], at[artifact].final
         if artifact.size_bytes not in (None, record.size_bytes):
             return False
         if is_intact(final, record, options.verify, boot):
@@ -203,32 +213,26 @@ def _kept(
 
 
 def _ask(
-    files: Sequence[Artifact],
-    kept: dict[Artifact, Record],
-    store: Store,
-    options: FetchOptions,
-    stop: threading.Event,
+    kept: Mapping[Artifact, Record], store: Store, options: FetchOptions, stop: threading.Event
 ) -> dict[Artifact, ObjectInfo | None]:
-    """Return every object's version; None for kept files where the origin does not answer."""
+    """Return the version of every kept file's object, None where the origin does not answer."""
     silent: list[LoaderError] = []
 
     def ask(artifact: Artifact) -> ObjectInfo | None:
-        if artifact not in kept:
-            return ask_version(artifact, store, options.retries)
         try:
             return None if silent else store.stat(artifact)
         except FetchError as error:
             silent.append(error)
             return None
 
-    infos = map_on_threads(ask, files, options.concurrency, stop)
+    infos = map_on_threads(ask, tuple(kept), options.concurrency, stop)
     if silent:
         _log.warning(
             "the origin does not tell whether %d files here are its newest: %s",
             sum(1 for info in infos if info is None),
             silent[0].what,
         )
-    return dict(zip(files, infos, strict=True))
+    return dict(zip(kept, infos, strict=True))
 
 
 def ask_version(artifact: Artifact, store: Store, retries: int) -> ObjectInfo:

@@ -20,7 +20,7 @@ _SAMPLES = 4
 
 
 def proved_ranges(
-    path: Path, claimed: Iterable[DoneRange], total: Sum | None = None
+    path: str | Path, claimed: Iterable[DoneRange], total: Sum | None = None
 ) -> tuple[DoneRange, ...]:
     """Return those of the *claimed* ranges whose bytes in *path* have their CRC.
 
@@ -60,10 +60,10 @@ def is_intact(path: Path, record: Record, verify: Verify, boot_id: str) -> bool:
     return len(proved_ranges(path, wanted)) == len(wanted)
 
 
-def check_structure(path: Path, named: str) -> None:
+def check_structure(path: str, named: str) -> None:
     """Raise FormatError where a file *named* ``.safetensors`` is not a whole one."""
     if named.endswith(".safetensors"):
-        read_header(path)
+        read_header(Path(path))
 
 
 def _sample(ranges: Sequence[DoneRange]) -> list[DoneRange]:

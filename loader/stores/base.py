@@ -71,6 +71,17 @@ class Store(Protocol):
             TransientError: asking again may help.
         """
 
+    def open_first(self, artifact: Artifact, end: int) -> ByteStream:
+        """Return the bytes ``[0, end)`` of whatever version there is now; its ``info`` says which.
+
+        For a small file this is one request where ``stat`` and ``open_range`` are two. An object
+        that is shorter ends before *end*; an origin without ranges sends all of it.
+
+        Raises:
+            FetchError: not there, refused, or expired.
+            TransientError: asking again may help.
+        """
+
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo
     ) -> ByteStream:

@@ -44,6 +44,11 @@ class FsspecStore:
         system, path = self._place(artifact.url)
         return _look(system, path, artifact.url)
 
+    def open_first(self, artifact: Artifact, end: int) -> FsspecStream:
+        """Return the bytes ``[0, end)`` of the version there is now."""
+        info = self.stat(artifact)
+        return self.open_range(artifact, 0, min(end, info.size_bytes), info)
+
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo
     ) -> FsspecStream:

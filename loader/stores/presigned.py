@@ -31,6 +31,10 @@ class PresignedStore:
         """Return size and version, by asking for the first byte."""
         return self._with_url(artifact, lambda url: first_byte(self._client, url))
 
+    def open_first(self, artifact: Artifact, end: int) -> HttpStream:
+        """Return the bytes ``[0, end)`` of the version there is now."""
+        return self._with_url(artifact, lambda url: self._client.get(url, span=(0, end)))
+
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo
     ) -> HttpStream:

@@ -16,54 +16,84 @@ import socket
 import ssl
 import struct
 import threading
-from typing import Any, Protocol
+from typing import Any
 
 _CIPHERTEXT_BYTES = 256 << 10  # of one read: what stays in a processor's cache
 _RECORD_BYTES = 16 << 10  # TLS has no longer ones
+_HEAD_BYTES = 20 << 10  # of a first read: an answer's head, and a small file behind it
 _decrypting = threading.Lock()
 _scratch = threading.local()
 
 
-class Receiver(Protocol):
-    """What a body is read from."""
+class PlainSocket:
+    """A connected socket; as much of ``socket`` as http.client asks for.
 
-    def recv_into(self, buffer: memoryview, /) -> int:
-        """Wait for bytes and put them into *buffer*; 0 at the end. Raises TimeoutError."""
-
-
-class PlainReceiver:
-    """A plain socket while a body is read from it. ``release`` gives it its old mode back."""
+    It is blocking, and the kernel limits each wait: what Python's own time limits cost is a poll
+    before every read.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._timeout_s = sock.gettimeout()
-        if self._timeout_s:
-            set_kernel_timeout(sock, self._timeout_s)
-            sock.settimeout(None)
+        self._files = 0
+        self._closed = False
+        self.settimeout(sock.gettimeout())
 
     def recv_into(self, buffer: memoryview, /) -> int:
-        """Wait for bytes and put them into *buffer*."""
+        """Wait for bytes and put them into *buffer*; 0 at the end. Raises TimeoutError."""
         try:
             return self._sock.recv_into(buffer)
         except BlockingIOError:
             raise TimeoutError from None
 
-    def release(self) -> None:
-        """Let the socket's own time limit hold again."""
-        self._sock.settimeout(self._timeout_s)
+    def sendall(self, data: bytes) -> None:
+        """Send all of *data*."""
+        try:
+            self._sock.sendall(data)
+        except BlockingIOError:
+            raise TimeoutError from None
+
+    def settimeout(self, timeout_s: float | None) -> None:
+        """Limit each wait for the peer."""
+        self._sock.settimeout(None)
+        set_kernel_timeout(self._sock, timeout_s or 0.0)
+
+    def getpeername(self) -> Any:
+        """Return the address of the other end."""
+        return self._sock.getpeername()
+
+    def shutdown(self, how: int) -> None:
+        """End the connection: a thread that waits in it wakes."""
+        self._sock.shutdown(how)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """Return a reader of what comes in; the socket stays open as long as it does."""
+        assert mode == "rb"
+        self._files += 1
+        return io.BufferedReader(_Reader(self), _HEAD_BYTES)
+
+    def close(self) -> None:
+        """Close, once every reader is."""
+        self._closed = True
+        self._drop_if_unused()
+
+    def leave_file(self) -> None:
+        """Note that a reader was closed."""
+        self._files -= 1
+        self._drop_if_unused()
+
+    def _drop_if_unused(self) -> None:
+        if self._closed and self._files <= 0:
+            self._sock.close()
 
 
-class TlsSocket:
-    """A TLS client over a connected socket; as much of ``socket`` as http.client asks for."""
+class TlsSocket(PlainSocket):
+    """A TLS client over a connected socket."""
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str) -> None:
-        self._sock = sock
+        super().__init__(sock)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
-        self._files = 0
         self._dry = False  # nothing left to decrypt before more is received
-        self._closed = False
-        self.settimeout(sock.gettimeout())
         self._handshake()
 
     def recv_into(self, buffer: memoryview, /) -> int:
@@ -81,39 +111,6 @@ class TlsSocket:
         """Send all of *data*."""
         self._tls.write(data)
         self._flush()
-
-    def settimeout(self, timeout_s: float | None) -> None:
-        """Limit each wait for the peer."""
-        self._sock.settimeout(None)
-        set_kernel_timeout(self._sock, timeout_s or 0.0)
-
-    def getpeername(self) -> Any:
-        """Return the address of the other end."""
-        return self._sock.getpeername()
-
-    def shutdown(self, how: int) -> None:
-        """End the connection below: a thread that waits in it wakes."""
-        self._sock.shutdown(how)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """Return a reader of what comes in; the socket stays open as long as it does."""
-        assert mode == "rb"
-        self._files += 1
-        return io.BufferedReader(_Reader(self))
-
-    def close(self) -> None:
-        """Close, once every reader is."""
-        self._closed = True
-        self._drop_if_unused()
-
-    def leave_file(self) -> None:
-        """Note that a reader was closed."""
-        self._files -= 1
-        self._drop_if_unused()
-
-    def _drop_if_unused(self) -> None:
-        if self._closed and self._files <= 0:
-            self._sock.close()
 
     def _handshake(self) -> None:
         while True:
@@ -147,10 +144,7 @@ class TlsSocket:
 
     def _receive(self) -> None:
         buffer = _ciphertext_buffer()
-        try:
-            count = self._sock.recv_into(buffer)
-        except BlockingIOError:
-            raise TimeoutError from None
+        count = super().recv_into(buffer)
         if count:
             self._incoming.write(buffer[:count])
         else:
@@ -160,17 +154,14 @@ class TlsSocket:
 
     def _flush(self) -> None:
         if data := self._outgoing.read():
-            try:
-                self._sock.sendall(data)
-            except BlockingIOError:
-                raise TimeoutError from None
+            super().sendall(data)
 
 
 class _Reader(io.RawIOBase):
-    """The incoming bytes of a TlsSocket as http.client reads headers."""
+    """The incoming bytes of a socket as http.client reads headers."""
 
-    def __init__(self, sock: TlsSocket) -> None:
-        self._sock: TlsSocket | None = sock
+    def __init__(self, sock: PlainSocket) -> None:
+        self._sock: PlainSocket | None = sock
 
     def readable(self) -> bool:
         """It is."""
@@ -187,6 +178,15 @@ class _Reader(io.RawIOBase):
             self._sock.leave_file()
             self._sock = None
         super().close()
+
+
+class PlainConnection(http.client.HTTPConnection):
+    """An HTTP connection over a PlainSocket."""
+
+    def connect(self) -> None:
+        """Connect."""
+        super().connect()
+        self.sock = PlainSocket(self.sock)
 
 
 class TlsConnection(http.client.HTTPConnection):

@@ -93,6 +93,10 @@ class Stores:
         """Return size and version. Raises as ``Store.stat`` does."""
         return self._store(artifact).stat(artifact)
 
+    def open_first(self, artifact: Artifact, end: int) -> ByteStream:
+        """Return the bytes ``[0, end)`` of the version there is. Raises as ``Store.open_first``."""
+        return self._store(artifact).open_first(artifact, end)
+
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo
     ) -> ByteStream:

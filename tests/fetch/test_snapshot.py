@@ -113,7 +113,7 @@ def test_many_files_of_every_size(setup: Setup) -> None:
 def test_big_files_come_in_ranges(setup: Setup) -> None:
     setup.fetch()
     first, *spans = setup.spans()
-    assert first == (0, 1)  # the version, before any byte of it
+    assert first == (0, 16 << 10)  # what it is, and a small file whole
     spans.sort()
     assert len(spans) > 3
     assert spans[0][0] == 0
@@ -377,13 +377,15 @@ def test_symlinks_and_folders_in_the_way(setup: Setup, tmp_path: Path) -> None:
     assert setup.origin.requests == []
 
 
-def test_no_room_is_said_before_any_byte(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_is_said_before_a_large_file_begins(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage(setup.root.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(DiskError, match="free space") as caught:
         setup.fetch()
     assert "1.0 kB" in caught.value.got
-    assert setup.origin.ranges_of("big.bin") == ["bytes=0-0"]
+    assert setup.origin.ranges_of("big.bin") == ["bytes=0-16383"]
 
 
 def test_a_disk_that_fills_up(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def test_files_lie_within_the_download_and_retries_are_counted(tmp_path: Path) -
     with serving(tmp_path / "origin") as origin:
         origin.put("c/a.txt", b"a" * 1000)
         origin.put("c/b.txt", b"b" * 2000)
-        origin.fail("a.txt", lambda _: False, faults.status(503), faults.cut(10))
+        origin.fail("a.txt", faults.status(503), faults.cut(10))
         boot.fetch_files(settings(origin, tmp_path), timeline=timeline)
     stages = {span.name: span for span in timeline.stages}
     assert list(stages) == ["listing", "resolve", "verify", "download"]
@@ -59,7 +59,7 @@ def test_files_that_are_here_are_cache_hits_and_no_spans(tmp_path: Path) -> None
 def test_a_fetch_that_fails_leaves_nothing_running(tmp_path: Path) -> None:
     timeline = Timeline(quiet=True)
     with serving(tmp_path / "origin") as origin:
-        origin.put("c/a.txt", b"a" * 1000)
+        origin.put("c/a.txt", b"a" * 20_000)
         origin.fail("a.txt", lambda _: False, *[faults.status(404)] * 9)
         with pytest.raises(FetchError):
             boot.fetch_files(settings(origin, tmp_path, retries=0), timeline=timeline)

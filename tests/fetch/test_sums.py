@@ -15,7 +15,7 @@ from loader.errors import FetchError
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.fetch.sums import choose_check
 from loader.stores.base import Algorithm, Checksum, ObjectInfo
-from loader.stores.http import HttpClient
+from loader.stores.http import HttpClient, HttpStream
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest
 from tests.origin import FaultyOrigin, act, cut, flip, ignore_range, pause, status
@@ -43,6 +43,12 @@ class TellingStore(PresignedStore):
     def stat(self, artifact: Artifact) -> ObjectInfo:
         """Return what the origin says, with the sums."""
         return replace(super().stat(artifact), checksums=self._sums)
+
+    def open_first(self, artifact: Artifact, end: int) -> HttpStream:
+        """Return the beginning, with the sums."""
+        stream = super().open_first(artifact, end)
+        stream.info = replace(stream.info, checksums=self._sums)
+        return stream
 
 
 @pytest.fixture

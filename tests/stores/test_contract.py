@@ -106,6 +106,23 @@ def test_an_empty_file(place: Place, stores: Stores) -> None:
     assert stores.stat(place.artifact(stores, "empty")).size_bytes == 0
 
 
+@pytest.mark.parametrize("size", [0, 1, 5000, len(CONTENT)])
+def test_the_first_bytes_tell_what_the_object_is(place: Place, stores: Stores, size: int) -> None:
+    place.put("x", CONTENT[:size])
+    artifact = place.artifact(stores, "x")
+    stream = stores.open_first(artifact, 5000)
+    found = bytearray(5000)
+    assert stream.info.size_bytes == size
+    assert stream.info.version == stores.stat(artifact).version
+    wanted = min(size, 5000)
+    filled = 0
+    while filled < wanted and (count := stream.readinto(memoryview(found)[filled:wanted])):
+        filled += count
+    stream.close()
+    assert found[:filled] == CONTENT[:wanted]
+    assert read(stores, artifact, 0, size, stream.info) == CONTENT[:size] if size else not filled
+
+
 def test_a_version_stays_while_nothing_changes(place: Place, stores: Stores) -> None:
     place.put("x", CONTENT)
     artifact = place.artifact(stores, "x")

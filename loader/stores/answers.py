@@ -1,0 +1,97 @@
+"""The beginning of an HTTP/1.1 exchange: the request's head, and the answer's.
+
+Bodies are http.client's. Its heads are not: they go through the standard library's parser of mail,
+which costs more than all else about a small file.
+"""
+
+from __future__ import annotations
+
+import http.client
+import re
+from collections.abc import Mapping
+
+_LONGEST_LINE = 65536
+_MOST_HEADERS = 100
+_UNSAFE = re.compile(r"[^\x21-\x7e]")  # in a request's target
+_LINE_BREAK = re.compile(r"[\r\n]")
+
+
+def request_head(method: str, target: str, headers: Mapping[str, str]) -> bytes:
+    """Return the bytes of a request up to its body.
+
+    Raises:
+        ValueError: a header, or the target, would break out of its line.
+    """
+    lines = [f"{name}: {value}" for name, value in headers.items()]
+    if _UNSAFE.search(target) or any(_LINE_BREAK.search(line) for line in lines):
+        raise ValueError("a control character in a request")
+    return "\r\n".join([f"{method} {target} HTTP/1.1", *lines, "", ""]).encode("latin-1")
+
+
+class Answer(http.client.HTTPResponse):
+    """An HTTPResponse whose headers are a dict by their names in lower case.
+
+    A header that comes more than once has its values joined by commas (RFC 9110, 5.3).
+    """
+
+    fields: dict[str, str]
+
+    def begin(self) -> None:
+        """Read status and headers.
+
+        Raises:
+            http.client.HTTPException: they are not what HTTP/1 has there.
+        """
+        status = 100
+        while status == 100:  # an interim answer comes before the real one
+            version, status, self.reason = self._status_line()
+            self.fields = self._read_fields()
+        self.code = self.status = status
+        self.version = 10 if version == "HTTP/1.0" else 11
+        self.chunked = self.fields.get("transfer-encoding", "").lower() == "chunked"
+        self.chunk_left = None
+        self.length = self._body_length()
+        connection = self.fields.get("connection", "").lower()
+        self.will_close = (
+            "close" in connection
+            or (self.version == 10 and "keep-alive" not in connection)
+            or (not self.chunked and self.length is None)
+        )
+
+    def _body_length(self) -> int | None:
+        """Return the body's length, None where its end tells it."""
+        if self.status in (204, 304) or self._method == "HEAD":  # type: ignore[attr-defined]
+            return 0
+        length = self.fields.get("content-length", "")
+        return int(length) if length.isdecimal() and not self.chunked else None
+
+    def _status_line(self) -> tuple[str, int, str]:
+        line = self._line()
+        if not line:
+            raise http.client.RemoteDisconnected("closed without an answer")
+        version, _, rest = line.partition(" ")
+        code, _, reason = rest.strip().partition(" ")
+        if not version.startswith("HTTP/1.") or len(code) != 3 or not code.isdecimal():
+            raise http.client.BadStatusLine("no HTTP/1 answer")
+        return version, int(code), reason.strip()
+
+    def _read_fields(self) -> dict[str, str]:
+        fields: dict[str, str] = {}
+        for _ in range(_MOST_HEADERS + 1):
+            line = self._line()
+            if not line:
+                raise http.client.IncompleteRead(b"")
+            name, colon, value = line.partition(":")
+            if not line.strip():
+                return fields
+            if not colon:
+                raise http.client.HTTPException("a header without a name")
+            name, value = name.lower(), value.strip()
+            fields[name] = f"{fields[name]}, {value}" if name in fields else value
+        raise http.client.HTTPException("more headers than anybody needs")
+
+    def _line(self) -> str:
+        line = self.fp.readline(_LONGEST_LINE + 1)
+        if len(line) > _LONGEST_LINE:
+            raise http.client.LineTooLong("header")
+        return line.decode("latin-1")

@@ -1,0 +1,88 @@
+"""Heads of requests and answers, and those that are none."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+
+import pytest
+
+from loader.stores.answers import Answer, request_head
+
+
+def answer_of(text: bytes, method: str = "GET") -> Answer:
+    here, there = socket.socketpair()
+    with here, there:
+        there.sendall(text)
+        there.shutdown(socket.SHUT_WR)
+        answer = Answer(here, method=method)
+        try:
+            answer.begin()
+            answer.body = answer.read()  # type: ignore[attr-defined]
+        finally:
+            answer.close()
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("text", "body", "closes"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nab", b"ab", False),
+        (b"HTTP/1.1 200\r\ncontent-length:2\r\nConnection: Close\r\n\r\nab", b"ab", True),
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nab", b"ab", True),
+        (b"HTTP/1.0 200 OK\nContent-Length: 2\nConnection: keep-alive\n\nab", b"ab", False),
+        (b"HTTP/1.1 200 OK\r\n\r\nto the end", b"to the end", True),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", b"", False),
+        (b"HTTP/1.1 100 Go on\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx", b"x", False),
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n",
+            b"abc",
+            False,
+        ),
+    ],
+)
+def test_bodies_end_where_the_head_says(text: bytes, body: bytes, closes: bool) -> None:
+    answer = answer_of(text)
+    assert answer.body == body  # type: ignore[attr-defined]
+    assert answer.will_close is closes
+
+
+def test_an_answer_to_head_has_no_body() -> None:
+    answer = answer_of(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", "HEAD")
+    assert (answer.length, answer.fields) == (0, {"content-length": "9"})
+
+
+def test_fields_that_come_twice_are_joined() -> None:
+    answer = answer_of(b"HTTP/1.1 204 -\r\nX-Sum: a=1\r\nx-sum:  b=2 \r\nEmpty:\r\n\r\n")
+    assert answer.fields == {"x-sum": "a=1, b=2", "empty": ""}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"SSH-2.0-OpenSSH\r\n\r\n",
+        b"HTTP/2 200 OK\r\n\r\n",
+        b"HTTP/1.1 abc OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nno name\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200 + b"\r\n",
+        b"HTTP/1.1 200 OK\r\na: " + b"b" * 70_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nServer: x\r\n",
+    ],
+)
+def test_what_is_no_answer(text: bytes) -> None:
+    with pytest.raises((http.client.HTTPException, ConnectionError)):
+        answer_of(text)
+
+
+@pytest.mark.parametrize(
+    ("target", "headers"),
+    [("/a b", {}), ("/a\r\nX: y", {}), ("/ä", {}), ("/", {"Range": "x\r\nHost: other"})],
+)
+def test_nothing_breaks_out_of_its_line(target: str, headers: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="control"):
+        request_head("GET", target, headers)
+
+
+def test_a_request() -> None:
+    assert request_head("GET", "/x?y", {"Host": "h"}) == b"GET /x?y HTTP/1.1\r\nHost: h\r\n\r\n"
