@@ -135,7 +135,7 @@ def test_what_an_earlier_run_left_is_summed_up_too(
     origin.faults.clear()
     with pytest.raises(FetchError, match="sum up"):
         fetch(manifest, tmp_path, store, options)
-    assert origin.bytes_sent < len(CONTENT) - RANGE
+    assert origin.bytes_sent < len(CONTENT) - RANGE // 2  # the first request brings some again
 
 
 def test_a_connection_that_takes_over_goes_on_with_the_sum(
