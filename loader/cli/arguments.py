@@ -21,6 +21,7 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
     if not own:
         parser.print_help()
         parser.exit(2)
+    _check_command(parser, own)
     given, unknown = parser.parse_known_args(own)
     found = vars(given)
     chosen: argparse.ArgumentParser = found.pop("parser")
@@ -41,13 +42,26 @@ def _split(words: Sequence[str]) -> tuple[Sequence[str], list[str]]:
     return words[:place], list(words[place + 1 :])
 
 
+def _check_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Refuse a first word that is no command with the nearest one: argparse lists them all."""
+    known = [name for action in parser._actions for name in action.choices or ()]
+    first = next((word for word in words if not word.startswith("-")), known[0])
+    if first not in known:
+        hint = _nearest(first, known) or f"; choose from {', '.join(known)}"
+        parser.error(f"there is no command {first}{hint}")
+
+
 def _refuse(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
+    known = [name for action in parser._actions for name in action.option_strings]
+    hint = _nearest(unknown[0].partition("=")[0], known)
+    parser.error(f"unknown: {' '.join(unknown)}{hint}")
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
     import difflib  # only mistakes need it
 
-    known = [name for action in parser._actions for name in action.option_strings]
-    near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    parser.error(f"unknown: {' '.join(unknown)}{hint}")
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class _Commands:
