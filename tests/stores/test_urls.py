@@ -40,28 +40,57 @@ def write_expired(origin: FaultyOrigin, path: Path) -> None:
     path.write_text(json.dumps(listing))
 
 
-def test_a_listing_file_that_has_ended_says_when_and_what_to_do(
-    origin: FaultyOrigin, stores: Stores, tmp_path: Path
-) -> None:
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A place for a listing file."""
+    return tmp_path / "listing.json"
+
+
+@pytest.fixture
+def ended(origin: FaultyOrigin, stores: Stores, path: Path) -> Artifact:
+    """The file x, as a listing file at *path* names it whose URLs have ended."""
     origin.put("x", b"123")
-    write_expired(origin, tmp_path / "listing.json")
-    (listing,) = stores.read_listings(str(tmp_path / "listing.json"))
+    write_expired(origin, path)
+    return read_one(stores, str(path))
+
+
+def read_one(stores: Stores, source: str) -> Artifact:
+    """Return the only artifact at *source*."""
+    (listing,) = stores.read_listings(source)
+    (artifact,) = listing.artifacts
+    return artifact
+
+
+def publish(origin: FaultyOrigin, lifetime_s: float) -> str:
+    """Put the file x and a listing behind the URL that is returned; x's URL ends in time."""
+    origin.put("x", b"123")
+    url = origin.sign("listing.json")
+    republish(origin, lifetime_s)
+    return url
+
+
+def republish(origin: FaultyOrigin, lifetime_s: float) -> None:
+    """Sign what lies in the listing anew."""
+    origin.lifetime_s = lifetime_s
+    write_listing(origin, origin.root / "listing.json")
+
+
+def test_a_listing_file_that_has_ended_says_when_and_what_to_do(
+    origin: FaultyOrigin, stores: Stores, path: Path, ended: Artifact
+) -> None:
     with pytest.raises(ExpiredError, match="1970-01-01 00:01:00 UTC") as caught:
-        stores.stat(listing.artifacts[0])
+        stores.stat(ended)
     assert "truss train get_checkpoint_urls" in caught.value.next_step
-    write_listing(origin, tmp_path / "listing.json")
-    assert stores.stat(listing.artifacts[0]).size_bytes == 3
+    write_listing(origin, path)
+    assert stores.stat(ended).size_bytes == 3
 
 
 def test_a_listing_file_that_was_spoilt_meanwhile(
-    origin: FaultyOrigin, stores: Stores, tmp_path: Path
+    stores: Stores, path: Path, ended: Artifact
 ) -> None:
-    origin.put("x", b"123")
-    write_expired(origin, tmp_path / "listing.json")
-    (listing,) = stores.read_listings(str(tmp_path / "listing.json"))
-    (tmp_path / "listing.json").write_text("{")
+    path.write_text("{")
     with pytest.raises(ExpiredError) as caught:
-        stores.stat(listing.artifacts[0])
+        stores.stat(ended)
     assert "not JSON" in str(caught.value)
 
 
@@ -117,14 +146,10 @@ def test_the_api_is_asked_again(origin: FaultyOrigin) -> None:
 def test_a_url_that_ends_soon_is_renewed_before_it_is_used(
     origin: FaultyOrigin, stores: Stores
 ) -> None:
-    origin.put("x", b"123")
-    origin.lifetime_s = 30
-    path = write_listing(origin, origin.root / "listing.json")
-    (listing,) = stores.read_listings(origin.sign(path.name))
-    origin.lifetime_s = 3600
-    write_listing(origin, path)
+    artifact = read_one(stores, publish(origin, 30))
+    republish(origin, 3600)
     for _ in range(3):
-        stores.stat(listing.artifacts[0])
+        stores.stat(artifact)
     names = [p.rpartition("/")[2] for p, _ in origin.requests]
     assert names == ["listing.json", "listing.json", "x", "x", "x"]
 
@@ -132,37 +157,28 @@ def test_a_url_that_ends_soon_is_renewed_before_it_is_used(
 def test_what_cannot_be_renewed_yet_is_used_until_it_ends(
     origin: FaultyOrigin, stores: Stores
 ) -> None:
-    origin.put("x", b"123")
-    origin.lifetime_s = 30
-    path = write_listing(origin, origin.root / "listing.json")
-    (listing,) = stores.read_listings(origin.sign(path.name))
+    artifact = read_one(stores, publish(origin, 30))
     origin.fail("listing.json", status(404))
     for _ in range(3):
-        assert stores.stat(listing.artifacts[0]).size_bytes == 3
+        assert stores.stat(artifact).size_bytes == 3
 
 
 def test_a_refusal_is_asked_about_once_and_then_told(origin: FaultyOrigin, stores: Stores) -> None:
-    origin.put("x", b"123")
-    path = write_listing(origin, origin.root / "listing.json")
-    (listing,) = stores.read_listings(origin.sign(path.name))
+    artifact = read_one(stores, publish(origin, 3600))
     origin.fail("/x", *[status(403)] * 10)
     with pytest.raises(FetchError, match="access"):
-        stores.stat(listing.artifacts[0])
+        stores.stat(artifact)
     assert len(origin.ranges_of("listing.json")) == 2
     assert len(origin.ranges_of("/x")) <= 2
 
 
 def test_a_source_that_is_busy_is_worth_another_try(origin: FaultyOrigin, stores: Stores) -> None:
-    origin.put("x", b"123")
-    origin.lifetime_s = -10
-    path = write_listing(origin, origin.root / "listing.json")
-    origin.lifetime_s = 3600
-    (listing,) = stores.read_listings(origin.sign(path.name))
-    write_listing(origin, path)
+    artifact = read_one(stores, publish(origin, -10))
+    republish(origin, 3600)
     origin.fail("listing.json", status(503), status(503))
     with pytest.raises(TransientError):
-        stores.stat(listing.artifacts[0])
-    assert stores.stat(listing.artifacts[0]).size_bytes == 3
+        stores.stat(artifact)
+    assert stores.stat(artifact).size_bytes == 3
 
 
 def test_one_thread_renews_for_all() -> None:
@@ -196,16 +212,13 @@ def test_one_thread_renews_for_all() -> None:
 
 
 def test_a_file_that_the_new_listing_lacks(
-    origin: FaultyOrigin, stores: Stores, tmp_path: Path
+    origin: FaultyOrigin, stores: Stores, path: Path, ended: Artifact
 ) -> None:
-    origin.put("x", b"123")
-    write_expired(origin, tmp_path / "listing.json")
-    (listing,) = stores.read_listings(str(tmp_path / "listing.json"))
     origin.put("y", b"123")
     (origin.folder() / "x").unlink()
-    write_listing(origin, tmp_path / "listing.json")
+    write_listing(origin, path)
     with pytest.raises(ExpiredError):
-        stores.stat(listing.artifacts[0])
-    (tmp_path / "listing.json").unlink()
+        stores.stat(ended)
+    path.unlink()
     with pytest.raises(ListingError):
-        stores.read_listings(str(tmp_path / "listing.json"))
+        stores.read_listings(str(path))
