@@ -77,6 +77,7 @@ def find_base(settings: Settings, name: str, *, weights: bool = True) -> BaseMod
         allow_pickle=settings.allow_pickle,
         concurrency=settings.concurrency,
         weights=weights,
+        prove=settings.verify == "full",
     )
     return BaseModel(model.path, {"hub": name, "commit": model.commit})
 

@@ -6,11 +6,13 @@ import contextlib
 import glob
 import json
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loader.errors import ConfigError, FetchError, LoaderError, TransientError
+from loader.stores.hub_cache import drop_rotten
 from loader.stores.model_files import side_files, weight_files
 
 _SINGLE = "model.safetensors"
@@ -42,9 +44,11 @@ def fetch_model(
     allow_pickle: bool = False,
     concurrency: int = 8,
     weights: bool = True,
+    prove: bool = False,
 ) -> HubModel:
     """Return the model *repo_id*, downloaded where the cache lacks it; the weights only if wanted.
 
+    *prove*: what the cache held before has to have the Hub's SHA-256, else it comes again.
     ``HF_HOME``, ``HF_HUB_OFFLINE`` and ``HF_ENDPOINT`` are honoured by huggingface-hub itself.
 
     Raises:
@@ -54,10 +58,12 @@ def fetch_model(
     """
     from huggingface_hub import snapshot_download
 
+    began_ns = time.time_ns()
     try:
         chosen = _choose(repo_id, revision, token, allow_pickle=allow_pickle, weights=weights)
-        folder = Path(
-            snapshot_download(
+
+        def download() -> Path:
+            path = snapshot_download(
                 repo_id,
                 revision=revision,
                 token=token,
@@ -65,7 +71,11 @@ def fetch_model(
                 local_files_only=chosen is None,  # what was chosen then, lies beside the config
                 max_workers=concurrency,
             )
-        )
+            return Path(path)
+
+        folder = download()
+        if prove and drop_rotten(folder, began_ns):
+            folder = download()
     except LoaderError:
         raise
     except Exception as error:

@@ -12,13 +12,25 @@ import pytest
 from awscrt.checksums import crc32c, crc64nvme
 
 from loader.errors import FetchError
+from loader.fetch.plan import DoneRange
 from loader.fetch.snapshot import FetchOptions, fetch
-from loader.fetch.sums import choose_check
+from loader.fetch.sums import Check, choose_check
 from loader.stores.base import Algorithm, Checksum, ObjectInfo
 from loader.stores.http import HttpClient, HttpStream
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest
-from tests.origin import FaultyOrigin, act, cut, flip, ignore_range, pause, status
+from tests.fetch.test_transfer import ended_after
+from tests.origin import (
+    FaultyHandler,
+    FaultyOrigin,
+    act,
+    cut,
+    flip,
+    ignore_range,
+    pause,
+    slow,
+    status,
+)
 
 RANGE = 64 << 10
 PART = 80 << 10
@@ -57,7 +69,7 @@ def manifest(origin: FaultyOrigin) -> Manifest:
     return Manifest((Artifact("job1", 0, "big.bin", origin.sign(path)),))
 
 
-def multipart(algorithm: Algorithm) -> Checksum:
+def multipart(algorithm: Algorithm, content: bytes = CONTENT) -> Checksum:
     """Return the sum of parts' sums, as an upload in parts gets it."""
 
     def one(data: bytes) -> bytes:
@@ -68,7 +80,7 @@ def multipart(algorithm: Algorithm) -> Checksum:
             return crc.to_bytes(4, "big")
         return hashlib.new(algorithm, data).digest()
 
-    parts = [CONTENT[i : i + PART] for i in range(0, len(CONTENT), PART)]
+    parts = [content[i : i + PART] for i in range(0, len(content), PART)]
     return Checksum(algorithm, one(b"".join(map(one, parts))), len(parts), PART)
 
 
@@ -126,15 +138,14 @@ def test_what_breaks_off_is_summed_up_all_the_same(
 def test_what_an_earlier_run_left_is_summed_up_too(
     origin: FaultyOrigin, client: HttpClient, manifest: Manifest, tmp_path: Path, right: Checksum
 ) -> None:
-    options = replace(OPTIONS, concurrency=1, retries=0)
     store = TellingStore(client, replace(right, digest=right.digest[::-1]))
-    origin.fail("big.bin", act(lambda: None), cut(RANGE + 100), *[status(404)] * 9)
+    origin.fail("big.bin", act(lambda: None), ended_after(RANGE + 100), *[status(404)] * 9)
     with pytest.raises(FetchError, match="not there"):
-        fetch(manifest, tmp_path, store, options)
+        fetch(manifest, tmp_path, store, replace(OPTIONS, concurrency=1))
     origin.bytes_sent = 0
     origin.faults.clear()
     with pytest.raises(FetchError, match="sum up"):
-        fetch(manifest, tmp_path, store, options)
+        fetch(manifest, tmp_path, store, OPTIONS)
     assert origin.bytes_sent < len(CONTENT) - RANGE // 2  # the first request brings some again
 
 
@@ -168,6 +179,67 @@ def test_an_origin_without_ranges_sends_the_whole_for_a_sum(
         with pytest.raises(FetchError, match="sum up"):
             fetch(manifest, tmp_path, TellingStore(client, wrong), OPTIONS)
         origin.faults.clear()
+
+
+def test_an_origin_without_ranges_starts_over_and_so_does_the_sum(
+    origin: FaultyOrigin, client: HttpClient, manifest: Manifest, tmp_path: Path
+) -> None:
+    for algorithm in SUMS:
+
+        def breaks(handler: FaultyHandler) -> bool:
+            return ignore_range(handler) or ended_after(PART)(handler)
+
+        origin.fail("big.bin", ignore_range, breaks, ignore_range)
+        fetch(manifest, tmp_path / algorithm, TellingStore(client, whole(algorithm)), OPTIONS)
+
+
+def test_what_is_hashed_as_one_is_not_shared_with_a_faster_connection(
+    origin: FaultyOrigin, client: HttpClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loader.fetch.schedule._SLOW_S", 0.1)
+    content = CONTENT * 8
+    path = origin.put("big.bin", content).relative_to(origin.root).as_posix()
+    manifest = Manifest((Artifact("job1", 0, "big.bin", origin.sign(path)),))
+    origin.fail("big.bin", act(lambda: None), slow(0.02))
+    wrong = TellingStore(client, Checksum("md5", b"w" * 16))
+    with pytest.raises(FetchError, match="sum up"):
+        fetch(manifest, tmp_path, wrong, OPTIONS)
+    assert len(origin.ranges_of("big.bin")) == 2
+    content_of_parts = multipart("md5", content)
+    assert content_of_parts.parts > 30
+    origin.fail("big.bin", act(lambda: None), *[slow(0.02)] * 3)
+    fetch(manifest, tmp_path / "right", TellingStore(client, content_of_parts), OPTIONS)
+    origin.fail("big.bin", act(lambda: None), *[slow(0.02)] * 3)
+    off = replace(content_of_parts, digest=b"w" * 16)
+    with pytest.raises(FetchError, match="sum up"):
+        fetch(manifest, tmp_path / "wrong", TellingStore(client, off), OPTIONS)
+
+
+def test_a_count_of_parts_that_cannot_be_right_proves_nothing() -> None:
+    check = Check(multipart("md5"), PART)
+    found = check.new_sum(len(CONTENT) + PART)
+    tally = found.tally(0)
+    tally.update(memoryview(CONTENT + bytes(PART)))
+    tally.mark()
+    assert found.result(()) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_go_on_from_a_mark_as_often_as_it_is_asked_for(kind: str) -> None:
+    right, content = KINDS[kind], memoryview(CONTENT)
+    found = Check(right, right.part_bytes if right.parts else unit_of(right)).new_sum(len(CONTENT))
+    middle = PART + 1234
+    ranges = []
+    for start, end in [(0, middle), (middle, len(CONTENT)), (middle, len(CONTENT))]:
+        tally = found.tally(start)
+        tally.update(content[start:end])
+        tally.mark()
+        ranges.append(DoneRange(start, end, crc64nvme(content[start:end])))
+    assert found.result(ranges[:2]) == right.digest
+
+
+def unit_of(checksum: Checksum) -> int | None:
+    return None if checksum.algorithm.startswith("crc") else len(CONTENT)
 
 
 @pytest.mark.parametrize("algorithm", SUMS)

@@ -53,7 +53,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, json.dumps(info).encode())
         elif path.startswith("/org/base/resolve/") and path.rpartition("/")[2] in names:
             content = (self.server.folder / path.rpartition("/")[2]).read_bytes()
-            tag = hashlib.sha1(content).hexdigest()
+            weights = path.endswith((".safetensors", ".bin"))
+            tag = (hashlib.sha256 if weights else hashlib.sha1)(content).hexdigest()
             self.answer(200, content, {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT})
         else:
             self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})

@@ -23,6 +23,8 @@ except LoaderError as error:
     print(type(error).__name__, error.what)
 """
 
+PROVE = SCRIPT.replace("token=sys", "prove=True, token=sys")
+
 DESCRIBE = """
 import sys
 from loader.errors import LoaderError
@@ -119,6 +121,26 @@ def test_a_model_is_described_without_its_weights(hub: Hub) -> None:
     assert ask(hub, "org/gated", script=DESCRIBE).startswith("ConfigError the base model is gated")
     assert ask(hub, script=DESCRIBE, HF_HUB_OFFLINE="1") == "None {'hidden_size': 8}"
     assert ask(hub, "org/other", script=DESCRIBE, HF_HUB_OFFLINE="1").startswith("FetchError")
+
+
+def test_weights_that_rotted_in_the_cache_are_fetched_again(hub: Hub) -> None:
+    content = b"x" * 1000
+    (hub.folder / "model.safetensors").write_bytes(content)
+    ask(hub)
+    (cached,) = (hub.folder.parent / "home").rglob("snapshots/*/model.safetensors")
+    cached.resolve().write_bytes(b"y" + content[1:])
+    ask(hub)
+    assert cached.read_bytes() != content, "nobody looked"
+    asked = len(hub.requests)
+    assert COMMIT in ask(hub, script=PROVE)
+    assert cached.read_bytes() == content
+    got = [path for path, _ in hub.requests[asked:] if "/resolve/" in path]
+    assert {path.rpartition("/")[2] for path in got} == {"model.safetensors"}
+    asked = len(hub.requests)
+    ask(hub, script=PROVE)
+    assert not [path for path, _ in hub.requests[asked:] if "/resolve/" in path]
+    cached.resolve().write_bytes(b"y" + content[1:])
+    assert ask(hub, script=PROVE, HF_HUB_OFFLINE="1").startswith("FetchError")
 
 
 def test_a_model_in_the_cache_is_described_offline(hub: Hub) -> None:

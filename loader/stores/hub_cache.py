@@ -1,0 +1,46 @@
+"""Proofs that what huggingface-hub's cache holds has not rotted.
+
+Source: huggingface-hub's guide, "Understand caching": a model's files are links to blobs that bear
+the name of their ETag. For weights (LFS, Xet) that is the SHA-256 of the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_THREADS = 4
+_log = logging.getLogger("podloader")
+
+
+def drop_rotten(folder: Path, before_ns: int) -> bool:
+    """Remove the files of a model in the cache that are not what the Hub gave; return if any was.
+
+    Only what was written *before_ns* (epoch nanoseconds) is read, not what this run downloaded.
+    """
+    links = [path for path in folder.rglob("*") if path.is_file()]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        rotten = [
+            path
+            for path, sound in zip(
+                links, pool.map(lambda path: _is_sound(path, before_ns), links), strict=True
+            )
+            if not sound
+        ]
+    for path in rotten:
+        _log.warning("%s is not what the Hub gave; it is fetched again", path.name)
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+    return bool(rotten)
+
+
+def _is_sound(path: Path, before_ns: int) -> bool:
+    blob = path.resolve()
+    if not _SHA256.fullmatch(blob.name) or blob.stat().st_mtime_ns >= before_ns:
+        return True
+    with blob.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == blob.name
