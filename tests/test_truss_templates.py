@@ -242,7 +242,9 @@ def hub(job: Job) -> Iterator[Hub]:
 
 
 @pytest.mark.engine
-def test_lora_multi_with_secrets_for_s3_and_the_hub(job: Job, hub: Hub, tmp_path: Path) -> None:
+def test_lora_multi_with_secrets_for_s3_and_the_hub_and_spans(
+    job: Job, hub: Hub, tmp_path: Path
+) -> None:
     token = "hf_hush"
     with moto.serving(tmp_path) as s3_url:
         moto.client(s3_url).create_bucket(Bucket="runs")
@@ -258,6 +260,7 @@ def test_lora_multi_with_secrets_for_s3_and_the_hub(job: Job, hub: Hub, tmp_path
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "home"),
             "HF_HUB_DISABLE_XET": "1",
+            "OTEL_TRACES_EXPORTER": "console",
         }
         secrets = {
             "aws_access_key_id": moto.ACCESS_KEY,
@@ -274,6 +277,9 @@ def test_lora_multi_with_secrets_for_s3_and_the_hub(job: Job, hub: Hub, tmp_path
             log = server.log.read_text()
     asked = {authorization for path, authorization in hub.requests if path.startswith("/org/base")}
     assert asked == {f"Bearer {token}"}
+    spans = set(re.findall(r'"name": "([^"]+)"', log))
+    assert {"podloader", "listing", "download", "engine import", "engine start"} <= spans
+    assert "job1/rank-0/checkpoint-1/adapter_model.safetensors" in spans
     assert not [hidden for hidden in (token, moto.SECRET_KEY) if hidden in log]
 
 

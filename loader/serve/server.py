@@ -82,12 +82,10 @@ def serve_openai(
 
     Raises:
         AdapterError: an adapter that changes nothing.
-        ConfigError: a way of serving that podloader does not have.
         EngineError: vLLM did not start.
     """
     import uvloop
 
-    check_mode(args, listening.getsockname()[1])
     check_sound(Path(args.model))
     # The engine's processes are forks of this one: none may keep the port open when this is gone.
     os.register_at_fork(after_in_child=listening.close)

@@ -86,8 +86,9 @@ def _serve(channel: Channel, listening: socket.socket, stages: Stages) -> int:
         return _UNEXPECTED  # the pod is gone
     os.environ.update(check["environment"])  # before vLLM loads its plugins
     check_engine_args(check["engine_args"])
-    parse_arguments(check["arguments"])
-    from loader.serve.server import inspect_model, serve_openai
+    from loader.serve.server import check_mode, inspect_model, serve_openai
+
+    check_mode(parse_arguments(check["arguments"]), listening.getsockname()[1])
 
     while (load := channel.receive()) and load["kind"] == "hint":
         with stages.stage("model class"):

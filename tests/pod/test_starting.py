@@ -93,6 +93,17 @@ def test_a_vllm_that_cannot_be_imported_ends_the_download(
     origin.faults.clear()
 
 
+@pytest.mark.engine
+def test_a_way_to_serve_that_is_refused_ends_the_download(
+    start: Start, origin: FaultyOrigin
+) -> None:
+    origin.fail("base/model.safetensors", lambda _: False, faults.stall(60))
+    pod = start("--headless", stall_timeout_s=120)
+    assert pod.wait(90) == 2
+    assert "--headless" in pod.text()
+    origin.faults.clear()
+
+
 def test_a_taken_port_is_a_config_error(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         pod = start("--port", str(taken.getsockname()[1]))
