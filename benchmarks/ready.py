@@ -1,6 +1,6 @@
 """Time until a pod answers: ``podloader serve`` against one step after the other.
 
-    python -m benchmarks.ready [--folder DIR] [--download-s 60] [--layers 16]
+    python -m benchmarks.ready [--folder DIR] [--download-s 60] [--layers 16] [--truss]
 
 One step after the other is what a start script does: ``curl --parallel`` fetches a base and an
 adapter, PEFT merges them in a process of its own, ``vllm serve`` starts on the result, each as fast
@@ -9,6 +9,8 @@ faster than a download of ``--download-s`` allows, and both end with the first 2
 
 The bound to hold is 1.1 x max(download, engine start) + merge tail: curl's time, the time of
 ``vllm serve`` alone, and what of podloader's merge came after its last byte.
+
+``--truss`` measures ``TrussModel.load()`` instead, over the same download.
 """
 
 from __future__ import annotations
@@ -44,6 +46,15 @@ model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(output)
 AutoTokenizer.from_pretrained(base).save_pretrained(output)
 """
+_TRUSS = """
+import logging, os, sys
+import yaml
+from loader import TrussModel
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+TrussModel(yaml.safe_load(open(sys.argv[1]))).load()
+os._exit(0)
+"""
+_TRUSS_ENGINE = {"max_model_len": 256, "enforce_eager": True}
 _ENGINE = ["--max-model-len", "256", "--enforce-eager"]
 
 
@@ -168,8 +179,8 @@ def sequential(origin: Origin, folder: Path) -> dict[str, float]:
     return steps
 
 
-def at_once(origin: Origin, folder: Path) -> tuple[float, dict[str, tuple[float, float]]]:
-    """Return the seconds of ``podloader serve``, and when each of its stages began and ended."""
+def write_config(origin: Origin, folder: Path, **settings: object) -> Path:
+    """Return the config of a pod that fetches into *folder*."""
     folder.mkdir(parents=True)
     listings = [str(origin.write_listing(job, folder / f"{job}.json")) for job in ("tune", "base")]
     config = {
@@ -182,11 +193,32 @@ def at_once(origin: Origin, folder: Path) -> tuple[float, dict[str, tuple[float,
                 "artifacts": listings,
                 "base_model": "checkpoint:base/rank-0/checkpoint-1/",
                 "adapter_policy": "merge",
+                **settings,
             }
         },
     }
-    path, trace = folder / "config.yaml", folder / "boot.json"
+    path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def in_a_truss(origin: Origin, folder: Path) -> None:
+    """Load a Truss's model in a process of its own; print its seconds and its own table."""
+    path = write_config(origin, folder, engine_args=_TRUSS_ENGINE)
+    log = folder / "truss.log"
+    began = time.monotonic()
+    with log.open("wb") as out:
+        command = [sys.executable, "-c", _TRUSS, str(path)]
+        subprocess.run(command, stdout=out, stderr=out, check=True)
+    seconds = time.monotonic() - began
+    _, heading, table = log.read_text().partition("    start    seconds  stage\n")
+    print(heading + table)
+    print(f"{seconds:.1f} s from the start of the process until the model is loaded")
+
+
+def at_once(origin: Origin, folder: Path) -> tuple[float, dict[str, tuple[float, float]]]:
+    """Return the seconds of ``podloader serve``, and when each of its stages began and ended."""
+    path, trace = write_config(origin, folder), folder / "boot.json"
     port = free_port()
     podloader = [sys.executable, "-m", "loader", "serve", str(path), "--timeline", str(trace)]
     command = [*podloader, "--", "--port", str(port), *_ENGINE]
@@ -206,6 +238,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the models there for another run")
     parser.add_argument("--download-s", type=float, default=60)
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--truss", action="store_true")
     given = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     with tempfile.TemporaryDirectory(prefix="ready-") as made:
@@ -215,6 +248,10 @@ def main() -> None:
         origin.start()
         runs = Path(tempfile.mkdtemp(prefix="run-", dir=folder))
         try:
+            if given.truss:
+                in_a_truss(origin, runs / "truss")
+                shutil.rmtree(runs)
+                return
             ours, spans = at_once(origin, runs / "podloader")
             theirs = sequential(origin, runs / "sequential")
         finally:
