@@ -1,4 +1,4 @@
-"""An origin of one base and four adapters for every pod."""
+"""An origin of one base and five adapters for every pod."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.origin import FaultyOrigin, serving
 
 LONGEST = 32_768  # tokens; long enough that an answer outlives every limit
 JOBS = ("joba", "jobb", "jobc", "jobd")
+LATER = "jobe"  # of which a request asks for a checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +23,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tiny_llama(folder / "base", max_position_embeddings=LONGEST)
     origin = FaultyOrigin(folder / "origin")
     shutil.copytree(base, origin.folder("base") / "base")
-    for seed, job in enumerate(JOBS, start=1):
+    for seed, job in enumerate((*JOBS, LATER), start=1):
         lora = train_or_draw_lora(base, folder / job, seed=seed, spread=0.3)
         shutil.copytree(lora, origin.folder(job) / "checkpoint-1")
     origin.server_close()

@@ -26,10 +26,16 @@ _AS_PID_1 = ["unshare", "--fork", "--pid", "--mount-proc", "--kill-child"]
 ENGINE_ARGS = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
 
 
-def write_config(origin: FaultyOrigin, folder: Path, *jobs: str, **settings: object) -> Path:
-    """Write a config that serves the adapters of *jobs* over the checkpoint ``base/base/``."""
+def write_config(
+    origin: FaultyOrigin, folder: Path, *jobs: str, later: Sequence[str] = (), **settings: object
+) -> Path:
+    """Write a config that serves the adapters of *jobs* over the checkpoint ``base/base/``.
+
+    There are listings of the jobs *later* as well.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    listings = [str(write_listing(origin, folder / f"{job}.json", job)) for job in (*jobs, "base")]
+    listed = (*jobs, *later, "base")
+    listings = [str(write_listing(origin, folder / f"{job}.json", job)) for job in listed]
     own: dict[str, object] = {
         "artifacts": listings,
         "base_model": "checkpoint:base/rank-0/base/",

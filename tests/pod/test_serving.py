@@ -16,8 +16,9 @@ from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 
 from tests import origin as faults
 from tests.origin import FaultyOrigin
-from tests.pod.conftest import JOBS, LONGEST
+from tests.pod.conftest import JOBS, LATER, LONGEST
 from tests.pod.pods import ENGINE_ARGS, RunningPod, needs_namespaces, start_pod, write_config
+from tests.serve.test_canary import make_silent
 
 pytestmark = pytest.mark.engine
 _REQUESTS = 200
@@ -32,8 +33,9 @@ def pod(origin: FaultyOrigin, tmp_path_factory: pytest.TempPathFactory) -> Itera
     ways = [*[faults.cut(400_000)] * 4, *[faults.slow(0.1)] * 9]
     origin.fail("base/model.safetensors", *ways)
     folder = tmp_path_factory.mktemp("pod")
-    engine_args = ENGINE_ARGS | {"max_model_len": LONGEST}
-    config = write_config(origin, folder, *JOBS, engine_args=engine_args, drain_timeout_s=8)
+    engine_args = ENGINE_ARGS | {"max_model_len": LONGEST, "max_loras": 6}
+    more = {"adapter_jobs": [LATER], "engine_args": engine_args, "drain_timeout_s": 8}
+    config = write_config(origin, folder, *JOBS, later=[LATER], **more)
     running = start_pod(config, environment={"VLLM_CPU_KVCACHE_SPACE": "1"})
     try:
         running.wait_ready()
@@ -123,6 +125,28 @@ def test_bad_requests_are_refused_and_the_engine_stays_well(
     assert pod.get("/health").status_code == 200
 
 
+def test_a_request_fetches_the_adapter_that_it_names(
+    client: OpenAI, pod: RunningPod, origin: FaultyOrigin
+) -> None:
+    name = f"{LATER}/checkpoint-1"
+    assert name not in [model.id for model in client.models.list()]
+    assert not (pod.folder / "models" / LATER).exists()
+    answers = [
+        client.completions.create(model=model, prompt="the quick", max_tokens=12, temperature=0)
+        for model in ("base", *JOBS, name, name)
+    ]
+    assert answers[-1].model == name
+    assert answers[-1].choices[0].text == answers[-2].choices[0].text
+    assert len({answer.choices[0].text for answer in answers}) == 2 + len(JOBS)
+    assert name in [model.id for model in client.models.list()]
+    assert (pod.folder / "models" / LATER / "rank-0/checkpoint-1/adapter_config.json").is_file()
+    asked = len(origin.requests)
+    for absent in ("joba/checkpoint-1", f"{LATER}/../base", f"{LATER}/*", "/etc"):
+        with pytest.raises(NotFoundError):
+            client.completions.create(model=absent, prompt="x")
+    assert len(origin.requests) == asked
+
+
 async def test_none_of_200_concurrent_requests_is_lost_or_crossed(pod: RunningPod) -> None:
     async with AsyncOpenAI(base_url=f"{pod.url}/v1", api_key="none", max_retries=0) as client:
 
@@ -201,5 +225,24 @@ def test_an_engine_crash_is_the_pods_exit_code(
         pod.engine_core().send_signal(signal.SIGKILL)
         assert pod.wait(60) == 128 + signal.SIGKILL
         assert not [process for process in family if process.is_running()]
+    finally:
+        pod.close()
+
+
+def test_an_adapter_that_changes_nothing_ends_the_pod(
+    origin: FaultyOrigin, tmp_path: Path, published: Path
+) -> None:
+    """Its headers are right and no tensor is zero; only the engine's answers tell."""
+    needs_namespaces()
+    adapter = origin.folder(JOBS[0]) / "checkpoint-1"
+    make_silent(adapter, origin.folder("silent") / "checkpoint-1")
+    config = write_config(origin, tmp_path, "silent", adapter_policy="attach")
+    pod = start_pod(config, environment={"VLLM_CPU_KVCACHE_SPACE": "1"})
+    try:
+        pod.wait_for(lambda body: "canary" in body.get("stage", ""), 300)
+        assert pod.wait() == 5
+        assert {status for _, status, _ in pod.answers} == {503}
+        assert "adapters that change nothing in the engine" in pod.text()
+        assert "- silent" in pod.text()
     finally:
         pod.close()

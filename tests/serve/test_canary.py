@@ -1,6 +1,7 @@
 """The canary: an adapter that the engine does not take up is found before readiness.
 
-With vLLM: ``test_live.py``, which adds a silent adapter to the engine that all tests share.
+With vLLM: ``test_live.py``, which adds a silent adapter to the engine that all tests share, and
+``tests/pod/test_serving.py``, whose last pod has one from the start.
 """
 
 from __future__ import annotations
@@ -58,10 +59,9 @@ def test_what_follows_another_token_is_not_compared() -> None:
     assert distance(said(-1, -2, -3), said(-1, -2, -3)) == 0
 
 
-def silent(ready: ReadyModel, folder: Path) -> ReadyModel:
-    """Return the base with an adapter whose product is zero, which no header shows."""
-    folder.mkdir()
-    source = ready.adapters[0].path
+def make_silent(source: Path, folder: Path) -> Path:
+    """Make an adapter like that of *source* whose products are zero, which no header shows."""
+    folder.mkdir(parents=True)
     tensors = load_file(source / "adapter_model.safetensors")
     for name, tensor in tensors.items():
         tensor.zero_()
@@ -71,6 +71,12 @@ def silent(ready: ReadyModel, folder: Path) -> ReadyModel:
     (folder / "adapter_config.json").write_text(json.dumps(config))
     product = [tensors[n.replace("lora_A", "lora_B")] @ t for n, t in tensors.items() if "_A" in n]
     assert not any(torch.count_nonzero(p) for p in product)
+    return folder
+
+
+def silent(ready: ReadyModel, folder: Path) -> ReadyModel:
+    """Return the base with a silent adapter."""
+    make_silent(ready.adapters[0].path, folder)
     return ReadyModel(ready.path, (ServedAdapter("silent", folder, 4),), 8, ready.path, {})
 
 
