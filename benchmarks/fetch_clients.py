@@ -5,6 +5,7 @@ The job: ``files`` (url, path, size), ``folder``, ``ca``, ``connections``, ``end
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import os
@@ -21,6 +22,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 RANGE = 16 << 20
+_CLONE_NEWNS = 0x00020000  # linux/sched.h
+_MS_REC, _MS_PRIVATE = 0x4000, 0x40000  # linux/mount.h
 
 
 def place(job: dict[str, Any], file: dict[str, Any]) -> str:
@@ -218,10 +221,15 @@ def awscrt(job: dict[str, Any]) -> None:
 
 
 def truss_transfer(job: dict[str, Any]) -> None:
-    """Its manifest is read from a fixed place of a pod; it is put there for the run's length."""
+    """Its manifest is read from a fixed place of a pod; it is put there where no other sees it.
+
+    A manifest that a killed run left would be read by every Truss server on this machine.
+    """
+    manifest = Path("/static-bptr/static-bptr-manifest.json")
+    manifest.parent.mkdir(exist_ok=True)
+    _mount_private(manifest.parent)  # of this thread, and those that it starts from here on
     from truss_transfer import lazy_data_resolve
 
-    manifest = Path("/static-bptr/static-bptr-manifest.json")
     pointers = [
         {
             "resolution": {"url": f["url"], "expiration_timestamp": 4_000_000_000},
@@ -233,13 +241,19 @@ def truss_transfer(job: dict[str, Any]) -> None:
         }
         for f in job["files"]
     ]
-    manifest.parent.mkdir()
-    try:
-        manifest.write_text(json.dumps({"pointers": pointers}))
-        lazy_data_resolve(job["folder"])
-    finally:
-        manifest.unlink(missing_ok=True)
-        manifest.parent.rmdir()
+    manifest.write_text(json.dumps({"pointers": pointers}))
+    lazy_data_resolve(job["folder"])
+
+
+def _mount_private(folder: Path) -> None:
+    """Put an empty file system on *folder*, for this process alone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if (
+        libc.unshare(_CLONE_NEWNS)
+        or libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
+        or libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, None)
+    ):
+        raise OSError(ctypes.get_errno(), "no mount of its own", str(folder))
 
 
 CLIENTS = {
