@@ -112,6 +112,9 @@ class Opening:
     def _part(self, artifact: Artifact, info: ObjectInfo) -> PartFile:
         part = self._hooks.make(artifact, info)
         self._parts.append(part)
+        if self._halt.is_set():  # a thread that comes late lays nothing down any more
+            part.close()
+            raise StoppedError
         return part
 
     def _bring(self, part: PartFile, stream: ByteStream) -> None:

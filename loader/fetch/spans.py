@@ -12,8 +12,9 @@ class SpanProgress:
     """Passes everything of one fetch on to another progress, and notes it on a timeline.
 
     A context manager: its end ends what is open, with the error that ends it. ``verify`` is what
-    goes before the first byte: proving kept files, asking the origin for versions. A file's span
-    runs from its first request until it has its name. *download* names the stage after it.
+    goes before the schedule: proving kept files, asking the origin for versions, which brings small
+    files whole; their spans are short. A file's span runs from its first request until it has its
+    name. *download* names the stage after it.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The beginning of an HTTP/1.1 exchange: the request's head, and the answer's.
 
 Bodies are http.client's. Its heads are not: they go through the standard library's parser of mail,
-which costs more than all else about a small file.
+which costs several times as much.
 """
 
 from __future__ import annotations
