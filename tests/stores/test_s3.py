@@ -18,7 +18,7 @@ from loader.errors import ConfigError, FetchError, ListingError, TransientError
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.settings import Settings
 from loader.stores.base import Checksum
-from loader.stores.http import HttpStream
+from loader.stores.http import HttpClient, HttpStream
 from loader.stores.sources import Stores
 from loader.types import Manifest
 from tests.stores import moto
@@ -191,6 +191,43 @@ def test_an_upload_in_parts_is_proved_by_its_etag(
     assert md5_of_parts(parts).hex() in caught.value.expected
     fetch(manifest, tmp_path, stores, options)
     assert (tmp_path / "j1/rank-0/big").read_bytes() == b"".join(parts)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_small_object_is_proved_by_what_its_one_answer_tells(
+    s3: Any,
+    s3_url: str,
+    bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refuses: bool,
+) -> None:
+    content = random.Random(9).randbytes(3000)
+    s3.put_object(Bucket=bucket, Key="j1/rank-0/small", Body=content)
+    stores = open_stores(s3_url)
+    (listing,) = stores.read_listings(f"s3://{bucket}", ("j1",))
+    get, asked = HttpClient.get, []
+
+    def noted(client: HttpClient, url: str, **more: Any) -> HttpStream:
+        asked.append(more)
+        if refuses and more.get("headers"):
+            raise FetchError("the service does not know this header", where=url)
+        return get(client, url, **more)
+
+    def flips(stream: HttpStream, buffer: memoryview) -> int:
+        count = read(stream, buffer)
+        buffer[0] ^= 1
+        return count
+
+    read = HttpStream.readinto
+    monkeypatch.setattr(HttpClient, "get", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(HttpStream, "readinto", flips)
+        with pytest.raises(FetchError, match="sum up"):
+            fetch(Manifest(listing.artifacts), tmp_path, stores)
+    assert len(asked) == 1 + refuses
+    fetch(Manifest(listing.artifacts), tmp_path, stores)
+    assert (tmp_path / "j1/rank-0/small").read_bytes() == content
 
 
 @pytest.mark.parametrize(("used_s", "signatures"), [(300.0, 1), (0.0, 3)])
