@@ -92,7 +92,7 @@ def measure(command: Command, server: socket.socket) -> float:
     began = time.perf_counter()
     process = subprocess.Popen(
         command.words,
-        env={**os.environ, **command.variables},
+        env={**os.environ, **command.variables, "PYTHONDONTWRITEBYTECODE": ""},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -119,7 +119,7 @@ def main() -> None:
         for run in range(given.runs + 1):
             for command in compared:
                 found = measure(command, server)
-                if run:  # the first fills the page cache
+                if run:  # the first compiles what is not yet, and fills the page cache
                     seconds[command.name].append(found)
                 drop_waiting(server)
     print(f"{'ms to the first request':<24} {'least':>7} {'median':>7}")
