@@ -24,7 +24,7 @@ from loader.bases import LateBase, check_weights, find_base, opened_base, read_h
 from loader.errors import AdapterError
 from loader.late import LateWeights
 from loader.settings import Settings
-from loader.sources import BaseModel, Source, find_sources, give_name, output_folder
+from loader.sources import BaseModel, Source, cache_folder, find_sources, give_name, output_folder
 from loader.stores.hub import REPO_ID
 from loader.stores.sources import is_remote
 from loader.timeline import Timeline
@@ -109,7 +109,7 @@ class _Job:
 
     @property
     def cache(self) -> Path:
-        return output_folder(self.settings, self.decision.mode, {}).parent
+        return cache_folder(self.settings)
 
     @property
     def is_merge(self) -> bool:

@@ -17,12 +17,11 @@ from pathlib import Path
 
 from loader.errors import AdapterError, ConfigError, FetchError, FormatError, redact
 from loader.fetch.background import SplitFetch, are_here
-from loader.fetch.files import STATE
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.late import LateWeights, read_late
 from loader.resolve.manifest import check_names
 from loader.settings import Settings
-from loader.sources import BaseModel
+from loader.sources import BaseModel, cache_folder
 from loader.stores.hub import REPO_ID, fetch_model
 from loader.stores.model_files import side_files, weight_files
 from loader.stores.sources import Stores, is_remote
@@ -186,7 +185,7 @@ class _Files:
 
 
 def _find_files(settings: Settings, stores: Stores, url: str, *, weights: bool) -> _Files:
-    root = (settings.cache_folder or settings.training.download_folder / STATE / "models") / "bases"
+    root = cache_folder(settings) / "bases"
     last = url.rstrip("/").rpartition("/")[2]
     digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
     name = f"{last if JOB_ID.fullmatch(last) else 'base'}-{digest}"
@@ -207,7 +206,7 @@ def _find_files(settings: Settings, stores: Stores, url: str, *, weights: bool) 
     files: list[Artifact] = [a for a in listing.artifacts if a.relative_file_name in chosen]
     check_names(files)
     manifest = Manifest(tuple(sorted(files, key=lambda a: a.path)))
-    return _Files(url, name, root.absolute(), manifest)
+    return _Files(url, name, root, manifest)
 
 
 def _options(settings: Settings) -> FetchOptions:

@@ -2,7 +2,9 @@
 
 ::
 
-    <cache folder>/consolidate-<digest>/     a Hugging Face model, or a PEFT adapter
+    <cache folder>/
+      consolidate-<digest>/               a Hugging Face model, or a PEFT adapter
+      .consolidating.<random>.partial/    the same while its files arrive, whose digests come last
 
 The digest is of what it was made from; a folder that is there is complete and is taken as it is.
 """
@@ -13,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,10 +32,11 @@ from loader.weights.consolidate.files import ClosableFiles
 from loader.weights.consolidate.places import has_config, home_folders
 from loader.weights.consolidate.serving import serving_files
 from loader.weights.inspect import open_checkpoint
-from loader.weights.publishing import disk_error
+from loader.weights.publishing import disk_error, scratch_folder, sweep
 
 SHARDED = frozenset({Kind.DCP, Kind.ZERO, Kind.RANK_SHARDS})
 _EVERY_S = 5.0
+_COMING = "consolidating"
 _log = logging.getLogger("podloader")
 
 
@@ -128,15 +130,21 @@ def make_whole(
         return source
     base = None if has_config(source.checkpoint) else find_base()
     is_coming = shards is not None and shards.identities is None
-    with timeline.stage("consolidate"):
-        output = _unnamed(settings) if is_coming else _named(source, base, settings)
-        if output.is_dir():
-            _log.info("the consolidated checkpoint is here already: %s", output)
+    cache = cache_folder(settings)
+    sweep(cache, _COMING)
+    with contextlib.ExitStack() as stack:
+        if is_coming:
+            output = stack.enter_context(scratch_folder(cache, _COMING)) / "model"
         else:
-            _consolidate(source.checkpoint, output, base, settings, shards)
-    if shards is not None and is_coming:
-        (source,) = find_sources(shards.wait(), [source.checkpoint])
-        output = give_name(output, _named(source, base, settings))
+            output = _named(source, base, settings)
+        with timeline.stage("consolidate"):
+            if output.is_dir():
+                _log.info("the consolidated checkpoint is here already: %s", output)
+            else:
+                _consolidate(source.checkpoint, output, base, settings, shards)
+        if shards is not None and is_coming:
+            (source,) = find_sources(shards.wait(), [source.checkpoint])
+            output = give_name(output, _named(source, base, settings))
     return replace(source, checkpoint=open_checkpoint(output))
 
 
@@ -170,12 +178,6 @@ def _named(source: Source, base: BaseModel | None, settings: Settings) -> Path:
     return output_folder(settings, "consolidate", made_from)
 
 
-def _unnamed(settings: Settings) -> Path:
-    """Return a place for what is made of files whose digests are not known yet."""
-    moment = {"process": os.getpid(), "moment": time.time_ns()}
-    return output_folder(settings, "consolidating", moment)
-
-
 def give_name(folder: Path, name: Path) -> Path:
     """Return *name*, where *folder* lies now; one that is there already is the same and stays.
 
@@ -193,8 +195,13 @@ def give_name(folder: Path, name: Path) -> Path:
 def output_folder(settings: Settings, mode: str, made_from: Mapping[str, object]) -> Path:
     """Return the folder for what is made, named by the digest of what it is made from."""
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder(settings) / f"{mode}-{key}"
+
+
+def cache_folder(settings: Settings) -> Path:
+    """Return where merged and consolidated models are kept."""
     cache = settings.cache_folder or settings.training.download_folder / STATE / "models"
-    return cache.absolute() / f"{mode}-{key}"
+    return cache.absolute()
 
 
 def log_progress() -> Callable[[int, int], None]:

@@ -4,8 +4,9 @@ The rule of ``auto``, which is about the faster server:
 
 1. Several adapters are attached: they share one base.
 2. What vLLM would refuse has to be merged, one adapter at a time.
-3. One plain adapter is merged where its base is a training checkpoint too: the merge goes along
-   with the base's download, and a merged server spends nothing on an adapter at each token.
+3. One plain adapter is merged where its base is a training checkpoint too, or lies behind a URL:
+   the merge goes along with the base's download, and a merged server spends nothing on an adapter
+   at each token.
 4. Over a base that lies here, or on the Hub, it is attached: a merge would have to read and write
    the whole model before the server can start.
 """
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from loader.adapters.config import AdapterConfig, read_adapter_config
+from loader.adapters.config import read_adapter_config
 from loader.adapters.draft import Base
 from loader.adapters.edits import Replace
 from loader.adapters.effect import check_effect
@@ -109,13 +110,14 @@ def _tell_apart(named: Sequence[NamedAdapter]) -> tuple[NamedAdapter, ...]:
 def decide(
     policy: Policy, adapters: Sequence[NamedAdapter], *, base_is_fetched: bool = False
 ) -> Decision:
-    """Return whether to attach or to merge; ``base_is_fetched``: the base is a checkpoint, too.
+    """Return whether to attach or to merge; ``base_is_fetched``: podloader itself fetches the base.
 
     Raises:
         AdapterError: several adapters of which one cannot be attached, several to be merged, or
             ``attach`` for what vLLM refuses; also a malformed ``adapter_config.json``.
     """
-    obstacles = {a.name: _obstacles(read_adapter_config(a.folder)) for a in adapters}
+    found = run_all(partial(_find_obstacles, adapter.folder) for adapter in adapters)
+    obstacles = {a.name: texts for a, texts in zip(adapters, found, strict=True)}
     refused = {name: texts for name, texts in obstacles.items() if texts}
     problems = [f"{name}: {'; '.join(texts)}" for name, texts in refused.items()]
     if len(adapters) > 1 and policy == "merge":
@@ -142,9 +144,10 @@ def decide(
     return Decision("attach", "attach: vLLM serves plain LoRA as it is, nothing to write first")
 
 
-def _obstacles(config: AdapterConfig) -> tuple[str, ...]:
+def _find_obstacles(folder: Path) -> tuple[str, ...]:
+    config = read_adapter_config(folder)
     found = config.attach_obstacles()
-    whole = [] if found else _whole_tensors(config.folder)
+    whole = [] if found else _whole_tensors(folder)
     if whole:
         found = (f"tensors that replace the base's own ({', '.join(whole[:3])})",)
     if config.max_rank > LORA_RANKS[-1]:

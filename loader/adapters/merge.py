@@ -93,7 +93,7 @@ def merge(
         DiskError: no room, or the disk refused.
     """
     _check_output(output)
-    configs = [read_adapter_config(adapter.folder) for adapter in adapters]
+    configs = run_all(partial(read_adapter_config, adapter.folder) for adapter in adapters)
     _check_mergeable(base, configs)
     with ExitStack() as stack:
         about = read_json(base / "config.json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from loader.errors import AdapterError
+from loader.errors import AdapterError, FormatError
 
 _Found = TypeVar("_Found")
 
@@ -15,12 +15,14 @@ def run_all(checks: Iterable[Callable[[], _Found]]) -> list[_Found]:
 
     Raises:
         AdapterError: of the one that failed; of several, one error with the problems of all.
+        FormatError: the one that failed.
     """
-    found, failed = [], []
+    found: list[_Found] = []
+    failed: list[AdapterError | FormatError] = []
     for check in checks:
         try:
             found.append(check())
-        except AdapterError as error:
+        except (AdapterError, FormatError) as error:
             failed.append(error)
     if len(failed) == 1:
         raise failed[0]
@@ -30,7 +32,7 @@ def run_all(checks: Iterable[Callable[[], _Found]]) -> list[_Found]:
         problems = [
             f"{'' if same else f'{error.where}: '}{problem}"
             for error in failed
-            for problem in error.problems or (error.what,)
+            for problem in error.problems or (_sum_up(error),)
         ]
         raise AdapterError(
             "; ".join(dict.fromkeys(error.what for error in failed)),
@@ -40,3 +42,7 @@ def run_all(checks: Iterable[Callable[[], _Found]]) -> list[_Found]:
             next_step=first.next_step,
         )
     return found
+
+
+def _sum_up(error: AdapterError | FormatError) -> str:
+    return f"{error.what}: {error.got}" if error.got else error.what

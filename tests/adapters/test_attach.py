@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from loader.adapters.attach import NamedAdapter, attach, decide, name_adapters
+from loader.adapters.merge import WeightedAdapter, merge
 from loader.errors import AdapterError, FormatError
 from tests.models import tiny_llama, tiny_tokenizer, train_or_draw_lora
 
@@ -150,6 +151,27 @@ def test_everything_wrong_with_all_adapters_is_listed(base: Path, tmp_path: Path
         assert part in text
     assert "good" not in text
     assert "change nothing" in error.value.what
+
+
+def test_everything_wrong_with_all_files_is_listed(base: Path, tmp_path: Path) -> None:
+    """One adapter lacks its config, one was cut short, one does not fit."""
+    none, short, misfit, good = (draw(base, tmp_path / n) for n in ("none", "short", "misfit", "g"))
+    path = short.folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    edit_tensors(misfit, k_A=torch.ones(4, 128))
+    with pytest.raises(AdapterError) as error:
+        attach(base, [misfit, short, good], tmp_path / "out")
+    assert len(error.value.problems) == 2
+    assert all(name in "\n".join(error.value.problems) for name in ("short", "k_proj"))
+    (none.folder / "adapter_config.json").unlink()
+    with pytest.raises(AdapterError) as error:
+        decide("auto", [none, short, good])
+    text = "\n".join(error.value.problems)
+    assert "missing adapter_config.json" in text
+    assert "short" in text
+    with pytest.raises(AdapterError, match="missing"):
+        merge(base, [WeightedAdapter(a.folder) for a in (none, good)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_modules_that_the_base_lacks(base: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from loader.adapters.merge import PROVENANCE, WeightedAdapter, merge
@@ -158,16 +158,34 @@ def test_tied_embeddings_answer_as_the_adapter_did(
 
 def test_conv1d(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=365, n_embd=64, n_layer=2, n_head=2, n_positions=64)
+    config = GPT2Config(
+        vocab_size=365, n_embd=64, n_layer=2, n_head=2, n_positions=64, tie_word_embeddings=False
+    )
     GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "gpt2")
     cases: dict[str, dict[str, Any]] = {
         "plain": {"target_modules": ["c_attn", "c_proj", "c_fc"]},
         "dora": {"target_modules": ["c_attn", "c_proj"], "use_dora": True},
+        "with a layer that is none": {"target_modules": ["c_attn", "lm_head"]},
     }
     for name, lora in cases.items():
         adapter = train_or_draw_lora(tmp_path / "gpt2", tmp_path / name, **lora)
         ours = state(merged(tmp_path / "gpt2", adapter, tmp_path / f"{name}-out"))
         assert not differing(ours, merged_state(tmp_path / "gpt2", adapter))
+
+
+def test_the_trained_copy_of_a_module_counts(bases: dict[str, Path], tmp_path: Path) -> None:
+    """A raw state dict holds a module twice: as it was, and as it was trained."""
+    base = bases["bf16"]
+    adapter = train_or_draw_lora(base, tmp_path / "adapter", modules_to_save=["lm_head"])
+    expected = merged_state(base, adapter)
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = "base_model.model.lm_head"
+    trained = tensors.pop(f"{name}.weight")
+    tensors[f"{name}.original_module.weight"] = torch.zeros_like(trained)
+    tensors[f"{name}.modules_to_save.default.weight"] = trained
+    save_file(tensors, path)
+    assert not differing(state(merged(base, adapter, tmp_path / "out")), expected)
 
 
 @pytest.mark.parametrize("how", ["linear", "cat"])

@@ -166,7 +166,7 @@ def test_shards_are_written_while_others_arrive(
 
     def look() -> None:
         for _ in range(100):
-            partial = list(down.glob(".podloader/models/*/model.safetensors"))
+            partial = list(down.glob(".podloader/models/**/model.safetensors"))
             seen.append(max((path.stat().st_blocks for path in partial), default=0))
             if seen[-1] > 100:
                 return
