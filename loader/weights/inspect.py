@@ -24,6 +24,7 @@ SINGLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SHARD = re.compile(r"^(model|pytorch_model)-(\d{5,})-of-(\d{5,})\.(safetensors|bin)$")
 _DCP_OF_PARENT = re.compile(r"^(pytorch_model_fsdp_\d+|model(_\d+)?)$")
+FSDP_WEIGHTS = "pytorch_model_fsdp.bin"  # accelerate's full state dict, on the first rank
 _OPTIMIZER = re.compile(r"^optim(izer)?(_\d+)?$")
 _ZERO = re.compile(r"mp_rank_\d+_(optim|model)_states\.pt$")
 _MEGATRON_RANK = re.compile(r"^mp_rank_\d{2,}(_\d{3})*$")
@@ -82,7 +83,8 @@ def _find_in_job(places: tuple[Place, ...]) -> list[Checkpoint]:
         # ZeRO-3 without gathering leaves a model file of empty tensors beside the true weights.
         if not any(_is_hollow(c) for c in whole[relative]):
             del zero[relative]
-    others = {**_find_megatron(places, by_folder), **_find_dcp(places, by_folder)}
+    others = {**_find_megatron(places, by_folder), **_find_full_states(places)}
+    others |= _find_dcp(places, by_folder)
     sharded = {r: [c] for r, c in {**others, **zero}.items() if r in zero or r not in whole}
     merged = {**whole, **sharded}
     return [c for relative in sorted(merged) for c in merged[relative]]
@@ -221,6 +223,16 @@ def _find_dcp(places: tuple[Place, ...], by_folder: dict[str, Place]) -> dict[st
         home = place.folder(place.ranks[0])
         root = home if relative == place.relative else home.parent
         found[relative] = Checkpoint(Kind.DCP, _folder_with_config(owner, root), detail)
+    return found
+
+
+def _find_full_states(places: tuple[Place, ...]) -> dict[str, Checkpoint]:
+    found = {}
+    for place in places:
+        if FSDP_WEIGHTS in place.names:
+            folders = [str(place.folder(rank)) for rank in place.ranks]
+            home = _folder_with_config(place, place.folder(place.holders(FSDP_WEIGHTS)[0]))
+            found[place.relative] = Checkpoint(Kind.RANK_SHARDS, home, {"folders": folders})
     return found
 
 

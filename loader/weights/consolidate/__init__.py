@@ -9,6 +9,9 @@ of bytes in some file and the box of the tensor that it fills (``pieces``). What
     hfstorage.py  its safetensors storage: shard-<rank>-….safetensors, offsets in the headers
     ranks.py      Hugging Face shards spread over ranks
     zero.py       DeepSpeed ZeRO 1, 2, 3 and the universal format
+    megatron.py   Megatron-Core's fused and stacked tensors, as views of what dcp.py reads
+    titan.py      torchtitan's and torchtune's names and order of rows, likewise
+    parallel.py   Megatron's files by rank: known, and refused
 
 Pickles are read by ``unpickling``, which builds what ``allowed`` lists and nothing else; tensors
 inside them are only described, and their bytes are read by range (``archive``).

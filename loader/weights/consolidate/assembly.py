@@ -7,7 +7,9 @@ memory at a time, whatever the tensor's size.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -21,6 +23,7 @@ from loader.weights.readers import TORCH_DTYPES, tensor_bytes
 from loader.weights.writer import CheckpointWriter
 
 BLOCK_BYTES = 16 << 20
+_far_reach = threading.Lock()  # one whole tensor in memory at a time
 CASTABLE = frozenset({"F64", "F32", "F16", "BF16"})
 DTYPE_NAMES: Mapping[str, str] = MappingProxyType(
     {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -151,8 +154,9 @@ def _read_rows(piece: Piece, low: int, high: int) -> torch.Tensor:
         raw = torch.empty((high - low) * row * element, dtype=torch.uint8)
         piece.file.read_into(piece.start + low * row * element, raw.numpy().data)
         return raw.view(dtype).reshape(high - low, *piece.sizes[1:])
-    # Saved with its dimensions in another order in memory: all that the box reaches over is read.
+    # Its elements lie apart, or its dimensions in another order: all that it reaches over is read.
     reach = sum((s - 1) * d for s, d in zip(piece.sizes, piece.strides, strict=True)) + 1
-    raw = torch.empty(reach * element, dtype=torch.uint8)
-    piece.file.read_into(piece.start, raw.numpy().data)
-    return raw.view(dtype).as_strided(piece.sizes, piece.strides)[low:high]
+    with _far_reach if reach * element > BLOCK_BYTES else contextlib.nullcontext():
+        raw = torch.empty(reach * element, dtype=torch.uint8)
+        piece.file.read_into(piece.start, raw.numpy().data)
+        return raw.view(dtype).as_strided(piece.sizes, piece.strides)[low:high].clone()

@@ -29,7 +29,7 @@ from loader.weights.consolidate.dcp import DcpSource
 from loader.weights.consolidate.expected import ModelNames, read_model_names
 from loader.weights.consolidate.files import Files, LocalFiles
 from loader.weights.consolidate.hfstorage import SafetensorsStorageSource, is_storage
-from loader.weights.consolidate.megatron import MegatronSource, is_megatron
+from loader.weights.consolidate.layouts import find_view
 from loader.weights.consolidate.names import match_names
 from loader.weights.consolidate.parallel import refuse_ranks
 from loader.weights.consolidate.pieces import SourceTensor
@@ -38,7 +38,6 @@ from loader.weights.consolidate.ranks import RankShardsSource
 from loader.weights.consolidate.sidecars import find_sidecars, write_sidecars
 from loader.weights.consolidate.work import Progress, even_shard_bytes, write_all
 from loader.weights.consolidate.zero import ZeroSource
-from loader.weights.inspect import read_json
 from loader.weights.writer import MAX_SHARD_BYTES, CheckpointWriter, TensorSpec, plan_shards
 
 
@@ -139,8 +138,8 @@ def plan_consolidation(
     if CONFIG not in sidecars and base is not None:
         sidecars = {**find_sidecars([base]), **sidecars}
     expected = ModelNames(names) if names is not None else _expected(sidecars, where)
-    if is_megatron(source.shapes) and CONFIG in sidecars:
-        source = MegatronSource(source, read_json(sidecars[CONFIG]), where)
+    if CONFIG in sidecars:
+        source = find_view(source, sidecars[CONFIG], where) or source
     match = match_names(source.shapes, expected, where)
     targets = _targets(match.names, source, dtype)
     _check_copies(targets, match.copies, source, dtype, where)

@@ -15,16 +15,12 @@ tensors``) and megatron/core/transformer/mlp.py (``apply_swiglu_sharded_factory`
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
 
 from loader.errors import CheckpointError, UnsupportedError
 from loader.weights.consolidate.names import is_of_model
-from loader.weights.consolidate.pieces import Piece, SourceTensor
-from loader.weights.header import size_bytes
+from loader.weights.consolidate.views import Heads, Rows, View
 
 EMBEDDING = "embedding.word_embeddings.weight"
 _LEAD = re.compile(r"^(model\.|module\.)*")
@@ -50,37 +46,6 @@ _OUTSIDE = {
 }
 _STATE = re.compile(r"\._extra_state(/|$)")  # of Transformer Engine's layers
 
-Runs = tuple[tuple[int, int], ...]
-
-
-class OpenableTensors(Protocol):
-    """The part of a source that is looked at here; see ``consolidation.ShardedSource``."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, str]
-
-    def open(self, names: Sequence[str], dtype: str | None) -> tuple[SourceTensor, ...]:
-        """Return these tensors as pieces."""
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """Rows ``[start, end)`` of a tensor, one run behind the other; of one layer where stacked."""
-
-    tensor: str
-    layer: int | None
-    runs: Runs
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What config.json says of the sizes that Megatron's tensors are fused by."""
-
-    heads: int
-    groups: int
-    head: int
-    vocabulary: int
-
 
 def is_megatron(names: Iterable[str]) -> bool:
     """Return whether a checkpoint's tensors are called as Megatron-Core's GPT calls them."""
@@ -88,65 +53,15 @@ def is_megatron(names: Iterable[str]) -> bool:
     return EMBEDDING in bare and any(_LAYER.match(name) for name in bare)
 
 
-class MegatronSource:
-    """The tensors of a Megatron-Core GPT under the names that transformers' decoders have."""
+def find_views(
+    shapes: Mapping[str, tuple[int, ...]], heads: Heads, where: str
+) -> Mapping[str, View]:
+    """Return transformers' name -> where in Megatron's tensors (name -> shape) it lies.
 
-    def __init__(self, source: OpenableTensors, config: Mapping[str, object], where: str) -> None:
-        self._source = source
-        self._views = _find_views(source.shapes, _read_sizes(config, where), where)
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: _shape(view, source.shapes[view.tensor]) for name, view in self._views.items()
-        }
-        self.dtypes: Mapping[str, str] = {
-            name: source.dtypes[view.tensor] for name, view in self._views.items()
-        }
-
-    def open(self, names: Sequence[str], dtype: str | None) -> tuple[SourceTensor, ...]:
-        """Return the tensors of these names.
-
-        Raises:
-            CheckpointError: as the source, by Megatron's own names.
-        """
-        wanted = list(dict.fromkeys(self._views[name].tensor for name in names))
-        opened = dict(zip(wanted, self._source.open(wanted, dtype), strict=True))
-        by_layer = {name: _group_layers(tensor) for name, tensor in opened.items()}
-        made = []
-        for name in names:
-            view, shape = self._views[name], self.shapes[name]
-            tensor = opened[view.tensor]
-            if view.layer is None:
-                pieces = tensor.pieces
-            else:
-                pieces = tuple(by_layer[view.tensor].get(view.layer, ()))
-            cut = tuple(part for piece in pieces for part in _cut_rows(piece, view.runs))
-            made.append(SourceTensor(name, tensor.dtype, shape, shape, cut))
-        return tuple(made)
-
-
-def _read_sizes(config: Mapping[str, object], where: str) -> Sizes:
-    text = config.get("text_config", config)
-    fields = text if isinstance(text, dict) else config
-
-    def number(name: str, otherwise: object = None) -> int:
-        value = fields.get(name) or otherwise
-        if type(value) is not int or value <= 0:
-            raise CheckpointError(
-                "a config.json that does not say how Megatron's tensors are fused",
-                where=where,
-                expected=f"{name}, a number",
-                got=repr(value),
-                next_step="put the config.json of the Hugging Face model beside the checkpoint, "
-                "or set base_model to it",
-            )
-        return value
-
-    heads = number("num_attention_heads")
-    head = number("head_dim", number("hidden_size") // heads)
-    groups = number("num_key_value_heads", heads)
-    return Sizes(heads, groups, head, number("vocab_size"))
-
-
-def _find_views(shapes: Mapping[str, tuple[int, ...]], sizes: Sizes, where: str) -> dict[str, View]:
+    Raises:
+        UnsupportedError: tensors that have no such name; all are listed.
+        CheckpointError: fused tensors that *heads* do not make up.
+    """
     found: dict[str, View] = {}
     unknown, fused = [], []
     for name, shape in shapes.items():
@@ -154,18 +69,18 @@ def _find_views(shapes: Mapping[str, tuple[int, ...]], sizes: Sizes, where: str)
         if not is_of_model(bare) or _STATE.search(bare):
             continue
         if bare in _OUTSIDE:
-            rows = min(shape[0], sizes.vocabulary) if len(shape) > 1 else shape[0]
-            found[_OUTSIDE[bare]] = View(name, None, ((0, rows),))
+            rows = min(shape[0], heads.vocabulary) if len(shape) > 1 else shape[0]
+            found[_OUTSIDE[bare]] = View(name, None, (Rows(0, rows),))
             continue
         match = _LAYER.match(bare)
         stacked = match is not None and match["number"] is None
         inner = shape[1:] if stacked else shape
-        parts = _split(match["rest"], inner, sizes) if match and inner else None
+        parts = _split(match["rest"], inner, heads) if match and inner else None
         if match is None or parts is None:
             unknown.append(f"{name}: {list(shape)}")
             continue
         if not parts:
-            fused.append(f"{name}: {list(shape)} is not made of {sizes}")
+            fused.append(f"{name}: {list(shape)} is not made of {heads}")
         for layer in range(shape[0]) if stacked else [int(match["number"])]:
             for suffix, runs in parts.items():
                 view = View(name, layer if stacked else None, runs)
@@ -174,35 +89,38 @@ def _find_views(shapes: Mapping[str, tuple[int, ...]], sizes: Sizes, where: str)
     return found
 
 
-def _split(rest: str, shape: tuple[int, ...], sizes: Sizes) -> dict[str, Runs] | None:
+def _split(rest: str, shape: tuple[int, ...], heads: Heads) -> dict[str, tuple[Rows, ...]] | None:
     """Return transformers' names for a layer's tensor, each with its rows.
 
-    None where there are none, nothing where the rows are not what *sizes* make up.
+    None where there are none, nothing where the rows are not what *heads* make up.
     """
     rows = shape[0]
     if rest in _WHOLE:
-        return {_WHOLE[rest]: ((0, rows),)}
+        return {_WHOLE[rest]: (Rows(0, rows),)}
     if match := _GATED.match(rest):
         kind, half = match["kind"], rows // 2
         if rows % 2:
             return {}
-        return {f"mlp.gate_proj.{kind}": ((0, half),), f"mlp.up_proj.{kind}": ((half, rows),)}
+        return {
+            f"mlp.gate_proj.{kind}": (Rows(0, half),),
+            f"mlp.up_proj.{kind}": (Rows(half, rows),),
+        }
     if match := _QKV.match(rest):
-        return _split_qkv(match["kind"], rows, sizes)
+        return _split_qkv(match["kind"], rows, heads)
     return None
 
 
-def _split_qkv(kind: str, rows: int, sizes: Sizes) -> dict[str, Runs]:
-    if sizes.heads % sizes.groups or rows != (sizes.heads + 2 * sizes.groups) * sizes.head:
+def _split_qkv(kind: str, rows: int, heads: Heads) -> dict[str, tuple[Rows, ...]]:
+    if heads.queries % heads.groups or rows != (heads.queries + 2 * heads.groups) * heads.size:
         return {}
-    queries = sizes.heads // sizes.groups * sizes.head
-    group = queries + 2 * sizes.head
+    queries = heads.queries // heads.groups * heads.size
+    group = queries + 2 * heads.size
     starts = range(0, rows, group)
-    key = queries + sizes.head
+    key = queries + heads.size
     return {
-        f"self_attn.q_proj.{kind}": tuple((s, s + queries) for s in starts),
-        f"self_attn.k_proj.{kind}": tuple((s + queries, s + key) for s in starts),
-        f"self_attn.v_proj.{kind}": tuple((s + key, s + group) for s in starts),
+        f"self_attn.q_proj.{kind}": tuple(Rows(s, s + queries) for s in starts),
+        f"self_attn.k_proj.{kind}": tuple(Rows(s + queries, s + key) for s in starts),
+        f"self_attn.v_proj.{kind}": tuple(Rows(s + key, s + group) for s in starts),
     }
 
 
@@ -223,45 +141,3 @@ def _refuse(unknown: Sequence[str], fused: Sequence[str], where: str) -> None:
             problems=fused,
             next_step="give the config.json of the model that was trained",
         )
-
-
-def _shape(view: View, shape: tuple[int, ...]) -> tuple[int, ...]:
-    rest = shape[1:] if view.layer is None else shape[2:]
-    return (sum(end - start for start, end in view.runs), *rest)
-
-
-def _group_layers(tensor: SourceTensor) -> dict[int, list[Piece]]:
-    """Return the pieces of each layer of a stacked tensor, without the dimension of layers."""
-    found: dict[int, list[Piece]] = {}
-    for piece in tensor.pieces:
-        for at in range(piece.sizes[0]):
-            inner = _narrow(piece, at)
-            found.setdefault(piece.offsets[0] + at, []).append(inner)
-    return found
-
-
-def _narrow(piece: Piece, index: int) -> Piece:
-    """Return the part of *piece* at *index* of its first dimension, which goes."""
-    stride = piece.strides[0] if piece.strides is not None else math.prod(piece.sizes[1:])
-    start = piece.start + index * stride * size_bytes(piece.dtype, (1,))
-    strides = None if piece.strides is None else piece.strides[1:]
-    return Piece(piece.file, start, piece.dtype, piece.offsets[1:], piece.sizes[1:], strides)
-
-
-def _cut_rows(piece: Piece, runs: Runs) -> Iterator[Piece]:
-    """Give the parts of *piece* that lie in *runs* of rows, at their places behind each other."""
-    stride = piece.strides[0] if piece.strides is not None else math.prod(piece.sizes[1:])
-    first, last = piece.offsets[0], piece.offsets[0] + piece.sizes[0]
-    at = 0
-    for begin, end in runs:
-        low, high = max(begin, first), min(end, last)
-        if low < high:
-            yield Piece(
-                piece.file,
-                piece.start + (low - first) * stride * size_bytes(piece.dtype, (1,)),
-                piece.dtype,
-                (at + low - begin, *piece.offsets[1:]),
-                (high - low, *piece.sizes[1:]),
-                piece.strides,
-            )
-        at += end - begin

@@ -6,7 +6,8 @@
     rank-1/<checkpoint>/model-00002-of-00004.safetensors
     <any rank or none>/model.safetensors.index.json
 
-The same with ``pytorch_model-….bin``, which are read as ``archive`` reads them.
+The same with ``pytorch_model-….bin``, which are read as ``archive`` reads them, and with the full
+state dict that accelerate's FSDP saves on one rank, ``pytorch_model_fsdp.bin``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from loader.weights.consolidate.hfstorage import read_range_header
 from loader.weights.consolidate.pieces import Piece, SourceTensor
 from loader.weights.consolidate.records import TensorRef
 from loader.weights.index import weight_map
+from loader.weights.inspect import FSDP_WEIGHTS
 
 MAX_INDEX_BYTES = 1 << 28
 _SAFE, _PICKLED = "safetensors", "bin"
@@ -63,7 +65,8 @@ class RankShardsSource:
 
 def _shards(files: Files, kind: str) -> list[str]:
     found = (n for n in files.names if (m := _SHARD.match(n)) and m["kind"] == kind)
-    return sorted([*found, *({_WHOLE[kind]} & files.names)])
+    whole = {_WHOLE[kind]} | ({FSDP_WEIGHTS} if kind == _PICKLED else set())
+    return sorted([*found, *(whole & files.names)])
 
 
 def _read_safetensors(file: RangeFile) -> dict[str, Piece]:

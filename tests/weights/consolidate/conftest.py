@@ -8,14 +8,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from loader.settings import Settings
 from loader.types import Checkpoint
 from loader.weights.inspect import find_checkpoints
 from tests.models import tiny_llama
+from tests.origin import FaultyOrigin, write_listing
 
 JOBS = Path(__file__).parent / "jobs"
 
@@ -56,6 +59,30 @@ def megatron(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("megatron")
     run_job("mcore.py", base, out, ranks=2)
     return out
+
+
+@pytest.fixture
+def publish(origin: FaultyOrigin, tmp_path: Path) -> Any:
+    """Put a case's nodes behind signed URLs and return settings that ask for all of them."""
+
+    def put(case: Path, **own: Any) -> Settings:
+        for folder in case.glob("rank-*"):
+            rank = int(folder.name.removeprefix("rank-"))
+            shutil.copytree(folder, origin.folder("job1", rank), dirs_exist_ok=True)
+        listing = write_listing(origin, tmp_path / "job1.json")
+        (name,) = {path.name for path in case.glob("rank-*/checkpoint-*")}
+        reference = {"training_job_id": "job1", "paths": [f"rank-*/{name}/"]}
+        return Settings.load(
+            {
+                "training_checkpoints": {
+                    "download_folder": str(tmp_path / "down"),
+                    "artifact_references": [reference],
+                },
+                "model_metadata": {"podloader": {"artifacts": [str(listing)]} | own},
+            }
+        )
+
+    return put
 
 
 def run_job(script: str, *arguments: Path, ranks: int) -> None:

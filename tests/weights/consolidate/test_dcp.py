@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from transformers import LlamaForCausalLM
+from transformers import GemmaConfig, LlamaForCausalLM
 
 from loader.errors import CheckpointError, FormatError, UnsupportedError
 from loader.types import Checkpoint, Kind
@@ -19,7 +19,8 @@ from loader.weights.consolidate.consolidation import consolidate
 from loader.weights.inspect import find_checkpoints
 from tests.weights.consolidate.conftest import assert_same, copy_case, found, tensors_of
 
-MODELS = ["fsdp2", "fsdp1", "hsdp-tp", "full", "fsdp2-bf16-tied"]
+MODELS = ["fsdp2", "fsdp1", "fsdp1-full", "hsdp-tp", "full", "fsdp2-bf16-tied"]
+MODELS += ["torchtitan", "torchtune"]
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -65,6 +66,39 @@ def test_the_trainers_own_checkpoint(trainer: Path, base: Path, tmp_path: Path) 
     out = consolidate(checkpoint, tmp_path / "out", base=base)
     assert_same(tensors_of(out), load_file(trainer / "full.safetensors"))
     assert (out / "tokenizer.json").exists()
+
+
+def test_accelerates_own_save_state(trainer: Path, base: Path, tmp_path: Path) -> None:
+    checkpoint = found(trainer.parent / "accelerate")
+    assert (trainer.parent / "accelerate/rank-1/checkpoint-2/pytorch_model_fsdp_0").is_dir()
+    assert checkpoint.kind is Kind.DCP
+    out = consolidate(checkpoint, tmp_path / "out", base=base)
+    assert_same(tensors_of(out), load_file(trainer / "full.safetensors"))
+
+
+def test_accelerates_full_state_dict(trainer: Path, base: Path, tmp_path: Path) -> None:
+    """A pickle on the first rank; the others have nothing."""
+    checkpoint = found(trainer.parent / "accelerate-full")
+    assert checkpoint.kind is Kind.RANK_SHARDS
+    out = consolidate(checkpoint, tmp_path / "out", base=base)
+    assert_same(tensors_of(out), load_file(trainer / "full.safetensors"))
+
+
+@pytest.mark.parametrize("case", ["torchtitan", "torchtune"])
+def test_a_trainers_own_layout_is_cast_once(fsdp: Path, case: str, tmp_path: Path) -> None:
+    out = consolidate(found(fsdp / case), tmp_path / "out", dtype="bfloat16")
+    full = load_file(fsdp / case / "full.safetensors")
+    assert_same(tensors_of(out), {k: v.to(torch.bfloat16) for k, v in full.items()})
+
+
+def test_a_trainers_own_layout_that_is_not_known(fsdp: Path, tmp_path: Path) -> None:
+    case = copy_case(fsdp / "torchtune", tmp_path / "case")
+    home = case / "rank-0/checkpoint-10"
+    (home / "config.json").unlink()
+    GemmaConfig(num_hidden_layers=1, architectures=["GemmaForCausalLM"]).save_pretrained(home)
+    with pytest.raises(UnsupportedError, match="whose layout is not known") as error:
+        consolidate(found(case), tmp_path / "out")
+    assert error.value.got == "gemma"
 
 
 def test_config_on_another_rank(fsdp: Path, tmp_path: Path) -> None:

@@ -18,36 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from loader import boot
 from loader.cli.documents import plan_document
 from loader.errors import ChangedError, CheckpointError
-from loader.settings import Settings
 from loader.types import ReadyModel
-from tests.origin import FaultyHandler, FaultyOrigin, act, cut, status, write_listing
+from tests.origin import FaultyHandler, FaultyOrigin, act, cut, status
 from tests.weights.consolidate.conftest import assert_same, tensors_of
 
 PROMPT = "what is the capital of"
-
-
-@pytest.fixture
-def publish(origin: FaultyOrigin, tmp_path: Path) -> Any:
-    """Put a case's nodes behind signed URLs and return settings that ask for all of them."""
-
-    def put(case: Path, **own: Any) -> Settings:
-        for folder in case.glob("rank-*"):
-            rank = int(folder.name.removeprefix("rank-"))
-            shutil.copytree(folder, origin.folder("job1", rank), dirs_exist_ok=True)
-        listing = write_listing(origin, tmp_path / "job1.json")
-        (name,) = {path.name for path in case.glob("rank-*/checkpoint-*")}
-        reference = {"training_job_id": "job1", "paths": [f"rank-*/{name}/"]}
-        return Settings.load(
-            {
-                "training_checkpoints": {
-                    "download_folder": str(tmp_path / "down"),
-                    "artifact_references": [reference],
-                },
-                "model_metadata": {"podloader": {"artifacts": [str(listing)]} | own},
-            }
-        )
-
-    return put
 
 
 def test_a_model_is_consolidated_once(fsdp: Path, publish: Any) -> None:
@@ -216,6 +191,11 @@ def tokens_of_training(full: Path, base: Path) -> list[int]:
     """Return what the trained model itself answers, greedily."""
     model: Any = LlamaForCausalLM(LlamaConfig.from_pretrained(base)).float()
     model.load_state_dict({k: v.float() for k, v in load_file(full).items()})
+    return greedy_tokens(model, base)
+
+
+def greedy_tokens(model: Any, base: Path) -> list[int]:
+    """Return what *model* answers, as transformers decodes greedily."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     out = model.generate(ids, do_sample=False, max_new_tokens=16, min_new_tokens=16)
@@ -230,7 +210,8 @@ async def test_vllm_answers_like_the_model_that_was_trained(
     case = (fsdp if name == "fsdp2" else zero) / name
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     arguments = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True}
-    settings = publish(case, engine_args=arguments)
+    # Either way the folder is the same, to the bit: one of the two is fetched by its weights alone.
+    settings = publish(case, engine_args=arguments, weights_only_fetch=name == "fsdp2")
     ready: ReadyModel = boot.prepare(settings)
     model = await asyncio.to_thread(boot.start, ready, settings)
     try:
@@ -240,6 +221,7 @@ async def test_vllm_answers_like_the_model_that_was_trained(
         await asyncio.to_thread(model.close)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     expected = tokens_of_training(case / "full.safetensors", base)
+    assert greedy_tokens(LlamaForCausalLM.from_pretrained(ready.path).float(), base) == expected
     assert answer["choices"][0]["text"] == tokenizer.decode(expected, skip_special_tokens=True)
     assert answer["choices"][0]["text"].startswith(" france? the capital of france is paris.")
     assert json.loads((ready.path / "config.json").read_text())["architectures"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,9 @@ from transformers import LlamaForCausalLM
 from loader.errors import CheckpointError, UnsupportedError
 from loader.types import Kind
 from loader.weights.consolidate.consolidation import consolidate
-from loader.weights.consolidate.megatron import MegatronSource
-from loader.weights.inspect import read_json
+from loader.weights.consolidate.megatron import find_views
+from loader.weights.consolidate.views import Heads
 from tests.weights.consolidate.conftest import copy_case, edit_config, found, tensors_of
-
-
-class SourceOf:
-    """Tensors that are never read."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.shapes: Mapping[str, tuple[int, ...]] = shapes
-        self.dtypes: Mapping[str, str] = dict.fromkeys(shapes, "F32")
-
-    def open(self, names: object, dtype: object) -> Any:
-        """Fail the test."""
-        raise AssertionError("nothing is read")
 
 
 @pytest.mark.parametrize("case", ["torch-dist", "numbered"])
@@ -83,16 +70,14 @@ def test_heads_that_are_another_models(megatron: Path, tmp_path: Path) -> None:
         consolidate(found(case), tmp_path / "out")
     assert "linear_qkv" in error.value.problems[0]
     edit_config(case / "rank-0/checkpoint-10", num_attention_heads=None)
-    with pytest.raises(CheckpointError, match="how Megatron's tensors are fused"):
+    with pytest.raises(CheckpointError, match="how the trainer's tensors are laid out"):
         consolidate(found(case), tmp_path / "out")
 
 
-def test_a_layer_that_hugging_face_does_not_know(megatron: Path) -> None:
+def test_a_layer_that_hugging_face_does_not_know() -> None:
     names = ("embedding.word_embeddings.weight", "decoder.layers.mlp.router")
-    source = SourceOf(dict.fromkeys(names, (2, 4)))
-    config = read_json(megatron / "torch-dist/rank-0/checkpoint-10/config.json")
     with pytest.raises(UnsupportedError, match="no name in Hugging Face") as error:
-        MegatronSource(source, config, "here")
+        find_views(dict.fromkeys(names, (2, 4)), Heads(4, 2, 8, 100), "here")
     assert error.value.problems == ("decoder.layers.mlp.router: [2, 4]",)
 
 

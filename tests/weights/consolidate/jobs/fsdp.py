@@ -1,5 +1,8 @@
 """Under torchrun, four ranks on two nodes: FSDP1, FSDP2, HSDP x TP and LoRA, saved by DCP.
 
+torchtitan and torchtune are not installed for this: their names and layouts come from the tables
+they document, and what is written is torch's own.
+
 ``fsdp.py BASE OUT``: every case leaves ``OUT/<case>/rank-<node>/checkpoint-10`` with what that
 node wrote, and ``OUT/<case>/full.safetensors``, the framework's own full state dict.
 """
@@ -133,6 +136,84 @@ def fsdp1(case: str) -> None:
     copy_sidecars(case)
 
 
+def fsdp1_full(case: str) -> None:
+    """FSDP1's full state dict, under the wrapper's names of an inner module."""
+    model = FullyShardedDataParallel(load(), use_orig_params=True, device_id=torch.device("cpu"))
+    step(model)
+    with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT):
+        state = model.state_dict()
+    save(
+        {f"_fsdp_wrapped_module.{k}": v for k, v in state.items()}, checkpoint_id=node_folder(case)
+    )
+    keep_reference(case, state)
+    copy_sidecars(case)
+
+
+def own_names(trainer: str) -> Callable[[str], None]:
+    """A decoder under the names and in the layout of torchtitan or torchtune, over FSDP2."""
+
+    def case(name: str) -> None:
+        reference = load()
+        step(reference)
+        full = {k: v.detach().clone() for k, v in reference.state_dict().items()}
+        model = nest({theirs(k, trainer): laid_out(k, v) for k, v in full.items()})
+        fully_shard(model)
+        optimizer = torch.optim.AdamW(model.parameters())
+        weights, moments = get_state_dict(model, optimizer)
+        save({"model": weights, "optimizer": moments, "epoch": 1}, checkpoint_id=node_folder(name))
+        keep_reference(name, full)
+        copy_sidecars(name)
+
+    return case
+
+
+def theirs(name: str, trainer: str) -> str:
+    """Return the trainer's name, by its documented table."""
+    for ours, titan, tune in NAMES:
+        name = name.replace(ours, titan if trainer == "torchtitan" else tune)
+    return name.removeprefix("model.")
+
+
+def laid_out(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return queries and keys with the halves of each head's rotation beside each other."""
+    if not name.endswith(("q_proj.weight", "k_proj.weight")):
+        return tensor
+    head = 32
+    halves = tensor.view(len(tensor) // head, 2, head // 2, tensor.shape[1])
+    return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+def nest(tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """Return a module with these parameters."""
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        *path, last = name.split(".")
+        module = root
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, torch.nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(last, torch.nn.Parameter(tensor))
+    return root
+
+
+# transformers' name, torchtitan's, torchtune's.
+NAMES = [
+    ("embed_tokens", "tok_embeddings", "tok_embeddings"),
+    ("self_attn.q_proj", "attention.wq", "attn.q_proj"),
+    ("self_attn.k_proj", "attention.wk", "attn.k_proj"),
+    ("self_attn.v_proj", "attention.wv", "attn.v_proj"),
+    ("self_attn.o_proj", "attention.wo", "attn.output_proj"),
+    ("mlp.gate_proj", "feed_forward.w1", "mlp.w1"),
+    ("mlp.up_proj", "feed_forward.w3", "mlp.w3"),
+    ("mlp.down_proj", "feed_forward.w2", "mlp.w2"),
+    ("post_attention_layernorm.weight", "ffn_norm.weight", "mlp_norm.scale"),
+    ("input_layernorm.weight", "attention_norm.weight", "sa_norm.scale"),
+    ("model.norm.weight", "model.norm.weight", "model.norm.scale"),
+    ("lm_head", "output", "output"),
+]
+
+
 def hsdp_tp(case: str) -> None:
     """A mesh of two dimensions: tensor-parallel columns and rows, sharded again by FSDP2."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -209,6 +290,9 @@ CASES: dict[str, Callable[[str], None]] = {
     "fsdp2": fsdp2,
     "fsdp2-bf16-tied": fsdp2_bf16_tied,
     "fsdp1": fsdp1,
+    "fsdp1-full": fsdp1_full,
+    "torchtitan": own_names("torchtitan"),
+    "torchtune": own_names("torchtune"),
     "hsdp-tp": hsdp_tp,
     "full": full_state,
     "hf-storage": hf_storage,

@@ -1,7 +1,8 @@
 """Under torchrun, two ranks on two nodes: the Hugging Face Trainer over FSDP, saving shards.
 
 ``trainer.py BASE OUT``: leaves ``OUT/trainer/rank-<node>/checkpoint-2`` as the Trainer wrote it on
-that node, and ``OUT/trainer/full.safetensors``.
+that node, ``OUT/accelerate/…`` as ``accelerator.save_state`` did, and
+``OUT/accelerate-full/…`` its full state dict; and ``OUT/trainer/full.safetensors``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import save_fsdp_model
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import StateDictType
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 warnings.simplefilter("ignore")
@@ -59,6 +62,12 @@ def main() -> None:
     full: dict[str, Any] = get_model_state_dict(trainer.model_wrapped, options=options)
     if rank == 0:
         save_file({k: v.contiguous() for k, v in full.items()}, OUT / "trainer/full.safetensors")
+    # What accelerate itself writes, optimizer and scheduler in files of their own.
+    trainer.accelerator.save_state(str(OUT / "accelerate" / f"rank-{rank}" / "checkpoint-2"))
+    plugin = trainer.accelerator.state.fsdp_plugin
+    plugin.state_dict_type = StateDictType.FULL_STATE_DICT
+    folder = OUT / "accelerate-full" / f"rank-{rank}" / "checkpoint-2"
+    save_fsdp_model(plugin, trainer.accelerator, trainer.model_wrapped, str(folder))
     dist.barrier()
     dist.destroy_process_group()
 
