@@ -204,3 +204,20 @@ def test_a_circle_of_redirects_is_an_error(
     with pytest.raises(FetchError, match="5 redirects"):
         fetch(manifest, tmp_path / "down", store, options)
     assert len(origin.ranges_of("big.bin")) == 1 + 6
+
+
+def test_every_range_is_tied_to_the_version(
+    origin: FaultyOrigin, store: PresignedStore, manifest: Manifest, tmp_path: Path
+) -> None:
+    tags: list[str | None] = []
+
+    def note(handler: FaultyHandler) -> bool:
+        tags.append(handler.headers.get("If-Match"))
+        return False
+
+    origin.fail("big.bin", *[note] * 99)
+    fetch(manifest, tmp_path / "down", store, OPTIONS)
+    assert tags[0] is None
+    assert len(tags) > 2
+    assert len(set(tags[1:])) == 1
+    assert str(tags[1]).startswith('"')

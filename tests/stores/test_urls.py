@@ -222,3 +222,29 @@ def test_a_file_that_the_new_listing_lacks(
     path.unlink()
     with pytest.raises(ListingError):
         stores.read_listings(str(path))
+
+
+def test_only_sources_of_the_job_that_may_have_news_are_read() -> None:
+    old = Artifact("job1", 0, "x", "http://h/x?Expires=60")
+    reads: list[str] = []
+
+    class Source:
+        def __init__(self, name: str, news: bool) -> None:
+            self._name, self._news = name, news
+
+        def read(self) -> tuple[Listing, ...]:
+            reads.append(self._name)
+            return (Listing("job1", (old,)),)
+
+        def has_news(self) -> bool:
+            return self._news
+
+    urls = SignedUrls(
+        [
+            ReadSource(Source("static", news=False), (Listing("job1", (old,)),)),
+            ReadSource(Source("of another job", news=True), (Listing("job2", ()),)),
+            ReadSource(Source("fresh", news=True), (Listing("job1", (old,)),)),
+        ]
+    )
+    assert urls.renewed(old, old.url) is None
+    assert reads == ["fresh"]
