@@ -1,7 +1,7 @@
 """A config's or a variable's value -> a value of a setting's type, or what is wrong with it.
 
-By msgspec: pydantic takes a fifth of a second before it checks its first value, and the first byte
-of a download waits for the settings.
+By msgspec: pydantic takes an eighth of a second before it checks its first value, and the first
+byte of a download waits for the settings.
 """
 
 from __future__ import annotations
