@@ -23,6 +23,8 @@ from loader.weights.writer import CheckpointWriter
 
 # 2 MiB of float32: measured best; the arithmetic of one step stays in cache, the calls are few.
 _CHUNK_VALUES = 1 << 19
+# A product of few rows, or of the last few, may sum up in another order than the whole one does.
+_TILE_ROWS = 16
 _MOST_THREADS = 16
 
 Progress = Callable[[int, int], None]
@@ -173,8 +175,7 @@ def _merge_tensor(name: str, merging: Merging, scratch: Scratch) -> bool:
         return not torch.equal(scalar, value)
     step = shape[0] if any(map(needs_whole, edits)) else _rows_at_once(shape)
     changed = any(isinstance(edit, Replace) for edit in edits)
-    for start in range(0, shape[0], step):
-        end = min(start + step, shape[0])
+    for start, end in _steps(shape[0], step):
         rows = _first_rows(reader, origin, edits, (end - start, *shape[1:]), start, scratch)
         before = None if changed or start or not folds else rows[: _rows_at_once(shape)].clone()
         if len(edits) > 1 and merging.exact == "float32" and dtype.itemsize < 4:
@@ -194,7 +195,17 @@ def _rows_at_once(shape: tuple[int, ...]) -> int:
     width = 1
     for size in shape[1:]:
         width *= size
-    return max(1, _CHUNK_VALUES // max(1, width))
+    rows = max(1, _CHUNK_VALUES // max(1, width))
+    return max(_TILE_ROWS, rows - rows % _TILE_ROWS) if len(shape) == 2 else rows
+
+
+def _steps(rows: int, step: int) -> Iterator[tuple[int, int]]:
+    """Yield starts and ends of pieces of *step* rows, the last one up to twice as high."""
+    if not rows:
+        return
+    count = max(1, rows // step)
+    for start in range(0, count * step, step):
+        yield start, start + step if start + step < count * step else rows
 
 
 def _first_rows(

@@ -84,6 +84,15 @@ def test_equal_to_peft_in_every_bit(bases: dict[str, Path], tmp_path: Path, name
     assert differing(ours, state(bases[base])), "the adapter changed nothing"
 
 
+def test_pieces_do_not_show(tmp_path: Path) -> None:
+    """Wide rows are merged in pieces; 188 rows, in pieces of 93, would leave two by themselves."""
+    small: dict[str, Any] = {"hidden_size": 188, "num_attention_heads": 2, "num_key_value_heads": 2}
+    base = tiny_llama(tmp_path / "base", intermediate_size=5632, num_hidden_layers=1, **small)
+    adapter = train_or_draw_lora(base, tmp_path / "a", r=16, target_modules=["down_proj"])
+    ours = state(merged(base, adapter, tmp_path / "out"))
+    assert not differing(ours, merged_state(base, adapter))
+
+
 @pytest.mark.parametrize(
     "name", ["all linear layers", "float16", "embedding and head", "DoRA", "LoRA biases"]
 )
