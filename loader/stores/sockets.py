@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import io
+import mmap
 import socket
 import ssl
 import struct
@@ -19,6 +20,7 @@ import threading
 from typing import Any
 
 _CIPHERTEXT_BYTES = 256 << 10  # of one read: what stays in a processor's cache
+_CIPHERTEXTS_BYTES = 8 << 20  # of all threads' reads; OpenSSL holds as much again
 _RECORD_BYTES = 16 << 10  # TLS has no longer ones
 _HEAD_BYTES = 20 << 10  # of a first read: an answer's head, and a small file behind it
 _decrypting = threading.Lock()
@@ -220,8 +222,12 @@ def set_kernel_timeout(sock: socket.socket, timeout_s: float) -> None:
 
 
 def _ciphertext_buffer() -> memoryview:
-    """Return this thread's buffer: a connection keeps nothing in it between two reads."""
+    """Return this thread's buffer: a connection keeps nothing in it between two reads.
+
+    The more threads there are, the less of it is used, and ever in memory.
+    """
     buffer: memoryview | None = getattr(_scratch, "buffer", None)
     if buffer is None:
-        buffer = _scratch.buffer = memoryview(bytearray(_CIPHERTEXT_BYTES))
-    return buffer
+        buffer = _scratch.buffer = memoryview(mmap.mmap(-1, _CIPHERTEXT_BYTES))
+    share = max(_CIPHERTEXTS_BYTES // threading.active_count(), _RECORD_BYTES)
+    return buffer[:share]
