@@ -22,6 +22,7 @@ from loader.adapters.draft import Base
 from loader.adapters.incoming import IncomingWeights
 from loader.bases import LateBase, check_weights, find_base, opened_base, read_hub_headers
 from loader.errors import AdapterError
+from loader.fetch.progress import Progress
 from loader.late import LateWeights
 from loader.settings import Settings
 from loader.sources import BaseModel, Source, cache_folder, find_sources, give_name, output_folder
@@ -52,10 +53,12 @@ def make_adapted(
     sources: Sequence[Source],
     timeline: Timeline,
     late: LateWeights | None,
+    progress: Progress | None = None,
 ) -> ReadyModel:
     """Return *base*, else the model that the settings or the adapters name, with *sources*.
 
-    With ``late``, the weights of *base* are still at the origin.
+    With ``late``, the weights of *base* are still at the origin. *progress* is told of the download
+    of a base that is not *base*.
 
     Raises:
         AdapterError: adapters that do not fit the base or each other.
@@ -71,7 +74,7 @@ def make_adapted(
     _log.info("adapters: %s", decision.why)
     if base is not None:
         check_weights(settings, base.checkpoint)
-    job = _Job(settings, adapters, decision, timeline)
+    job = _Job(settings, adapters, decision, timeline, progress)
     sweep(job.cache, _MERGING)
     with contextlib.ExitStack() as stack:
         if base is None:
@@ -106,6 +109,7 @@ class _Job:
     adapters: Sequence[NamedAdapter]
     decision: Decision
     timeline: Timeline
+    progress: Progress | None
 
     @property
     def cache(self) -> Path:
@@ -151,12 +155,12 @@ def _take_named(job: _Job, name: str, stack: contextlib.ExitStack) -> _Taken:
     """Return the base called *name*."""
     if is_remote(name) and not Path(name).expanduser().is_dir():
         with job.timeline.stage("base model"):
-            found = stack.enter_context(opened_base(job.settings, name, job.timeline))
+            found = stack.enter_context(opened_base(job.settings, name, job.timeline, job.progress))
         return _Taken(found) if isinstance(found, BaseModel) else _take_late(job, found, stack)
     with job.timeline.stage("base model"):
         if REPO_ID.fullmatch(name) and not Path(name).expanduser().is_dir():
             _check_on_hub(job, name)
-        return _Taken(find_base(job.settings, name))
+        return _Taken(find_base(job.settings, name, progress=job.progress))
 
 
 def _check_on_hub(job: _Job, name: str) -> None:

@@ -17,7 +17,9 @@ from pathlib import Path
 
 from loader.errors import AdapterError, ConfigError, FetchError, FormatError, redact
 from loader.fetch.background import SplitFetch, are_here
+from loader.fetch.progress import Progress
 from loader.fetch.snapshot import FetchOptions, fetch
+from loader.fetch.spans import SpanProgress
 from loader.late import LateWeights, read_late
 from loader.resolve.manifest import check_names
 from loader.settings import Settings
@@ -43,8 +45,12 @@ class LateBase:
     identify: Callable[[Snapshot], BaseModel]
 
 
-def find_base(settings: Settings, name: str, *, weights: bool = True) -> BaseModel:
+def find_base(
+    settings: Settings, name: str, *, weights: bool = True, progress: Progress | None = None
+) -> BaseModel:
     """Return the base called *name*: a local folder, a URL's folder, else a model of the Hub.
+
+    *progress* is told of a download from the Hub.
 
     Raises:
         AdapterError: *name* is nothing of that sort.
@@ -77,6 +83,7 @@ def find_base(settings: Settings, name: str, *, weights: bool = True) -> BaseMod
         concurrency=settings.concurrency,
         weights=weights,
         prove=settings.verify == "full",
+        told=progress,
     )
     return BaseModel(model.path, {"hub": name, "commit": model.commit})
 
@@ -145,7 +152,9 @@ def fetch_base(settings: Settings, url: str, *, weights: bool = True) -> BaseMod
 
 
 @contextlib.contextmanager
-def opened_base(settings: Settings, url: str, timeline: Timeline) -> Iterator[BaseModel | LateBase]:
+def opened_base(
+    settings: Settings, url: str, timeline: Timeline, progress: Progress | None = None
+) -> Iterator[BaseModel | LateBase]:
     """Give the model in the folder at *url*, for the length of the block.
 
     It is whole where an earlier run fetched it, or where its weights are pickled.
@@ -159,9 +168,11 @@ def opened_base(settings: Settings, url: str, timeline: Timeline) -> Iterator[Ba
         options = _options(settings)
         late = tuple(a for a in files.manifest.files if is_safetensors(a.relative_file_name))
         if not late or are_here(late, files.root):
-            yield files.identify(fetch(files.manifest, files.root, stores, options))
+            with SpanProgress(progress, timeline, "download of the base") as watched:
+                snapshot = fetch(files.manifest, files.root, stores, options, watched)
+            yield files.identify(snapshot)
             return
-        parts = SplitFetch.split(files.manifest, late, files.root, stores, options, None)
+        parts = SplitFetch.split(files.manifest, late, files.root, stores, options, progress)
         first = parts.fetch_early(timeline, "download of small files")
         yield LateBase(files.folder, read_late(parts, first, timeline), files.identify)
 

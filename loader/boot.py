@@ -69,7 +69,7 @@ def prepare(
             snapshot = fetch(manifest, root, origin.store, options, watched)
     with timeline.stage("inspect"):
         checkpoints = find_checkpoints(snapshot.root, [file.path for file in snapshot.files])
-    return make_ready(settings, snapshot, checkpoints, timeline)
+    return make_ready(settings, snapshot, checkpoints, timeline, progress=progress)
 
 
 def start(ready: ReadyModel, settings: Settings, timeline: Timeline | None = None) -> ServedModel:

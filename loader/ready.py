@@ -8,6 +8,7 @@ from pathlib import Path
 from loader.adapted import make_adapted
 from loader.bases import check_weights, find_base, not_a_base
 from loader.errors import CheckpointError
+from loader.fetch.progress import Progress
 from loader.late import LateWeights
 from loader.settings import Settings
 from loader.sources import BaseModel, LateShards, Source, find_sources, make_whole
@@ -27,12 +28,14 @@ def make_ready(
     timeline: Timeline,
     late: LateWeights | None = None,
     shards: LateShards | None = None,
+    progress: Progress | None = None,
 ) -> ReadyModel:
     """Return the model that *checkpoints*, those of *snapshot*, make up.
 
     With ``late``, the snapshot lacks the weights of the base: they are fetched when it is known
     that the adapters fit, and merged into while they arrive. With ``shards`` it lacks weights that
-    are sharded over ranks: they are read from there.
+    are sharded over ranks: they are read from there. *progress* is told of the download of a base
+    that is no checkpoint.
 
     Raises:
         CheckpointError: nothing to serve, or too much.
@@ -47,7 +50,7 @@ def make_ready(
     if late is not None and any(s.kind is Kind.RANK_SHARDS for s in found):
         with late.fetching() as arriving:  # consolidated they are the base, not as they arrive
             snapshot = arriving.wait()
-        return make_ready(settings, snapshot, checkpoints, timeline)
+        return make_ready(settings, snapshot, checkpoints, timeline, progress=progress)
     sources = [make_whole(source, settings, timeline, find_small_files, shards) for source in found]
     base = _base_source(settings, sources)
     rest = [s for s in sources if s is not base]
@@ -62,7 +65,7 @@ def make_ready(
         )
     if not adapters:
         return _whole_model(settings, [*models, *([base] if base else [])])
-    return make_adapted(settings, base, adapters, timeline, late)
+    return make_adapted(settings, base, adapters, timeline, late, progress)
 
 
 def _refuse_unservable(sources: Sequence[Source]) -> None:

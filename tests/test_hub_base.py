@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from loader.fetch.progress import show_bytes
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin
 from tests.stores.hub import Hub
@@ -64,3 +66,15 @@ def test_an_adapter_is_checked_against_the_hubs_headers(
     done = prepare(job, hub, train_or_draw_lora(hub.folder, tmp_path / "fits"))
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "home").rglob("*.safetensors"))
+
+
+def test_the_bases_download_is_told_of(hub: Hub, origin: FaultyOrigin, tmp_path: Path) -> None:
+    job = Job(origin, tmp_path)
+    adapter = train_or_draw_lora(hub.folder, tmp_path / "fits")
+    done = prepare(job, hub, adapter)
+    assert done.returncode == 0, done.stderr
+    size = sum(path.stat().st_size for path in hub.folder.iterdir())
+    files = len(list(hub.folder.iterdir()))
+    told = done.stderr + done.stdout
+    assert re.search(rf"fetching \d+ files, {re.escape(show_bytes(size))}", told), told
+    assert f"{files}/{files} files, {show_bytes(size)} of {show_bytes(size)}" in told, told

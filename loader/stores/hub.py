@@ -7,9 +7,10 @@ import glob
 import json
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from loader.errors import ConfigError, FetchError, LoaderError, TransientError
 from loader.stores.hub_cache import drop_rotten
@@ -26,6 +27,22 @@ class HubModel:
 
     path: Path
     commit: str
+
+
+class Told(Protocol):
+    """Who is told of a download, as of a fetch. From many threads."""
+
+    def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
+        """So many files and bytes in all, of which *have_bytes* are in the cache."""
+
+    def advance(self, count_bytes: int, path: str) -> None:
+        """So many bytes more."""
+
+    def finish_file(self, path: str) -> None:
+        """One file more is whole."""
+
+    def finish(self) -> None:
+        """The download is over, well or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +62,7 @@ def fetch_model(
     concurrency: int = 8,
     weights: bool = True,
     prove: bool = False,
+    told: Told | None = None,
 ) -> HubModel:
     """Return the model *repo_id*, downloaded where the cache lacks it; the weights only if wanted.
 
@@ -59,6 +77,7 @@ def fetch_model(
     from huggingface_hub import snapshot_download
 
     began_ns = time.time_ns()
+    chosen: Mapping[str, int] | None = None
     try:
         chosen = _choose(repo_id, revision, token, allow_pickle=allow_pickle, weights=weights)
 
@@ -70,16 +89,26 @@ def fetch_model(
                 allow_patterns=[glob.escape(name) for name in chosen or ("config.json",)],
                 local_files_only=chosen is None,  # what was chosen then, lies beside the config
                 max_workers=concurrency,
+                tqdm_class=_telling(told, repo_id) if told and chosen else None,
             )
             return Path(path)
 
+        if told and chosen:
+            here = _bytes_here(repo_id, revision, chosen)
+            told.start(len(chosen), sum(chosen.values()), here)
         folder = download()
         if prove and drop_rotten(folder, began_ns):
             folder = download()
+        if told and chosen:
+            for name in chosen:
+                told.finish_file(f"{repo_id}/{name}")
     except LoaderError:
         raise
     except Exception as error:
         raise _translate(error, repo_id, revision) from None
+    finally:
+        if told and chosen:
+            told.finish()
     if weights and not weight_files(_names(folder), allow_pickle=allow_pickle):
         raise _no_weights(repo_id)
     return HubModel(folder, folder.name)
@@ -149,12 +178,12 @@ def _cached_bytes(folder: Path) -> int | None:
 
 def _choose(
     repo_id: str, revision: str | None, token: str | None, *, allow_pickle: bool, weights: bool
-) -> tuple[str, ...] | None:
-    """Return the files to ask for; None where the Hub is not to be reached."""
+) -> Mapping[str, int] | None:
+    """Return the files to ask for and their bytes; None where the Hub is not to be reached."""
     from huggingface_hub import HfApi, errors
 
     try:
-        info = HfApi(token=token).model_info(repo_id, revision=revision)
+        info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
     except errors.HFValidationError:
         raise
     except errors.HfHubHTTPError as error:
@@ -163,13 +192,47 @@ def _choose(
         return None
     except Exception:  # offline, or the HTTP library's own, which changes with the hub's version
         return None
-    names = [sibling.rfilename for sibling in info.siblings or ()]
-    if not weights:
-        return side_files(names)
-    wanted = weight_files(names, allow_pickle=allow_pickle)
-    if not wanted:
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+    names = list(sizes)
+    wanted = weight_files(names, allow_pickle=allow_pickle) if weights else ()
+    if weights and not wanted:
         raise _no_weights(repo_id)
-    return side_files(names) + wanted
+    return {name: sizes[name] for name in (*side_files(names), *wanted)}
+
+
+def _bytes_here(repo_id: str, revision: str | None, chosen: Mapping[str, int]) -> int:
+    """Return how many of the *chosen* bytes are in huggingface-hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (
+        size
+        for name, size in chosen.items()
+        if isinstance(try_to_load_from_cache(repo_id, name, revision=revision), str)
+    )
+    return sum(found)
+
+
+def _telling(told: Told, repo_id: str) -> Any:
+    """Return huggingface-hub's progress bar, unseen, that passes on what its bar of bytes is told.
+
+    The other bars count files, and bytes before they are put together.
+    """
+    import huggingface_hub.utils
+
+    base: Any = huggingface_hub.utils.tqdm  # type: ignore[attr-defined]
+
+    class Bar(base):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            name = str(kwargs.get("name"))
+            self._counts = kwargs.get("unit") == "B" and not name.endswith(".transfer")
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> Any:
+            if self._counts and n:
+                told.advance(int(n), repo_id)
+            return super().update(n)
+
+    return Bar
 
 
 def _names(folder: Path) -> list[str]:
