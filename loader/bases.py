@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from loader.errors import AdapterError, ConfigError, FetchError, FormatError, redact
@@ -147,7 +147,7 @@ def fetch_base(settings: Settings, url: str, *, weights: bool = True) -> BaseMod
     """
     with contextlib.closing(Stores(settings)) as stores:
         files = _find_files(settings, stores, url, weights=weights)
-        snapshot = fetch(files.manifest, files.root, stores, _options(settings))
+        snapshot = fetch(files.manifest, files.root, stores, FetchOptions.of(settings))
     return files.identify(snapshot)
 
 
@@ -165,7 +165,7 @@ def opened_base(
     """
     with contextlib.closing(Stores(settings)) as stores:
         files = _find_files(settings, stores, url, weights=True)
-        options = _options(settings)
+        options = FetchOptions.of(settings)
         late = tuple(a for a in files.manifest.files if is_safetensors(a.relative_file_name))
         if not late or are_here(late, files.root):
             with SpanProgress(progress, timeline, "download of the base") as watched:
@@ -218,13 +218,3 @@ def _find_files(settings: Settings, stores: Stores, url: str, *, weights: bool) 
     check_names(files)
     manifest = Manifest(tuple(sorted(files, key=lambda a: a.path)))
     return _Files(url, name, root, manifest)
-
-
-def _options(settings: Settings) -> FetchOptions:
-    return replace(
-        FetchOptions(),
-        concurrency=settings.concurrency,
-        retries=settings.retries,
-        range_bytes=int(settings.range_size),
-        verify=settings.verify,
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loader.errors import ConfigError, FetchError
@@ -56,7 +57,7 @@ def prepare(
 
     timeline = timeline or Timeline()
     root = settings.training.download_folder
-    options = _options(settings)
+    options = FetchOptions.of(settings)
     with open_origin(settings, timeline) as origin:
         manifest = _resolved(settings, origin, timeline)
         if late := find_late(settings, manifest):
@@ -70,6 +71,25 @@ def prepare(
     with timeline.stage("inspect"):
         checkpoints = find_checkpoints(snapshot.root, [file.path for file in snapshot.files])
     return make_ready(settings, snapshot, checkpoints, timeline, progress=progress)
+
+
+def prepare_beside_imports(
+    settings: Settings, progress: Progress, timeline: Timeline
+) -> ReadyModel:
+    """Return what ``prepare`` does, with the engine imported in this process meanwhile.
+
+    Raises:
+        LoaderError: see ``loader.errors``.
+    """
+    from loader.serve.imports import CONFIG, EarlyImports
+
+    folder = settings.training.download_folder
+    imports = EarlyImports(settings.engine, folder, timeline, progress)
+    if settings.base_model and not settings.base_checkpoint:
+        imports.look_at(Path(settings.base_model).expanduser() / CONFIG)
+    ready = prepare(settings, imports, timeline)
+    imports.wait()
+    return ready
 
 
 def start(ready: ReadyModel, settings: Settings, timeline: Timeline | None = None) -> ServedModel:
@@ -106,7 +126,7 @@ def fetch_files(
     with open_origin(settings, timeline) as origin:
         manifest = _resolved(settings, origin, timeline)
         with SpanProgress(progress, timeline) as watched:
-            return fetch(manifest, root, origin.store, _options(settings), watched)
+            return fetch(manifest, root, origin.store, FetchOptions.of(settings), watched)
 
 
 def plan(settings: Settings, *, with_sizes: bool = True) -> Manifest:
@@ -170,15 +190,6 @@ def _leave_out(settings: Settings, manifest: Manifest) -> Manifest:
         manifest,
         files=tuple(a for a in manifest.files if a.path in needed),
         left_out=tuple(a for a in manifest.files if a.path not in needed),
-    )
-
-
-def _options(settings: Settings) -> FetchOptions:
-    return FetchOptions(
-        concurrency=settings.concurrency,
-        retries=settings.retries,
-        range_bytes=int(settings.range_size),
-        verify=settings.verify,
     )
 
 

@@ -18,7 +18,6 @@ from loader import boot
 from loader.credentials import Secrets
 from loader.errors import RequestError
 from loader.fetch.progress import LogProgress
-from loader.serve.imports import CONFIG, EarlyImports
 from loader.serve.model import ServedModel
 from loader.serve.request import PROMPTS, check_prompt
 from loader.settings import Settings, traces_exporter
@@ -72,7 +71,8 @@ class TrussModel:
             timeline = Timeline()
             try:
                 with exporting(timeline, traces_exporter()):
-                    self._model = _start(settings, timeline)
+                    ready = boot.prepare_beside_imports(settings, LogProgress(), timeline)
+                    self._model = boot.start(ready, settings, timeline)
             finally:
                 for line in timeline_lines(timeline) if timeline.stages else ():
                     _log.info("%s", line)
@@ -120,16 +120,6 @@ class TrussModel:
         # Starlette closes the stream, and with it the request, when the client goes away; a bare
         # generator would be read to its end by Truss, and gathered for some clients.
         return StreamingResponse(answer, media_type="text/event-stream")
-
-
-def _start(settings: Settings, timeline: Timeline) -> ServedModel:
-    folder = settings.training.download_folder
-    imports = EarlyImports(settings.engine, folder, timeline, LogProgress())
-    if settings.base_model and not settings.base_checkpoint:
-        imports.look_at(Path(settings.base_model).expanduser() / CONFIG)
-    ready = boot.prepare(settings, imports, timeline)
-    imports.wait()
-    return boot.start(ready, settings, timeline)
 
 
 def _failure(error: RequestError) -> JSONResponse:

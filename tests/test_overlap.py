@@ -155,14 +155,20 @@ def test_a_single_file_with_a_long_header(origin: FaultyOrigin, tmp_path: Path) 
     assert weights(ready.path).keys() == tensors.keys()
 
 
-def test_a_single_file_is_merged_tensor_by_tensor(origin: FaultyOrigin, tmp_path: Path) -> None:
-    """The end of the only file is held back until a tensor from its middle has been merged."""
-    job = Job(origin, tmp_path)
+def put_to_be_merged(job: Job, tmp_path: Path) -> Path:
+    """Publish a base and its adapter; return the base, what they make lies in ``expected``."""
     base = tiny_llama(tmp_path / "base", hidden_size=256, num_hidden_layers=3)
     adapter = train_or_draw_lora(base, tmp_path / "adapter")
     merge(base, [WeightedAdapter(adapter)], tmp_path / "expected")
     job.put(base, "checkpoint-5", job="basejob")
     job.put(adapter, "checkpoint-10")
+    return base
+
+
+def test_a_single_file_is_merged_tensor_by_tensor(origin: FaultyOrigin, tmp_path: Path) -> None:
+    """The end of the only file is held back until a tensor from its middle has been merged."""
+    job = Job(origin, tmp_path)
+    base = put_to_be_merged(job, tmp_path)
     info = read_header(base / FILE).tensors["model.layers.0.self_attn.q_proj.weight"]
     expected = (tmp_path / "expected" / FILE).read_bytes()
     size = (base / FILE).stat().st_size
@@ -214,11 +220,7 @@ def test_a_base_that_changes_after_its_header_was_read(
 def test_a_file_that_another_run_began(origin: FaultyOrigin, tmp_path: Path) -> None:
     """What an earlier run left of the file counts as having come."""
     job = Job(origin, tmp_path)
-    base = tiny_llama(tmp_path / "base", hidden_size=256, num_hidden_layers=3)
-    adapter = train_or_draw_lora(base, tmp_path / "adapter")
-    merge(base, [WeightedAdapter(adapter)], tmp_path / "expected")
-    job.put(base, "checkpoint-5", job="basejob")
-    job.put(adapter, "checkpoint-10")
+    base = put_to_be_merged(job, tmp_path)
     size = (base / FILE).stat().st_size
     nothing: Fault = act(lambda: None)
 

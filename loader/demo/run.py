@@ -24,7 +24,6 @@ import yaml
 from loader import boot
 from loader.demo.origin import PROJECT, Origin
 from loader.demo.train import BASE_JOB, BASE_STEPS, QUESTIONS, TUNED_JOB, TUNED_STEPS
-from loader.serve.imports import EarlyImports
 from loader.settings import Settings
 from loader.timeline import Timeline
 
@@ -57,12 +56,9 @@ def run(folder: Path, say: Callable[[str], None], progress: Callable[[], Progres
         config = _write_config(folder, origin)
         say(f"\n# podloader prepare {_shown(config)}")
         settings = Settings.load(config)
-        download_folder = settings.training.download_folder
-        imports = EarlyImports(settings.engine, download_folder, timeline, progress())
-        ready = boot.prepare(settings, imports, timeline)
+        ready = boot.prepare_beside_imports(settings, progress(), timeline)
     finally:
         origin.stop()
-    imports.wait()
     say(f"\n# {settings.engine} serves {BASE_JOB} and the adapter {ready.adapters[0].name}")
     model = boot.start(ready, settings, timeline)
     try:

@@ -21,7 +21,7 @@ from loader.fetch.progress import Progress
 from loader.fetch.threads import StoppedError, map_on_threads
 from loader.retry import retrying
 from loader.stores.base import ByteStream, ObjectInfo, Store
-from loader.types import Artifact
+from loader.types import Artifact, FetchedFile
 
 _FIRST_BYTES = 16 << 10  # of a file of unknown size: about what a new connection brings at once
 _SMALL_BYTES = 256 << 10  # of a file whose size is known
@@ -34,12 +34,12 @@ class Hooks:
     """What an opening asks of those around it, on any thread.
 
     ``make`` returns an artifact's part file. ``begin`` takes its lock and finds what is missing of
-    it, False where another process has the lock. ``arrived`` is told of every part that is whole.
+    it, False where another process has the lock. ``arrived`` is told of every file that is whole.
     """
 
     make: Callable[[Artifact, ObjectInfo], PartFile]
     begin: Callable[[PartFile], bool]
-    arrived: Callable[[PartFile], None]
+    arrived: Callable[[FetchedFile], None]
     progress: Progress
 
 
@@ -99,7 +99,7 @@ class Opening:
             if stream.info.size_bytes <= end:
                 self._bring(part, stream)
                 if part.done is not None:
-                    self._hooks.arrived(part)
+                    self._hooks.arrived(part.done)
             elif stream.info.ranges:
                 # The connection is worth more than what it brings.
                 with contextlib.suppress(LoaderError):

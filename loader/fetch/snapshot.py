@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 from tenacity import Retrying
 
@@ -34,6 +35,9 @@ from loader.retry import retrying
 from loader.stores.base import ObjectInfo, Store
 from loader.types import Artifact, Manifest, Snapshot
 
+if TYPE_CHECKING:
+    from loader.settings import Settings
+
 _SMALL_BYTES = 256 << 20
 _log = logging.getLogger("podloader")
 
@@ -53,6 +57,16 @@ class FetchOptions:
     deadline_s: float = 300.0
     range_bytes: int = 16 << 20
     verify: Verify = "sample"
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """Return what the settings say."""
+        return cls(
+            concurrency=settings.concurrency,
+            retries=settings.retries,
+            range_bytes=int(settings.range_size),
+            verify=settings.verify,
+        )
 
 
 def fetch(
@@ -113,13 +127,9 @@ def _fetch(
         tell = partial(arrivals.advance, artifact.path, Path(at[artifact].part))
         return PartFile(artifact, info, at[artifact], boot, check, journaled=large, tell=tell)
 
-    def arrived(part: PartFile) -> None:
-        if part.done is not None:
-            arrivals.arrive(part.done)
-
     limits = Limits(options.concurrency, options.retries, options.deadline_s, options.range_bytes)
     download = Download(root, limits, options.verify, seen, progress, arrivals)
-    hooks = Hooks(make, download.claim, arrived, progress)
+    hooks = Hooks(make, download.claim, arrivals.arrive, progress)
     opening = Opening(store, hooks, options.retries, options.range_bytes)
     left = [artifact for artifact in manifest.files if artifact.path not in reused]
     parts = opening.run(left, options.concurrency, arrivals.stop)

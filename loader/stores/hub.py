@@ -7,7 +7,7 @@ import glob
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,11 +77,10 @@ def fetch_model(
     from huggingface_hub import snapshot_download
 
     began_ns = time.time_ns()
-    chosen: Mapping[str, int] | None = None
     try:
         chosen = _choose(repo_id, revision, token, allow_pickle=allow_pickle, weights=weights)
 
-        def download() -> Path:
+        def download(bar: Any = None) -> Path:
             path = snapshot_download(
                 repo_id,
                 revision=revision,
@@ -89,26 +88,18 @@ def fetch_model(
                 allow_patterns=[glob.escape(name) for name in chosen or ("config.json",)],
                 local_files_only=chosen is None,  # what was chosen then, lies beside the config
                 max_workers=concurrency,
-                tqdm_class=_telling(told, repo_id) if told and chosen else None,
+                tqdm_class=bar,
             )
             return Path(path)
 
-        if told and chosen:
-            here = _bytes_here(repo_id, revision, chosen)
-            told.start(len(chosen), sum(chosen.values()), here)
-        folder = download()
-        if prove and drop_rotten(folder, began_ns):
-            folder = download()
-        if told and chosen:
-            for name in chosen:
-                told.finish_file(f"{repo_id}/{name}")
+        with _telling(told, repo_id, revision, chosen) as bar:
+            folder = download(bar)
+            if prove and drop_rotten(folder, began_ns):
+                folder = download(bar)
     except LoaderError:
         raise
     except Exception as error:
         raise _translate(error, repo_id, revision) from None
-    finally:
-        if told and chosen:
-            told.finish()
     if weights and not weight_files(_names(folder), allow_pickle=allow_pickle):
         raise _no_weights(repo_id)
     return HubModel(folder, folder.name)
@@ -140,7 +131,7 @@ def describe_model(
         info = HfApi(token=token).model_info(
             repo_id, revision=revision, files_metadata=True, timeout=_ANSWER_S
         )
-        sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
+        sizes = _sizes(info)
         return sum(sizes[name] for name in weight_files(sizes)) or None
 
     with contextlib.suppress(Exception):  # whatever it is, the Hub is asked next
@@ -192,12 +183,34 @@ def _choose(
         return None
     except Exception:  # offline, or the HTTP library's own, which changes with the hub's version
         return None
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+    sizes = _sizes(info)
     names = list(sizes)
     wanted = weight_files(names, allow_pickle=allow_pickle) if weights else ()
     if weights and not wanted:
         raise _no_weights(repo_id)
     return {name: sizes[name] for name in (*side_files(names), *wanted)}
+
+
+def _sizes(info: Any) -> dict[str, int]:
+    """Return the bytes of each file of a model that was described with them."""
+    return {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+
+
+@contextlib.contextmanager
+def _telling(
+    told: Told | None, repo_id: str, revision: str | None, chosen: Mapping[str, int] | None
+) -> Iterator[Any]:
+    """Tell of the download of *chosen* in the block; give huggingface-hub's bar for it, if any."""
+    if told is None or not chosen:
+        yield None
+        return
+    told.start(len(chosen), sum(chosen.values()), _bytes_here(repo_id, revision, chosen))
+    try:
+        yield _bar(told, repo_id)
+        for name in chosen:
+            told.finish_file(f"{repo_id}/{name}")
+    finally:
+        told.finish()
 
 
 def _bytes_here(repo_id: str, revision: str | None, chosen: Mapping[str, int]) -> int:
@@ -212,7 +225,7 @@ def _bytes_here(repo_id: str, revision: str | None, chosen: Mapping[str, int]) -
     return sum(found)
 
 
-def _telling(told: Told, repo_id: str) -> Any:
+def _bar(told: Told, repo_id: str) -> Any:
     """Return huggingface-hub's progress bar, unseen, that passes on what its bar of bytes is told.
 
     The other bars count files, and bytes before they are put together.
