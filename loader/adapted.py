@@ -20,13 +20,20 @@ from pathlib import Path
 from loader.adapters.attach import Decision, NamedAdapter, attach, check_all, decide, name_adapters
 from loader.adapters.draft import Base
 from loader.adapters.incoming import IncomingWeights
-from loader.bases import LateBase, check_weights, find_base, opened_base, read_hub_headers
+from loader.bases import (
+    LateBase,
+    check_weights,
+    fetch_hub_weights,
+    find_base,
+    is_on_hub,
+    opened_base,
+    read_hub_headers,
+)
 from loader.errors import AdapterError
 from loader.fetch.progress import Progress
 from loader.late import LateWeights
 from loader.settings import Settings
 from loader.sources import BaseModel, Source, cache_folder, find_sources, give_name, output_folder
-from loader.stores.hub import REPO_ID
 from loader.stores.sources import is_remote
 from loader.timeline import Timeline
 from loader.types import Checkpoint, ReadyModel, Snapshot
@@ -43,6 +50,7 @@ from loader.weights.quantised import (
     quantisation_of,
 )
 
+_CONFIG = "config.json"
 _MERGING = "merging"
 _log = logging.getLogger("podloader")
 
@@ -119,6 +127,11 @@ class _Job:
     def is_merge(self) -> bool:
         return self.decision.mode == "merge"
 
+    def tell_config(self, folder: Path) -> None:
+        """Tell that the base's small files are in *folder*, its weights not yet."""
+        if self.progress:
+            self.progress.found_config(folder / _CONFIG)
+
     def describe(self, base: BaseModel, sources: Sequence[Source]) -> dict[str, object]:
         """Return what the outcome is made from."""
         made_from: dict[str, object] = {
@@ -153,20 +166,23 @@ def _identify_late(checkpoint: Checkpoint, snapshot: Snapshot) -> BaseModel:
 
 def _take_named(job: _Job, name: str, stack: contextlib.ExitStack) -> _Taken:
     """Return the base called *name*."""
-    if is_remote(name) and not Path(name).expanduser().is_dir():
-        with job.timeline.stage("base model"):
-            found = stack.enter_context(opened_base(job.settings, name, job.timeline, job.progress))
-        return _Taken(found) if isinstance(found, BaseModel) else _take_late(job, found, stack)
-    with job.timeline.stage("base model"):
-        if REPO_ID.fullmatch(name) and not Path(name).expanduser().is_dir():
-            _check_on_hub(job, name)
-        return _Taken(find_base(job.settings, name, progress=job.progress))
+    settings, timeline, progress = job.settings, job.timeline, job.progress
+    with timeline.stage("base model"):
+        if not is_remote(name) or Path(name).expanduser().is_dir():
+            base = find_base(settings, name, timeline, progress)
+            if is_on_hub(base):
+                job.tell_config(base.path)
+                _check_on_hub(job, name, base)
+                base = fetch_hub_weights(settings, base, timeline, progress)
+            return _Taken(base)
+        found = stack.enter_context(opened_base(settings, name, timeline, progress))
+    job.tell_config(found.path)
+    return _Taken(found) if isinstance(found, BaseModel) else _take_late(job, found, stack)
 
 
-def _check_on_hub(job: _Job, name: str) -> None:
-    small = find_base(job.settings, name, weights=False)
-    config = read_json(small.path / "config.json")
-    tensors = read_hub_headers(job.settings, name, small)
+def _check_on_hub(job: _Job, name: str, small: BaseModel) -> None:
+    config = read_json(small.path / _CONFIG)
+    tensors = read_hub_headers(job.settings, small)
     if tensors is None:
         return
     packed = None
@@ -200,7 +216,7 @@ def _check_fit(
 
 def _take_late(job: _Job, coming: LateBase, stack: contextlib.ExitStack) -> _Taken:
     """Return a base that is fetched when the adapters have proved to fit; merged where they are."""
-    config = read_json(coming.path / "config.json")
+    config = read_json(coming.path / _CONFIG)
     with job.timeline.stage("fit"):
         packed = coming.weights.find_packed(config)
         plain = _check_fit(job, str(coming.path), config, coming.weights.tensors, packed)

@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from loader.errors import AdapterError, ConfigError, FetchError, FormatError, redact
 from loader.fetch.background import SplitFetch, are_here
@@ -24,13 +25,16 @@ from loader.late import LateWeights, read_late
 from loader.resolve.manifest import check_names
 from loader.settings import Settings
 from loader.sources import BaseModel, cache_folder
-from loader.stores.hub import REPO_ID, fetch_model
+from loader.stores.hub import REPO_ID, HubModel, fetch_model
 from loader.stores.model_files import side_files, weight_files
 from loader.stores.sources import Stores, is_remote
 from loader.timeline import Timeline
 from loader.types import JOB_ID, Artifact, Checkpoint, Kind, Manifest, Snapshot
 from loader.weights.header import TensorInfo, size_bytes
 from loader.weights.inspect import is_safetensors, open_checkpoint
+
+_SMALL, _WHOLE = "download of small files", "download of the base"
+_HUB = "hub"  # of an identity: the model's name there
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +50,9 @@ class LateBase:
 
 
 def find_base(
-    settings: Settings, name: str, *, weights: bool = True, progress: Progress | None = None
+    settings: Settings, name: str, timeline: Timeline, progress: Progress | None = None
 ) -> BaseModel:
-    """Return the base called *name*: a local folder, a URL's folder, else a model of the Hub.
-
-    *progress* is told of a download from the Hub.
+    """Return the base called *name*: a local folder, else the small files of one elsewhere.
 
     Raises:
         AdapterError: *name* is nothing of that sort.
@@ -67,7 +69,8 @@ def find_base(
         stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
         return BaseModel(folder.resolve(), {"folder": str(folder.resolve()), "files": stats})
     if is_remote(name):
-        return fetch_base(settings, name, weights=weights)
+        with SpanProgress(progress, timeline, _SMALL) as watched:
+            return fetch_base(settings, name, watched, weights=False)
     if not REPO_ID.fullmatch(name):
         raise AdapterError(
             "the base model is not there",
@@ -75,17 +78,43 @@ def find_base(
             expected="a folder on this machine, a folder's URL or a Hugging Face id",
             next_step="set base_model to where the base model lies now",
         )
-    model = fetch_model(
+    with SpanProgress(progress, timeline, _SMALL) as watched:
+        model = _fetch_from_hub(settings, name, settings.base_revision, "small files", watched)
+    return BaseModel(model.path, {_HUB: name, "commit": model.commit})
+
+
+def fetch_hub_weights(
+    settings: Settings, small: BaseModel, timeline: Timeline, progress: Progress | None = None
+) -> BaseModel:
+    """Return the model of the Hub whose *small* files are here, whole.
+
+    Raises:
+        ConfigError: no right to read it.
+        FetchError: it cannot be fetched, or has no weights.
+    """
+    name, commit = str(small.identity[_HUB]), str(small.identity["commit"])
+    with SpanProgress(progress, timeline, _WHOLE) as watched:
+        _fetch_from_hub(settings, name, commit, "weights", watched)
+    return small
+
+
+def _fetch_from_hub(
+    settings: Settings,
+    name: str,
+    revision: str | None,
+    only: Literal["small files", "weights"],
+    watched: SpanProgress,
+) -> HubModel:
+    return fetch_model(
         name,
-        settings.base_revision,
+        revision,
+        told=watched,
         token=_hub_token(settings),
         allow_pickle=settings.allow_pickle,
         concurrency=settings.concurrency,
-        weights=weights,
+        only=only,
         prove=settings.verify == "full",
-        told=progress,
     )
-    return BaseModel(model.path, {"hub": name, "commit": model.commit})
 
 
 def not_a_base(where: str, got: str) -> ConfigError:
@@ -111,9 +140,12 @@ def check_weights(settings: Settings, checkpoint: Checkpoint) -> None:
         )
 
 
-def read_hub_headers(
-    settings: Settings, name: str, small: BaseModel
-) -> Mapping[str, TensorInfo] | None:
+def is_on_hub(base: BaseModel) -> bool:
+    """Return whether *base* is huggingface-hub's."""
+    return _HUB in base.identity
+
+
+def read_hub_headers(settings: Settings, small: BaseModel) -> Mapping[str, TensorInfo] | None:
     """Return the tensors of a model on the Hub whose weights are not here, by its headers alone.
 
     None where *small*, what is here of it, has weights, or where the Hub cannot tell.
@@ -125,7 +157,8 @@ def read_hub_headers(
 
     if any(small.path.glob("*.safetensors")):
         return None
-    tensors = read_tensors(name, str(small.identity["commit"]), token=_hub_token(settings))
+    name, commit = str(small.identity[_HUB]), str(small.identity["commit"])
+    tensors = read_tensors(name, commit, token=_hub_token(settings))
     if tensors is None:
         return None
     return {
@@ -138,7 +171,9 @@ def _hub_token(settings: Settings) -> str | None:
     return settings.hf_token.value if settings.hf_token else None
 
 
-def fetch_base(settings: Settings, url: str, *, weights: bool = True) -> BaseModel:
+def fetch_base(
+    settings: Settings, url: str, progress: Progress | None = None, *, weights: bool = True
+) -> BaseModel:
     """Return the model in the folder at *url*, such as ``s3://bucket/model``; *weights* if wanted.
 
     Raises:
@@ -147,7 +182,7 @@ def fetch_base(settings: Settings, url: str, *, weights: bool = True) -> BaseMod
     """
     with contextlib.closing(Stores(settings)) as stores:
         files = _find_files(settings, stores, url, weights=weights)
-        snapshot = fetch(files.manifest, files.root, stores, FetchOptions.of(settings))
+        snapshot = fetch(files.manifest, files.root, stores, FetchOptions.of(settings), progress)
     return files.identify(snapshot)
 
 
@@ -168,12 +203,12 @@ def opened_base(
         options = FetchOptions.of(settings)
         late = tuple(a for a in files.manifest.files if is_safetensors(a.relative_file_name))
         if not late or are_here(late, files.root):
-            with SpanProgress(progress, timeline, "download of the base") as watched:
+            with SpanProgress(progress, timeline, _WHOLE) as watched:
                 snapshot = fetch(files.manifest, files.root, stores, options, watched)
             yield files.identify(snapshot)
             return
         parts = SplitFetch.split(files.manifest, late, files.root, stores, options, progress)
-        first = parts.fetch_early(timeline, "download of small files")
+        first = parts.fetch_early(timeline, _SMALL)
         yield LateBase(files.folder, read_late(parts, first, timeline), files.identify)
 
 

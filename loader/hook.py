@@ -5,6 +5,7 @@ the HTTP request from one that does not.
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
@@ -70,7 +71,7 @@ class TrussModel:
             settings = Settings.load(self._config, secrets=self._secrets)
             timeline = Timeline()
             try:
-                with exporting(timeline, traces_exporter()):
+                with exporting(timeline, traces_exporter()), contextlib.closing(timeline):
                     ready = boot.prepare_beside_imports(settings, LogProgress(), timeline)
                     self._model = boot.start(ready, settings, timeline)
             finally:

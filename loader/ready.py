@@ -45,7 +45,7 @@ def make_ready(
     _refuse_unservable(found)
 
     def find_small_files() -> BaseModel | None:
-        return _find_small_files(settings, found)
+        return _find_small_files(settings, found, timeline)
 
     if late is not None and any(s.kind is Kind.RANK_SHARDS for s in found):
         with late.fetching() as arriving:  # consolidated they are the base, not as they arrive
@@ -64,7 +64,8 @@ def make_ready(
             f"trained over: base_model: checkpoint:{models[0].place}/",
         )
     if not adapters:
-        return _whole_model(settings, [*models, *([base] if base else [])])
+        models = [*models, *([base] if base else [])]
+        return _whole_model(settings, models, timeline, progress)
     return make_adapted(settings, base, adapters, timeline, late, progress)
 
 
@@ -106,7 +107,9 @@ def _base_source(settings: Settings, sources: Sequence[Source]) -> Source | None
     raise not_a_base(place, "no checkpoint")
 
 
-def _whole_model(settings: Settings, models: Sequence[Source]) -> ReadyModel:
+def _whole_model(
+    settings: Settings, models: Sequence[Source], timeline: Timeline, progress: Progress | None
+) -> ReadyModel:
     if len(models) != 1:
         raise CheckpointError(
             f"{len(models)} full models, where one is served",
@@ -118,7 +121,7 @@ def _whole_model(settings: Settings, models: Sequence[Source]) -> ReadyModel:
     check_weights(settings, model.checkpoint)
     tokenizer = path
     if not _has_tokenizer(tokenizer) and settings.base_model and not settings.base_checkpoint:
-        tokenizer = find_base(settings, settings.base_model, weights=False).path
+        tokenizer = find_base(settings, settings.base_model, timeline, progress).path
     if not _has_tokenizer(tokenizer):
         raise CheckpointError(
             "the model came without a tokenizer",
@@ -141,12 +144,17 @@ def _whole_model(settings: Settings, models: Sequence[Source]) -> ReadyModel:
     return ReadyModel(path, (), None, tokenizer, provenance)
 
 
-def _find_small_files(settings: Settings, sources: Sequence[Source]) -> BaseModel | None:
-    """Return where the base model's config and tokenizer lie, None where no base is named."""
+def _find_small_files(
+    settings: Settings, sources: Sequence[Source], timeline: Timeline
+) -> BaseModel | None:
+    """Return where the base model's config and tokenizer lie, None where no base is named.
+
+    Shards may be on their way meanwhile: what they are told to counts one download at a time.
+    """
     if settings.base_model is None:
         return None
     if (name := settings.base_checkpoint) is None:
-        return find_base(settings, settings.base_model, weights=False)
+        return find_base(settings, settings.base_model, timeline)
     for source in sources:
         if f"{name.job}/{name.name}" in source.places:
             return BaseModel(source.checkpoint.path, {"checkpoint": dict(source.files)})

@@ -38,22 +38,23 @@ def prepare_from_shards(settings: Settings, fetched: SplitFetch, timeline: Timel
     Raises:
         LoaderError: as ``fetch`` and ``make_ready``.
     """
+    told = fetched.progress
     first = fetched.fetch_early(timeline, "download of small files")
     with timeline.stage("inspect"):
         checkpoints = find_checkpoints(fetched.root, fetched.paths)
     sharded = any(checkpoint.kind in SHARDED for checkpoint in checkpoints)
     if not sharded and settings.weights_only_fetch:  # beside a model that is whole already
-        return make_ready(settings, first, checkpoints, timeline)
+        return make_ready(settings, first, checkpoints, timeline, progress=told)
     versions = _ask_versions(fetched)
     if settings.weights_only_fetch and all(info.ranges for info in versions.values()):
         shards = LateShards(fetched, versions, first, None)
-        return make_ready(settings, first, checkpoints, timeline, shards=shards)
+        return make_ready(settings, first, checkpoints, timeline, None, shards, told)
     with fetched.fetching_late(timeline) as arrivals:
         shards = LateShards(fetched, versions, first, arrivals)
         if sharded and all(info.ranges for info in versions.values()):
-            return make_ready(settings, first, checkpoints, timeline, shards=shards)
+            return make_ready(settings, first, checkpoints, timeline, None, shards, told)
         snapshot = shards.wait()
-    return make_ready(settings, snapshot, checkpoints, timeline)
+    return make_ready(settings, snapshot, checkpoints, timeline, progress=told)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,8 @@ class Open:
 class Span:
     """A stretch of a start, in seconds since the timeline began.
 
-    ``failed`` is the type of the error that ended it, if one did.
+    ``failed`` is the type of the error that ended it, if one did; ``stopped`` says that nothing was
+    wrong with it, but that nobody waits for it any more.
     """
 
     name: str
@@ -38,12 +39,18 @@ class Span:
     kind: Kind = "stage"
     lane: str = "podloader"
     failed: str = ""
+    stopped: bool = False
     attributes: Mapping[str, str | int | float] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
         """How long it took."""
         return self.end_s - self.start_s
+
+    @property
+    def note(self) -> str:
+        """How it ended, in words; empty where all was well."""
+        return f"failed: {self.failed}" if self.failed else "stopped" if self.stopped else ""
 
 
 class Listener(Protocol):
@@ -70,6 +77,7 @@ class Timeline:
         self._open: list[Open] = []
         self._counts: Counter[str] = Counter()
         self._listeners: list[Listener] = []
+        self._closed = False
         self.began = time.monotonic()
         self.began_epoch = time.time()
 
@@ -112,12 +120,15 @@ class Timeline:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Note how long the block takes, and that it failed where it does."""
+        """Note how long the block takes, and that it failed or was stopped where it was."""
         begun = self.begin(name)
         try:
             yield
-        except BaseException as error:
+        except Exception as error:
             self.end(begun, failed=type(error).__name__)
+            raise
+        except BaseException:  # a signal
+            self.end(begun, stopped=True)
             raise
         self.end(begun)
 
@@ -127,6 +138,8 @@ class Timeline:
         """Return a span that has begun now, or *at* a time of ``time.monotonic()``."""
         begun = Open(name, self._since(at), kind, lane)
         with self._lock:
+            if self._closed:
+                return begun
             self._open.append(begun)
         for listener in self._listeners:
             listener.begun(begun)
@@ -137,22 +150,40 @@ class Timeline:
         begun: Open,
         *,
         failed: str = "",
+        stopped: bool = False,
         at: float | None = None,
         attributes: Mapping[str, str | int | float] | None = None,
     ) -> Span:
         """Return the span that *begun* has become."""
         end_s = self._since(at)
         span = Span(
-            begun.name, begun.start_s, end_s, begun.kind, begun.lane, failed, attributes or {}
+            begun.name,
+            begun.start_s,
+            end_s,
+            begun.kind,
+            begun.lane,
+            failed,
+            stopped,
+            attributes or {},
         )
         with self._lock:
+            if begun not in self._open:  # the timeline was closed meanwhile
+                return span
             self._open.remove(begun)
             self._spans.append(span)
         for listener in self._listeners:
             listener.ended(span, begun)
-        if span.kind == "stage" and not failed:
+        if span.kind == "stage" and not span.note:
             _log.log(self._level, "%s: %.2f s", span.name, span.seconds)
         return span
+
+    def close(self) -> None:
+        """End what runs as stopped; what begins from now on is not noted any more."""
+        with self._lock:
+            self._closed = True
+            left = tuple(self._open)
+        for begun in left:
+            self.end(begun, stopped=True)
 
     def _since(self, at: float | None) -> float:
         return (time.monotonic() if at is None else at) - self.began

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,7 +28,8 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def prepare(job: Job, hub: Hub, adapter: Path) -> subprocess.CompletedProcess[str]:
-    job.put(adapter, adapter.name)
+    if not (job.origin.folder() / adapter.name).exists():
+        job.put(adapter, adapter.name)
     settings = job.settings(f"rank-0/{adapter.name}/")
     config = job.folder / "config.yaml"
     references = [{"training_job_id": "job1", "paths": [f"rank-0/{adapter.name}/"]}]
@@ -44,8 +45,9 @@ def prepare(job: Job, hub: Hub, adapter: Path) -> subprocess.CompletedProcess[st
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
+    timeline = job.folder / "boot.json"
     return subprocess.run(
-        [sys.executable, "-m", "loader", "prepare", str(config)],
+        [sys.executable, "-m", "loader", "prepare", str(config), "--timeline", str(timeline)],
         env=environment,
         capture_output=True,
         text=True,
@@ -73,8 +75,33 @@ def test_the_bases_download_is_told_of(hub: Hub, origin: FaultyOrigin, tmp_path:
     adapter = train_or_draw_lora(hub.folder, tmp_path / "fits")
     done = prepare(job, hub, adapter)
     assert done.returncode == 0, done.stderr
-    size = sum(path.stat().st_size for path in hub.folder.iterdir())
+    weights = (hub.folder / "model.safetensors").stat().st_size
+    small = sum(path.stat().st_size for path in hub.folder.iterdir()) - weights
     files = len(list(hub.folder.iterdir()))
-    told = done.stderr + done.stdout
-    assert re.search(rf"fetching \d+ files, {re.escape(show_bytes(size))}", told), told
-    assert f"{files}/{files} files, {show_bytes(size)} of {show_bytes(size)}" in told, told
+    for count, size in ((files - 1, show_bytes(small)), (1, show_bytes(weights))):
+        assert f"fetching {count} files, {size}" in done.stderr
+        assert f"{count}/{count} files, {size} of {size}" in done.stderr
+
+
+def test_every_file_of_the_base_is_a_span(hub: Hub, origin: FaultyOrigin, tmp_path: Path) -> None:
+    job = Job(origin, tmp_path)
+    adapter = train_or_draw_lora(hub.folder, tmp_path / "fits")
+    for cached in (False, True):
+        done = prepare(job, hub, adapter)
+        assert done.returncode == 0, done.stderr
+        events = json.loads((tmp_path / "boot.json").read_text())
+        spans = [event for event in events["traceEvents"] if event["ph"] == "X"]
+        of_base = [s for s in spans if s["cat"] == "file" and s["name"].startswith("org/base/")]
+        if cached:
+            assert not of_base
+            assert events["otherData"]["cache_hits"] >= len(list(hub.folder.iterdir()))
+            return
+        assert {s["name"] for s in of_base} == {f"org/base/{p.name}" for p in hub.folder.iterdir()}
+        assert "cache_hits" not in events["otherData"]
+        stages = {s["name"]: s for s in spans if s["cat"] == "stage"}
+        for span in of_base:
+            weights = span["name"].endswith(".safetensors")
+            stage = stages["download of the base" if weights else "download of small files"]
+            assert stage["ts"] <= span["ts"]
+            assert span["ts"] + span["dur"] <= stage["ts"] + stage["dur"]
+        assert "org/base/model.safetensors" in (tmp_path / "boot.svg").read_text()

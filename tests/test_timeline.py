@@ -21,7 +21,7 @@ class Heard:
 
     def ended(self, span: Span, begun: Open) -> None:
         assert begun.name == span.name
-        self.lines.append(f"ended {span.name}{span.failed and ' ' + span.failed}")
+        self.lines.append(f"ended {span.name} {span.note}".rstrip())
 
 
 def test_a_stage_runs_and_then_is_over() -> None:
@@ -41,7 +41,31 @@ def test_a_stage_that_fails_says_how() -> None:
     with pytest.raises(KeyError), timeline.stage("one"):
         raise KeyError("no")
     assert [(s.name, s.failed) for s in timeline.stages] == [("one", "KeyError")]
-    assert heard.lines == ["begun one", "ended one KeyError"]
+    assert heard.lines == ["begun one", "ended one failed: KeyError"]
+
+
+def test_a_signal_is_no_failure() -> None:
+    timeline = Timeline(quiet=True)
+    with pytest.raises(KeyboardInterrupt), timeline.stage("one"):
+        raise KeyboardInterrupt
+    assert [s.note for s in timeline.stages] == ["stopped"]
+
+
+def test_what_runs_when_it_is_closed_was_stopped() -> None:
+    timeline, heard = Timeline(quiet=True), Heard()
+    timeline.listen(heard)
+    running = timeline.begin("import", lane="engine")
+    with pytest.raises(KeyError), timeline.stage("one"):
+        raise KeyError("no")
+    timeline.close()
+    timeline.end(timeline.begin("late"))
+    timeline.end(running, failed="ended")
+    assert [(s.name, s.note) for s in timeline.stages] == [
+        ("one", "failed: KeyError"),
+        ("import", "stopped"),
+    ]
+    assert timeline.running == ()
+    assert heard.lines[2:] == ["ended one failed: KeyError", "ended import stopped"]
 
 
 def test_files_are_spans_and_no_stages() -> None:

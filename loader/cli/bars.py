@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -65,6 +66,9 @@ class BarProgress:
         self._bars.advance(self._task, count_bytes)
         if (task := self._files.get(path)) is not None:
             self._bars.advance(task, count_bytes)
+
+    def found_config(self, config: Path) -> None:
+        """Show nothing."""
 
     def retry(self, path: str, reason: str) -> None:
         """Say it, with those that came within the same second in one line."""

@@ -22,6 +22,7 @@ def timeline_kept(file: Path | None, timeline: Timeline | None = None) -> Iterat
         try:
             yield timeline
         finally:
+            timeline.close()
             keep_timeline(timeline, file)
 
 

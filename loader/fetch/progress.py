@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from pathlib import Path
 from typing import Protocol
 
 _log = logging.getLogger("podloader")
@@ -25,6 +26,9 @@ class Progress(Protocol):
 
     def finish_file(self, path: str) -> None:
         """One file more is whole."""
+
+    def found_config(self, config: Path) -> None:
+        """A model's ``config.json`` is here, outside the download folder, before its weights."""
 
     def retry(self, path: str, reason: str) -> None:
         """Bytes of this file are asked for again after a passing failure."""
@@ -69,6 +73,9 @@ class LogProgress:
         """Count."""
         with self._lock:
             self._files += 1
+
+    def found_config(self, config: Path) -> None:
+        """Say nothing."""
 
     def retry(self, path: str, reason: str) -> None:
         """Say it, with those that came within the same seconds in one line."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 from loader.fetch.progress import LogProgress, Progress
 from loader.timeline import Open, Timeline
@@ -61,6 +62,10 @@ class SpanProgress:
         else:
             self._timeline.end(begun)
         self._inner.finish_file(path)
+
+    def found_config(self, config: Path) -> None:
+        """Pass it on."""
+        self._inner.found_config(config)
 
     def retry(self, path: str, reason: str) -> None:
         """Count it."""

@@ -76,7 +76,7 @@ class Pod:
         tls = server_tls(address.certificate, address.key) if address.certificate else None
         self._arguments = tuple(arguments)
         self._timeline = timeline
-        self._state = BootState(timeline, arrived=self._file_arrived)
+        self._state = BootState(timeline, arrived=self._file_arrived, configured=self._hint)
         self.holds = False
         """Whether a failed start is to be told until a signal comes."""
         self._drain_s = _DRAIN_S
@@ -126,6 +126,7 @@ class Pod:
             while not self._serving:
                 self._heed(self._events.get())
         except Exception as error:
+            self._timeline.close()
             self._state.fail(error)
             raise
 

@@ -37,7 +37,7 @@ class EarlyImports:
     So a download begins before torch is imported, and where all files are here already there is
     nothing to wait for. In a thread: sockets, checksums and writes of a download let go of the
     interpreter's lock (``benchmarks/imports.py``). Afterwards vLLM looks at each ``config.json``
-    that has arrived below *folder*. Told from many threads.
+    that has arrived below *folder*, and at a base's from elsewhere. Told from many threads.
     """
 
     def __init__(
@@ -86,6 +86,11 @@ class EarlyImports:
         self._inner.finish_file(path)
         if PurePosixPath(path).name == CONFIG:
             self.look_at(self._folder / path)
+
+    def found_config(self, config: Path) -> None:
+        """Note a base model's config."""
+        self._inner.found_config(config)
+        self.look_at(config)
 
     def retry(self, path: str, reason: str) -> None:
         """Pass it on."""

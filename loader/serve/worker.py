@@ -69,12 +69,12 @@ def main(channel_fd: int, listening_fd: int) -> int:
             _import_vllm()
         return _serve(channel, listening, stages)
     except LoaderError as error:
-        channel.send("failed", error=error.to_json())
+        _tell_failure(channel, error)
         return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGTERM
     except Exception as error:
-        channel.send("failed", error=EngineError(f"{type(error).__name__}: {error}").to_json())
+        _tell_failure(channel, EngineError(f"{type(error).__name__}: {error}"))
         raise
 
 
@@ -113,6 +113,15 @@ def _import_vllm() -> None:
         loader.serve.server.import_engine()
     except ImportError as error:
         raise import_failure(error) from error
+
+
+def _tell_failure(channel: Channel, error: LoaderError) -> None:
+    """Tell the pod, which will send SIGTERM: this process ends by itself, and has ended by then.
+
+    An interrupt in the midst of the interpreter's own end could only be shown and ignored.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel.send("failed", error=error.to_json())
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -17,7 +17,7 @@ _CHARACTER = 7  # about as wide as one of the font
 _MOST_TICKS = 8
 _LABEL_CHARACTERS = 34
 _COLOURS = {"podloader": "#3b6fb6", "engine": "#d9822b"}
-_FILE, _FAILED, _OTHER = "#8fb3a5", "#c0392b", "#7d6fb0"
+_FILE, _FAILED, _STOPPED, _OTHER = "#8fb3a5", "#c0392b", "#a9a9a9", "#7d6fb0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +80,12 @@ def _longest(files: Sequence[_Bar], least_s: float) -> list[_Bar]:
 
 
 def _why(span: Span) -> str:
-    return f" {span.failed}" if span.failed else ""
+    return f" {span.failed or 'stopped'}" if span.note else ""
 
 
 def _colour(span: Span | Open) -> str:
-    if isinstance(span, Span) and span.failed:
-        return _FAILED
+    if isinstance(span, Span) and span.note:
+        return _FAILED if span.failed else _STOPPED
     return _FILE if span.kind == "file" else _COLOURS.get(span.lane, _OTHER)
 
 
@@ -119,7 +119,8 @@ def _note(text: str, x: float, width: float, y: int) -> str:
 
 def _legend(bars: Sequence[_Bar], y: int) -> list[str]:
     """Return what the colours mean, of those that are there."""
-    meanings = {**{c: name for name, c in _COLOURS.items()}, _FILE: "a file", _FAILED: "failed"}
+    meanings = {**{c: name for name, c in _COLOURS.items()}, _FILE: "a file"}
+    meanings |= {_FAILED: "failed", _STOPPED: "stopped"}
     used = {bar.colour for bar in bars}
     shown = [(colour, name) for colour, name in meanings.items() if colour in used]
     return [

@@ -102,10 +102,7 @@ def _picture(boot: Boot) -> str:
 
 
 def _table(boot: Boot) -> str:
-    rows = [
-        (s.start_s, f"{s.seconds:.2f}", s.name, s.lane, f"failed: {s.failed}" if s.failed else "")
-        for s in boot.stages
-    ]
+    rows = [(s.start_s, f"{s.seconds:.2f}", s.name, s.lane, s.note) for s in boot.stages]
     rows += [
         (s.start_s, f"{boot.now_s - s.start_s:.1f} …", s.name, s.lane, "")
         for s in boot.running

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from loader.errors import LoaderError, redact
@@ -67,11 +68,13 @@ class BootState:
         timeline: Timeline,
         inner: Progress | None = None,
         arrived: Callable[[str], None] = lambda _: None,
+        configured: Callable[[Path], None] = lambda _: None,
     ) -> None:
-        """*arrived* is told the path of every file that is whole."""
+        """*arrived* is told the path of every file that is whole, *configured* other configs."""
         self.timeline = timeline
         self._inner = inner
         self._arrived = arrived
+        self._configured = configured
         self._lock = threading.Lock()
         self._phase: Phase = "starting"
         self._files = self._files_done = self._bytes = self._bytes_done = 0
@@ -119,6 +122,12 @@ class BootState:
         if self._inner:
             self._inner.finish_file(path)
         self._arrived(path)
+
+    def found_config(self, config: Path) -> None:
+        """Pass it on."""
+        if self._inner:
+            self._inner.found_config(config)
+        self._configured(config)
 
     def retry(self, path: str, reason: str) -> None:
         """Pass it on: the timeline counts it."""

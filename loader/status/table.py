@@ -16,10 +16,8 @@ def timeline_lines(timeline: Timeline) -> list[str]:
         before = round(stage.start_s / total_s * _BAR_CHARACTERS)
         length = max(round(stage.end_s / total_s * _BAR_CHARACTERS) - before, 1)
         bar = " " * min(before, _BAR_CHARACTERS - 1) + "█" * length
-        failed = f"  failed: {stage.failed}" if stage.failed else ""
-        lines.append(
-            f"{stage.start_s:>9.2f}  {stage.seconds:>9.2f}  {stage.name:<20}  {bar}{failed}"
-        )
+        note = f"  {stage.note}" if stage.note else ""
+        lines.append(f"{stage.start_s:>9.2f}  {stage.seconds:>9.2f}  {stage.name:<20}  {bar}{note}")
     counted = sorted((name, number) for name, number in timeline.counts.items() if number)
     counts = ", ".join(f"{name.replace('_', ' ')}: {number}" for name, number in counted)
     return [*lines, f"{total_s:>9.2f}  in all{f'; {counts}' if counts else ''}"]

@@ -54,7 +54,7 @@ def chrome_trace(timeline: Timeline) -> dict[str, object]:
 
 
 def _event(span: Span, process: int, thread: int) -> dict[str, object]:
-    failed = {"failed": span.failed} if span.failed else {}
+    outcome = {"failed": span.failed} if span.failed else {"stopped": True} if span.stopped else {}
     return {
         "ph": "X",
         "name": span.name,
@@ -63,7 +63,7 @@ def _event(span: Span, process: int, thread: int) -> dict[str, object]:
         "tid": thread,
         "ts": round(span.start_s * _US),
         "dur": round(span.seconds * _US),
-        "args": {**span.attributes, **failed},
+        "args": {**span.attributes, **outcome},
     }
 
 

@@ -103,6 +103,8 @@ class _Spans:
             return
         for name, value in span.attributes.items():
             started.set_attribute(f"podloader.{name}", value)
+        if span.stopped:
+            started.set_attribute("podloader.stopped", True)
         _fail(started, span.failed)
         started.end(self._ns(span.end_s))
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 from loader.errors import ConfigError, FetchError, LoaderError, TransientError
 from loader.stores.hub_cache import drop_rotten
+from loader.stores.hub_files import Told, download_files
 from loader.stores.model_files import side_files, weight_files
 
-_SINGLE = "model.safetensors"
+_CONFIG, _SINGLE = "config.json", "model.safetensors"
 _ANSWER_S = 10
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -27,22 +27,6 @@ class HubModel:
 
     path: Path
     commit: str
-
-
-class Told(Protocol):
-    """Who is told of a download, as of a fetch. From many threads."""
-
-    def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
-        """So many files and bytes in all, of which *have_bytes* are in the cache."""
-
-    def advance(self, count_bytes: int, path: str) -> None:
-        """So many bytes more."""
-
-    def finish_file(self, path: str) -> None:
-        """One file more is whole."""
-
-    def finish(self) -> None:
-        """The download is over, well or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,51 +41,43 @@ def fetch_model(
     repo_id: str,
     revision: str | None = None,
     *,
+    told: Told,
     token: str | None = None,
     allow_pickle: bool = False,
     concurrency: int = 8,
-    weights: bool = True,
+    only: Literal["small files", "weights"] | None = None,
     prove: bool = False,
-    told: Told | None = None,
 ) -> HubModel:
-    """Return the model *repo_id*, downloaded where the cache lacks it; the weights only if wanted.
+    """Return the model *repo_id*, downloaded where the cache lacks it; a part of it with *only*.
 
-    *prove*: what the cache held before has to have the Hub's SHA-256, else it comes again.
-    ``HF_HOME``, ``HF_HUB_OFFLINE`` and ``HF_ENDPOINT`` are honoured by huggingface-hub itself.
+    *prove*: what the cache held before has to have the Hub's SHA-256, else it comes again. *told*
+    is told of every file. ``HF_HOME``, ``HF_HUB_OFFLINE`` and ``HF_ENDPOINT`` are honoured by
+    huggingface-hub itself.
 
     Raises:
         ConfigError: no such model or revision, or no right to read it.
         FetchError: offline and not in the cache, or only pickled weights.
         TransientError: the Hub did not answer.
     """
-    from huggingface_hub import snapshot_download
-
     began_ns = time.time_ns()
     try:
-        chosen = _choose(repo_id, revision, token, allow_pickle=allow_pickle, weights=weights)
-
-        def download(bar: Any = None) -> Path:
-            path = snapshot_download(
-                repo_id,
-                revision=revision,
-                token=token,
-                allow_patterns=[glob.escape(name) for name in chosen or ("config.json",)],
-                local_files_only=chosen is None,  # what was chosen then, lies beside the config
-                max_workers=concurrency,
-                tqdm_class=bar,
-            )
-            return Path(path)
-
-        with _telling(told, repo_id, revision, chosen) as bar:
-            folder = download(bar)
-            if prove and drop_rotten(folder, began_ns):
-                folder = download(bar)
+        listed = _list_model(repo_id, revision, token)
+        folder = _find_cached(repo_id, revision) if listed is None else listed.folder
+        sizes = _sizes_here(folder) if listed is None else listed.sizes
+        side = () if only == "weights" else side_files(sizes)
+        weights = () if only == "small files" else weight_files(sizes, allow_pickle=allow_pickle)
+        if not weights and only != "small files":
+            raise _no_weights(repo_id)
+        chosen = {name: sizes[name] for name in (*side, *weights)}
+        if prove:
+            drop_rotten([folder / name for name in chosen], began_ns)
+        download_files(repo_id, folder, chosen, token=token, concurrency=concurrency, told=told)
+        if listed is not None and revision != folder.name:
+            _note_commit(repo_id, revision, folder, token)
     except LoaderError:
         raise
     except Exception as error:
         raise _translate(error, repo_id, revision) from None
-    if weights and not weight_files(_names(folder), allow_pickle=allow_pickle):
-        raise _no_weights(repo_id)
     return HubModel(folder, folder.name)
 
 
@@ -122,7 +98,7 @@ def describe_model(
     def read(cached: bool) -> Path:
         return Path(
             hf_hub_download(
-                repo_id, "config.json", revision=revision, token=token, local_files_only=cached
+                repo_id, _CONFIG, revision=revision, token=token, local_files_only=cached
             )
         )
 
@@ -167,11 +143,17 @@ def _cached_bytes(folder: Path) -> int | None:
     return None
 
 
-def _choose(
-    repo_id: str, revision: str | None, token: str | None, *, allow_pickle: bool, weights: bool
-) -> Mapping[str, int] | None:
-    """Return the files to ask for and their bytes; None where the Hub is not to be reached."""
-    from huggingface_hub import HfApi, errors
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """A commit's files and their bytes, and the folder that it has in the cache or will have."""
+
+    folder: Path
+    sizes: Mapping[str, int]
+
+
+def _list_model(repo_id: str, revision: str | None, token: str | None) -> _Listed | None:
+    """Return what the Hub says of a model; None where it is not to be reached."""
+    from huggingface_hub import HfApi, constants, errors
 
     try:
         info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
@@ -183,12 +165,30 @@ def _choose(
         return None
     except Exception:  # offline, or the HTTP library's own, which changes with the hub's version
         return None
-    sizes = _sizes(info)
-    names = list(sizes)
-    wanted = weight_files(names, allow_pickle=allow_pickle) if weights else ()
-    if weights and not wanted:
-        raise _no_weights(repo_id)
-    return {name: sizes[name] for name in (*side_files(names), *wanted)}
+    # huggingface-hub's guide, "Understand caching": where a snapshot lies.
+    model = Path(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}")
+    return _Listed(model / "snapshots" / str(info.sha), _sizes(info))
+
+
+def _find_cached(repo_id: str, revision: str | None) -> Path:
+    """Return the folder of the commit in the cache that *revision* was when it was fetched."""
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            repo_id, revision=revision, allow_patterns=[_CONFIG], local_files_only=True
+        )
+    )
+
+
+def _note_commit(repo_id: str, revision: str | None, folder: Path, token: str | None) -> None:
+    """Let the cache know that the branch is the commit in *folder*, for starts without the Hub."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if try_to_load_from_cache(repo_id, _CONFIG, revision=revision) == str(folder / _CONFIG):
+        return
+    with contextlib.suppress(Exception):  # all that was asked for is here
+        hf_hub_download(repo_id, _CONFIG, revision=revision, token=token)
 
 
 def _sizes(info: Any) -> dict[str, int]:
@@ -196,60 +196,10 @@ def _sizes(info: Any) -> dict[str, int]:
     return {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
 
 
-@contextlib.contextmanager
-def _telling(
-    told: Told | None, repo_id: str, revision: str | None, chosen: Mapping[str, int] | None
-) -> Iterator[Any]:
-    """Tell of the download of *chosen* in the block; give huggingface-hub's bar for it, if any."""
-    if told is None or not chosen:
-        yield None
-        return
-    told.start(len(chosen), sum(chosen.values()), _bytes_here(repo_id, revision, chosen))
-    try:
-        yield _bar(told, repo_id)
-        for name in chosen:
-            told.finish_file(f"{repo_id}/{name}")
-    finally:
-        told.finish()
-
-
-def _bytes_here(repo_id: str, revision: str | None, chosen: Mapping[str, int]) -> int:
-    """Return how many of the *chosen* bytes are in huggingface-hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = (
-        size
-        for name, size in chosen.items()
-        if isinstance(try_to_load_from_cache(repo_id, name, revision=revision), str)
-    )
-    return sum(found)
-
-
-def _bar(told: Told, repo_id: str) -> Any:
-    """Return huggingface-hub's progress bar, unseen, that passes on what its bar of bytes is told.
-
-    The other bars count files, and bytes before they are put together.
-    """
-    import huggingface_hub.utils
-
-    base: Any = huggingface_hub.utils.tqdm  # type: ignore[attr-defined]
-
-    class Bar(base):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            name = str(kwargs.get("name"))
-            self._counts = kwargs.get("unit") == "B" and not name.endswith(".transfer")
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-        def update(self, n: float | None = 1) -> Any:
-            if self._counts and n:
-                told.advance(int(n), repo_id)
-            return super().update(n)
-
-    return Bar
-
-
-def _names(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+def _sizes_here(folder: Path) -> dict[str, int]:
+    """Return the bytes of each file in a folder of the cache."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def _no_weights(repo_id: str) -> FetchError:

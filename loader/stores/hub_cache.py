@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,12 +18,12 @@ _THREADS = 4
 _log = logging.getLogger("podloader")
 
 
-def drop_rotten(folder: Path, before_ns: int) -> bool:
-    """Remove the files of a model in the cache that are not what the Hub gave; return if any was.
+def drop_rotten(files: Iterable[Path], before_ns: int) -> None:
+    """Remove those *files* of the cache, where they are there, that are not what the Hub gave.
 
     Only what was written *before_ns* (epoch nanoseconds) is read, not what this run downloaded.
     """
-    links = [path for path in folder.rglob("*") if path.is_file()]
+    links = [path for path in files if path.is_file()]
     with ThreadPoolExecutor(_THREADS) as pool:
         rotten = [
             path
@@ -35,7 +36,6 @@ def drop_rotten(folder: Path, before_ns: int) -> bool:
         _log.warning("%s is not what the Hub gave; it is fetched again", path.name)
         path.resolve().unlink()
         path.unlink(missing_ok=True)
-    return bool(rotten)
 
 
 def _is_sound(path: Path, before_ns: int) -> bool:

@@ -41,6 +41,9 @@ class Noted:
         with self._lock:
             self.bytes += count_bytes
 
+    def found_config(self, config: Path) -> None:
+        """Do nothing."""
+
     def retry(self, path: str, reason: str) -> None:
         """Remember."""
         self.retries.append(reason)

@@ -72,6 +72,11 @@ def test_a_failed_start_is_held_until_a_signal(start: Start) -> None:
     assert body["error"]["error"] == "ResolveError"
     assert "The start failed" in pod.get("/status").text
     assert "podloader_failed 1.0" in pod.get("/metrics").text
+    notes = {
+        s["name"]: (s["failed"], s["stopped"]) for s in pod.get("/status.json").json()["spans"]
+    }
+    assert notes["resolve"] == ("ResolveError", False)
+    assert notes["engine import"] == ("", True)
     assert pod.get("/v1/models").status_code == 503
     assert pod.pod.is_running()
     pod.stop_probing()

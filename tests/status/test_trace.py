@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from loader.status.gantt import MOST_FILES, gantt_svg
+from loader.status.table import timeline_lines
 from loader.status.trace import chrome_trace, write_timeline
 from loader.timeline import Open, Span, Timeline
 
@@ -92,6 +93,25 @@ def test_files_that_took_no_time_to_speak_of_are_left_out() -> None:
     svg = gantt_svg([Span("long", 0, 100, "file"), Span("short", 0, 0.5, "file")], [], 100.0)
     assert "long:" in svg
     assert "short:" not in svg
+
+
+def test_what_was_stopped_does_not_look_failed() -> None:
+    timeline = Timeline(quiet=True)
+    timeline.begin("engine import", lane="engine")
+    with pytest.raises(KeyError), timeline.stage("merge"):
+        raise KeyError
+    timeline.close()
+    outcomes = {
+        event["name"]: event["args"]
+        for event in json.loads(json.dumps(chrome_trace(timeline)))["traceEvents"]
+        if event["ph"] == "X"
+    }
+    assert outcomes == {"engine import": {"stopped": True}, "merge": {"failed": "KeyError"}}
+    svg = gantt_svg(timeline.spans, (), 6.0)
+    assert all(f">{name}</text>" in svg for name in ("failed", "stopped"))
+    assert svg.count("#c0392b") == 2  # the bar and its meaning
+    lines = timeline_lines(timeline)
+    assert [line.split("  ")[-1] for line in lines[1:3]] == ["stopped", "failed: KeyError"]
 
 
 def test_an_empty_timeline_has_a_picture_too() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -57,7 +58,8 @@ def start_that_fails(timeline: Timeline) -> None:
             begun = timeline.begin("job/rank-0/a", kind="file")
             timeline.end(begun, attributes={"size_bytes": 7})
         timeline.count("retries", 3)
-        with timeline.stage("merge"):
+        timeline.begin("engine import", lane="engine")
+        with contextlib.closing(timeline), timeline.stage("merge"):
             raise RuntimeError
 
 
@@ -73,11 +75,14 @@ def test_every_stage_and_file_arrives_in_one_trace(
     names = {a.key: a.value.string_value for a in resource.resource.attributes}
     assert (names["service.name"], names["k8s.pod.name"]) == ("podloader", "pod-1")
     spans = {span.name: span for scope in resource.scope_spans for span in scope.spans}
-    assert set(spans) == {"podloader", "download", "job/rank-0/a", "merge"}
+    assert set(spans) == {"podloader", "download", "job/rank-0/a", "engine import", "merge"}
     assert len({span.trace_id for span in spans.values()}) == 1
     assert spans["job/rank-0/a"].parent_span_id == spans["download"].span_id
     assert spans["download"].parent_span_id == spans["podloader"].span_id
     assert (spans["merge"].status.code, spans["merge"].status.message) == (2, "RuntimeError")
+    stopped = spans["engine import"]
+    assert stopped.status.code == 0
+    assert {a.key: a.value.bool_value for a in stopped.attributes}["podloader.stopped"]
     began = spans["podloader"].start_time_unix_nano / 1e9
     assert began == pytest.approx(timeline.began_epoch, abs=1e-3)
     attributes = {a.key: a.value.int_value for a in spans["podloader"].attributes}

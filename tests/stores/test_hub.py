@@ -15,9 +15,11 @@ from tests.stores.hub import COMMIT, Hub
 SCRIPT = """
 import sys
 from loader.errors import LoaderError
+from loader.fetch.progress import LogProgress
 from loader.stores.hub import fetch_model
+told = LogProgress()
 try:
-    model = fetch_model(sys.argv[1], sys.argv[2] or None, token=sys.argv[3] or None)
+    model = fetch_model(sys.argv[1], sys.argv[2] or None, told=told, token=sys.argv[3] or None)
     print(model.commit, *sorted(p.name for p in model.path.iterdir()))
 except LoaderError as error:
     print(type(error).__name__, error.what)
