@@ -2,9 +2,12 @@
 
     python -m benchmarks.start [--runs 15]
 
-A server on the loopback interface notes when the first connection comes, measured from just before
-the process is made, and ends the process then. ``python -c pass`` runs to its end: the least that a
-command in Python can take. What is not installed is left out.
+A server on the loopback interface notes when the first byte of a request comes, over TLS after the
+handshake, measured from just before the process is made, and ends the process then. ``python -c
+pass`` runs to its end: the least that a command in Python can take. What is not installed is left
+out. The server's certificate is trusted as the system's are: they are loaded, from a file that has
+one more. Of ``s3://``, the first request is the listing, which has to be there before a file can be
+asked for.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import os
 import shutil
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
@@ -22,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import trustme
 import yaml
 
 from loader.demo.origin import Origin
@@ -33,62 +38,117 @@ _BOTO3 = "import boto3; boto3.client('s3').download_file('bucket', 'key', '/dev/
 
 @dataclass(frozen=True)
 class Command:
-    """A command that asks the server for a file, or ends by itself where ``asks`` is False."""
+    """A command that asks *server* for a file, or ends by itself where there is none."""
 
     name: str
     words: Sequence[str]
     variables: Mapping[str, str] = field(default_factory=dict)
-    asks: bool = True
+    server: Server | None = None
 
 
-def commands(port: int, folder: Path) -> list[Command]:
-    """Return what is measured and installed; *folder* is for the config and the listing."""
-    url = f"http://127.0.0.1:{port}"
+class Server:
+    """Waits for the first byte of a request."""
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._listening.settimeout(_LIMIT_S)
+        host, port = self._listening.getsockname()
+        self.url = f"{'https' if tls else 'http'}://{host}:{port}"
+
+    def wait(self) -> float:
+        """Return when it came, by ``time.perf_counter``."""
+        with self._listening.accept()[0] as plain:
+            plain.settimeout(_LIMIT_S)
+            if self._tls is None:
+                plain.recv(1)
+                return time.perf_counter()
+            with self._tls.wrap_socket(plain, server_side=True) as secure:
+                secure.recv(1)
+                return time.perf_counter()
+
+    def drop_waiting(self) -> None:
+        """Close further connections of a process that is gone."""
+        self._listening.settimeout(0)
+        try:
+            while True:
+                self._listening.accept()[0].close()
+        except BlockingIOError:
+            self._listening.settimeout(_LIMIT_S)
+
+
+def commands(folder: Path) -> list[Command]:
+    """Return what is measured and installed; *folder* is for configs, listings and certificates."""
+    authority = trustme.CA()
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    bundle = folder / "certificates.pem"
+    system = Path(ssl.get_default_verify_paths().cafile or os.devnull).read_bytes()
+    bundle.write_bytes(system + authority.cert_pem.bytes())
+    trusted = {"SSL_CERT_FILE": str(bundle), "AWS_CA_BUNDLE": str(bundle)}
+    plain, secure = Server(), Server(tls)
     aws = {
-        "AWS_ENDPOINT_URL": url,
+        "AWS_ENDPOINT_URL": plain.url,
         "AWS_ACCESS_KEY_ID": "a",
         "AWS_SECRET_ACCESS_KEY": "b",
         "AWS_REGION": "us-east-1",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    hub = {"HF_ENDPOINT": url, "HF_HOME": str(folder / "hub")}
-    podloader = [sys.executable, "-m", "loader", "fetch", str(write_config(port, folder))]
+    hub = {"HF_ENDPOINT": plain.url, "HF_HOME": str(folder / "hub")}
+    podloader = [sys.executable, "-m", "loader"]
+
+    def fetch(config: Path) -> list[str]:
+        return [*podloader, "fetch", str(config)]
+
+    http, https = (write_listing(folder, server.url) for server in (plain, secure))
+    bucket = "s3://bucket/models"
     found = [
-        Command("python -c pass", [sys.executable, "-c", "pass"], asks=False),
-        Command("podloader --help", [*podloader[:3], "--help"], asks=False),
-        Command("podloader fetch", podloader),
-        Command("curl", ["curl", "-s", f"{url}/a"]),
-        Command("s5cmd cp", ["s5cmd", "cp", "s3://bucket/key", "/dev/null"], aws),
-        Command("huggingface-hub", [sys.executable, "-c", _FETCH], hub),
-        Command("boto3", [sys.executable, "-c", _BOTO3], aws),
+        Command("python -c pass", [sys.executable, "-c", "pass"]),
+        Command("podloader --help", [*podloader, "--help"]),
+        Command("podloader fetch", fetch(write_config(folder, "http", http)), {}, plain),
+        Command(
+            "podloader fetch, https", fetch(write_config(folder, "https", https)), trusted, secure
+        ),
+        Command("podloader fetch, s3", fetch(write_config(folder, "s3", bucket)), aws, plain),
+        Command("curl", ["curl", "-s", f"{plain.url}/a"], {}, plain),
+        Command("curl, https", ["curl", "-s", "--cacert", str(bundle), secure.url], {}, secure),
+        Command("s5cmd cp", ["s5cmd", "cp", "s3://bucket/key", os.devnull], aws, plain),
+        Command("huggingface-hub", [sys.executable, "-c", _FETCH], hub, plain),
+        Command("boto3", [sys.executable, "-c", _BOTO3], aws, plain),
     ]
     return [one for one in found if shutil.which(one.words[0])]
 
 
-def write_config(port: int, folder: Path) -> Path:
-    """Return a Truss config that asks for one file of the server at *port*."""
+def write_listing(folder: Path, url: str) -> str:
+    """Return the listing of one file that a server at *url* is to be asked for."""
     made = folder / "origin/training_projects/demo/jobs/job/rank-0/checkpoint-1/config.json"
-    made.parent.mkdir(parents=True)
+    made.parent.mkdir(parents=True, exist_ok=True)
     made.write_text("{}")
     origin = Origin(folder / "origin")
-    listing = origin.write_listing("job", folder / "listing.json")
-    listing.write_text(listing.read_text().replace(f":{origin.server_port}/", f":{port}/"))
+    listing = origin.write_listing("job", folder / f"{url.partition(':')[0]}.json")
+    own = f"http://127.0.0.1:{origin.server_port}/"
+    listing.write_text(listing.read_text().replace(own, f"{url}/"))
     origin.server_close()
+    return str(listing)
+
+
+def write_config(folder: Path, name: str, artifacts: str) -> Path:
+    """Return a Truss config that asks for one file of *artifacts*."""
     references = [{"training_job_id": "job", "paths": ["rank-0/checkpoint-1/"]}]
     config = {
         "training_checkpoints": {
-            "download_folder": str(folder / "files"),
+            "download_folder": str(folder / f"files-{name}"),
             "artifact_references": references,
         },
-        "model_metadata": {"podloader": {"artifacts": [str(listing)]}},
+        "model_metadata": {"podloader": {"artifacts": [artifacts]}},
     }
-    path = folder / "config.yaml"
+    path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
 
 
-def measure(command: Command, server: socket.socket) -> float:
-    """Return the seconds from the process's start to its first connection, or to its end."""
+def measure(command: Command) -> float:
+    """Return the seconds from the process's start to its first request, or to its end."""
     began = time.perf_counter()
     process = subprocess.Popen(
         command.words,
@@ -97,14 +157,15 @@ def measure(command: Command, server: socket.socket) -> float:
         stderr=subprocess.DEVNULL,
     )
     try:
-        if command.asks:
-            server.accept()[0].close()
-        else:
-            process.wait(_LIMIT_S)
+        if command.server is not None:
+            return command.server.wait() - began
+        process.wait(_LIMIT_S)
         return time.perf_counter() - began
     finally:
         process.kill()
         process.wait()
+        if command.server is not None:
+            command.server.drop_waiting()
 
 
 def main() -> None:
@@ -112,30 +173,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--runs", type=int, default=15)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as made, socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(_LIMIT_S)
-        compared = commands(server.getsockname()[1], Path(made))
+    with tempfile.TemporaryDirectory() as made:
+        compared = commands(Path(made))
         seconds: dict[str, list[float]] = {command.name: [] for command in compared}
         for run in range(given.runs + 1):
             for command in compared:
-                found = measure(command, server)
+                found = measure(command)
                 if run:  # the first compiles what is not yet, and fills the page cache
                     seconds[command.name].append(found)
-                drop_waiting(server)
     print(f"{'ms to the first request':<24} {'least':>7} {'median':>7}")
     for name, found_s in seconds.items():
         least, median = min(found_s) * 1e3, statistics.median(found_s) * 1e3
         print(f"{name:<24} {least:>7.0f} {median:>7.0f}")
-
-
-def drop_waiting(server: socket.socket) -> None:
-    """Close further connections of a process that is gone."""
-    server.settimeout(0)
-    try:
-        while True:
-            server.accept()[0].close()
-    except BlockingIOError:
-        server.settimeout(_LIMIT_S)
 
 
 if __name__ == "__main__":

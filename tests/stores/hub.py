@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -20,8 +21,13 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.requests: list[tuple[str, str]] = []
+        self.pause_s = 0.0
+        """What goes by between two MiB of a file."""
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing: clients that break off are what some tests are about."""
 
     @property
     def url(self) -> str:
@@ -55,7 +61,17 @@ class Handler(BaseHTTPRequestHandler):
             content = (self.server.folder / path.rpartition("/")[2]).read_bytes()
             weights = path.endswith((".safetensors", ".bin"))
             tag = (hashlib.sha256 if weights else hashlib.sha1)(content).hexdigest()
-            self.answer(200, content, {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT})
+            headers = {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT}
+            asked = self.headers.get("Range", "").removeprefix("bytes=")
+            if not asked:
+                self.answer(200, content, headers)
+                return
+            first, _, last = asked.partition("-")
+            part = content[int(first) : int(last) + 1 if last else None]
+            end = int(first) + len(part) - 1
+            self.answer(
+                206, part, headers | {"Content-Range": f"bytes {first}-{end}/{len(content)}"}
+            )
         else:
             self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
@@ -77,7 +93,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            for place in range(0, len(body), 1 << 20):
+                self.wfile.write(body[place : place + (1 << 20)])
+                time.sleep(self.server.pause_s)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Say nothing."""
