@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +30,13 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def prepare(job: Job, hub: Hub, adapter: Path) -> subprocess.CompletedProcess[str]:
+    with preparing(job, hub, adapter) as process:
+        _, told = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, "", told)
+
+
+def preparing(job: Job, hub: Hub, adapter: Path) -> subprocess.Popen[str]:
+    """Return a ``podloader prepare`` of *adapter* over the Hub's model, with a timeline."""
     if not (job.origin.folder() / adapter.name).exists():
         job.put(adapter, adapter.name)
     settings = job.settings(f"rank-0/{adapter.name}/")
@@ -46,13 +55,8 @@ def prepare(job: Job, hub: Hub, adapter: Path) -> subprocess.CompletedProcess[st
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
     timeline = job.folder / "boot.json"
-    return subprocess.run(
-        [sys.executable, "-m", "loader", "prepare", str(config), "--timeline", str(timeline)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "loader", "prepare", str(config), "--timeline", str(timeline)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def test_an_adapter_is_checked_against_the_hubs_headers(
@@ -105,3 +109,18 @@ def test_every_file_of_the_base_is_a_span(hub: Hub, origin: FaultyOrigin, tmp_pa
             assert stage["ts"] <= span["ts"]
             assert span["ts"] + span["dur"] <= stage["ts"] + stage["dur"]
         assert "org/base/model.safetensors" in (tmp_path / "boot.svg").read_text()
+
+
+def test_a_signal_does_not_wait_for_the_bases_rest(
+    hub: Hub, origin: FaultyOrigin, tmp_path: Path
+) -> None:
+    job = Job(origin, tmp_path)
+    adapter = train_or_draw_lora(hub.folder, tmp_path / "fits")
+    hub.pause_s = 60.0
+    with preparing(job, hub, adapter) as process:
+        assert process.stderr is not None
+        assert any("fetching 1 files" in line for line in process.stderr)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert process.wait(20) == 143
+        assert time.monotonic() - began < 5

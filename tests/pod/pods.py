@@ -191,6 +191,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def render(chromium: str, url: str) -> str:
+    """Return the document that a headless browser has of *url* after three seconds of its time."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
+    command = [chromium, *flags, "--dump-dom", url]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
 def needs_namespaces() -> None:
     """Skip the test where no PID namespace can be made."""
     if shutil.which(_AS_PID_1[0]) is None:

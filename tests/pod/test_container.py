@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from openai import BadRequestError, OpenAI
 
-from tests.origin import serving, write_listing
+from tests.origin import Fault, serving, slow, write_listing
 from tests.other_models import heard, tiny_whisper, tone
 from tests.pod.containers import start_container
 from tests.pod.pods import RunningPod, free_port, needs_namespaces
@@ -28,17 +29,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def container(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningPod]:
-    """The container of the Truss that ``truss init`` makes for *model*, ready."""
+    """A container, ready."""
+    with contained(model, tmp_path_factory.mktemp("container")) as running:
+        running.wait_ready()
+        yield running
+
+
+@contextlib.contextmanager
+def contained(model: Path, folder: Path, *ways: Fault) -> Iterator[RunningPod]:
+    """Give the container of what ``truss init`` makes for *model*, whose weights come *ways*."""
     needs_namespaces()
-    folder = tmp_path_factory.mktemp("container")
     with serving(folder / "origin") as origin:
         shutil.copytree(model, origin.folder("job1") / "checkpoint-1")
         listing = write_listing(origin, folder / "listing.json", "job1")
         init(listing, folder / "truss")
         edit(folder / "truss/config.yaml", folder / "down")
+        origin.fail("model.safetensors", *ways)
         running = start_container(folder / "truss", folder, {"hf_access_token": _SECRET}, {})
         try:
-            running.wait_ready()
             yield running
         finally:
             running.close()
@@ -69,6 +77,16 @@ def edit(config: Path, download_folder: Path) -> None:
 def client(container: RunningPod) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{container.url}/v1", api_key="none", max_retries=0) as found:
         yield found
+
+
+def test_sigterm_ends_a_start(model: Path, tmp_path: Path) -> None:
+    with contained(model, tmp_path, *[slow(0.5)] * 9) as running:
+        running.wait_for(lambda body: body["bytes"]["done"] < body["bytes"]["total"])
+        family = [running.pod, *running.pod.children(recursive=True)]
+        running.stop_probing()
+        running.signal(signal.SIGTERM)
+        assert running.wait(10) == 128 + signal.SIGTERM
+        assert not [process for process in family if process.is_running()]
 
 
 def test_podloader_is_the_first_process(container: RunningPod) -> None:

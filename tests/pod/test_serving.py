@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,14 @@ from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 from tests import origin as faults
 from tests.origin import FaultyOrigin
 from tests.pod.conftest import JOBS, LATER, LONGEST
-from tests.pod.pods import ENGINE_ARGS, RunningPod, needs_namespaces, start_pod, write_config
+from tests.pod.pods import (
+    ENGINE_ARGS,
+    RunningPod,
+    needs_namespaces,
+    render,
+    start_pod,
+    write_config,
+)
 from tests.serve.test_canary import make_silent
 
 pytestmark = pytest.mark.engine
@@ -180,9 +186,7 @@ def test_a_browser_shows_the_page(pod: RunningPod) -> None:
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("there is no chromium")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
-    command = [chromium, *flags, "--dump-dom", f"{pod.url}/status"]
-    page = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    page = render(chromium, f"{pod.url}/status")
     assert "<title>podloader: ready</title>" in page
     assert "Ready after" in page
     assert "engine load" in page
@@ -244,5 +248,6 @@ def test_an_adapter_that_changes_nothing_ends_the_pod(
         assert {status for _, status, _ in pod.answers} == {503}
         assert "adapters that change nothing in the engine" in pod.text()
         assert "- silent" in pod.text()
+        assert "KeyboardInterrupt" not in pod.text()
     finally:
         pod.close()

@@ -93,9 +93,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            for place in range(0, len(body), 1 << 20):
-                self.wfile.write(body[place : place + (1 << 20)])
+            self.wfile.write(body[: 1 << 20])
+            for place in range(1 << 20, len(body), 1 << 20):
                 time.sleep(self.server.pause_s)
+                self.wfile.write(body[place : place + (1 << 20)])
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Say nothing."""
