@@ -67,7 +67,7 @@ def fetch_model(
         side = () if only == "weights" else side_files(sizes)
         weights = () if only == "small files" else weight_files(sizes, allow_pickle=allow_pickle)
         if not weights and only != "small files":
-            raise _no_weights(repo_id)
+            raise _no_weights(repo_id) if listed is not None else _not_here(repo_id)
         chosen = {name: sizes[name] for name in (*side, *weights)}
         if prove:
             drop_rotten([folder / name for name in chosen], began_ns)
@@ -210,6 +210,15 @@ def _no_weights(repo_id: str) -> FetchError:
     )
 
 
+def _not_here(where: str) -> FetchError:
+    return FetchError(
+        "the base model is not in the cache and the Hub is not to be reached",
+        where=where,
+        next_step="unset HF_HUB_OFFLINE, bring the model into HF_HOME, or set base_model to a "
+        "local folder",
+    )
+
+
 def _translate(error: Exception, repo_id: str, revision: str | None) -> Exception:
     from huggingface_hub import errors
 
@@ -231,12 +240,7 @@ def _translate(error: Exception, repo_id: str, revision: str | None) -> Exceptio
             "no such revision of the base model", where=where, next_step="correct base_revision"
         )
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        return FetchError(
-            "the base model is not in the cache and the Hub is not to be reached",
-            where=where,
-            next_step="unset HF_HUB_OFFLINE, bring the model into HF_HOME, or set base_model to a "
-            "local folder",
-        )
+        return _not_here(where)
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.HfHubHTTPError) and status is not None and status < 500:
         return FetchError("the Hub refuses", where=where, got=f"HTTP {status}")

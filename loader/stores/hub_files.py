@@ -83,9 +83,11 @@ def _work_off(names: list[str], work: Callable[[str], None], concurrency: int) -
     def run() -> None:
         while not failed:
             try:
-                work(left.get_nowait())
+                name = left.get_nowait()
             except queue.Empty:
                 return
+            try:
+                work(name)
             except BaseException as error:
                 failed.append(error)
 

@@ -68,6 +68,8 @@ ROWS = {
     "403, refused": Row([s3_says(403, "AccessDenied")] * 9, DeniedError),
     "404": Row([status(404)] * 9, FetchError),
     "410": Row([status(410)] * 9, FetchError),
+    "400": Row([status(400)] * 9, FetchError),
+    "405": Row([status(405)] * 9, FetchError),
     "412": Row([status(412)] * 9, ChangedError),
     "416": Row([status(416)] * 9, ChangedError),
     "another range": Row([WRONG] * 9, FetchError),

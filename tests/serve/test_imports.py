@@ -8,6 +8,8 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 from loader.fetch.progress import LogProgress
 from loader.imports import importing
 from loader.serve.imports import EarlyImports
@@ -34,6 +36,21 @@ imports.wait()
 (stage,) = timeline.stages
 print(stage.name, stage.lane, stage.failed, "peft" in sys.modules)
 """
+_LOOK = """
+import sys
+from pathlib import Path
+from loader.fetch.progress import LogProgress
+from loader.serve.imports import EarlyImports
+from loader.timeline import Timeline
+
+if __name__ == "__main__":
+    timeline = Timeline()
+    imports = EarlyImports("vllm", Path("elsewhere"), timeline, LogProgress())
+    imports.finish_file("org/base/config.json")
+    imports.found_config(Path(sys.argv[1]))
+    imports.wait()
+    print(", ".join(span.name for span in timeline.stages))
+"""
 
 
 def begin(engine: str, **environment: str) -> str:
@@ -54,6 +71,14 @@ def test_a_failure_is_left_to_whoever_starts_the_engine(tmp_path: Path) -> None:
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm/__init__.py").write_text("raise ImportError('libcudart.so.13')")
     assert begin("vllm", PYTHONPATH=str(tmp_path)) == "engine import engine ImportError False"
+
+
+@pytest.mark.engine
+def test_a_base_from_elsewhere_is_looked_at(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "model")
+    command = [sys.executable, "-c", _LOOK, str(folder / "config.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n")[-2] == "engine import, model class", done.stderr
 
 
 def test_they_run_beside_a_download() -> None:

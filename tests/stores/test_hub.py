@@ -112,6 +112,13 @@ def test_refusals(hub: Hub, repo: str, revision: str, said: str) -> None:
 
 def test_offline_and_not_in_the_cache(hub: Hub) -> None:
     assert "not in the cache" in ask(hub, HF_HUB_OFFLINE="1")
+    small = SCRIPT.replace("told=told", "told=told, only='small files'")
+    assert ask(hub, script=small) == f"{COMMIT} config.json tokenizer.json"
+    assert "not in the cache" in ask(hub, HF_HUB_OFFLINE="1")
+    assert ask(hub, script=small, HF_HUB_OFFLINE="1").startswith(COMMIT)
+    weights = SCRIPT.replace("told=told", "told=told, only='weights'")
+    assert "model.safetensors" in ask(hub, script=weights)
+    assert COMMIT in ask(hub, HF_HUB_OFFLINE="1")
 
 
 def test_a_model_is_described_without_its_weights(hub: Hub) -> None:
