@@ -3,25 +3,29 @@
     python benchmarks/fetch.py [--scale 1] [--runs 3] [--peers PYTHON] [--tls] [--only NAME …]
 
 Needs nginx and curl on PATH. ``--peers`` is the interpreter of an environment with obstore,
-hf_transfer, s5cmd, boto3, awscrt and truss-transfer; a client that is not there is left out, and
-said so. The client's CPU seconds are its own (and its children's), the server's are not in them.
-Files come from the page cache and go to a memory file system where there is one.
+hf_transfer, s5cmd, boto3, awscrt and truss-transfer; a client that is not there, or that does not
+come to an end within ``--limit``, is left out, and said so. The client's CPU seconds are its own
+(and its children's), the server's are not in them. Files come from the page cache and go to a
+memory file system where there is one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import resource
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ from typing import Any
 from awscrt.checksums import crc64nvme
 
 HERE = Path(__file__).parent
+STATIC = Path("/static-bptr")  # where truss-transfer reads its manifest
 CONNECTIONS = 16
 SETS = {"4 x 1 GiB": (4, 1 << 30), "64 x 16 MiB": (64, 16 << 20), "2000 x 8 KiB": (2000, 8 << 10)}
 NAMES: tuple[str, ...] = ("floor", "podloader", "curl", "obstore", "hf_transfer", "s5cmd", "boto3")
@@ -77,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="of the large files' sizes")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--peers", default=sys.executable, help="an interpreter with the peers")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds for one download")
     parser.add_argument("--tls", action="store_true")
     parser.add_argument("--set", nargs="*", choices=SETS, help="only these sets")
     parser.add_argument("--only", nargs="*", choices=NAMES, default=NAMES)
@@ -104,6 +110,8 @@ def measure(
             if name not in failed:
                 try:
                     runs.setdefault(name, []).append(run(options, name, files, endpoint, ca))
+                except subprocess.TimeoutExpired as error:
+                    failed[name] = f"no end after {error.timeout:.0f} s"
                 except (subprocess.SubprocessError, AssertionError) as error:
                     failed[name] = str(error).splitlines()[-1][:90]
     for name, found in runs.items():
@@ -148,25 +156,58 @@ def run(
             "PYTHONPATH": str(HERE.parent),
             "AWS_EC2_METADATA_DISABLED": "true",
         }
-        began = time.monotonic()
-        process = subprocess.Popen(
-            command,
-            cwd=HERE.parent,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        assert process.stdout is not None
-        assert process.stderr is not None
-        told, said = process.stdout.read(), process.stderr.read().decode()
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.monotonic() - began
-        if status:
-            raise subprocess.CalledProcessError(status, (said.strip() or name).splitlines()[-1])
+        seconds, usage, told = run_client(command, environment, options.limit)
         home = Path(folder, "job/rank-0") if name == "podloader" else Path(folder)
         for file in files:
             assert digest(home / file["path"]) == file["digest"], f"{name}: {file['path']} differs"
         return Run(seconds, usage.ru_utime + usage.ru_stime, int(told.split()[-1]))
+
+
+def run_client(
+    command: list[str], environment: dict[str, str], limit_s: float
+) -> tuple[float, resource.struct_rusage, str]:
+    """Return a client's seconds, what it used, and what it said; nothing of it runs on.
+
+    Raises:
+        TimeoutExpired: it had not come to an end after *limit_s*.
+        CalledProcessError: it failed.
+    """
+    absent = not STATIC.exists()
+    began = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=HERE.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # a group, which is what is killed
+    )
+    over = threading.Event()
+
+    def kill() -> None:
+        over.set()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(limit_s, kill)
+    timer.start()
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        told, said = process.stdout.read().decode(), process.stderr.read().decode()
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - began
+    finally:
+        timer.cancel()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        if absent and STATIC.exists():
+            STATIC.rmdir()
+    if over.is_set():
+        raise subprocess.TimeoutExpired(command, limit_s)
+    if status:
+        raise subprocess.CalledProcessError(status, (said.strip() or command[2]).splitlines()[-1])
+    return seconds, usage, told
 
 
 def digest(path: Path) -> int:
@@ -200,7 +241,7 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-@contextmanager
+@contextlib.contextmanager
 def serve(root: Path) -> Iterator[tuple[str, str]]:
     nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if nginx is None:
