@@ -5,8 +5,9 @@
 A transfer is one job of a few files, fetched from an origin that does at random what origins and
 networks do. A run that ends in an error is run again, as a pod is started again; the last run
 meets no fault. After every run, every file that bears its final name has to be a version that the
-origin had, byte for byte; after the last one, the newest. Some transfers begin in a process of
-their own that is killed, and some find bits flipped on the disk by the next run.
+origin had, byte for byte; after the last one, the newest. Some transfers begin in processes that
+are killed, each when a random share of what was left has been sent; some find bits flipped on the
+disk by the next run.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -61,6 +63,14 @@ WHY: dict[type[LoaderError], str] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Killing:
+    """A process that dies when so many bytes of its job have been sent in all."""
+
+    at_bytes: int
+    process: subprocess.Popen[bytes]
+
+
 class SoakOrigin(FaultyOrigin):
     """Meets requests of the jobs in ``unruly`` with a fault now and then, and counts them."""
 
@@ -69,12 +79,17 @@ class SoakOrigin(FaultyOrigin):
         self.counts: Counter[str] = Counter()
         self.versions: dict[str, list[str]] = {}
         self.unruly: dict[str, float] = {}
+        self.sent: Counter[str] = Counter()
+        self.killing: dict[str, Killing] = {}
         super().__init__(root)
+        self.RequestHandlerClass = SoakHandler
 
     def take_fault(self, path: str) -> Fault | None:
         """Throw the dice for a request."""
         job = path.split("/jobs/")[1].split("/")[0]
         with self.lock:
+            if job in self.killing:
+                return slow(0.002)
             if self.chance.random() >= self.unruly.get(job, 0.0):
                 return None
             name = self.chance.choice([*FAULTS, *FAULTS, "changed object"])
@@ -93,6 +108,22 @@ class SoakOrigin(FaultyOrigin):
         temporary = self.root / f"new-{threading.get_ident()}"  # where no listing names it
         temporary.write_bytes(content)
         temporary.replace(place)
+
+
+class SoakHandler(FaultyHandler):
+    """Counts the bytes of each job as they are sent, and kills whom that is the end of."""
+
+    server: SoakOrigin
+
+    def copy(self, fd: int, start: int, end: int) -> None:
+        """Send the bytes, and count them."""
+        super().copy(fd, start, end)
+        job = self.path.split("/jobs/")[1].split("/")[0]
+        with self.server.lock:
+            self.server.sent[job] += end - start
+            killing = self.server.killing.get(job)
+            if killing is not None and self.server.sent[job] >= killing.at_bytes:
+                killing.process.kill()
 
 
 def expired(_: int) -> Fault:
@@ -136,6 +167,9 @@ class Quiet:
     def advance(self, count_bytes: int, path: str) -> None:
         """Do nothing."""
 
+    def found_config(self, config: Path) -> None:
+        """Do nothing."""
+
     def retry(self, path: str, reason: str) -> None:
         """Count."""
         Quiet.retries += 1
@@ -155,9 +189,11 @@ class Transfer:
         self.chance = random.Random(f"{seed}/{number}")
         self.errors: Counter[str] = Counter()
         self.flips = self.kills = self.runs = 0
-        self.dies = self.chance.random() < 0.12
+        self.deaths = self.chance.choice((1, 2, 3)) if self.chance.random() < 0.12 else 0
+        self.bytes = 0
         for name in ("a.bin", "b.bin", "c.txt")[: self.chance.randrange(1, 4)]:
-            size = SIZES[-1] if self.dies else self.chance.choice(SIZES)
+            size = SIZES[-1] if self.deaths else self.chance.choice(SIZES)
+            self.bytes += size
             content = self.chance.randbytes(size)
             origin.put(name, content, self.job)
             digest = hashlib.sha256(content).hexdigest()
@@ -166,8 +202,7 @@ class Transfer:
     def run(self) -> Transfer:
         """Run it to its good end; AssertionError where a wrong file was ever to be seen."""
         rate = self.chance.choice([0.05, 0.2, 0.5])
-        if self.dies:
-            self.origin.unruly[self.job] = 0.0
+        for _ in range(self.deaths):
             self.kill_one()
         for number in range(RUNS):
             self.origin.unruly[self.job] = rate if number < RUNS - 1 else 0.0
@@ -245,12 +280,15 @@ class Transfer:
         config.write_text(
             yaml.safe_dump({"training_checkpoints": training, "model_metadata": {"podloader": own}})
         )
-        self.origin.fail(f"{self.job}/rank-0/a.bin", *[slow(0.15)] * 20)
+        sent = self.origin.sent[
+            self.job
+        ]  # what is left to send is more: what was on its way is lost
+        at_bytes = sent + round(self.chance.random() * max(self.bytes - sent, 0))
         command = [sys.executable, "-m", "loader", "fetch", str(config)]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        time.sleep(self.chance.uniform(0.5, 2.0))
-        process.send_signal(signal.SIGKILL)
+        self.origin.killing[self.job] = Killing(at_bytes, process)
         self.kills += process.wait() == -signal.SIGKILL
+        del self.origin.killing[self.job]
         self.check(newest=False)
 
 
