@@ -60,11 +60,6 @@ def _spellings(name: str) -> Iterator[str]:
                 break
 
 
-def find_stack(base: Collection[str], module: str, parameter: str) -> str | None:
-    """Return the tensor of *base* that holds all experts' *parameter*, None when there is none."""
-    return find_tensor(base, module, parameter)
-
-
 def find_experts(
     base: Mapping[str, TensorInfo], module: str, parameter: str, experts: int
 ) -> tuple[ExpertSlice, ...]:
