@@ -77,6 +77,11 @@ class LateShards:
             for info in [self.versions[a.path]]
         }
 
+    @property
+    def can_be_resumed(self) -> bool:
+        """Whether what an earlier run read of them is known to be of the same version."""
+        return self.arrivals is None and all(info.version for info in self.versions.values())
+
     def open(self, checkpoint: Checkpoint) -> ShardFiles:
         """Return the files of *checkpoint*, to be closed."""
         shards: dict[str, RemoteFile | ArrivingFile] = {}

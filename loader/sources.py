@@ -4,6 +4,8 @@
 
     <cache folder>/
       consolidate-<digest>/               a Hugging Face model, or a PEFT adapter
+      .consolidate-<digest>.<plan>.partial/   the same while its bytes come by ranges; kept if that
+                                          ends before its time, and gone on with
       .consolidating.<random>.partial/    the same while its files arrive, whose digests come last
 
 The digest is of what it was made from; a folder that is there is complete and is taken as it is.
@@ -23,6 +25,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
+from loader.fetch.crc import crc64nvme
 from loader.fetch.files import STATE
 from loader.fetch.progress import show_bytes
 from loader.settings import Settings
@@ -36,7 +39,7 @@ from loader.weights.publishing import disk_error, scratch_folder, sweep
 
 SHARDED = frozenset({Kind.DCP, Kind.ZERO, Kind.RANK_SHARDS})
 _EVERY_S = 5.0
-_COMING = "consolidating"
+_MODE, _COMING = "consolidate", "consolidating"
 _log = logging.getLogger("podloader")
 
 
@@ -74,6 +77,10 @@ class LateShards(Protocol):
     @property
     def identities(self) -> Mapping[str, str] | None:
         """What tells each shard from other versions, by path; None where digests come later."""
+
+    @property
+    def can_be_resumed(self) -> bool:
+        """Whether what an earlier run read of them is known to be of the same version."""
 
     def open(self, checkpoint: Checkpoint) -> ClosableFiles:
         """Return the files of *checkpoint*."""
@@ -141,6 +148,7 @@ def make_whole(
             if output.is_dir():
                 _log.info("the consolidated checkpoint is here already: %s", output)
             else:
+                sweep(cache, f"{_MODE}-*", but=output.name)
                 _consolidate(source.checkpoint, output, base, settings, shards)
         if shards is not None and is_coming:
             (source,) = find_sources(shards.wait(), [source.checkpoint])
@@ -165,17 +173,19 @@ def _consolidate(
             base=base.path if base else None,
             dtype=settings.consolidate_dtype,
             on_progress=log_progress(),
+            # What goes by ranges from the origin is nowhere on this disk but in what is written.
+            digest=crc64nvme if shards is not None and shards.can_be_resumed else None,
         )
 
 
 def _named(source: Source, base: BaseModel | None, settings: Settings) -> Path:
     made_from = {
-        "mode": "consolidate",
+        "mode": _MODE,
         "files": dict(source.files),
         "base": dict(base.identity) if base else None,
         "dtype": settings.consolidate_dtype,
     }
-    return output_folder(settings, "consolidate", made_from)
+    return output_folder(settings, _MODE, made_from)
 
 
 def give_name(folder: Path, name: Path) -> Path:

@@ -3,6 +3,7 @@
 ::
 
     <parent>/.<name>.<random>.partial/     being written; locked by its writer while it lives
+    <parent>/.<name>.<plan>.partial/       the same, kept for the next run if its writer fails
     <parent>/<name>/                       the same folder, renamed when all of it is there
     <parent>/.<what>.<random>.partial/     room for what has no name yet; locked alike
 """
@@ -26,28 +27,51 @@ from loader.errors import DiskError
 class PartialFolder:
     """Context manager: ``path`` is the unpublished folder; leaving without an error publishes it.
 
-    What a killed writer left beside *folder* is removed on entering.
+    What a killed writer left beside *folder* is removed on entering. With *plan*, which tells what
+    is to be written from anything else, what a run with the same plan left is given again.
     """
 
-    def __init__(self, folder: Path, *, needed_bytes: int = 0) -> None:
+    def __init__(self, folder: Path, *, needed_bytes: int = 0, plan: str = "") -> None:
         self.folder = folder
         self.path = folder
         self._needed_bytes = needed_bytes
+        self._plan = plan
+        self._kept = False
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
         parent = self.folder.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
+            if self._plan:
+                self._open_kept(parent / f".{self.folder.name}.{self._plan}.partial")
             sweep(parent, self.folder.name)
-            check_room([(parent, self._needed_bytes)])
-            self.path = Path(tempfile.mkdtemp(".partial", f".{self.folder.name}.", parent))
+            check_room([(parent, self._needed_bytes - self._used_bytes())])
+            if not self._kept:
+                self.path = Path(tempfile.mkdtemp(".partial", f".{self.folder.name}.", parent))
+                self._lock = _lock(self.path)
             self.path.chmod(0o755)
-            self._lock = _lock(self.path)
+        except DiskError:
+            self._leave()
+            raise
         except OSError as error:
             self._leave()
             raise disk_error(self.folder, error) from error
         return self
+
+    def _open_kept(self, path: Path) -> None:
+        """Take the folder that outlives its writer, unless another process is writing it."""
+        path.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # that process has published it just now
+            lock = _lock(path)
+            if lock is not None and not os.path.samestat(os.fstat(lock), path.stat()):
+                os.close(lock)
+            elif lock is not None:
+                self._lock, self._kept, self.path = lock, True, path
+
+    def _used_bytes(self) -> int:
+        files = self.path.iterdir() if self._kept else ()
+        return sum(512 * file.stat().st_blocks for file in files)
 
     def __exit__(
         self,
@@ -64,7 +88,7 @@ class PartialFolder:
             self._leave()
 
     def _leave(self) -> None:
-        if self.path != self.folder:
+        if self.path != self.folder and not self._kept:
             shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
@@ -155,9 +179,14 @@ def _lock(path: Path) -> int | None:
     return descriptor
 
 
-def sweep(parent: Path, name: str) -> None:
-    """Remove what killed writers of *name* left in *parent*; those of living ones stay."""
+def sweep(parent: Path, name: str, *, but: str | None = None) -> None:
+    """Remove what writers of *name*, a pattern, left in *parent* when they failed or were killed.
+
+    Those of living ones stay, and those of the name *but*.
+    """
     for left in parent.glob(f".{name}.*.partial"):
+        if but is not None and left.name.startswith(f".{but}."):
+            continue
         try:
             lock = _lock(left)
         except OSError:  # its writer has just published or removed it

@@ -104,9 +104,12 @@ class CheckpointWriter:
     """Writes the planned tensors into a folder that appears only when it is complete.
 
     Use as a context manager; ``path`` is the unpublished folder, for config and tokenizer files.
+    With *plan* the next run finds it, if this one fails: see ``PartialFolder``.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[ShardPlan], *, stem: str = "model") -> None:
+    def __init__(
+        self, folder: Path, shards: Sequence[ShardPlan], *, stem: str = "model", plan: str = ""
+    ) -> None:
         self.folder = folder
         self._shards = {name: shard for shard in shards for name in shard.tensors}
         self._plans = tuple(shards)
@@ -116,14 +119,14 @@ class CheckpointWriter:
         self._descriptors: dict[str, int] = {}
         self.path = folder
         needed = sum(plan.size_bytes for plan in self._plans)
-        self._partial = PartialFolder(folder, needed_bytes=needed)
+        self._partial = PartialFolder(folder, needed_bytes=needed, plan=plan)
 
     def __enter__(self) -> Self:
         self._partial.__enter__()
         self.path = self._partial.path
         try:
             for plan in self._plans:
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
                 descriptor = os.open(self.path / plan.file_name, flags, 0o644)
                 self._descriptors[plan.file_name] = descriptor
                 _pwrite(descriptor, memoryview(plan.head), 0)
@@ -152,6 +155,10 @@ class CheckpointWriter:
     def files(self) -> Mapping[str, Mapping[str, TensorInfo]]:
         """Return the planned tensors of each file by its name, in the order of their bytes."""
         return {plan.file_name: plan.tensors for plan in self._plans}
+
+    def is_written(self, name: str, offset_bytes: int, size_bytes: int) -> bool:
+        """Return whether an earlier run wrote these bytes of the tensor already."""
+        return False
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a whole tensor of the planned shape and dtype.

@@ -7,23 +7,21 @@ memory at a time, whatever the tensor's size.
 
 from __future__ import annotations
 
-import contextlib
-import math
-import threading
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import torch
 
 from loader.weights.consolidate.files import LocalFile
 from loader.weights.consolidate.pieces import Piece, SourceTensor, flat_start
+from loader.weights.consolidate.slabs import BLOCK_BYTES, Block, find_slabs
 from loader.weights.header import size_bytes
 from loader.weights.readers import TORCH_DTYPES, tensor_bytes
 from loader.weights.writer import CheckpointWriter
 
-BLOCK_BYTES = 16 << 20
-_far_reach = threading.Lock()  # one whole tensor in memory at a time
 CASTABLE = frozenset({"F64", "F32", "F16", "BF16"})
 DTYPE_NAMES: Mapping[str, str] = MappingProxyType(
     {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -42,6 +40,18 @@ class Target:
     def size_bytes(self) -> int:
         """The bytes it takes."""
         return size_bytes(self.dtype, self.source.shape)
+
+
+def describe_sources(targets: Sequence[Target]) -> str:
+    """Return a digest of which bytes of which files *targets* are made of, and how."""
+    described = hashlib.sha256()
+    for target in targets:
+        source = target.source
+        described.update(f"{target.name} {target.dtype} {source.shape} {source.grid}".encode())
+        for p in source.pieces:
+            place = (p.file.where, p.start, p.dtype, p.offsets, p.sizes, p.strides)
+            described.update(repr(place).encode())
+    return described.hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +84,7 @@ def find_parts(target: Target) -> list[Part]:
 
 
 def write_part(part: Part, writer: CheckpointWriter, on_bytes: Callable[[int], None]) -> None:
-    """Write *part*; *on_bytes* is told of the bytes written as they are.
+    """Write *part*, but for what an earlier run wrote; *on_bytes* is told of bytes that are there.
 
     Raises:
         DiskError: the disk refused.
@@ -86,18 +96,11 @@ def write_part(part: Part, writer: CheckpointWriter, on_bytes: Callable[[int], N
         writer.copy_bytes(target.name, at, piece.file.descriptor, piece.start, piece.size_bytes)
         on_bytes(piece.size_bytes)
         return
-    for data in _read_part(part):
-        writer.write_bytes(target.name, at, data)
-        at += len(data)
-        on_bytes(len(data))
-
-
-def _read_part(part: Part) -> Iterator[memoryview]:
-    if part.piece is not None:
-        yield from _read_blocks(part.piece, part.target.dtype)
-        return
-    for slab in _lay_out(part.target.source, part.target.dtype):
-        yield tensor_bytes(slab)
+    for block in _find_blocks(part):
+        if not writer.is_written(target.name, at, block.size_bytes):
+            writer.write_bytes(target.name, at, block.read())
+        at += block.size_bytes
+        on_bytes(block.size_bytes)
 
 
 def is_same(a: SourceTensor, b: SourceTensor) -> bool:
@@ -106,57 +109,28 @@ def is_same(a: SourceTensor, b: SourceTensor) -> bool:
         return True
     if (a.dtype, a.shape) != (b.dtype, b.shape) or len(a.grid) != len(b.grid):
         return False
-    pairs = zip(_lay_out(a, a.dtype), _lay_out(b, b.dtype), strict=True)
-    return all(tensor_bytes(one) == tensor_bytes(other) for one, other in pairs)
+    pairs = zip(find_slabs(a, a.dtype), find_slabs(b, b.dtype), strict=True)
+    return all(one.read() == other.read() for one, other in pairs)
 
 
-def _read_blocks(piece: Piece, dtype: str) -> Iterator[memoryview]:
-    """Give the elements of a piece in order, cast to *dtype*, some at a time."""
+def _find_blocks(part: Part) -> Iterator[Block]:
+    """Give the bytes of *part* in order."""
+    piece, dtype = part.piece, part.target.dtype
+    if piece is None:
+        yield from find_slabs(part.target.source, dtype)
+        return
     element = size_bytes(piece.dtype, (1,))
     per_block = BLOCK_BYTES // element
     buffer = torch.empty(min(per_block, piece.count) * element, dtype=torch.uint8)
     for first in range(0, piece.count, per_block):
         count = min(per_block, piece.count - first)
-        data = buffer[: count * element]
-        piece.file.read_into(piece.start + first * element, data.numpy().data)
-        if dtype == piece.dtype:
-            yield data.numpy().data
-        else:
-            yield tensor_bytes(data.view(TORCH_DTYPES[piece.dtype]).to(TORCH_DTYPES[dtype]))
+        read = partial(_read_run, piece, first, buffer[: count * element], dtype)
+        yield Block(size_bytes(dtype, (count,)), read)
 
 
-def _lay_out(source: SourceTensor, dtype: str) -> Iterator[torch.Tensor]:
-    """Give the tensor's rows in order, cast to *dtype*, some at a time."""
-    if not source.grid:
-        yield _read_rows(source.pieces[0], 0, 1).reshape(1).to(TORCH_DTYPES[dtype])
-        return
-    rows, rest = source.grid[0], source.grid[1:]
-    per_slab = max(1, BLOCK_BYTES // max(1, math.prod(rest) * size_bytes(source.dtype, (1,))))
-    for first in range(0, rows, per_slab):
-        last = min(first + per_slab, rows)
-        slab = torch.empty((last - first, *rest), dtype=TORCH_DTYPES[source.dtype])
-        for piece in source.pieces:
-            begin, end = piece.offsets[0], piece.offsets[0] + piece.sizes[0]
-            low, high = max(first, begin), min(last, end)
-            if low < high:
-                box = [slice(low - first, high - first)]
-                inner = zip(piece.offsets[1:], piece.sizes[1:], strict=True)
-                box += [slice(offset, offset + size) for offset, size in inner]
-                slab[tuple(box)] = _read_rows(piece, low - begin, high - begin)
-        yield slab.to(TORCH_DTYPES[dtype])
-
-
-def _read_rows(piece: Piece, low: int, high: int) -> torch.Tensor:
-    """Return rows [low, high) of a piece's box."""
-    dtype, element = TORCH_DTYPES[piece.dtype], size_bytes(piece.dtype, (1,))
-    if piece.strides is None:
-        row = math.prod(piece.sizes[1:])
-        raw = torch.empty((high - low) * row * element, dtype=torch.uint8)
-        piece.file.read_into(piece.start + low * row * element, raw.numpy().data)
-        return raw.view(dtype).reshape(high - low, *piece.sizes[1:])
-    # Its elements lie apart, or its dimensions in another order: all that it reaches over is read.
-    reach = sum((s - 1) * d for s, d in zip(piece.sizes, piece.strides, strict=True)) + 1
-    with _far_reach if reach * element > BLOCK_BYTES else contextlib.nullcontext():
-        raw = torch.empty(reach * element, dtype=torch.uint8)
-        piece.file.read_into(piece.start, raw.numpy().data)
-        return raw.view(dtype).as_strided(piece.sizes, piece.strides)[low:high].clone()
+def _read_run(piece: Piece, first: int, buffer: torch.Tensor, dtype: str) -> memoryview:
+    """Return the elements of *piece* from *first* on that fill *buffer*, cast to *dtype*."""
+    piece.file.read_into(piece.start + first * size_bytes(piece.dtype, (1,)), buffer.numpy().data)
+    if dtype == piece.dtype:
+        return buffer.numpy().data
+    return tensor_bytes(buffer.view(TORCH_DTYPES[piece.dtype]).to(TORCH_DTYPES[dtype]))

@@ -23,6 +23,7 @@ from loader.weights.consolidate.assembly import (
     CASTABLE,
     DTYPE_NAMES,
     Target,
+    describe_sources,
     is_same,
 )
 from loader.weights.consolidate.dcp import DcpSource
@@ -38,7 +39,14 @@ from loader.weights.consolidate.ranks import RankShardsSource
 from loader.weights.consolidate.sidecars import find_sidecars, write_sidecars
 from loader.weights.consolidate.work import Progress, even_shard_bytes, write_all
 from loader.weights.consolidate.zero import ZeroSource
-from loader.weights.writer import MAX_SHARD_BYTES, CheckpointWriter, TensorSpec, plan_shards
+from loader.weights.resuming import Digest, ResumableWriter
+from loader.weights.writer import (
+    MAX_SHARD_BYTES,
+    CheckpointWriter,
+    ShardPlan,
+    TensorSpec,
+    plan_shards,
+)
 
 
 class ShardedSource(Protocol):
@@ -83,6 +91,7 @@ def consolidate(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_progress: Progress | None = None,
+    digest: Digest | None = None,
 ) -> Path:
     """Return *output*, a Hugging Face folder (or a PEFT adapter's) made of a sharded checkpoint.
 
@@ -91,6 +100,9 @@ def consolidate(
     expected. *files* are the checkpoint's where they are not (all) on this disk. ``dtype``
     ("bfloat16") casts floating tensors, None leaves them as they were trained.
     ``on_progress(done, total)`` is told of bytes. Some blocks of 16 MiB are in memory at a time.
+
+    With *digest*, a run goes on with what one that ended before its time had written into the
+    same *output* by the same plan; then *files* must be of the same version, too.
 
     Raises:
         CheckpointError: missing ranks or truncated shards (every hole is named by tensor), or
@@ -107,10 +119,20 @@ def consolidate(
         specs = [TensorSpec(t.name, t.dtype, t.source.shape) for t in plan.targets]
         even = min(max_shard_bytes, even_shard_bytes(plan.size_bytes))
         shards = plan_shards(specs, max_shard_bytes=even, stem=plan.stem)
-        with CheckpointWriter(output, shards, stem=plan.stem) as writer:
+        with _open_writer(output, shards, plan, digest) as writer:
             write_all(plan.targets, writer, on_progress)
             write_sidecars(plan.sidecars, writer.path, dtype=plan.dtype)
     return output
+
+
+def _open_writer(
+    output: Path, shards: Sequence[ShardPlan], plan: Consolidation, digest: Digest | None
+) -> CheckpointWriter:
+    if digest is None:
+        return CheckpointWriter(output, shards, stem=plan.stem)
+    return ResumableWriter(
+        output, shards, stem=plan.stem, plan=describe_sources(plan.targets), digest=digest
+    )
 
 
 def plan_consolidation(

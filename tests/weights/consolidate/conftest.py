@@ -62,27 +62,31 @@ def megatron(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def publish(origin: FaultyOrigin, tmp_path: Path) -> Any:
-    """Put a case's nodes behind signed URLs and return settings that ask for all of them."""
+def configure(origin: FaultyOrigin, tmp_path: Path) -> Any:
+    """Put a case's nodes behind signed URLs and return a config that asks for all of them."""
 
-    def put(case: Path, **own: Any) -> Settings:
+    def put(case: Path, **own: Any) -> dict[str, Any]:
         for folder in case.glob("rank-*"):
             rank = int(folder.name.removeprefix("rank-"))
             shutil.copytree(folder, origin.folder("job1", rank), dirs_exist_ok=True)
         listing = write_listing(origin, tmp_path / "job1.json")
         (name,) = {path.name for path in case.glob("rank-*/checkpoint-*")}
         reference = {"training_job_id": "job1", "paths": [f"rank-*/{name}/"]}
-        return Settings.load(
-            {
-                "training_checkpoints": {
-                    "download_folder": str(tmp_path / "down"),
-                    "artifact_references": [reference],
-                },
-                "model_metadata": {"podloader": {"artifacts": [str(listing)]} | own},
-            }
-        )
+        return {
+            "training_checkpoints": {
+                "download_folder": str(tmp_path / "down"),
+                "artifact_references": [reference],
+            },
+            "model_metadata": {"podloader": {"artifacts": [str(listing)]} | own},
+        }
 
     return put
+
+
+@pytest.fixture
+def publish(configure: Any) -> Any:
+    """Put a case's nodes behind signed URLs and return settings that ask for all of them."""
+    return lambda case, **own: Settings.load(configure(case, **own))
 
 
 def run_job(script: str, *arguments: Path, ranks: int) -> None:

@@ -79,6 +79,13 @@ def write_zero(folder: Path, tensors: dict[str, torch.Tensor], *, moments: bool)
         torch.save({"optimizer_state_dict": optimizer}, path)
 
 
+def make_transposed(folder: Path) -> dict[str, object]:
+    """Write a pickle of tensors that lie in memory in the other order of dimensions."""
+    state = {name: torch.zeros(SHAPE[::-1]).t() for name in NAMES}
+    torch.save(state, folder / "pytorch_model.bin")
+    return {}
+
+
 @pytest.mark.parametrize(
     ("kind", "make", "dtype"),
     [
@@ -86,6 +93,8 @@ def write_zero(folder: Path, tensors: dict[str, torch.Tensor], *, moments: bool)
         ("dcp", make_dcp, "bfloat16"),
         ("zero", make_zero, "float32"),
         ("zero", make_zero, None),
+        ("rank-shards", make_transposed, None),
+        ("rank-shards", make_transposed, "bfloat16"),
     ],
 )
 def test_peak_memory(

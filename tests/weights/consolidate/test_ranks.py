@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from loader.errors import CheckpointError, FormatError
 from loader.types import Kind
+from loader.weights.consolidate import slabs
 from loader.weights.consolidate.consolidation import consolidate
 from tests.models import tiny_llama
 from tests.weights.consolidate.conftest import assert_same, found, tensors_of
@@ -88,8 +89,12 @@ def test_a_tensor_that_two_shards_hold(case: Path, tmp_path: Path) -> None:
     assert f": again in {second.name}" in error.value.problems[0]
 
 
-def test_pickled_shards_are_read_without_torch(case: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("block_bytes", [slabs.BLOCK_BYTES, 3000])
+def test_pickled_shards_are_read_without_torch(
+    case: Path, block_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The reader makes descriptions of tensors; strides of a transposed one are followed."""
+    monkeypatch.setattr(slabs, "BLOCK_BYTES", block_bytes)
     everything = wanted(case)
     (case / "rank-1/checkpoint-10" / INDEX).unlink()
     for path in list(case.glob("rank-*/checkpoint-10/model-*")):
