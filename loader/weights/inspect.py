@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -209,11 +210,15 @@ def _read_latest(owner: Place) -> str | None:
 
 def _find_dcp(places: tuple[Place, ...], by_folder: dict[str, Place]) -> dict[str, Checkpoint]:
     found = {}
+    iterations = Counter(place.parent for place in places if _ITERATION.match(place.base))
     for place in places:
         parts = [name for name in place.names if name.endswith(".distcp")]
         if not parts or _OPTIMIZER.match(place.base):
             continue
-        relative = place.parent if _DCP_OF_PARENT.match(place.base) else place.relative
+        # Megatron-LM's folder of an iteration, where there is one: the config lies above it.
+        alone = _ITERATION.match(place.base) and iterations[place.parent] == 1
+        of_parent = alone or _DCP_OF_PARENT.match(place.base)
+        relative = place.parent if of_parent else place.relative
         owner = by_folder.get(relative)
         detail: dict[str, object] = {
             "folders": [str(place.folder(rank)) for rank in place.ranks],

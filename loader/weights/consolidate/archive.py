@@ -16,6 +16,7 @@ import io
 import struct
 import zipfile
 from dataclasses import dataclass
+from functools import cached_property
 
 from loader.errors import FormatError, UnsupportedError
 from loader.weights.consolidate.files import RangeFile
@@ -30,7 +31,10 @@ _AHEAD_BYTES = 4096
 
 
 class Archive:
-    """An archive in ``file[start:end)``: ``value`` is what was saved, tensors as ``TensorRef``."""
+    """An archive in ``file[start:end)``: ``value`` is what was saved, tensors as ``TensorRef``.
+
+    ``pickled`` is the pickle itself.
+    """
 
     def __init__(self, file: RangeFile, start: int = 0, end: int | None = None) -> None:
         self.file = file
@@ -46,11 +50,19 @@ class Archive:
                 self._prefix = pickle_name.removesuffix("data.pkl")
                 self._check_sizes(view.size)
                 self._check_order(archive)
-                pickled = archive.read(pickle_name)
+                self.pickled = archive.read(pickle_name)
         except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
             raise self._broken(str(error)) from error
-        self.value = unpickle(pickled, self.where)
         self._starts: dict[str, int] = {}
+
+    @cached_property
+    def value(self) -> object:
+        """What was saved.
+
+        Raises:
+            UnsupportedError, FormatError: as ``unpickle``.
+        """
+        return unpickle(self.pickled, self.where)
 
     def piece(self, tensor: TensorRef, offsets: tuple[int, ...] | None = None) -> Piece:
         """Return the whole of *tensor* as a piece, at *offsets* of a larger tensor.

@@ -161,7 +161,7 @@ def plan_consolidation(
         sidecars = {**find_sidecars([base]), **sidecars}
     expected = ModelNames(names) if names is not None else _expected(sidecars, where)
     if CONFIG in sidecars:
-        source = find_view(source, sidecars[CONFIG], where) or source
+        source = find_view(source, files, sidecars[CONFIG], where) or source
     match = match_names(source.shapes, expected, where)
     targets = _targets(match.names, source, dtype)
     _check_copies(targets, match.copies, source, dtype, where)

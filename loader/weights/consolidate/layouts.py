@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from loader.weights.consolidate import megatron, titan
+from loader.weights.consolidate.files import Files
 from loader.weights.consolidate.views import OpenableTensors, ViewSource, read_heads
 from loader.weights.inspect import read_json
 
 
-def find_view(source: OpenableTensors, config: Path, where: str) -> ViewSource | None:
+def find_view(source: OpenableTensors, files: Files, config: Path, where: str) -> ViewSource | None:
     """Return *source* as transformers lays it out; None where it is so, but for prefixes.
 
     Raises:
@@ -21,7 +22,8 @@ def find_view(source: OpenableTensors, config: Path, where: str) -> ViewSource |
         return None
     fields = read_json(config)
     heads = read_heads(fields, str(config))
-    if is_megatron:
-        return ViewSource(source, megatron.find_views(source.shapes, heads, where))
     model_type = str(fields.get("model_type", ""))
+    if is_megatron:
+        megatron.refuse_other_models(files, model_type, where)
+        return ViewSource(source, megatron.find_views(source.shapes, heads, where))
     return ViewSource(source, titan.find_views(source.shapes, heads, model_type, where))

@@ -11,14 +11,20 @@
 parallelism; config.json says how many heads and groups make up a fused one. Layers are stacked, or
 numbered. Source of the layout: megatron/core/transformer/attention.py (``get_query_key_value_
 tensors``) and megatron/core/transformer/mlp.py (``apply_swiglu_sharded_factory``).
+
+What the tensors do not tell is in the arguments of the training, which lie beside them: Megatron-LM
+keeps them in common.pt, Megatron Bridge in run_config.yaml.
 """
 
 from __future__ import annotations
 
+import pickletools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from loader.errors import CheckpointError, UnsupportedError
+from loader.errors import CheckpointError, FormatError, UnsupportedError
+from loader.weights.consolidate.archive import Archive
+from loader.weights.consolidate.files import Files, read_all
 from loader.weights.consolidate.names import is_of_model
 from loader.weights.consolidate.views import Heads, Rows, View
 
@@ -37,6 +43,10 @@ _WHOLE = {
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
     "mlp.linear_fc2.bias": "mlp.down_proj.bias",
 }
+_EXPORT = (
+    "export the model in the training job, with Megatron Bridge or the converter that comes with "
+    "the trainer"
+)
 _QKV = re.compile(r"^self_attention\.linear_qkv\.(?P<kind>weight|bias)$")
 _GATED = re.compile(r"^mlp\.linear_fc1\.(?P<kind>weight|bias)$")
 _OUTSIDE = {
@@ -45,12 +55,83 @@ _OUTSIDE = {
     "decoder.final_layernorm.weight": "model.norm.weight",
 }
 _STATE = re.compile(r"\._extra_state(/|$)")  # of Transformer Engine's layers
+# Models whose norms and rotary embedding are computed as Megatron does without the switches below.
+_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+# Switches that change what the same tensors mean, in the names of both.
+_SWITCHES = {
+    "apply_layernorm_1p": "1 is added to the weights of norms",
+    "layernorm_zero_centered_gamma": "1 is added to the weights of norms",
+    "rotary_interleaved": "rotary halves lie beside each other",
+    "apply_residual_connection_post_layernorm": "residuals are taken behind the norms",
+}
+_ARGUMENTS, _RUN_CONFIG = "common.pt", "run_config.yaml"
+_MAX_CONFIG_BYTES = 1 << 24
 
 
 def is_megatron(names: Iterable[str]) -> bool:
     """Return whether a checkpoint's tensors are called as Megatron-Core's GPT calls them."""
     bare = {_LEAD.sub("", name) for name in names}
     return EMBEDDING in bare and any(_LAYER.match(name) for name in bare)
+
+
+def refuse_other_models(files: Files, model_type: str, where: str) -> None:
+    """Raise UnsupportedError for what no Hugging Face model computes from the same tensors."""
+    if model_type not in _MODELS:
+        raise UnsupportedError(
+            "a model of Megatron whose layout is not known",
+            where=where,
+            expected=", ".join(_MODELS),
+            got=model_type or "no model_type in config.json",
+            next_step=_EXPORT,
+        )
+    if problems := [
+        f"{name} in {file}: {_SWITCHES[name]}"
+        for file, found in _find_switches(files).items()
+        for name in found
+    ]:
+        raise UnsupportedError(
+            "a Megatron checkpoint of a model that Hugging Face computes in another way",
+            where=where,
+            expected="these switches off: the tensors do not tell",
+            problems=problems,
+            next_step=_EXPORT,
+        )
+
+
+def _find_switches(files: Files) -> Mapping[str, Sequence[str]]:
+    """Return those that are on, by the file that says so."""
+    found: dict[str, Sequence[str]] = {}
+    if _ARGUMENTS in files.names:
+        found[_ARGUMENTS] = _read_switches(Archive(files.open(_ARGUMENTS)))
+    if _RUN_CONFIG in files.names:
+        text = read_all(files.open(_RUN_CONFIG), limit_bytes=_MAX_CONFIG_BYTES).decode("utf-8")
+        pattern = re.compile(r"^\s*(\w+):\s*true\s*$", re.MULTILINE)
+        found[_RUN_CONFIG] = sorted(set(pattern.findall(text)) & _SWITCHES.keys())
+    return found
+
+
+def _read_switches(archive: Archive) -> Sequence[str]:
+    """Return those that a pickle sets to True, read from its opcodes: nothing in it is made.
+
+    Raises:
+        FormatError: it is no pickle.
+    """
+    found = set()
+    name = None
+    try:
+        for opcode, value, _ in pickletools.genops(archive.pickled):
+            if opcode.name == "NEWTRUE" and name in _SWITCHES:
+                found.add(name)
+            if opcode.name not in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):  # keep a name in passing
+                name = value if isinstance(value, str) else None
+    except ValueError as error:
+        raise FormatError(
+            "a file of training arguments that cannot be read",
+            where=archive.where,
+            got=str(error)[:200],
+            next_step="fetch it again",
+        ) from error
+    return sorted(found)
 
 
 def find_views(
@@ -131,8 +212,7 @@ def _refuse(unknown: Sequence[str], fused: Sequence[str], where: str) -> None:
             where=where,
             expected="a decoder of attention with fused QKV and a gated MLP, as Llama's",
             problems=unknown,
-            next_step="export the model in the training job, with Megatron Bridge or the "
-            "converter that comes with the trainer",
+            next_step=_EXPORT,
         )
     if fused:
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from loader.errors import CheckpointError, UnsupportedError
+from loader.errors import CheckpointError, FormatError, UnsupportedError
 from loader.types import Kind
 from loader.weights.consolidate.consolidation import consolidate
 from loader.weights.consolidate.megatron import find_views
 from loader.weights.consolidate.views import Heads
-from tests.weights.consolidate.conftest import copy_case, edit_config, found, tensors_of
+from loader.weights.inspect import find_checkpoints
+from tests.weights.consolidate.conftest import (
+    copy_case,
+    edit_config,
+    found,
+    names_of,
+    tensors_of,
+)
 
 
 @pytest.mark.parametrize("case", ["torch-dist", "numbered"])
@@ -52,9 +60,80 @@ def test_every_bit_is_one_that_a_rank_trained(megatron: Path, tmp_path: Path) ->
         assert down.equal(own["decoder.layers.1.mlp.linear_fc2.weight"])
 
 
+def test_the_stages_of_a_pipeline(megatron: Path, tmp_path: Path) -> None:
+    """Each stage counts its layers from 0; ``.metadata`` knows which they are of the whole."""
+    tensors = tensors_of(consolidate(found(megatron / "pipeline"), tmp_path / "out"))
+    for stage in (0, 1):
+        own = load_file(megatron / f"pipeline/state-{stage}.safetensors")
+        down = tensors[f"model.layers.{stage}.mlp.down_proj.weight"]
+        assert down.equal(own["decoder.layers.0.mlp.linear_fc2.weight"])
+    assert tensors["lm_head.weight"].equal(
+        own["output_layer.weight"][: len(tensors["lm_head.weight"])]
+    )
+
+
+def test_experts_are_refused_by_name(megatron: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="no name in Hugging Face") as error:
+        consolidate(found(megatron / "experts"), tmp_path / "out")
+    assert [problem.partition(":")[0] for problem in error.value.problems] == [
+        "decoder.layers.mlp.router.weight",
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight",
+        "decoder.layers.mlp.experts.experts.linear_fc2.weight",
+    ]
+    assert "Megatron Bridge" in error.value.next_step
+
+
+@pytest.mark.parametrize("switch", ["apply_layernorm_1p", "rotary_interleaved"])
+def test_arguments_that_change_what_the_tensors_mean(
+    megatron: Path, switch: str, tmp_path: Path
+) -> None:
+    """They stand in common.pt, among objects of Megatron's own that are never made."""
+    case = copy_case(megatron / "torch-dist", tmp_path / "case")
+    path = case / "rank-0/checkpoint-10/iter_0000010/common.pt"
+    path.write_bytes((megatron / f"{switch}.pt").read_bytes())
+    with pytest.raises(UnsupportedError, match="computes in another way") as error:
+        consolidate(found(case), tmp_path / "out")
+    assert error.value.problems[0].startswith(f"{switch} in common.pt: ")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(FormatError):
+        consolidate(found(case), tmp_path / "out")
+
+
+def test_megatron_bridges_run_config(megatron: Path, tmp_path: Path) -> None:
+    case = copy_case(megatron / "numbered", tmp_path / "case")
+    text = "model:\n  layernorm_zero_centered_gamma: {}\n  num_layers: 2\n"
+    path = case / "rank-1/checkpoint-10/run_config.yaml"
+    path.write_text(text.format("false"))
+    consolidate(found(case), tmp_path / "out")
+    path.write_text(text.format("true"))
+    with pytest.raises(UnsupportedError, match="computes in another way") as error:
+        consolidate(found(case), tmp_path / "out2")
+    assert "layernorm_zero_centered_gamma in run_config.yaml" in error.value.problems[0]
+
+
+def test_a_sort_of_model_whose_layout_is_not_known(megatron: Path, tmp_path: Path) -> None:
+    """Gemma's tensors bear the same names, and its norms add 1."""
+    case = copy_case(megatron / "numbered", tmp_path / "case")
+    edit_config(
+        case / "rank-0/checkpoint-10", model_type="gemma", architectures=["GemmaForCausalLM"]
+    )
+    with pytest.raises(UnsupportedError, match="whose layout is not known") as error:
+        consolidate(found(case), tmp_path / "out")
+    assert error.value.got == "gemma"
+
+
+def test_several_iterations_are_checkpoints_of_their_own(megatron: Path, tmp_path: Path) -> None:
+    case = copy_case(megatron / "torch-dist", tmp_path / "case")
+    for rank in (0, 1):
+        home = case / f"rank-{rank}/checkpoint-10"
+        shutil.copytree(home / "iter_0000010", home / "iter_0000020")
+    checkpoints = find_checkpoints(case, names_of(case))
+    assert [c.path.name for c in checkpoints] == ["iter_0000010", "iter_0000020"]
+
+
 def test_a_rank_that_is_missing(megatron: Path, tmp_path: Path) -> None:
     case = copy_case(megatron / "torch-dist", tmp_path / "case")
-    for path in (case / "rank-1/checkpoint-10").iterdir():
+    for path in (case / "rank-1/checkpoint-10/iter_0000010").iterdir():
         path.unlink()
     with pytest.raises(CheckpointError, match="no rank's folder holds") as error:
         consolidate(found(case), tmp_path / "out")

@@ -4,10 +4,13 @@
 distributed checkpointing wrote it, ``OUT/numbered/…`` the same with numbered layers and no output
 layer of its own, ``OUT/ranks/…`` in the old format of a file per tensor-parallel rank; and
 ``OUT/<case>/answers.safetensors``: token ids and the logits of the model that was trained.
+Not trained, for want of a schedule on CPUs: ``OUT/pipeline/…``, a stage on each node, and
+``OUT/experts/…``. And ``OUT/<switch>.pt``, a common.pt whose arguments have that switch on.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import multiprocessing
@@ -33,6 +36,7 @@ from megatron.core.dist_checkpointing.optimizer import (  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker  # noqa: E402
+from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 BASE, OUT = Path(sys.argv[1]), Path(sys.argv[2])
@@ -46,7 +50,7 @@ def node_folder(case: str) -> Path:
     return folder
 
 
-def build(*, tied: bool) -> Any:
+def build(*, tied: bool, stages: int = 1, experts: int | None = None) -> Any:
     config = json.loads((BASE / "config.json").read_text())
     settings = TransformerConfig(
         num_layers=config["num_hidden_layers"],
@@ -55,7 +59,10 @@ def build(*, tied: bool) -> Any:
         num_attention_heads=config["num_attention_heads"],
         num_query_groups=config["num_key_value_heads"],
         layernorm_epsilon=config["rms_norm_eps"],
-        tensor_model_parallel_size=2,
+        tensor_model_parallel_size=2 // stages,
+        pipeline_model_parallel_size=stages,
+        pipeline_dtype=torch.float32,
+        num_moe_experts=experts,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -72,12 +79,27 @@ def build(*, tied: bool) -> Any:
     )
     return GPTModel(
         config=settings,
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        transformer_layer_spec=get_gpt_layer_local_spec(experts, normalization="RMSNorm"),
         vocab_size=PADDED_VOCABULARY,
         max_sequence_length=128,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=tied,
         parallel_output=False,
+        pre_process=stages == 1 or dist.get_rank() == 0,
+        post_process=stages == 1 or dist.get_rank() == 1,
+    )
+
+
+def arguments() -> argparse.Namespace:
+    """A few of what Megatron-LM's training keeps of its command line; kept as they are."""
+    return argparse.Namespace(
+        num_layers=2,
+        apply_layernorm_1p=False,
+        rotary_interleaved=False,
+        swiglu=True,
+        params_dtype=torch.float32,
+        attention_backend=AttnBackend.auto,
+        save="/checkpoints",
     )
 
 
@@ -102,19 +124,28 @@ def learn(model: Any, ids: torch.Tensor, steps: int) -> torch.optim.Optimizer:
 def save_distributed(case: str, model: Any, optimizer: Any, **metadata: object) -> None:
     """Save as ``torch_dist``; nodes without a common disk each keep what their rank wrote."""
     sharded = model.sharded_state_dict(metadata=metadata or None)
-    moments = optimizer.state_dict()
-    ids = get_param_id_to_sharded_param_map(sharded, list(model.parameters()))
-    optim_state_to_sharding_state(moments, ids, exclude_keys="step")
+    state = {"model": sharded, "args": arguments(), "iteration": 10}
+    if optimizer is not None:
+        state["optimizer"] = moments = optimizer.state_dict()
+        ids = get_param_id_to_sharded_param_map(sharded, list(model.parameters()))
+        optim_state_to_sharding_state(moments, ids, exclude_keys="step")
     together = OUT / f"{case}-together"
     together.mkdir(exist_ok=True)
     dist.barrier()
-    state = {"model": sharded, "optimizer": moments, "iteration": 10}
     dist_checkpointing.save(state, str(together))
     dist.barrier()
-    rank = dist.get_rank()
+    rank, folder = dist.get_rank(), node_folder(case)
+    if case == "torch-dist":
+        (folder / "latest_checkpointed_iteration.txt").write_text("10")
+        folder /= "iter_0000010"
+        folder.mkdir(exist_ok=True)
+        for switch in ("apply_layernorm_1p", "rotary_interleaved") if rank == 0 else ():
+            common = torch.load(together / "common.pt", weights_only=False)
+            setattr(common["args"], switch, True)
+            torch.save(common, OUT / f"{switch}.pt")
     for path in together.iterdir():
         if path.name.startswith(f"__{rank}_") or (rank == 0 and not path.name.startswith("__")):
-            shutil.copy(path, node_folder(case))
+            shutil.copy(path, folder)
 
 
 def save_ranks(case: str, model: Any) -> None:
@@ -138,6 +169,11 @@ def finish(case: str, model: Any, ids: torch.Tensor, *, tied: bool) -> None:
         logits = forward(model, ids)
     if dist.get_rank() == 0:
         save_file({"ids": ids, "logits": logits.contiguous()}, OUT / case / "answers.safetensors")
+    put_config(case, tied=tied)
+
+
+def put_config(case: str, *, tied: bool) -> None:
+    if dist.get_rank() == 0:
         config = json.loads((BASE / "config.json").read_text())
         text = json.dumps(config | {"tie_word_embeddings": tied})
         (node_folder(case) / "config.json").write_text(text)
@@ -166,6 +202,17 @@ def main() -> None:
         keep_state(case, model)
         finish(case, model, ids, tied=tied)
         dist.barrier()
+    save_untrained("experts", build(tied=False, experts=2))
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
+    save_untrained("pipeline", build(tied=False, stages=2))
+
+
+def save_untrained(case: str, model: Any) -> None:
+    save_distributed(case, model, None)
+    keep_state(case, model)
+    put_config(case, tied=False)
+    dist.barrier()
 
 
 if __name__ == "__main__":
