@@ -27,7 +27,7 @@ from loader.bases import (
     find_base,
     is_on_hub,
     opened_base,
-    read_hub_headers,
+    read_hub_weights,
 )
 from loader.errors import AdapterError
 from loader.fetch.progress import Progress
@@ -43,8 +43,6 @@ from loader.weights.publishing import check_room, scratch_folder, sweep
 from loader.weights.quantised import (
     Packed,
     check_dequantisable,
-    find_packed,
-    is_description,
     plain_dtype,
     plain_tensors,
     quantisation_of,
@@ -182,16 +180,15 @@ def _take_named(job: _Job, name: str, stack: contextlib.ExitStack) -> _Taken:
 
 def _check_on_hub(job: _Job, name: str, small: BaseModel) -> None:
     config = read_json(small.path / _CONFIG)
-    tensors = read_hub_headers(job.settings, small)
-    if tensors is None:
+    weights = read_hub_weights(job.settings, small)
+    if weights is None:
         return
-    packed = None
-    if not any(map(is_description, tensors)):  # whose bytes the Hub's answer lacks
-        packed = find_packed(config, tensors, lambda _: b"")
-    _check_fit(job, name, config, tensors, packed)
+    plain = _check_fit(job, name, config, weights.tensors, weights.find_packed(config))
     if job.is_merge:
-        size = sum(info.size_bytes for info in tensors.values())
-        check_room([(small.path, size), (job.cache, size)])
+        sizes = [
+            sum(t.size_bytes for t in tensors.values()) for tensors in (weights.tensors, plain)
+        ]
+        check_room(zip((small.path, job.cache), sizes, strict=True))
 
 
 def _check_fit(

@@ -30,8 +30,9 @@ from loader.stores.model_files import side_files, weight_files
 from loader.stores.sources import Stores, is_remote
 from loader.timeline import Timeline
 from loader.types import JOB_ID, Artifact, Checkpoint, Kind, Manifest, Snapshot
-from loader.weights.header import TensorInfo, size_bytes
+from loader.weights.header import TensorInfo
 from loader.weights.inspect import is_safetensors, open_checkpoint
+from loader.weights.quantised import Packed, find_packed, is_description
 
 _SMALL, _WHOLE = "download of small files", "download of the base"
 _HUB = "hub"  # of an identity: the model's name there
@@ -145,26 +146,52 @@ def is_on_hub(base: BaseModel) -> bool:
     return _HUB in base.identity
 
 
-def read_hub_headers(settings: Settings, small: BaseModel) -> Mapping[str, TensorInfo] | None:
-    """Return the tensors of a model on the Hub whose weights are not here, by its headers alone.
+@dataclass(frozen=True, slots=True)
+class HubWeights:
+    """The weights of a model on the Hub, which are not here.
+
+    ``texts`` are the descriptions among them, None where the Hub does not give those by themselves.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    texts: Mapping[str, bytes] | None
+
+    def find_packed(self, config: Mapping[str, object]) -> Mapping[str, Packed] | None:
+        """Return every quantised weight by the name that it had; None where that is not known.
+
+        Raises:
+            FormatError: a description that cannot be understood.
+        """
+        return (
+            None
+            if self.texts is None
+            else find_packed(config, self.tensors, self.texts.__getitem__)
+        )
+
+
+def read_hub_weights(settings: Settings, small: BaseModel) -> HubWeights | None:
+    """Return what a model on the Hub is made of, by its headers, its weights not being here.
 
     None where *small*, what is here of it, has weights, or where the Hub cannot tell.
 
     Raises:
+        FetchError: the Hub refuses.
         TransientError: the Hub did not answer.
     """
-    from loader.stores.hub_headers import read_tensors
+    from loader.stores.hub_headers import read_tensors, read_values
 
     if any(small.path.glob("*.safetensors")):
         return None
     name, commit = str(small.identity[_HUB]), str(small.identity["commit"])
-    tensors = read_tensors(name, commit, token=_hub_token(settings))
+    token = _hub_token(settings)
+    tensors = read_tensors(name, commit, token=token)
     if tensors is None:
         return None
-    return {
-        tensor: TensorInfo(tensor, t.dtype, t.shape, 0, size_bytes(t.dtype, t.shape))
-        for tensor, t in tensors.items()
-    }
+    described = {tensor: t for tensor, t in tensors.items() if is_description(tensor)}
+    return HubWeights(
+        {n: TensorInfo(n, t.dtype, t.shape, t.start, t.end) for n, t in tensors.items()},
+        read_values(name, commit, described, token=token) if described else {},
+    )
 
 
 def _hub_token(settings: Settings) -> str | None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from loader.fetch.progress import show_bytes
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin
 from tests.stores.hub import Hub
+from tests.test_adapted import four_bits
 from tests.test_boot import Job
 
 
@@ -29,13 +31,13 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     found.server_close()
 
 
-def prepare(job: Job, hub: Hub, adapter: Path) -> subprocess.CompletedProcess[str]:
-    with preparing(job, hub, adapter) as process:
+def prepare(job: Job, hub: Hub, adapter: Path, **own: Any) -> subprocess.CompletedProcess[str]:
+    with preparing(job, hub, adapter, **own) as process:
         _, told = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, "", told)
 
 
-def preparing(job: Job, hub: Hub, adapter: Path) -> subprocess.Popen[str]:
+def preparing(job: Job, hub: Hub, adapter: Path, **own: Any) -> subprocess.Popen[str]:
     """Return a ``podloader prepare`` of *adapter* over the Hub's model, with a timeline."""
     if not (job.origin.folder() / adapter.name).exists():
         job.put(adapter, adapter.name)
@@ -43,7 +45,7 @@ def preparing(job: Job, hub: Hub, adapter: Path) -> subprocess.Popen[str]:
     config = job.folder / "config.yaml"
     references = [{"training_job_id": "job1", "paths": [f"rank-0/{adapter.name}/"]}]
     checkpoints = {"download_folder": str(job.root), "artifact_references": references}
-    own = {"artifacts": list(settings.artifacts), "base_model": "org/base"}
+    own |= {"artifacts": list(settings.artifacts), "base_model": "org/base"}
     config.write_text(
         yaml.safe_dump({"training_checkpoints": checkpoints, "model_metadata": {"podloader": own}})
     )
@@ -68,10 +70,59 @@ def test_an_adapter_is_checked_against_the_hubs_headers(
     assert done.returncode == 5, done.stderr
     assert "does not fit its base" in done.stderr
     assert done.stderr.count("the base has (128, 128)") == 2
-    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    assert not weights_here(tmp_path)
     done = prepare(job, hub, train_or_draw_lora(hub.folder, tmp_path / "fits"))
     assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "home").rglob("*.safetensors"))
+    assert weights_here(tmp_path)
+
+
+def weights_here(folder: Path) -> list[Path]:
+    return list((folder / "home").rglob("*.safetensors"))
+
+
+MERGE = {"adapter_policy": "merge", "dequantise": True}
+
+
+@pytest.mark.parametrize("own", [{"adapter_policy": "attach"}, MERGE], ids=["attach", "merge"])
+def test_an_adapter_is_checked_against_a_quantised_base(
+    hub: Hub, origin: FaultyOrigin, tmp_path: Path, own: dict[str, Any]
+) -> None:
+    """Of four bits, whose shapes are told by texts among the weights: they are read by ranges."""
+    job = Job(origin, tmp_path)
+    other = tiny_llama(tmp_path / "other", hidden_size=64, tokenizer=False)
+    misfit = train_or_draw_lora(other, tmp_path / "misfit")
+    fits = train_or_draw_lora(hub.folder, tmp_path / "fits")
+    hub.folder = four_bits(hub.folder, tmp_path / "quantised")
+    done = prepare(job, hub, misfit, **own)
+    assert done.returncode == 5, done.stderr
+    assert done.stderr.count("the base has (128, 128)") == 2
+    assert not weights_here(tmp_path)
+    done = prepare(job, hub, fits, **own)
+    assert done.returncode == 0, done.stderr
+    assert f"adapters: {own['adapter_policy']}" in done.stderr
+
+
+def test_a_merge_into_a_quantised_base_is_refused(
+    hub: Hub, origin: FaultyOrigin, tmp_path: Path
+) -> None:
+    adapter = train_or_draw_lora(hub.folder, tmp_path / "adapter")
+    hub.folder = four_bits(hub.folder, tmp_path / "quantised")
+    done = prepare(Job(origin, tmp_path), hub, adapter, adapter_policy="merge")
+    assert done.returncode == 5, done.stderr
+    assert "cannot take up an adapter" in done.stderr
+    assert not weights_here(tmp_path)
+
+
+def test_a_hub_without_ranges_tells_after_the_download(
+    hub: Hub, origin: FaultyOrigin, tmp_path: Path
+) -> None:
+    other = tiny_llama(tmp_path / "other", hidden_size=64, tokenizer=False)
+    misfit = train_or_draw_lora(other, tmp_path / "misfit")
+    hub.folder = four_bits(hub.folder, tmp_path / "quantised")
+    hub.ranges = False
+    done = prepare(Job(origin, tmp_path), hub, misfit, adapter_policy="attach")
+    assert done.returncode == 5, done.stderr
+    assert done.stderr.count("the base has (128, 128)") == 2
 
 
 def test_the_bases_download_is_told_of(hub: Hub, origin: FaultyOrigin, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +24,7 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []
         self.pause_s = 0.0
         """What goes by between two MiB of a file."""
+        self.ranges = True
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -61,17 +63,7 @@ class Handler(BaseHTTPRequestHandler):
             content = (self.server.folder / path.rpartition("/")[2]).read_bytes()
             weights = path.endswith((".safetensors", ".bin"))
             tag = (hashlib.sha256 if weights else hashlib.sha1)(content).hexdigest()
-            headers = {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT}
-            asked = self.headers.get("Range", "").removeprefix("bytes=")
-            if not asked:
-                self.answer(200, content, headers)
-                return
-            first, _, last = asked.partition("-")
-            part = content[int(first) : int(last) + 1 if last else None]
-            end = int(first) + len(part) - 1
-            self.answer(
-                206, part, headers | {"Content-Range": f"bytes {first}-{end}/{len(content)}"}
-            )
+            self.answer_file(content, {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT})
         else:
             self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
@@ -84,6 +76,18 @@ class Handler(BaseHTTPRequestHandler):
         content = (self.server.folder / name).read_bytes()
         oid = hashlib.sha1(content).hexdigest()
         return {"type": "file", "path": name, "size": len(content), "oid": oid}
+
+    def answer_file(self, content: bytes, headers: dict[str, str]) -> None:
+        """Send a file, or the range of it that is asked for."""
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked is None or not self.server.ranges:
+            self.answer(200, content, headers)
+            return
+        start, end = int(asked[1]), len(content)
+        if asked[2]:
+            end = min(int(asked[2]) + 1, end)
+        place = {"Content-Range": f"bytes {start}-{end - 1}/{len(content)}"}
+        self.answer(206, content[start:end], headers | place)
 
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         """Send *body*, or only its headers to HEAD."""
