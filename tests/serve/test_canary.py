@@ -1,7 +1,7 @@
 """The canary: an adapter that the engine does not take up is found before readiness.
 
-With vLLM: ``test_live.py``, which adds a silent adapter to the engine that all tests share, and
-``tests/pod/test_serving.py``, whose last pod has one from the start.
+With vLLM, too: ``test_live.py``, which adds a silent adapter to the engine that all tests share,
+and ``tests/pod/test_serving.py``, whose last pod has one from the start.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from loader.errors import AdapterError
 from loader.serve.canary import Ask, Said, check_adapters, distance
 from loader.serve.transformers import TransformersModel
+from loader.serve.vllm import VLLMModel
 from loader.types import ReadyModel, ServedAdapter
+from tests.serve.conftest import ENGINE_ARGS
 
 
 def ask_of(answers: Mapping[str, list[Said]]) -> Ask:
@@ -91,3 +94,21 @@ def test_transformers(ready: ReadyModel, tmp_path: Path) -> None:
     model.load()
     assert model.is_healthy()
     model.close()
+
+
+@pytest.mark.engine
+def test_vllm(ready: ReadyModel, small_cache: None, tmp_path: Path) -> None:
+    """``load`` ends with the canary's error, and the engine with it."""
+    before = engines()
+    model = VLLMModel(silent(ready, tmp_path / "silent"), engine_args=ENGINE_ARGS)
+    with pytest.raises(AdapterError, match="change nothing") as error:
+        model.load()
+    assert error.value.problems == ("silent",)
+    assert not model.is_healthy()
+    assert engines() == before
+
+
+def engines() -> list[int]:
+    """Return vLLM's engines below this process, by the names that they give themselves."""
+    below = psutil.Process().children(recursive=True)
+    return [process.pid for process in below if process.name().startswith("VLLM")]
