@@ -24,7 +24,8 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 SINGLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SHARD = re.compile(r"^(model|pytorch_model)-(\d{5,})-of-(\d{5,})\.(safetensors|bin)$")
-_DCP_OF_PARENT = re.compile(r"^(pytorch_model_fsdp_\d+|model(_\d+)?)$")
+_DCP = re.compile(r"\.distcp$|^shard-\d+-model-\d+-of-\d+\.safetensors$")
+_DCP_OF_PARENT = re.compile(r"^(pytorch_model_fsdp_\d+|model(_\d+)?|sharded)$")
 FSDP_WEIGHTS = "pytorch_model_fsdp.bin"  # accelerate's full state dict, on the first rank
 _OPTIMIZER = re.compile(r"^optim(izer)?(_\d+)?$")
 _ZERO = re.compile(r"mp_rank_\d+_(optim|model)_states\.pt$")
@@ -212,7 +213,7 @@ def _find_dcp(places: tuple[Place, ...], by_folder: dict[str, Place]) -> dict[st
     found = {}
     iterations = Counter(place.parent for place in places if _ITERATION.match(place.base))
     for place in places:
-        parts = [name for name in place.names if name.endswith(".distcp")]
+        parts = [name for name in place.names if _DCP.search(name)]
         if not parts or _OPTIMIZER.match(place.base):
             continue
         # Megatron-LM's folder of an iteration, where there is one: the config lies above it.

@@ -21,6 +21,7 @@ _TEMPLATES = re.compile(r"(^|/)additional_chat_templates/[^/]+\.jinja$")
 _INDEX = re.compile(r"\.(safetensors|bin)\.index\.json$")
 _WHOLE_WEIGHTS = re.compile(r"\.safetensors$|^(pytorch_model|adapter_model)[^/]*\.bin$")
 _DCP = re.compile(r"^(\.metadata|__\d+_\d+\.distcp|common\.pt|run_config\.yaml)$")  # Megatron's too
+_DCP_SAFETENSORS = re.compile(r"^shard-\d+-model-\d+-of-\d+\.safetensors$")
 _DCP_OPTIMIZER = re.compile(r"(^|/)optim(izer)?(_\d+)?/[^/]+$")
 _ZERO_MODEL = re.compile(r"mp_rank_\d+_model_states\.pt$")
 _ZERO_PARTITION = re.compile(r"mp_rank_\d+_optim_states\.pt$")
@@ -36,8 +37,9 @@ def is_sidecar(base: str) -> bool:
 def is_shard(name: str) -> bool:
     """Return whether a file of this name holds a part of weights that are sharded over ranks."""
     base = name.rpartition("/")[2]
-    whole = base.endswith(".distcp") or bool(_UNIVERSAL.search(name))
-    return whole or bool(_ZERO_MODEL.search(base) or _ZERO_PARTITION.search(base))
+    dcp = base.endswith(".distcp") or _DCP_SAFETENSORS.match(base)
+    zero = _ZERO_MODEL.search(base) or _ZERO_PARTITION.search(base) or _UNIVERSAL.search(name)
+    return bool(dcp or zero)
 
 
 def serving_files(names: Iterable[str], *, partitions: bool = False) -> frozenset[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import LlamaForCausalLM
@@ -86,11 +87,23 @@ def make_transposed(folder: Path) -> dict[str, object]:
     return {}
 
 
+def make_columns(folder: Path) -> dict[str, object]:
+    """Write DCP's safetensors storage of two ranks, each with half of the columns."""
+    half = SHAPE[1] // 2
+    for rank in (0, 1):
+        state = {name: torch.zeros(SHAPE[0], half) for name in NAMES}
+        places = {name: {"saved_offsets": [0, rank * half]} for name in NAMES}
+        path = folder / f"shard-0000{rank + 1}-model-00001-of-00001.safetensors"
+        save_file(state, path, metadata={"DCP_SHARDING_INFO": json.dumps(places)})
+    return {}
+
+
 @pytest.mark.parametrize(
     ("kind", "make", "dtype"),
     [
         ("dcp", make_dcp, None),
         ("dcp", make_dcp, "bfloat16"),
+        ("dcp", make_columns, None),
         ("zero", make_zero, "float32"),
         ("zero", make_zero, None),
         ("rank-shards", make_transposed, None),

@@ -119,7 +119,9 @@ def test_cast_once(fsdp: Path, case: str, tmp_path: Path) -> None:
 def test_dcps_safetensors_storage(fsdp: Path, tmp_path: Path) -> None:
     case = fsdp / "hf-storage"
     folders = [str(case / f"rank-{node}/checkpoint-10") for node in (0, 1)]
-    checkpoint = Checkpoint(Kind.DCP, Path(folders[0]), {"folders": folders})
+    checkpoint = found(case)
+    assert checkpoint.kind is Kind.DCP
+    assert checkpoint.detail["folders"] == folders
     out = consolidate(checkpoint, tmp_path / "out")
     assert_same(tensors_of(out), load_file(case / "full.safetensors"))
     checkpoint = Checkpoint(Kind.DCP, Path(folders[0]), {"folders": folders[1:]})

@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,16 @@ def test_a_node_that_was_not_asked_for(fsdp: Path, publish: Any) -> None:
     object.__setattr__(reference, "paths", ("rank-0/checkpoint-10/",))
     with pytest.raises(CheckpointError, match="no rank's folder holds"):
         boot.prepare(settings)
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_dcps_safetensors_storage(fsdp: Path, publish: Any, weights_only: bool) -> None:
+    settings = publish(fsdp / "hf-storage", weights_only_fetch=weights_only)
+    ready = boot.prepare(settings)
+    assert_same(tensors_of(ready.path), load_file(fsdp / "hf-storage/full.safetensors"))
+    here = list((settings.training.download_folder / "job1").rglob("shard-*"))
+    assert bool(here) is not weights_only
+    assert boot.prepare(settings) == ready
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2-bf16-tied", "hsdp-tp"])
@@ -200,6 +212,21 @@ def greedy_tokens(model: Any, base: Path) -> list[int]:
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     out = model.generate(ids, do_sample=False, max_new_tokens=16, min_new_tokens=16)
     return [int(token) for token in out[0, ids.shape[1] :]]
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero3-bf16"])
+def test_the_command_makes_the_same_of_folders(
+    fsdp: Path, zero: Path, publish: Any, name: str, tmp_path: Path
+) -> None:
+    """To the byte what the main job makes, on which vLLM answers below."""
+    case, out = (fsdp if name == "fsdp2" else zero) / name, tmp_path / "out"
+    folders = sorted(map(str, case.glob("rank-*/checkpoint-10")))
+    command = [sys.executable, "-m", "loader", "consolidate", *folders, "--output", str(out)]
+    subprocess.run(command, check=True, capture_output=True)
+    ready = boot.prepare(publish(case))
+    made = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert made == {path.name: path.read_bytes() for path in ready.path.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= made.keys()
 
 
 @pytest.mark.engine

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from loader import boot
 from loader.errors import CheckpointError, FormatError, UnsupportedError
 from loader.types import Kind
 from loader.weights.consolidate.consolidation import consolidate
@@ -18,6 +19,7 @@ from loader.weights.consolidate.megatron import find_views
 from loader.weights.consolidate.views import Heads
 from loader.weights.inspect import find_checkpoints
 from tests.weights.consolidate.conftest import (
+    assert_same,
     copy_case,
     edit_config,
     found,
@@ -97,6 +99,19 @@ def test_arguments_that_change_what_the_tensors_mean(
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(FormatError):
         consolidate(found(case), tmp_path / "out")
+
+
+def test_the_arguments_are_read_where_the_shards_stay_at_the_origin(
+    megatron: Path, publish: Any, tmp_path: Path
+) -> None:
+    case = copy_case(megatron / "torch-dist", tmp_path / "case")
+    ready = boot.prepare(publish(case, weights_only_fetch=True))
+    alone = tensors_of(consolidate(found(case), tmp_path / "out"))
+    assert_same(tensors_of(ready.path), alone)
+    path = case / "rank-0/checkpoint-10/iter_0000010/common.pt"
+    path.write_bytes((megatron / "apply_layernorm_1p.pt").read_bytes())
+    with pytest.raises(UnsupportedError, match="computes in another way"):
+        boot.prepare(publish(case, weights_only_fetch=True))
 
 
 def test_megatron_bridges_run_config(megatron: Path, tmp_path: Path) -> None:

@@ -33,6 +33,13 @@ def test_the_optimizers_folder_of_fsdp() -> None:
     assert needed(*model, *optimizer) == under(*model)
 
 
+def test_megatrons_arguments() -> None:
+    names = (".metadata", "__0_0.distcp", "common.pt", "run_config.yaml")
+    iteration = [f"iter_0000010/{name}" for name in names]
+    others = ["iter_0000010/metadata.json", "latest_checkpointed_iteration.txt"]
+    assert needed(*iteration, *others) == under(*iteration)
+
+
 def test_zero_by_stage() -> None:
     optim = "global_step10/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
     whole = "global_step10/mp_rank_00_model_states.pt"
@@ -58,5 +65,6 @@ def test_shards() -> None:
     assert is_shard("a/__0_0.distcp")
     assert is_shard("a/zero_pp_rank_0_mp_rank_00_optim_states.pt")
     assert is_shard("a/zero/w/fp32.pt")
+    assert is_shard("a/shard-00001-model-00001-of-00001.safetensors")
     assert not is_shard("a/.metadata")
     assert not is_shard("a/model-00001-of-00002.safetensors")
