@@ -15,7 +15,7 @@ from loader.weights.consolidate.pieces import Piece, SourceTensor
 from loader.weights.header import size_bytes
 from loader.weights.readers import TORCH_DTYPES, tensor_bytes
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 8 << 20  # a thread holds one, and one more that is cast
 # Of tensors that have to be read at once one is in memory at a time, or two that are compared.
 _whole_tensor = threading.RLock()
 
@@ -29,7 +29,7 @@ class Block:
 
 
 def find_slabs(source: SourceTensor, dtype: str) -> Iterator[Block]:
-    """Give the tensor's rows in order, cast to *dtype*, in slabs of about 16 MiB."""
+    """Give the tensor's rows in order, cast to *dtype*, in slabs of about 8 MiB."""
     slabs = _Slabs(source, dtype)
     with _whole_tensor if slabs.most_kept_bytes() > 2 * BLOCK_BYTES else contextlib.nullcontext():
         for first, last in slabs.spans:

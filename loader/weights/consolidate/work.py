@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from loader.weights.consolidate.assembly import Part, Target, find_parts, write_part
+from loader.weights.consolidate.files import LocalFile
 from loader.weights.writer import MAX_SHARD_BYTES, CheckpointWriter
 
 Progress = Callable[[int, int], None]
 _THREADS = 4
+_CONNECTIONS = 8  # to files at the origin, each of which brings what it can and waits in between
 _WORTH_A_FILE_BYTES = 256 << 20
 _LOOK_AHEAD = 64  # parts
 
@@ -62,7 +64,8 @@ def write_all(
             finally:
                 queue.give_back(part)
 
-    workers = min(_THREADS, os.cpu_count() or 1)
+    is_here = all(isinstance(p.file, LocalFile) for t in targets for p in t.source.pieces)
+    workers = min(_THREADS, os.cpu_count() or 1) if is_here else _CONNECTIONS
     with ThreadPoolExecutor(workers, "consolidate") as executor:
         futures = [executor.submit(work) for _ in range(workers)]
         try:

@@ -89,7 +89,7 @@ def partial_folders(settings: Settings) -> list[Path]:
 def test_a_killed_run_is_gone_on_with(
     config: dict[str, Any], base: Path, origin: FaultyOrigin
 ) -> None:
-    watch_tensors(origin, 15, lambda _: process.kill() or True)  # type: ignore[func-returns-value]
+    watch_tensors(origin, 18, lambda _: process.kill() or True)  # type: ignore[func-returns-value]
     process = subprocess.Popen([sys.executable, "-c", PREPARE, json.dumps(config)])
     assert process.wait() == -9
     origin.faults.clear()
@@ -102,8 +102,8 @@ def test_a_killed_run_is_gone_on_with(
     assert not partial_folders(settings)
     assert not list(ready.path.glob("*.jsonl"))
     assert len(set(first) | set(second)) == 23  # seven matrices of each layer, two outside
-    assert 12 <= len(first) <= 16
-    assert len(set(first) & set(second)) <= 4  # those under way, one of each thread
+    assert len(first) >= 18
+    assert len(set(first) & set(second)) <= 8  # those under way, one of each thread
 
 
 def fail_at(origin: FaultyOrigin, config: dict[str, Any], number: int) -> Path:
@@ -120,12 +120,12 @@ def fail_at(origin: FaultyOrigin, config: dict[str, Any], number: int) -> Path:
 def test_what_rotted_meanwhile_is_asked_for_again(
     config: dict[str, Any], base: Path, origin: FaultyOrigin
 ) -> None:
-    left = fail_at(origin, config, 15)
+    left = fail_at(origin, config, 18)
     first = tensors_asked_for(origin)
     journal = left / "written.jsonl"
     noted = [json.loads(line) for line in journal.read_text().splitlines()]
     large = [line for line in noted if line[2] > BLOCK_BYTES]
-    assert len(large) > 8
+    assert len(large) >= 8
     damage(left, str(large[3][0]))
     with journal.open("a") as file:
         file.write('["model.layers.0.mlp')  # its writer ended in the middle of a line
@@ -153,7 +153,7 @@ def damage(folder: Path, tensor: str) -> None:
 def test_another_version_begins_anew(
     config: dict[str, Any], base: Path, origin: FaultyOrigin, tmp_path: Path
 ) -> None:
-    left = fail_at(origin, config, 15)
+    left = fail_at(origin, config, 18)
     tensors_asked_for(origin)
     changed = {name: tensor + 1 for name, tensor in state_of(base).items()}
     save_alone({"model": changed}, tmp_path / "changed")
