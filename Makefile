@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.podloader-setup
 
+# Tests start many processes: where this is set, each would compile torch and transformers anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test check lint types bench clean
 
 setup: $(STAMP)

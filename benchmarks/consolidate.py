@@ -10,8 +10,9 @@ accelerate saves them), and DeepSpeed ZeRO-3. Each node's files lie in a folder 
 are given links to all of them in one. Every contestant runs as a process of its own, after one
 that reads its files into the page cache. The time is the whole process's but for imports, which are
 told beside it, as is the process from its start to its end; the peak is resident memory above what
-the interpreter takes once everything is imported. ``cp`` copies the bytes that matter: the model's
-shards.
+the interpreter takes once everything is imported. "podloader consolidate" is the command, of which
+only the whole is told: it learns the model's names in a process beside it. ``cp`` copies the bytes
+that matter: the model's shards. Python keeps its compiled modules, as an installed package's are.
 
 Then both jobs are served by signed URLs, all connections together held to ``--rate`` MB/s, and
 prepared on an empty folder, against the download alone.
@@ -50,6 +51,7 @@ _PODLOADER = (
     "folders = sorted(Path({job!r}).glob('rank-*/checkpoint-10'))\n"
     "consolidate(find_sharded(folders), Path({output!r}), dtype={dtype!r})",
 )
+_COMMAND = "podloader consolidate"
 _CP = ("import subprocess", "subprocess.run(['cp', '-rL', {shards!r}, {output!r}], check=True)")
 _SAVE = (
     "import torch\nfrom safetensors.torch import save_file\n"
@@ -179,28 +181,34 @@ def measure(kind: str, name: str, job: Path) -> dict[str, float]:
             with path.open("rb") as file:
                 while file.read(1 << 24):
                     pass
-    imports, work = CONTESTANTS[kind][name]
     together = job / "together"
+    dtype = "float32" if kind == "zero" else None
     names = {
         "job": str(job),
         "together": str(together),
         "shards": str(together / "pytorch_model_fsdp_0"),
         "output": str(output),
-        "dtype": "float32" if kind == "zero" else None,
+        "dtype": dtype,
     }
-    root = str(Path(__file__).resolve().parents[1])
+    if name == _COMMAND:
+        folders = [str(path) for path in sorted(job.glob(f"rank-*/{CHECKPOINT}"))]
+        command = [sys.executable, "-m", "loader", "consolidate", *folders, "--output", str(output)]
+        command += ["--dtype", dtype] if dtype else []
+    else:
+        imports, work = CONTESTANTS[kind][name]
+        code = _CLOCK.format(imports=imports, work=work.format(**names))
+        command = [sys.executable, "-c", code]
+    variables = {"DS_ACCELERATOR": "cpu", "PYTHONDONTWRITEBYTECODE": ""}
+    variables["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
     began = time.perf_counter()
     result = subprocess.run(
-        [sys.executable, "-c", _CLOCK.format(imports=imports, work=work.format(**names))],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": root, "DS_ACCELERATOR": "cpu"},
+        command, check=False, capture_output=True, text=True, env={**os.environ, **variables}
     )
     if result.returncode:
         raise SystemExit(f"{name} failed:\n{result.stderr[-2000:]}")
-    whole = time.perf_counter() - began
-    found: dict[str, float] = json.loads(result.stdout.splitlines()[-1]) | {"whole_s": whole}
+    found = {"whole_s": time.perf_counter() - began}
+    if name != _COMMAND:
+        found |= json.loads(result.stdout.splitlines()[-1])
     shutil.rmtree(output, ignore_errors=True)
     return found
 
@@ -209,14 +217,15 @@ def compare(kind: str, job: Path, runs: int) -> None:
     """Print the best of each contestant."""
     best: dict[str, dict[str, float]] = {}
     for _ in range(runs):
-        for name in CONTESTANTS[kind]:
-            found = measure(kind, name, job)
-            if name not in best or found["work_s"] < best[name]["work_s"]:
-                best[name] = found
+        for name in (_COMMAND, *CONTESTANTS[kind]):
+            for what, value in measure(kind, name, job).items():
+                least = best.setdefault(name, {})
+                least[what] = min(value, least.get(what, value))
     patterns = "pytorch_model_fsdp_0/*" if kind == "fsdp" else "global_step10/*"
     size = sum(p.stat().st_size for p in job.glob(f"rank-*/{CHECKPOINT}/{patterns}"))
     print(f"\n{kind}: {size / 1e9:.2f} GB of shards, best of {runs}")
     ours = best["podloader"]
+    print(f"  {_COMMAND:28} process {best.pop(_COMMAND)['whole_s']:5.2f} s")
     for name, found in best.items():
         print(
             f"  {name:28} {found['work_s']:7.2f} s  imports {found['imports_s']:5.2f} s  "

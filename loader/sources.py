@@ -32,6 +32,7 @@ from loader.settings import Settings
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, Snapshot
 from loader.weights.consolidate.files import ClosableFiles
+from loader.weights.consolidate.learning import learning_names
 from loader.weights.consolidate.places import has_config, home_folders
 from loader.weights.consolidate.serving import serving_files
 from loader.weights.inspect import open_checkpoint
@@ -163,9 +164,11 @@ def _consolidate(
     settings: Settings,
     shards: LateShards | None,
 ) -> None:
-    from loader.weights.consolidate.consolidation import consolidate  # torch
-
     with contextlib.ExitStack() as stack:
+        learn = stack.enter_context(learning_names())
+
+        from loader.weights.consolidate.consolidation import consolidate  # torch
+
         consolidate(
             checkpoint,
             output,
@@ -173,6 +176,7 @@ def _consolidate(
             base=base.path if base else None,
             dtype=settings.consolidate_dtype,
             on_progress=log_progress(),
+            learn=learn,
             # What goes by ranges from the origin is nowhere on this disk but in what is written.
             digest=crc64nvme if shards is not None and shards.can_be_resumed else None,
         )

@@ -140,15 +140,20 @@ def consolidate(
 ) -> None:
     """Make one Hugging Face folder of weights that are sharded over ranks."""
     with errors_shown(as_json):
-        from loader.cli.documents import consolidated_document
-        from loader.cli.tables import show_consolidated
-        from loader.sources import log_progress
-        from loader.weights.consolidate.consolidation import consolidate as consolidate_folders
-        from loader.weights.consolidate.places import find_sharded
-        from loader.weights.inspect import open_checkpoint
+        from loader.weights.consolidate.learning import learning_names
 
-        sharded = find_sharded(source)
-        consolidate_folders(sharded, output, base=base, dtype=dtype, on_progress=log_progress())
+        with learning_names() as learn:
+            from loader.cli.documents import consolidated_document
+            from loader.cli.tables import show_consolidated
+            from loader.sources import log_progress
+            from loader.weights.consolidate.consolidation import consolidate as consolidate_folders
+            from loader.weights.consolidate.places import find_sharded
+            from loader.weights.inspect import open_checkpoint
+
+            sharded, report = find_sharded(source), log_progress()
+            consolidate_folders(
+                sharded, output, base=base, dtype=dtype, on_progress=report, learn=learn
+            )
         made = open_checkpoint(output)
         show_consolidated(sharded, made)
         if as_json:

@@ -13,6 +13,7 @@ of bytes in some file and the box of the tensor that it fills (``pieces``). What
     titan.py      torchtitan's and torchtune's names and order of rows, likewise
     parallel.py   Megatron's files by rank: known, and refused
 
-Pickles are read by ``unpickling``, which builds what ``allowed`` lists and nothing else; tensors
-inside them are only described, and their bytes are read by range (``archive``).
+A model's own names come from transformers (``expected``), in a process beside this one
+(``learning``). Pickles are read by ``unpickling``, which builds what ``allowed`` lists and nothing
+else; tensors inside them are only described, and their bytes are read by range (``archive``).
 """

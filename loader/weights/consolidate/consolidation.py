@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -47,6 +47,8 @@ from loader.weights.writer import (
     TensorSpec,
     plan_shards,
 )
+
+Learn = Callable[[Path], ModelNames]
 
 
 class ShardedSource(Protocol):
@@ -92,14 +94,16 @@ def consolidate(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_progress: Progress | None = None,
     digest: Digest | None = None,
+    learn: Learn = read_model_names,
 ) -> Path:
     """Return *output*, a Hugging Face folder (or a PEFT adapter's) made of a sharded checkpoint.
 
     The folder appears when all of it is written. Tensors are named as the model names them, from
     the checkpoint's config.json, else from the one in *base*; or *names* (name -> shape) are
-    expected. *files* are the checkpoint's where they are not (all) on this disk. ``dtype``
-    ("bfloat16") casts floating tensors, None leaves them as they were trained.
-    ``on_progress(done, total)`` is told of bytes. Some blocks of 16 MiB are in memory at a time.
+    expected; *learn* returns those of a folder's config.json. *files* are the checkpoint's where
+    they are not (all) on this disk. ``dtype`` ("bfloat16") casts floating tensors, None leaves them
+    as they were trained. ``on_progress(done, total)`` is told of bytes. Some blocks of 8 MiB are
+    in memory at a time.
 
     With *digest*, a run goes on with what one that ended before its time had written into the
     same *output* by the same plan; then *files* must be of the same version, too.
@@ -115,7 +119,9 @@ def consolidate(
     with contextlib.ExitStack() as stack:
         if files is None:
             files = stack.enter_context(LocalFiles(weight_folders(checkpoint)))
-        plan = plan_consolidation(checkpoint, files, base=base, names=names, dtype=code)
+        plan = plan_consolidation(
+            checkpoint, files, base=base, names=names, dtype=code, learn=learn
+        )
         specs = [TensorSpec(t.name, t.dtype, t.source.shape) for t in plan.targets]
         even = min(max_shard_bytes, even_shard_bytes(plan.size_bytes))
         shards = plan_shards(specs, max_shard_bytes=even, stem=plan.stem)
@@ -142,6 +148,7 @@ def plan_consolidation(
     base: Path | None = None,
     names: Mapping[str, tuple[int, ...]] | None = None,
     dtype: str | None = None,
+    learn: Learn = read_model_names,
 ) -> Consolidation:
     """Return what ``consolidate`` would write; only descriptions of tensors are read.
 
@@ -159,7 +166,7 @@ def plan_consolidation(
         return Consolidation(targets, sidecars, "adapter_model", _main_dtype(targets))
     if CONFIG not in sidecars and base is not None:
         sidecars = {**find_sidecars([base]), **sidecars}
-    expected = ModelNames(names) if names is not None else _expected(sidecars, where)
+    expected = ModelNames(names) if names is not None else _expected(sidecars, learn, where)
     if CONFIG in sidecars:
         source = find_view(source, files, sidecars[CONFIG], where) or source
     match = match_names(source.shapes, expected, where)
@@ -186,7 +193,7 @@ def _open_source(checkpoint: Checkpoint, files: Files) -> ShardedSource:
     )
 
 
-def _expected(sidecars: Mapping[str, Path], where: str) -> ModelNames:
+def _expected(sidecars: Mapping[str, Path], learn: Learn, where: str) -> ModelNames:
     if CONFIG not in sidecars:
         raise CheckpointError(
             "no rank has the config.json of the model",
@@ -194,7 +201,7 @@ def _expected(sidecars: Mapping[str, Path], where: str) -> ModelNames:
             expected=f"{CONFIG} beside the weights on one rank, or a base model's",
             next_step="set base_model to the model that was trained",
         )
-    return read_model_names(sidecars[CONFIG].parent)
+    return learn(sidecars[CONFIG].parent)
 
 
 def _targets(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loader.errors import ConfigError, UnsupportedError
 from loader.imports import importing
@@ -29,11 +29,31 @@ class ModelNames:
     droppable: frozenset[str] = frozenset()
     droppable_patterns: tuple[re.Pattern[str], ...] = ()
     prefix: str = ""
-    model: PreTrainedModel | None = field(default=None, repr=False, compare=False)
 
     def is_droppable(self, name: str) -> bool:
         """Return whether the model makes this tensor by itself."""
         return name in self.droppable or any(p.search(name) for p in self.droppable_patterns)
+
+    def to_json(self) -> dict[str, object]:
+        """Return it in JSON's types."""
+        return {
+            "shapes": dict(self.shapes),
+            "tied": dict(self.tied),
+            "droppable": sorted(self.droppable),
+            "droppable_patterns": [pattern.pattern for pattern in self.droppable_patterns],
+            "prefix": self.prefix,
+        }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> ModelNames:
+        """Return what ``to_json`` was called on."""
+        return cls(
+            MappingProxyType({name: tuple(shape) for name, shape in fields["shapes"].items()}),
+            MappingProxyType(fields["tied"]),
+            frozenset(fields["droppable"]),
+            tuple(re.compile(pattern) for pattern in fields["droppable_patterns"]),
+            fields["prefix"],
+        )
 
 
 def read_model_names(folder: Path) -> ModelNames:
@@ -66,9 +86,8 @@ def read_model_names(folder: Path) -> ModelNames:
         MappingProxyType({name: tuple(t.shape) for name, t in state.items()}),
         MappingProxyType(dict(getattr(model, "all_tied_weights_keys", None) or {})),
         frozenset(buffers),
-        tuple(re.compile(pattern) for pattern in patterns),
+        tuple(re.compile(pattern) for pattern in sorted(patterns)),
         model.base_model_prefix or "",
-        model,
     )
 
 
