@@ -11,6 +11,8 @@ from loader.adapters.names import find_embedding, find_tensor, is_head
 from loader.weights.header import TensorInfo
 
 Shapes = Mapping[str, TensorInfo]
+_CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+_CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,10 @@ class Draft:
     problems: list[str] = field(default_factory=list)
     origins: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    tied_to: str | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tied_to = self.base.tied_to  # for every module, and a search each
 
     def add(self, edit: Edit) -> None:
         """Take *edit* into the plan."""
@@ -64,11 +70,15 @@ class Draft:
         origin = self.origins.get(target, target)
         return self.shapes.get(target) or self.base.tensors[origin].shape
 
+    def is_conv1d(self, module: str) -> bool:
+        """Return whether *module* stores (in, out), as transformers' Conv1D does."""
+        leaf = module.rpartition(".")[2]
+        return self.base.model_type in _CONV1D_TYPES and leaf in _CONV1D_LEAVES
+
     def find(self, module: str, leaf: str = "weight") -> str | None:
         """Return the base's tensor that ``<module>.<leaf>`` means; an untied head becomes one."""
         name = find_tensor(self.base.tensors, module, leaf)
-        tied = self.base.tied_to
-        if tied and leaf == "weight" and is_head(module):
+        if self.tied_to and leaf == "weight" and is_head(module):
             name = name or f"{module}.{leaf}"
-            self.origins[name] = tied
+            self.origins[name] = self.tied_to
         return name

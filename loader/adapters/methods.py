@@ -30,7 +30,7 @@ def _plan_ia3(draft: Draft, module: ModuleParts, target: str) -> None:
     have = draft.shape_of(target)
     # Source: peft tuners/ia3/layer.py: (1, in) scales what goes in, (out, 1) what comes out.
     feeds = rows == 1 and have[1:] == (columns,)
-    if draft.config.fan_in_fan_out or not (feeds or (columns == 1 and have[:1] == (rows,))):
+    if draft.is_conv1d(module.module) or not (feeds or (columns == 1 and have[:1] == (rows,))):
         draft.blame(f"factors {(rows, columns)} for a weight of {have}", source)
         return
     draft.add(Multiply(target, source, feeds))
@@ -50,7 +50,7 @@ def _plan_factored(
     whole = dict(parts) | (dict(shared) if method == "VERA" else {})
     shapes = {part: draft.tensors[name].shape for part, name in whole.items()}
     have = draft.shape_of(target)
-    turned = method == "VERA" and draft.config.fan_in_fan_out
+    turned = method == "VERA" and draft.is_conv1d(module.module)
     try:
         fits = _fits(method, shapes, have[::-1] if turned else have)
     except (KeyError, IndexError):

@@ -18,9 +18,6 @@ from loader.adapters.names import find_embedding, is_embedding, is_head
 from loader.adapters.parts import ModuleParts, group_parts
 from loader.errors import AdapterError
 
-_CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
-_CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
-
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
@@ -125,7 +122,9 @@ def _plan_low_rank(
         draft.blame(f"ranks {shape_a[0]} and {shape_b[1]}, the config says {rank}", *names)
         return
     straight = (shape_b[0], *shape_a[1:])
-    turned = embedding or _is_conv1d(draft, module.module)
+    # Of a model that is not known, the shape tells; PEFT itself goes by the class of the layer.
+    unlike = draft.config.fan_in_fan_out and have != straight
+    turned = embedding or draft.is_conv1d(module.module) or unlike
     if have != (straight[::-1] if turned else straight):
         draft.blame(f"change {straight}, the base has {have}", *names)
         return
@@ -136,12 +135,6 @@ def _plan_low_rank(
     draft.add(LowRank(target, a, b, scaling, turned, magnitude, embedding))
     if bias := module.parts.get("lora_B.bias"):
         _plan_lora_bias(draft, module, bias, scaling)
-
-
-def _is_conv1d(draft: Draft, module: str) -> bool:
-    if draft.base.model_type in _CONV1D_TYPES:
-        return module.rpartition(".")[2] in _CONV1D_LEAVES
-    return draft.config.fan_in_fan_out
 
 
 def _plan_lora_bias(draft: Draft, module: ModuleParts, bias: str, scaling: float) -> None:
@@ -180,7 +173,7 @@ def _plan_untying(draft: Draft) -> None:
     Fine-tuning saw them apart: an edit of the embedding did not reach the head. Trained token rows
     and new rows reach both.
     """
-    tied = draft.base.tied_to
+    tied = draft.tied_to
     if (
         tied is None
         or draft.origins

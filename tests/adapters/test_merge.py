@@ -182,6 +182,15 @@ def test_conv1d(tmp_path: Path) -> None:
         assert not differing(ours, merged_state(tmp_path / "gpt2", adapter))
 
 
+def test_fan_in_fan_out_of_layers_that_are_not(bases: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT believes the layer's class, not the config: only a shape that does not fit is turned."""
+    adapter = train_or_draw_lora(bases["bf16"], tmp_path / "adapter", target_modules=LINEAR)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fan_in_fan_out": True}))
+    ours = state(merged(bases["bf16"], adapter, tmp_path / "out"))
+    assert not differing(ours, merged_state(bases["bf16"], adapter))
+
+
 def test_the_trained_copy_of_a_module_counts(bases: dict[str, Path], tmp_path: Path) -> None:
     """A raw state dict holds a module twice: as it was, and as it was trained."""
     base = bases["bf16"]
