@@ -26,6 +26,7 @@ from loader.adapters.edits import (
     Replace,
     ReplaceRows,
 )
+from loader.weights.readers import Block
 
 _SUSPICIOUS = 1e30
 
@@ -37,23 +38,28 @@ class Scratch:
     """Memory that one thread uses again and again: fresh pages cost more than the arithmetic."""
 
     def __init__(self) -> None:
-        self._blocks: dict[str, torch.Tensor] = {}
+        self._memory: dict[str, torch.Tensor] = {}
+        self._blocks: dict[str, dict[object, Block]] = {}
         # Whether the fused product gives the bits of PEFT's steps, by the shapes it was tried on.
         self.fused_is_same: dict[tuple[float, ...], bool] = {}
         # Whether the last fold saw only values that are finite in any dtype; None: it did not look.
         self.finite: bool | None = None
 
-    def raw(self, use: str, size_bytes: int) -> torch.Tensor:
-        """Return uint8 memory of that size; it is the same for the same *use*."""
-        block = self._blocks.get(use)
-        if block is None or len(block) < size_bytes:
-            block = self._blocks[use] = torch.empty(size_bytes, dtype=torch.uint8)
-        return block[:size_bytes]
+    def block(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Block:
+        """Return a tensor in memory that is the same for the same *use*, whatever is there."""
+        blocks = self._blocks.setdefault(use, {})
+        if (shape, dtype) not in blocks:
+            size = math.prod(shape) * dtype.itemsize
+            memory = self._memory.get(use)
+            if memory is None or len(memory) < size:
+                blocks.clear()  # they hold the smaller memory
+                memory = self._memory[use] = torch.empty(size, dtype=torch.uint8)
+            blocks[shape, dtype] = Block.of(memory[:size].view(dtype).view(shape))
+        return blocks[shape, dtype]
 
-    def take(self, use: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Return a tensor in that memory; its values are whatever is there."""
-        size = math.prod(shape) * dtype.itemsize
-        return self.raw(use, size).view(dtype).view(tuple(shape))
+    def take(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return the tensor of ``block``."""
+        return self.block(use, shape, dtype).tensor
 
 
 class Fold(Protocol):
@@ -144,8 +150,7 @@ def _fold_pair(
         part = left[start : start + len(rows)]
         shape = (len(rows), right.shape[1])
         key = (*part.shape, *right.shape, scaling)
-        fuse = exact == "float32" or (not rounded and scratch.fused_is_same.get(key))
-        if fuse:
+        if exact == "float32" or (not rounded and scratch.fused_is_same.get(key)):
             wide = scratch.take("wide", shape, left.dtype).copy_(rows.flatten(1))
             return _round(rows, wide.addmm_(part, right, alpha=scaling), scratch)
         change = scratch.take("change", shape, left.dtype)

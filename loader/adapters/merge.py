@@ -23,7 +23,7 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-from loader.adapters.apply import Merging, merge_tensors
+from loader.adapters.apply import Merging, merge_tensors, uncollected
 from loader.adapters.combine import (
     Combination,
     WeightedPlan,
@@ -93,14 +93,14 @@ def merge(
         DiskError: no room, or the disk refused.
     """
     _check_output(output)
-    configs = run_all(partial(read_adapter_config, adapter.folder) for adapter in adapters)
-    _check_mergeable(base, configs)
     with ExitStack() as stack:
+        stack.enter_context(uncollected())
+        configs, sources = _open_adapters(stack, adapters, allow_pickle)
+        _check_mergeable(base, configs)
         about = read_json(base / "config.json")
         reader = _open_base(stack, base, allow_pickle, incoming)
         if quantisation_of(about) is not None:
             reader = _undo(base, reader, about, asked_for=dequantise)
-        sources = [_open(stack, a.folder, "adapter_model", allow_pickle) for a in adapters]
         view = Base(reader.tensors, about)
         plan = _plan(adapters, configs, sources, view, combine)
         _check_dtypes(base, plan, reader)
@@ -178,6 +178,23 @@ def _undo(
     check_dequantisable(str(base), config, packed, asked_for=asked_for)
     assert isinstance(reader, SafetensorsReader)
     return DequantisedReader(reader, packed, plain_dtype(config))
+
+
+def _open_adapters(
+    stack: ExitStack, adapters: Sequence[WeightedAdapter], allow_pickle: bool
+) -> tuple[list[AdapterConfig], list[LocalReader]]:
+    """Return their settings and their tensors; what is wrong with any of them is told together."""
+    configs: list[AdapterConfig] = []
+    sources: list[LocalReader] = []
+
+    def read_config(folder: Path) -> None:
+        configs.append(read_adapter_config(folder))
+
+    def open_tensors(folder: Path) -> None:
+        sources.append(_open(stack, folder, "adapter_model", allow_pickle))
+
+    run_all(partial(step, a.folder) for a in adapters for step in (read_config, open_tensors))
+    return configs, sources
 
 
 def _open(stack: ExitStack, folder: Path, stem: str, allow_pickle: bool) -> LocalReader:

@@ -10,7 +10,7 @@ import torch
 
 from loader.weights.header import TensorInfo
 from loader.weights.quantised import Packed, plain_tensors
-from loader.weights.readers import TORCH_DTYPES, SafetensorsReader, tensor_bytes
+from loader.weights.readers import TORCH_DTYPES, Block, SafetensorsReader, tensor_bytes
 
 
 class DequantisedReader:
@@ -38,9 +38,7 @@ class DequantisedReader:
             return self.plain.read(name)
         return self.read_rows(name, 0, self.tensors[name].shape[0])
 
-    def read_rows(
-        self, name: str, start: int, end: int, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def read_rows(self, name: str, start: int, end: int, out: Block | None = None) -> torch.Tensor:
         """Return rows [start, end) of the first dimension."""
         if name not in self.derived:
             return self.plain.read_rows(name, start, end, out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Protocol, Self
@@ -16,7 +17,7 @@ from typing import Protocol, Self
 import torch
 
 from loader.errors import FormatError
-from loader.weights.header import TensorInfo, size_bytes
+from loader.weights.header import TensorInfo
 from loader.weights.listing import StoredTensor, find_weight_files, list_tensors, refuse_pickle
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -44,6 +45,19 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 CODES: Mapping[torch.dtype, str] = MappingProxyType({d: code for code, d in TORCH_DTYPES.items()})
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A contiguous tensor to be used again and again, and its memory as bytes."""
+
+    tensor: torch.Tensor
+    data: memoryview
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Self:
+        """Return the block of *tensor*."""
+        return cls(tensor, tensor_bytes(tensor))
+
+
 class Reader(Protocol):
     """Tensors by name; what merging, consolidating and writing read from."""
 
@@ -58,12 +72,10 @@ class Reader(Protocol):
     def read(self, name: str) -> torch.Tensor:
         """Return the whole tensor, as stored, in memory of its own."""
 
-    def read_rows(
-        self, name: str, start: int, end: int, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def read_rows(self, name: str, start: int, end: int, out: Block | None = None) -> torch.Tensor:
         """Return rows [start, end) of the first dimension, as stored, in memory of their own.
 
-        ``out`` is memory to be used for them: contiguous, uint8, of that many bytes or more.
+        ``out``, of their shape and dtype, is memory to be used for them.
         """
 
     def read_raw(self, name: str) -> memoryview:
@@ -110,17 +122,18 @@ class SafetensorsReader:
         info = self.stored[name].info
         return self._pread(name, info.start, info.end).reshape(info.shape)
 
-    def read_rows(
-        self, name: str, start: int, end: int, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def read_rows(self, name: str, start: int, end: int, out: Block | None = None) -> torch.Tensor:
         """Return rows [start, end) of the first dimension, in the memory of *out* if given.
 
         Raises:
             FormatError: as ``read``.
         """
         info = self.stored[name].info
-        stride = size_bytes(info.dtype, info.shape[1:])
-        rows = self._pread(name, info.start + start * stride, info.start + end * stride, out)
+        stride = info.size_bytes // max(1, info.shape[0])
+        if out is not None:
+            self._fill(out.data, self.stored[name], info.start + start * stride)
+            return out.tensor
+        rows = self._pread(name, info.start + start * stride, info.start + end * stride)
         return rows.reshape(end - start, *info.shape[1:])
 
     def read_raw(self, name: str) -> memoryview:
@@ -150,9 +163,7 @@ class SafetensorsReader:
     ) -> None:
         self.close()
 
-    def _pread(
-        self, name: str, start: int, end: int, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _pread(self, name: str, start: int, end: int) -> torch.Tensor:
         stored = self.stored[name]
         dtype = TORCH_DTYPES.get(stored.info.dtype)
         if dtype is None:
@@ -163,7 +174,7 @@ class SafetensorsReader:
                 got=stored.info.dtype,
                 next_step="convert the checkpoint to bfloat16",
             )
-        raw = torch.empty(end - start, dtype=torch.uint8) if out is None else out[: end - start]
+        raw = torch.empty(end - start, dtype=torch.uint8)
         self._fill(raw.numpy().data, stored, start)
         return raw.view(dtype)
 
@@ -201,9 +212,7 @@ class MemoryReader:
         """Return a copy of the tensor."""
         return self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
 
-    def read_rows(
-        self, name: str, start: int, end: int, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def read_rows(self, name: str, start: int, end: int, out: Block | None = None) -> torch.Tensor:
         """Return a copy of rows [start, end)."""
         rows = self._tensors[name].detach()[start:end]
         return rows.clone(memory_format=torch.contiguous_format)
