@@ -1,10 +1,14 @@
 """Sockets that bring a body's bytes at the least cost in processor time.
 
-Chosen by measurement. Plain: ``recv`` of a whole buffer on a
-blocking socket, the kernel's own time limit in the place of a poll before every read. TLS: large
-reads of ciphertext, decrypted from memory. OpenSSL yields one record of 16 KiB at a time and
-Python lets go of its lock around each; many threads that do so at once spend more on handing the
-lock round than on decrypting, so one thread decrypts at a time while the others wait in ``recv``.
+Chosen by measurement. Blocking sockets, the kernel's own time limit in the place of a poll before
+every read; and as few reads as can be, since each wakes a thread, hands the interpreter's lock
+round and acknowledges what it took: from a peer that is fast, a buffer is waited for as a whole.
+
+TLS: OpenSSL reads the socket itself and decrypts a whole buffer in one call (see ``openssl``).
+Where Python's ``ssl`` cannot be reached in that way: large reads of ciphertext, decrypted from
+memory. That yields one record of 16 KiB at a time and Python lets go of its lock around each; many
+threads that do so at once spend more on handing the lock round than on decrypting, so one thread
+decrypts at a time while the others wait in ``recv``.
 """
 
 from __future__ import annotations
@@ -17,10 +21,19 @@ import socket
 import ssl
 import struct
 import threading
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from loader.stores.openssl import Records
+
+_MOMENT_S = 0.02  # what comes within it is waited for
+_PATIENCE_S = 0.1  # without a byte, before a read returns fewer than it waits for
+_LEAST_BYTES = 64 << 10  # that a read waits for: a slow peer's bytes are taken as they come
 _CIPHERTEXT_BYTES = 256 << 10  # of one read: what stays in a processor's cache
 _CIPHERTEXTS_BYTES = 8 << 20  # of all threads' reads; OpenSSL holds as much again
+_DECRYPTED_BYTES = 512 << 10  # of one read that waits: nobody sees them before they are all there
 _RECORD_BYTES = 16 << 10  # TLS has no longer ones
 _HEAD_BYTES = 20 << 10  # of a first read: an answer's head, and a small file behind it
 _decrypting = threading.Lock()
@@ -34,18 +47,52 @@ class PlainSocket:
     before every read.
     """
 
+    _timeout_s: float | None
+
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._files = 0
         self._closed = False
+        self._due_bytes = 0  # within the next moment
+        self._read_at = time.monotonic()
         self.settimeout(sock.gettimeout())
 
     def recv_into(self, buffer: memoryview, /) -> int:
-        """Wait for bytes and put them into *buffer*; 0 at the end. Raises TimeoutError."""
+        """Wait for bytes and put them into *buffer*; 0 at the end. Raises TimeoutError.
+
+        Fewer than there is room for, and than have come within the last moment, are the last ones
+        before the end or a failure.
+        """
+        if min(self._due_bytes, len(buffer)) >= _LEAST_BYTES:
+            count = self._fill(buffer[: self._due_bytes])
+        else:
+            count = self.recv_some(buffer)
+        now = time.monotonic()
+        self._due_bytes = int(count * _MOMENT_S / max(now - self._read_at, 1e-6))
+        self._read_at = now
+        return count
+
+    def recv_some(self, buffer: memoryview, /) -> int:
+        """Put into *buffer* what has come; wait where that is nothing. Raises TimeoutError."""
+        return int(self._wait_for(self._sock.recv_into, buffer))
+
+    def _fill(self, buffer: memoryview) -> int:
         try:
-            return self._sock.recv_into(buffer)
+            return self._sock.recv_into(buffer, 0, socket.MSG_WAITALL)
         except BlockingIOError:
-            raise TimeoutError from None
+            return self.recv_some(buffer)
+
+    def _wait_for(self, act: Callable[..., Any], *arguments: Any) -> Any:
+        """Do *act*, again while the peer's silence is not too long, and return its result."""
+        until = time.monotonic() + (self._timeout_s or float("inf")) - _PATIENCE_S / 2
+        while True:
+            try:
+                return act(*arguments)
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                if time.monotonic() > until:
+                    raise TimeoutError from None
+            except ssl.SSLSyscallError:
+                raise ConnectionResetError from None
 
     def sendall(self, data: bytes) -> None:
         """Send all of *data*."""
@@ -56,8 +103,11 @@ class PlainSocket:
 
     def settimeout(self, timeout_s: float | None) -> None:
         """Limit each wait for the peer."""
+        self._timeout_s = timeout_s
         self._sock.settimeout(None)
-        set_kernel_timeout(self._sock, timeout_s or 0.0)
+        set_kernel_timeouts(
+            self._sock, min(timeout_s or _PATIENCE_S, _PATIENCE_S), timeout_s or 0.0
+        )
 
     def getpeername(self) -> Any:
         """Return the address of the other end."""
@@ -89,17 +139,51 @@ class PlainSocket:
 
 
 class TlsSocket(PlainSocket):
-    """A TLS client over a connected socket."""
+    """A TLS client over a connected socket that OpenSSL reads itself."""
 
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str) -> None:
+    def __init__(self, sock: socket.socket, tls: ssl.SSLObject, records: Records) -> None:
         super().__init__(sock)
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+        self._tls = tls
+        self._records = records
+        self._wait_for(tls.do_handshake)
+
+    def recv_some(self, buffer: memoryview, /) -> int:
+        """Put into *buffer* what has come; 0 where the peer has ended the connection."""
+        try:
+            return int(self._wait_for(self._tls.read, len(buffer), buffer))
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            return 0  # whoever expects more bytes sees that they are missing
+
+    def sendall(self, data: bytes) -> None:
+        """Send all of *data*."""
+        self._wait_for(self._tls.write, data)
+
+    def _fill(self, buffer: memoryview) -> int:
+        return self._records.read(buffer[:_DECRYPTED_BYTES]) or self.recv_some(buffer)
+
+
+class BufferedTlsSocket(PlainSocket):
+    """A TLS client over a connected socket, for any Python."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        tls: ssl.SSLObject,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+    ) -> None:
+        super().__init__(sock)
+        self._tls = tls
+        self._incoming, self._outgoing = incoming, outgoing
         self._dry = False  # nothing left to decrypt before more is received
         self._handshake()
 
     def recv_into(self, buffer: memoryview, /) -> int:
         """Wait for bytes and put them into *buffer*; 0 where the peer has ended the connection."""
+        return self.recv_some(buffer)
+
+    def recv_some(self, buffer: memoryview, /) -> int:
+        """Do the same."""
         while True:
             if self._dry:
                 self._receive()
@@ -146,7 +230,7 @@ class TlsSocket(PlainSocket):
 
     def _receive(self) -> None:
         buffer = _ciphertext_buffer()
-        count = super().recv_into(buffer)
+        count = super().recv_some(buffer)
         if count:
             self._incoming.write(buffer[:count])
         else:
@@ -172,7 +256,7 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         """Wait for bytes and put them into *buffer*."""
         assert self._sock is not None
-        return self._sock.recv_into(memoryview(buffer))
+        return self._sock.recv_some(memoryview(buffer))
 
     def close(self) -> None:
         """Let go of the socket."""
@@ -208,17 +292,28 @@ class TlsConnection(http.client.HTTPConnection):
         super().connect()
         plain = self.sock
         try:
-            self.sock = TlsSocket(plain, self._context, self._server)
+            self.sock = _shake_hands(plain, self._context, self._server)
         except BaseException:
             plain.close()
             raise
 
 
-def set_kernel_timeout(sock: socket.socket, timeout_s: float) -> None:
-    """Let the kernel limit each send and receive of a blocking socket; 0 for no limit."""
-    limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+def _shake_hands(sock: socket.socket, context: ssl.SSLContext, host: str) -> PlainSocket:
+    from loader.stores.openssl import attach  # ctypes, for which plain HTTP should not wait
+
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_hostname=host)
+    records = attach(tls, sock.fileno())
+    if records is None:
+        return BufferedTlsSocket(sock, tls, incoming, outgoing)
+    return TlsSocket(sock, tls, records)
+
+
+def set_kernel_timeouts(sock: socket.socket, receive_s: float, send_s: float) -> None:
+    """Let the kernel limit each receive and send of a blocking socket; 0 for no limit."""
+    for option, seconds in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):
+        limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
 def _ciphertext_buffer() -> memoryview:
