@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -261,25 +261,31 @@ def check_fit(folder: Path, base: Base, *, allow_pickle: bool = False) -> MergeP
         FormatError: broken files, or pickles without ``allow_pickle``.
     """
     config = read_adapter_config(folder)
+    shapes, read = _open_adapter(folder, allow_pickle)
+    fits, moves = (
+        partial(plan_merge, config, shapes, base),
+        partial(check_effect, folder, shapes, read),
+    )
+    plan, _ = run_all((fits, moves))
+    assert plan is not None
+    return plan
+
+
+def _open_adapter(
+    folder: Path, allow_pickle: bool
+) -> tuple[Mapping[str, TensorInfo], Callable[[str], bytes | memoryview]]:
+    """Return the adapter's tensors, and what reads the bytes of one."""
     files = find_weight_files(folder, "adapter_model")
     if not files.pickled:
         stored = list_tensors(files)
         shapes = {name: tensor.info for name, tensor in stored.items()}
-        plan, _ = run_all(
-            (
-                partial(plan_merge, config, shapes, base),
-                partial(check_effect, folder, shapes, lambda name: read_bytes(stored[name])),
-            )
-        )
-        assert plan is not None
-        return plan
+        return shapes, lambda name: read_bytes(stored[name])
     if not allow_pickle:
         raise refuse_pickle(files.paths[0])
     from loader.weights.readers import open_weights  # torch
 
     reader = open_weights(folder, stem="adapter_model", allow_pickle=True)
-    check_effect(folder, reader.tensors, reader.read_raw)
-    return plan_merge(config, reader.tensors, base)
+    return reader.tensors, reader.read_raw
 
 
 def _check_own_embeddings(folder: Path, plan: MergePlan, base: Path) -> None:

@@ -94,7 +94,8 @@ def merge(
     """
     _check_output(output)
     with ExitStack() as stack:
-        stack.enter_context(uncollected())
+        if incoming is None:  # a merge while the base arrives lasts long, and is not alone
+            stack.enter_context(uncollected())
         configs, sources = _open_adapters(stack, adapters, allow_pickle)
         _check_mergeable(base, configs)
         about = read_json(base / "config.json")

@@ -237,6 +237,16 @@ def test_pickled_adapter(base: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="pickle"):
         attach(base, [adapter], tmp_path / "out")
     assert attach(base, [adapter], tmp_path / "out", allow_pickle=True).adapters
+    path = adapter.folder / "adapter_model.bin"
+    prefix = "base_model.model.model.layers.0.self_attn"
+    wrong = {
+        f"{prefix}.q_proj.lora_A.weight": torch.ones(4, 99),
+        f"{prefix}.v_proj.lora_B.weight": torch.zeros(64, 4),
+    }
+    torch.save(torch.load(path) | wrong, path)
+    with pytest.raises(AdapterError, match=r"does not fit .*; .* change nothing") as error:
+        attach(base, [adapter], tmp_path / "out", allow_pickle=True)
+    assert len(error.value.problems) == 2
 
 
 def test_tokenizer_of_the_adapter_wins(base: Path, tmp_path: Path) -> None:
