@@ -43,6 +43,7 @@ class Peer:
     def __init__(self, kind: str, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kind = kind
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE  # as most servers' default
         authority.issue_cert("127.0.0.1").configure_cert(self._context)
         self._trusting = ssl.create_default_context()
         authority.configure_trust(self._trusting)
@@ -203,6 +204,18 @@ def test_a_peer_that_does_not_shake_hands(authority: trustme.CA) -> None:
         )
         with pytest.raises(TimeoutError):
             connection.connect()
+
+
+def test_the_cheapest_of_the_allowed_ciphers_comes_first(
+    authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = Peer("tls", authority, monkeypatch)
+    sock = peer.connect(lambda end: end.sendall(CONTENT))
+    assert isinstance(sock, TlsSocket)
+    cipher = sock._tls.cipher()
+    assert cipher is not None
+    assert cipher[0] == "TLS_AES_128_GCM_SHA256"
+    peer.close()
 
 
 def test_a_closed_connection_writes_nothing_more(
