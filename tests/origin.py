@@ -87,7 +87,7 @@ class FaultyHandler(Handler):
         """Send, slowly or not to the end where a fault says so."""
         if self.cut_after is not None:
             self.copy(fd, start, min(end, start + self.cut_after))
-            reset(self)
+            hang_up(self)
             return
         if self.pause is not None:
             after, seconds = self.pause
@@ -114,10 +114,18 @@ class FaultyHandler(Handler):
             super().send_bytes(fd, start, end)
 
 
-def reset(handler: FaultyHandler) -> bool:
-    """Break the connection with a TCP reset."""
+def hang_up(handler: FaultyHandler) -> bool:
+    """End the connection after what has been sent."""
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     handler.connection.shutdown(socket.SHUT_WR)
+    handler.close_connection = True
+    return True
+
+
+def reset(handler: FaultyHandler) -> bool:
+    """Break the connection with a TCP reset, before an answer."""
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.close(handler.connection.detach())  # ``close`` would wait for the files on the socket
     handler.close_connection = True
     return True
 

@@ -30,6 +30,7 @@ from tests.origin import (
     act,
     answer,
     cut,
+    hang_up,
     ignore_range,
     redirect,
     reset,
@@ -62,7 +63,7 @@ def s3_says(code: int, name: str) -> Fault:
     return fault
 
 
-WRONG = answer(206, b"x" * 9, Content_Range="bytes 1-9/700", ETag='"other"')
+WRONG = answer(206, b"x" * 9, Content_Range=f"bytes 1-9/{len(CONTENT)}")
 ROWS = {
     "403, the URL has expired": Row([s3_says(403, "ExpiredToken")] * 9, ExpiredError),
     "403, refused": Row([s3_says(403, "AccessDenied")] * 9, DeniedError),
@@ -83,6 +84,7 @@ ROWS = {
     "500 again and again": Row([status(500)] * 99, TransientError),
     "501": Row([status(501)] * 9, FetchError),
     "reset": Row([reset, reset], retries=1),
+    "closed without an answer": Row([hang_up, hang_up], retries=1),
     "a short body": Row([cut(100 * KIB)], retries=1),
     "silence": Row([stall(1.0)], retries=1),
     "slow": Row([slow(0.05)]),
@@ -117,6 +119,7 @@ def test_each_fault_has_its_rule(
     else:
         with pytest.raises(row.error) as caught:
             fetch(manifest, tmp_path, store, OPTIONS, noted)
+        assert caught.type is row.error
         assert "Signature" not in str(caught.value)
         assert not final.exists()
         if row.error is not TransientError:

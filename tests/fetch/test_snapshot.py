@@ -31,6 +31,7 @@ from loader.fetch.threads import StoppedError
 from loader.stores.base import ObjectInfo
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest, Snapshot
+from tests.fetch.test_transfer import Noted
 from tests.origin import (
     FaultyOrigin,
     act,
@@ -131,9 +132,11 @@ def test_passing_faults_are_cured(setup: Setup, fault: Callable[[object], bool])
 
 
 def test_a_stall_is_cut(setup: Setup) -> None:
-    setup.origin.fail("big.bin", act(lambda: None), stall(1.5))
-    setup.fetch()
+    noted = Noted()
+    setup.origin.fail("big.bin", act(lambda: None), stall(60))
+    fetch(setup.manifest(), setup.root, setup.store, OPTIONS, noted)
     setup.check()
+    assert "the connection brought nothing in time" in noted.retries
 
 
 def test_a_cut_body_goes_on_where_it_ended(setup: Setup) -> None:
