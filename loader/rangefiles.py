@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from loader.errors import FormatError, TransientError
 from loader.fetch.arrivals import Arrivals
@@ -22,13 +23,31 @@ _BLOCK_BYTES = 1 << 18  # what small reads, of headers and directories, are roun
 _BLOCKS = 8
 
 
+class Watch(Protocol):
+    """Told of what is asked of the origin, from many threads."""
+
+    def begin(self, path: str) -> None:
+        """Bytes of this file are asked for; told at every request."""
+
+    def retry(self, path: str, reason: str) -> None:
+        """They are asked for again after a passing failure."""
+
+
 class RemoteFile:
     """A ``RangeFile`` at the origin. Small reads come out of blocks, the last few of which stay."""
 
-    def __init__(self, artifact: Artifact, store: Store, info: ObjectInfo, retries: int) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        store: Store,
+        info: ObjectInfo,
+        retries: int,
+        watch: Watch | None = None,
+    ) -> None:
         self.where = artifact.path
         self.size_bytes = info.size_bytes
         self._artifact, self._store, self._info, self._retries = artifact, store, info, retries
+        self._watch = watch
         self._blocks: OrderedDict[int, Future[bytes]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -77,21 +96,28 @@ class RemoteFile:
         return block.result()
 
     def _read(self, start: int, buffer: memoryview) -> None:
+        if self._watch:
+            self._watch.begin(self.where)
         done = 0
         for attempt in retrying(lambda s: s.attempt_number > self._retries, threading.Event()):
             with attempt:
-                stream = self._store.open_range(
-                    self._artifact, start + done, start + len(buffer), self._info
-                )
                 try:
-                    while done < len(buffer) and (count := stream.readinto(buffer[done:])):
+                    for count in self._receive(start + done, buffer[done:]):
                         done += count
-                finally:
-                    stream.close()
-                if done < len(buffer):
-                    raise TransientError(
-                        "the body ended before its length", where=self._artifact.source
-                    )
+                except TransientError as error:
+                    if self._watch:
+                        self._watch.retry(self.where, error.what)
+                    raise
+
+    def _receive(self, start: int, buffer: memoryview) -> Iterator[int]:
+        """Fill *buffer* with one request, and say of each piece that came how long it was."""
+        stream = self._store.open_range(self._artifact, start, start + len(buffer), self._info)
+        with contextlib.closing(stream):
+            while buffer and (count := stream.readinto(buffer)):
+                buffer = buffer[count:]
+                yield count
+        if buffer:
+            raise TransientError("the body ended before its length", where=self._artifact.source)
 
 
 class ArrivingFile:

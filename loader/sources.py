@@ -31,7 +31,7 @@ from loader.fetch.progress import show_bytes
 from loader.settings import Settings
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, Snapshot
-from loader.weights.consolidate.files import ClosableFiles
+from loader.weights.consolidate.files import Files
 from loader.weights.consolidate.learning import learning_names
 from loader.weights.consolidate.places import has_config, home_folders
 from loader.weights.consolidate.serving import serving_files
@@ -42,6 +42,8 @@ SHARDED = frozenset({Kind.DCP, Kind.ZERO, Kind.RANK_SHARDS})
 _EVERY_S = 5.0
 _MODE, _COMING = "consolidate", "consolidating"
 _log = logging.getLogger("podloader")
+
+Report = Callable[[int, int], None]  # told of bytes done, and of bytes in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +85,10 @@ class LateShards(Protocol):
     def can_be_resumed(self) -> bool:
         """Whether what an earlier run read of them is known to be of the same version."""
 
-    def open(self, checkpoint: Checkpoint) -> ClosableFiles:
-        """Return the files of *checkpoint*."""
+    def opened(
+        self, checkpoint: Checkpoint
+    ) -> contextlib.AbstractContextManager[tuple[Files, Report]]:
+        """Give the files of *checkpoint*, and what is to be told how far it has come."""
 
     def wait(self) -> Snapshot:
         """Return the snapshot of all that is fetched, when it is."""
@@ -166,16 +170,19 @@ def _consolidate(
 ) -> None:
     with contextlib.ExitStack() as stack:
         learn = stack.enter_context(learning_names())
+        files, report = None, log_progress()
+        if shards is not None:
+            files, report = stack.enter_context(shards.opened(checkpoint))
 
         from loader.weights.consolidate.consolidation import consolidate  # torch
 
         consolidate(
             checkpoint,
             output,
-            files=stack.enter_context(shards.open(checkpoint)) if shards else None,
+            files=files,
             base=base.path if base else None,
             dtype=settings.consolidate_dtype,
-            on_progress=log_progress(),
+            on_progress=report,
             learn=learn,
             # What goes by ranges from the origin is nowhere on this disk but in what is written.
             digest=crc64nvme if shards is not None and shards.can_be_resumed else None,
@@ -218,7 +225,7 @@ def cache_folder(settings: Settings) -> Path:
     return cache.absolute()
 
 
-def log_progress() -> Callable[[int, int], None]:
+def log_progress() -> Report:
     """Return what logs a line every few seconds: bytes done and bytes in all."""
     last = time.monotonic()
 

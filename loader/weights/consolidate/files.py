@@ -50,19 +50,6 @@ class Files(Protocol):
         """
 
 
-class ClosableFiles(Files, Protocol):
-    """``Files`` as a context manager."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-
 class LocalFile:
     """A ``RangeFile`` on this disk; opened when first read."""
 

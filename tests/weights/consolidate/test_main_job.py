@@ -20,6 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from loader import boot
 from loader.cli.documents import plan_document
 from loader.errors import ChangedError, CheckpointError
+from loader.status.state import BootState
+from loader.timeline import Timeline
 from loader.types import ReadyModel
 from tests.origin import FaultyHandler, FaultyOrigin, act, cut, status
 from tests.weights.consolidate.conftest import assert_same, tensors_of
@@ -126,6 +128,26 @@ def test_zero_reads_the_float32_partition_at_the_origin(
     assert_same(tensors_of(ready.path), {k: v.to(dtype) for k, v in full.items()})
     asked = [path for path, _ in origin.requests if "optim_states" in path]
     assert bool(asked) is name.startswith("zero3")
+
+
+def test_bytes_that_go_by_ranges_are_told_of(
+    fsdp: Path, publish: Any, origin: FaultyOrigin
+) -> None:
+    """As those of a fetch: in what ``/health`` answers, with a span for each file."""
+    settings = publish(fsdp / "fsdp1", weights_only_fetch=True)
+    timeline = Timeline()
+    state = BootState(timeline)
+    origin.fail("__2_0.distcp", act(lambda: None), cut(1000))  # the first tells the version
+    ready = boot.prepare(settings, state, timeline)
+    now = state.boot()
+    shards = {a.path for a in boot.plan(settings).files if a.path.endswith(".distcp")}
+    assert {span.name for span in now.spans if span.name in shards} == shards
+    weights = sum(t.numel() * t.element_size() for t in tensors_of(ready.path).values())
+    here = (settings.training.download_folder / "job1").rglob("*")
+    small = sum(path.stat().st_size for path in here if path.is_file())
+    assert now.bytes == now.bytes_done == weights + small
+    assert now.files == now.files_done
+    assert now.counts["retries"] == 1
 
 
 def test_a_connection_that_breaks_and_an_object_that_changes(
