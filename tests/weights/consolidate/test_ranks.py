@@ -13,6 +13,7 @@ from loader.errors import CheckpointError, FormatError
 from loader.types import Kind
 from loader.weights.consolidate import slabs
 from loader.weights.consolidate.consolidation import consolidate
+from loader.weights.consolidate.files import LocalFile
 from tests.models import tiny_llama
 from tests.weights.consolidate.conftest import assert_same, found, tensors_of
 
@@ -96,6 +97,14 @@ def test_pickled_shards_are_read_without_torch(
     """The reader makes descriptions of tensors; strides of a transposed one are followed."""
     monkeypatch.setattr(slabs, "BLOCK_BYTES", block_bytes)
     everything = wanted(case)
+    read_into, read = LocalFile.read_into, 0
+
+    def counted(self: LocalFile, start: int, buffer: memoryview) -> None:
+        nonlocal read
+        read += len(buffer)
+        read_into(self, start, buffer)
+
+    monkeypatch.setattr(LocalFile, "read_into", counted)
     (case / "rank-1/checkpoint-10" / INDEX).unlink()
     for path in list(case.glob("rank-*/checkpoint-10/model-*")):
         name = path.name.replace("model", "pytorch_model").replace("safetensors", "bin")
@@ -105,3 +114,5 @@ def test_pickled_shards_are_read_without_torch(
         path.unlink()
     out = consolidate(found(case), tmp_path / "out")
     assert_same(tensors_of(out), everything)
+    # Each is read once, in however many slabs it is written; directories and pickles come on top.
+    assert read < 1.1 * sum(tensor.nbytes for tensor in everything.values())
