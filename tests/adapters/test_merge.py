@@ -85,10 +85,11 @@ def test_equal_to_peft_in_every_bit(bases: dict[str, Path], tmp_path: Path, name
 
 
 def test_pieces_do_not_show(tmp_path: Path) -> None:
-    """Wide rows are merged in pieces; 188 rows, in pieces of 93, would leave two by themselves."""
-    small: dict[str, Any] = {"hidden_size": 188, "num_attention_heads": 2, "num_key_value_heads": 2}
-    base = tiny_llama(tmp_path / "base", intermediate_size=5632, num_hidden_layers=1, **small)
-    adapter = train_or_draw_lora(base, tmp_path / "a", r=16, target_modules=["down_proj"])
+    """Wide rows are merged in pieces; 129 rows, in pieces of 128, would leave one by itself."""
+    base = tiny_llama(
+        tmp_path / "base", hidden_size=2048, intermediate_size=129, num_hidden_layers=1
+    )
+    adapter = train_or_draw_lora(base, tmp_path / "a", r=16, target_modules=["up_proj"])
     ours = state(merged(base, adapter, tmp_path / "out"))
     assert not differing(ours, merged_state(base, adapter))
 
