@@ -7,10 +7,11 @@ and ``tests/pod/test_serving.py``, whose last pod has one from the start.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
+from multiprocessing import active_children
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -105,10 +106,13 @@ def test_vllm(ready: ReadyModel, small_cache: None, tmp_path: Path) -> None:
         model.load()
     assert error.value.problems == ("silent",)
     assert not model.is_healthy()
+    for _ in range(100):  # vLLM kills its engine and does not wait for it
+        if engines() == before:
+            break
+        time.sleep(0.1)
     assert engines() == before
 
 
-def engines() -> list[int]:
-    """Return vLLM's engines below this process, by the names that they give themselves."""
-    below = psutil.Process().children(recursive=True)
-    return [process.pid for process in below if process.name().startswith("VLLM")]
+def engines() -> list[int | None]:
+    """Return vLLM's engines that this process has started, and that live."""
+    return [child.pid for child in active_children() if child.name == "EngineCore"]
