@@ -30,7 +30,9 @@ _USERINFO = re.compile(r"(\w+://)[^\s/@'\"]+@")
 
 def redact(text: str) -> str:
     """Return *text* with the query and user information of every URL taken out."""
-    return _USERINFO.sub(r"\1", _QUERY.sub(r"\1?…", text))
+    if "?" in text:
+        text = _QUERY.sub(r"\1?…", text)
+    return _USERINFO.sub(r"\1", text) if "@" in text else text
 
 
 class LoaderError(Exception):

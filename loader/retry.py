@@ -28,8 +28,12 @@ def retrying(gives_up: Callable[[RetryCallState], bool], stop: threading.Event) 
 
 
 def wait_s(state: RetryCallState) -> float:
+    """Return the pause after tenacity's last attempt."""
+    return pause_s(state.outcome.exception() if state.outcome else None, state.attempt_number)
+
+
+def pause_s(error: BaseException | None, attempt: int) -> float:
     """Return the pause: doubled each time, capped, jittered, never less than was asked for."""
-    error = state.outcome.exception() if state.outcome else None
     asked_s = float(getattr(error, "retry_after_s", None) or 0.0)
-    doubled_s = min(_FIRST_WAIT_S * (1 << min(state.attempt_number - 1, 10)), _LONGEST_WAIT_S)
+    doubled_s = min(_FIRST_WAIT_S * (1 << min(attempt - 1, 10)), _LONGEST_WAIT_S)
     return max(min(asked_s, _LONGEST_ASKED_S), doubled_s * random.uniform(0.5, 1.0))

@@ -37,7 +37,7 @@ class Arrivals:
         self._root = root.absolute()
         self._expected = frozenset(paths)
         self._here: dict[str, FetchedFile] = {}
-        self._parts: dict[str, Path] = {}
+        self._parts: dict[str, str] = {}
         self._pieces: list[Piece] = []
         self._snapshot: Snapshot | None = None
         self._error: BaseException | None = None
@@ -116,7 +116,7 @@ class Arrivals:
         """Return what came under *path*, which is here already."""
         return self._here[path]
 
-    def advance(self, path: str, part: Path, start: int, end: int) -> None:
+    def advance(self, path: str, part: str, start: int, end: int) -> None:
         """Say that bytes ``[start, end)`` of *path* lie in the file *part*. The fetch does."""
         with self._changed:
             self._parts[path] = part

@@ -31,6 +31,7 @@ class Claim:
     place: int = 0
     stream: ByteStream | None = None
     last_byte: float = 0.0
+    opened: ByteStream | None = None  # where its bytes have been asked for already
     lock: threading.Lock = field(default_factory=threading.Lock)
     _mark: int = 0  # up to which the journal has it
     _crc: int = 0  # of the bytes since then
@@ -80,6 +81,14 @@ class Claim:
         with self.lock:
             self.cut(self.place)
         self.drop_stream()
+        if (opened := self.take_opened()) is not None:
+            opened.close()
+
+    def take_opened(self) -> ByteStream | None:
+        """Return the stream that was opened for the claim, once."""
+        with self.lock:
+            opened, self.opened = self.opened, None
+        return opened
 
     def restart(self) -> int:
         """Go back to the start, for an origin without ranges; return how many bytes were lost."""

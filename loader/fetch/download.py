@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from loader.errors import DiskError
 from loader.fetch.arrivals import Arrivals
 from loader.fetch.files import STATE, Record, boot_id, disk_errors, read_record
+from loader.fetch.pace import Pace
 from loader.fetch.part import PartFile
 from loader.fetch.progress import Progress, show_bytes
 from loader.fetch.transfer import Events, Limits, transfer
@@ -41,8 +43,18 @@ class Download:
         self._progress = progress
         self._arrivals = arrivals
 
-    def run(self, parts: Sequence[PartFile], store: Store, reused: Mapping[str, Record]) -> None:
-        """Bring all *parts*, beside the *reused* files and those that came whole already."""
+    def run(
+        self,
+        parts: Sequence[PartFile],
+        store: Store,
+        reused: Mapping[str, Record],
+        pace: Pace,
+        see: Callable[[PartFile], None],
+    ) -> None:
+        """Bring all *parts*, beside the *reused* files and those that came whole already.
+
+        *see* asks the origin for what a part is, and begins with it.
+        """
         # Configs, indexes and adapters first: whoever waits for files can begin with them.
         left = sorted((p for p in parts if p.done is None), key=lambda part: part.is_large)
         _check_room(left, self._root)
@@ -54,9 +66,11 @@ class Download:
         for path in reused:
             self._progress.finish_file(path)
         self._tell_whole(parts)
-        events = Events(self._begin, self._arrived, self._progress, self._arrivals.stop)
+        events = Events(
+            partial(self._begin, see), self._arrived, self._progress, self._arrivals.stop
+        )
         try:
-            transfer(left, store, self._limits, events)
+            transfer(left, store, self._limits, events, pace)
         finally:
             for part in left:
                 part.close()
@@ -66,7 +80,7 @@ class Download:
         """Take the part's lock, and the file as it is where another process has completed it."""
         if not part.lock():
             return False
-        record = self._completed(part)
+        record = None if part.is_new else self._completed(part)
         if record is not None:
             part.keep(record)
         else:
@@ -82,10 +96,15 @@ class Download:
                 self._progress.advance(file.size_bytes, file.path)
             self._progress.finish_file(file.path)
 
-    def _begin(self, part: PartFile) -> bool:
+    def _begin(self, see: Callable[[PartFile], None], part: PartFile) -> bool:
         if not part.lock():
+            part.drop_opened()
             return False
-        claimed = part.claimed_bytes
+        claimed = 0
+        if part.is_seen:
+            claimed = part.claimed_bytes
+        else:
+            see(part)
         self.claim(part)
         found = part.have_bytes if part.done is None else part.info.size_bytes
         if found != claimed:

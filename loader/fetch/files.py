@@ -6,8 +6,8 @@
       <job>/rank-<N>/<relative_file_name>              whole files only
       .podloader/
         files/<job>/rank-<N>/<relative_file_name>
-          .lock                                        held by the process that is fetching it
-          .part                                        bytes that have arrived, at their offsets
+          .part                                        bytes that have arrived, at their offsets;
+                                                       locked by the process that is fetching it
           .journal                                     which ranges of it have; first the version
           .record                                      what the whole file is; written last
 
@@ -23,7 +23,6 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from loader.fetch.plan import DoneRange
 from loader.types import Artifact
 
 STATE = ".podloader"
-KINDS = ("part", "journal", "record", "lock")  # of an artifact's state
+KINDS = ("part", "journal", "record")  # of an artifact's state
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -50,11 +49,16 @@ class Places:
     @property
     def final(self) -> Path:
         """The whole file."""
-        return Path(f"{self.root}/{self.path}")
+        return Path(self.whole)
+
+    @property
+    def whole(self) -> str:
+        """The whole file, as text."""
+        return f"{self.root}/{self.path}"
 
     @property
     def part(self) -> str:
-        """The bytes that have arrived."""
+        """The bytes that have arrived. Its lock is held by the process that is fetching them."""
         return f"{self.root}/{STATE}/files/{self.path}.part"
 
     @property
@@ -66,11 +70,6 @@ class Places:
     def record(self) -> str:
         """What the whole file is."""
         return f"{self.root}/{STATE}/files/{self.path}.record"
-
-    @property
-    def lock(self) -> str:
-        """Held by the process that is fetching it."""
-        return f"{self.root}/{STATE}/files/{self.path}.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,28 +98,71 @@ def boot_id() -> str:
         return ""
 
 
-def try_lock(path: str) -> int | None:
-    """Return the descriptor that holds the lock *path*, None where another one does.
+def lock_part(place: Places) -> tuple[int, bool] | None:
+    """Return the part file, open and locked, and whether nothing of the artifact is here yet.
 
-    The system lets go of it when the descriptor is closed, by whatever end of the process. The
-    file stays: were it removed, two processes could hold two of the same name.
+    None where another process has it. The system lets go of the lock when the descriptor is
+    closed, by whatever end of the process. The lock goes with the file when that gets its name: who
+    then makes a new part file must not take it for his as long as the whole file is locked, because
+    its record is about to be written.
     """
-    flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    path = place.part
     with disk_errors(path):
-        try:
-            fd = os.open(path, flags, 0o644)
-        except FileNotFoundError:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            fd = os.open(path, flags, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            return None
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
+        while True:
+            fd = _open_part(path)
+            try:
+                if not _try_lock(fd, fcntl.LOCK_EX):
+                    break
+                held, named = os.fstat(fd), _stat(path)
+                if named is None or not os.path.samestat(held, named):
+                    os.close(fd)  # it was renamed or removed before it was locked
+                    continue
+                whole = _stat(place.whole)
+                if whole is None:
+                    return fd, not held.st_size
+                if _is_locked(place.whole):
+                    break
+                return fd, False
+            except BaseException:
+                os.close(fd)
+                raise
+    os.close(fd)
+    return None
+
+
+def _open_part(path: str) -> int:
+    flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags, 0o644)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return os.open(path, flags, 0o644)
+
+
+def _stat(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def _is_locked(path: str) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return not _try_lock(fd, fcntl.LOCK_SH)
+    finally:
+        os.close(fd)
+
+
+def _try_lock(fd: int, kind: int) -> bool:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def is_case_sensitive(root: Path) -> bool:
@@ -209,16 +251,22 @@ def _write(path: str, data: bytes) -> None:
         os.close(fd)
 
 
-@contextlib.contextmanager
-def disk_errors(path: str | Path) -> Iterator[None]:
-    """Raise OSErrors of the block as DiskError."""
-    try:
-        yield
-    except OSError as error:
+class disk_errors:  # noqa: N801 - as contextlib's; a generator costs more, several times per file
+    """Raises OSErrors of the block as DiskError."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, OSError):
+            return
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise DiskError(
             "the disk is full" if full else f"the disk refuses: {error.strerror}",
-            where=str(path),
+            where=str(self._path),
             next_step="free some space and run again; what has been fetched is kept"
             if full
             else "make the download folder writable, or choose another one",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_FIRST = 2
+FIRST = 2
 _WINDOW_S = 0.06  # over which a rate is measured
 _SETTLE_S = 0.5  # new connections that bring nothing by then are measured all the same
 _FACTOR = 4  # while it pays: a far origin has answered three times by then, not ten
@@ -19,8 +19,8 @@ class Pace:
     ``limit`` is the number now, never more than *most*.
     """
 
-    def __init__(self, most: int, now: float) -> None:
-        self.limit = min(_FIRST, most)
+    def __init__(self, most: int, now: float, first: int = FIRST) -> None:
+        self.limit = min(first, most)
         self._most = most
         self._ceiling = most
         self._best_rate = 0.0
@@ -32,6 +32,14 @@ class Pace:
         self._changed = now
         self._began: float | None = None
         self._began_bytes = 0
+
+    def begin_again(self, first: int, now: float) -> None:
+        """Begin with *first* for another sort of requests; what was too much stays known."""
+        if self._ceiling < self._most:
+            self.limit = min(self.limit, first)
+            return
+        self._best_rate = 0.0
+        self._set(first, now)
 
     def tick(self, now: float, total_bytes: int, receiving: int) -> None:
         """Take note of the bytes so far, and of how many connections bring some now."""

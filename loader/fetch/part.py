@@ -10,21 +10,29 @@ import time
 from collections.abc import Callable
 
 from loader.errors import FetchError, FormatError, TransientError
+from loader.fetch.crc import crc64nvme
 from loader.fetch.files import (
     Places,
     Record,
     disk_errors,
+    lock_part,
     read_journal,
     remove,
-    try_lock,
     write_journal,
     write_record,
 )
-from loader.fetch.plan import DoneRange, Range, combine, missing_ranges, sound_ranges
+from loader.fetch.plan import (
+    DoneRange,
+    Range,
+    combine,
+    missing_ranges,
+    sound_ranges,
+    unit_end,
+)
 from loader.fetch.sums import Check
 from loader.fetch.threads import StoppedError
 from loader.fetch.verify import check_structure, proved_ranges
-from loader.stores.base import ObjectInfo
+from loader.stores.base import ByteStream, ObjectInfo
 from loader.types import Artifact, FetchedFile
 
 LARGE_BYTES = 1 << 20  # smaller files come first, and several at a time
@@ -36,6 +44,8 @@ class PartFile:
 
     Files that are not worth a journal are fetched from their start after an interruption. *tell*
     is called with start and end of what has come, and with what was here.
+    ``is_seen``: ``info`` is the origin's, not the listing's; ``opened``: a stream of the file's
+    beginning, and where it was to end. ``is_new``: ``lock`` found nothing of it here.
     ``missing`` is what ``resume`` left to be fetched, ``done`` the file once it is whole.
     """
 
@@ -58,13 +68,16 @@ class PartFile:
         self._tell = tell
         self.done: FetchedFile | None = None
         self.missing: tuple[Range, ...] = ()
+        self.is_new = False
+        self.is_seen = True
+        self.opened: tuple[ByteStream, int] | None = None
         self.fetched_bytes = 0
         self.place = place
         self._boot_id = boot_id
         self._lock = threading.Lock()
         self._fd: int | None = None
         self._journal: int | None = None
-        self._lock_fd: int | None = None
+        self._is_prepared = False
         self._closed = False
         self._have: list[DoneRange] = []
         self._have_bytes = 0
@@ -94,22 +107,53 @@ class PartFile:
             held = 0
         return max(0, self.info.size_bytes - held)
 
+    def see(self, info: ObjectInfo, check: Check | None) -> None:
+        """Take what the origin says of the object."""
+        self.info = info
+        self.check = check
+        self.sum = check.new_sum(info.size_bytes) if check is not None else None
+        self.is_seen = True
+
+    def take_opened(self) -> tuple[ByteStream, int] | None:
+        """Return the stream of the file's beginning and where it ends, once; None: not wanted."""
+        opened, self.opened = self.opened, None
+        if opened is None:
+            return None
+        stream, end = opened[0], min(opened[1], self.info.size_bytes)
+        unit_bytes = (self.check and self.check.unit_bytes) or 1
+        end = unit_end(0, end, unit_bytes) if end < self.info.size_bytes else end
+        first = self.missing[0] if self.missing else Range(0, 0)
+        if stream.info.ranges and not first.start and 0 < end <= min(opened[1], first.end):
+            return stream, end
+        stream.close()
+        return None
+
+    def drop_opened(self) -> None:
+        """Let go of the stream of the file's beginning: somebody else brings it."""
+        if self.opened is not None:
+            self.opened[0].close()
+            self.opened = None
+
     def lock(self) -> bool:
         """Take the file's lock. Return False where another process, or thread, has it."""
         with self._lock:
             self._check_open()
-            if self._lock_fd is None:
-                self._lock_fd = try_lock(self.place.lock)
-            return self._lock_fd is not None
+            if self._fd is None and (held := lock_part(self.place)):
+                self._fd, self.is_new = held
+            return self._fd is not None
 
     def keep(self, record: Record) -> None:
         """Take the file as *record* says: it was found whole."""
         self.done = fetched_file(self.artifact, record, reused=True)
+        remove(self.place.part)
         self.close()
 
     def resume(self) -> None:
         """Find out, and prove, what an earlier run left; publish the file where that is all."""
         self._began = time.monotonic()
+        if self.is_new and self.info.size_bytes:
+            self.missing = (Range(0, self.info.size_bytes),)
+            return
         self._have = list(proved_ranges(self.place.part, self._claimed(), self.sum))
         self._have_bytes = sum(entry.end - entry.start for entry in self._have)
         self.missing = missing_ranges(self._have, self.info.size_bytes)
@@ -118,25 +162,35 @@ class PartFile:
         self.done = self._adopt()
         if self.done is not None:
             self.missing = ()
+            remove(self.place.part)
             self.close()
         elif not self.missing:
             self.publish()
 
     def write(self, data: memoryview, place: int) -> None:
         """Put *data* at the offset *place*."""
-        if self._fd is None:
-            self._open()
+        if not self._is_prepared:
+            self._prepare()
         assert self._fd is not None
         with disk_errors(self.place.part):
             while data:
                 count = os.pwrite(self._fd, data, place)
                 data, place = data[count:], place + count
 
+    def put(self, data: memoryview, place: int) -> None:
+        """Put *data* at the offset *place* and note it as whole."""
+        self.write(data, place)
+        if self.sum is not None:
+            tally = self.sum.tally(place)
+            tally.update(data)
+            tally.mark()
+        self.finish(DoneRange(place, place + len(data), crc64nvme(data)))
+
     def finish(self, entry: DoneRange) -> bool:
         """Note a range as whole. Return whether it was the last one, after which to publish."""
-        line = json.dumps([entry.start, entry.end, entry.crc]) + "\n"
         with self._lock:
             if self._journal is not None:
+                line = json.dumps([entry.start, entry.end, entry.crc]) + "\n"
                 with disk_errors(self.place.journal):
                     os.write(self._journal, line.encode())
             self._have.append(entry)
@@ -153,7 +207,7 @@ class PartFile:
             FetchError: the bytes do not sum up to what the origin says.
             FormatError: the bytes are what the origin sent, and no whole file of their format.
         """
-        self._open()
+        self._prepare()
         place = self.place
         have = sound_ranges(self._have, self.info.size_bytes)
         self._compare_sum(have)
@@ -170,14 +224,15 @@ class PartFile:
                 next_step="wait until the training job has uploaded it whole, or leave it out",
             ) from None
         assert self._fd is not None
-        with disk_errors(place.final):
-            remove(place.record)
+        with disk_errors(place.whole):
+            if not self.is_new:
+                remove(place.record)
             mtime_ns = os.fstat(self._fd).st_mtime_ns
             try:
-                os.replace(place.part, place.final)
+                os.rename(place.part, place.whole)
             except FileNotFoundError:
-                place.final.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(place.part, place.final)
+                os.makedirs(os.path.dirname(place.whole), exist_ok=True)
+                os.rename(place.part, place.whole)
         self.done = self._promote(have, mtime_ns)
         self.close()
 
@@ -185,11 +240,12 @@ class PartFile:
         """Close what is open and let go of the lock, for good; nothing is lost."""
         with self._lock:
             self._closed = True
-            for fd in (self._fd, self._journal, self._lock_fd):
+            self.drop_opened()
+            for fd in (self._fd, self._journal):
                 if fd is not None:
                     with contextlib.suppress(OSError):
                         os.close(fd)
-            self._fd = self._journal = self._lock_fd = None
+            self._fd = self._journal = None
 
     def ended_early(self, place: int, end: int) -> TransientError:
         """Return the error for a body that stopped at *place*."""
@@ -200,24 +256,20 @@ class PartFile:
             got=f"bytes up to {place}",
         )
 
-    def _open(self) -> None:
-        """Make the part file and its journal, or go on with those of an earlier run."""
+    def _prepare(self) -> None:
+        """Give the part file its size and its journal, or go on with those of an earlier run."""
         with self._lock, disk_errors(self.place.part):
             self._check_open()
-            if self._fd is not None:
+            assert self._fd is not None
+            if self._is_prepared:
                 return
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            fd = os.open(self.place.part, flags, 0o644)
-            try:
-                os.ftruncate(fd, self.info.size_bytes)
-                if self._journaled:
-                    write_journal(self.place.journal, self._key(), tuple(self._have))
-                    flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-                    self._journal = os.open(self.place.journal, flags)
-            except BaseException:
-                os.close(fd)
-                raise
-            self._fd = fd
+            if self._journaled or not self.is_new:
+                os.ftruncate(self._fd, self.info.size_bytes)
+            if self._journaled:
+                write_journal(self.place.journal, self._key(), tuple(self._have))
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+                self._journal = os.open(self.place.journal, flags)
+            self._is_prepared = True
 
     def _check_open(self) -> None:
         """A thread that comes late must not take the lock again, or write without it."""
@@ -245,7 +297,8 @@ class PartFile:
     def _adopt(self) -> FetchedFile | None:
         """Return the final file where an earlier run was killed between its name and record."""
         place = self.place
-        if os.path.lexists(place.part) or not place.final.is_file():
+        assert self._fd is not None
+        if os.fstat(self._fd).st_size or not place.final.is_file():
             return None
         have = sound_ranges(read_journal(place.journal, self._key()), self.info.size_bytes)
         whole = sum(entry.end - entry.start for entry in have) == self.info.size_bytes
@@ -266,8 +319,9 @@ class PartFile:
             size, digest, self.artifact.source, self.info.version, mtime_ns, self._boot_id, have
         )
         write_record(self.place.record, record)
-        with disk_errors(self.place.journal):
-            remove(self.place.journal)
+        if self._journaled or not self.is_new:
+            with disk_errors(self.place.journal):
+                remove(self.place.journal)
         seconds = 0.0 if reused else time.monotonic() - self._began
         return fetched_file(self.artifact, record, reused=reused, seconds=seconds)
 

@@ -42,7 +42,7 @@ class Schedule:
         self._waiting = deque(parts)
         self._elsewhere: deque[PartFile] = deque()
         self._beginning = 0
-        self._beginning_large = 0
+        self._beginning_bytes = 0
         self._left_bytes = sum(part.info.size_bytes for part in parts)
         self._stopped = False
 
@@ -77,16 +77,20 @@ class Schedule:
         """Wait for something to do and return it; None at the end of all."""
         with self.turn:
             while not self._stopped:
-                if len(self.active) >= self.limit:
+                if len(self.active) + self._beginning >= self.limit:
                     self.turn.wait()
                     continue
-                claim = self._deal() or (None if self._can_begin() else self._take_over())
+                claim = None
+                if not self._is_opened():
+                    claim = self._deal() or (None if self._can_begin() else self._take_over())
+                if claim is None and (self._is_opened() or self._can_begin()):
+                    claim = self._begin_next()
+                    if claim is None:
+                        continue
                 if claim is not None:
                     self.active.add(claim)
                     return claim
-                if self._can_begin():
-                    self._begin_next()
-                elif self._elsewhere or self._beginning or self.active:
+                if self._elsewhere or self._beginning or self.active:
                     self.turn.wait(0.1)
                 else:
                     self.turn.notify_all()
@@ -103,9 +107,9 @@ class Schedule:
         if not self._holes:
             return None
         part, hole = self._holes[0]
-        size, unit = hole.size_bytes, max(part.info.size_bytes, 1)
+        size, unit = hole.size_bytes, self._unit(part)
         if part.info.ranges:
-            unit, whole = self._range_bytes, _unit_bytes(part)
+            whole = _unit_bytes(part)
             size = guided_bytes(size, self._left_bytes, self.limit, max(unit, whole))
             size = unit_end(hole.start, hole.start + size, whole) - hole.start
             size = min(size, hole.size_bytes)
@@ -117,18 +121,31 @@ class Schedule:
         self._left_bytes -= size
         return claim
 
+    def _unit(self, part: PartFile) -> int:
+        """Return how many bytes of a file the journal takes at a time."""
+        return self._range_bytes if part.info.ranges else max(part.info.size_bytes, 1)
+
+    def _is_opened(self) -> bool:
+        """Return whether the next file's bytes are on their way already."""
+        return bool(self._waiting) and self._waiting[0].opened is not None
+
     def _can_begin(self) -> bool:
         if self._waiting:
-            # One large file at a time: its bytes keep all busy, and it is whole the sooner.
-            return not (self._beginning_large and self._waiting[0].is_large)
+            # No more large files than keep all busy: each is whole the sooner.
+            enough = self._beginning_bytes >= self.limit * self._range_bytes
+            return not (enough and self._waiting[0].is_large)
         return bool(self._elsewhere) and not self._beginning and not self.active
 
-    def _begin_next(self) -> None:
-        """Begin a file, without the lock meanwhile: what an earlier run left has to be read."""
+    def _begin_next(self) -> Claim | None:
+        """Begin a file, without the lock meanwhile: what an earlier run left has to be read.
+
+        Return a claim on its beginning where that has been asked for.
+        """
         again = not self._waiting
         part = self._elsewhere.popleft() if again else self._waiting.popleft()
         self._beginning += 1
-        self._beginning_large += part.is_large
+        size_bytes = part.info.size_bytes
+        self._beginning_bytes += size_bytes
         self.turn.release()
         begun = False
         try:
@@ -136,15 +153,28 @@ class Schedule:
         finally:
             self.turn.acquire()
             self._beginning -= 1
-            self._beginning_large -= part.is_large
+            self._beginning_bytes -= size_bytes
             self.turn.notify_all()
-        if begun:
-            self._left_bytes -= part.info.size_bytes - sum(r.size_bytes for r in part.missing)
-            self._holes.extend((part, hole) for hole in part.missing)
-        else:
+        if not begun:
             self._elsewhere.append(part)
             if again:
                 self.turn.wait(0.1)
+            return None
+        self._left_bytes -= size_bytes - sum(r.size_bytes for r in part.missing)
+        holes = [(part, hole) for hole in part.missing]
+        opened = part.take_opened()
+        if opened is None:
+            self._holes.extend(holes)
+            return None
+        stream, end = opened
+        if holes[0][1].end == end:
+            del holes[0]
+        else:
+            holes[0] = (part, Range(end, holes[0][1].end))
+        self._holes.extend(holes)
+        self._left_bytes -= end
+        now, unit = time.monotonic(), self._unit(part)
+        return Claim(part, 0, end, unit, now, opened=stream)
 
     def _take_over(self) -> Claim | None:
         """Return what a slow worker's claim is lightened by, None where nobody is slow."""

@@ -24,6 +24,7 @@ from loader.fetch.files import (
     read_record,
 )
 from loader.fetch.opening import Hooks, Opening
+from loader.fetch.pace import FIRST, Pace
 from loader.fetch.part import LARGE_BYTES, PartFile, fetched_file
 from loader.fetch.progress import LogProgress, Progress, show_bytes
 from loader.fetch.sums import choose_check
@@ -124,16 +125,18 @@ def _fetch(
     def make(artifact: Artifact, info: ObjectInfo) -> PartFile:
         check = choose_check(info, options.range_bytes)
         large = info.size_bytes > min(options.range_bytes, LARGE_BYTES)
-        tell = partial(arrivals.advance, artifact.path, Path(at[artifact].part))
+        tell = partial(arrivals.advance, artifact.path, at[artifact].part)
         return PartFile(artifact, info, at[artifact], boot, check, journaled=large, tell=tell)
 
     limits = Limits(options.concurrency, options.retries, options.deadline_s, options.range_bytes)
     download = Download(root, limits, options.verify, seen, progress, arrivals)
     hooks = Hooks(make, download.claim, arrivals.arrive, progress)
-    opening = Opening(store, hooks, options.retries, options.range_bytes)
+    pace = Pace(options.concurrency, began, first=options.concurrency)
+    opening = Opening(store, hooks, options.retries, options.range_bytes, pace)
     left = [artifact for artifact in manifest.files if artifact.path not in reused]
-    parts = opening.run(left, options.concurrency, arrivals.stop)
-    download.run(parts, store, reused)
+    parts = opening.run(left, arrivals.stop)
+    pace.begin_again(options.concurrency if opening.is_far else FIRST, time.monotonic())
+    download.run(parts, store, reused, pace, lambda part: opening.see(part, arrivals.stop))
     files = tuple(arrivals.file(a.path) for a in manifest.files)
     fetched_bytes = sum(part.fetched_bytes for part in parts)
     return Snapshot(root, files, time.monotonic() - began, fetched_bytes)

@@ -21,17 +21,15 @@ def map_on_threads(
     values: Sequence[_In],
     concurrency: int,
     stop: threading.Event | None = None,
-    look: Callable[[], None] | None = None,
 ) -> list[_Out]:
     """Return *function* of each value; the first failure, a signal or *stop* leaves the rest.
 
-    Unlike an executor's, threads that still wait for an answer then hold nobody back. *look* is
-    called now and then meanwhile.
+    Unlike an executor's, threads that still wait for an answer then hold nobody back.
 
     Raises:
         StoppedError: *stop* was set.
     """
-    if not values or (len(values) == 1 and look is None):
+    if len(values) < 2:
         return [function(value) for value in values]
     tasks = deque(enumerate(values))
     found: dict[int, _Out] = {}
@@ -57,8 +55,6 @@ def map_on_threads(
         while not over.wait(_LOOK_S):
             if stop is not None and stop.is_set():
                 raise StoppedError("the fetch was stopped; what has arrived is kept")
-            if look is not None:
-                look()
     finally:
         over.set()
     if failures:

@@ -56,8 +56,12 @@ class Events:
     stop: threading.Event
 
 
-def transfer(parts: Sequence[PartFile], store: Store, limits: Limits, events: Events) -> None:
+def transfer(
+    parts: Sequence[PartFile], store: Store, limits: Limits, events: Events, pace: Pace
+) -> None:
     """Fetch what is missing of every part, and publish each as soon as it is whole.
+
+    *pace* knows what the origin has borne so far.
 
     Raises:
         LoaderError: the first failure that asking again did not cure, with the others beside it.
@@ -65,20 +69,25 @@ def transfer(parts: Sequence[PartFile], store: Store, limits: Limits, events: Ev
         StoppedError: ``events.stop`` was set.
     """
     if parts:
-        _Transfer(parts, store, limits, events).run()
+        _Transfer(parts, store, limits, events, pace).run()
 
 
 class _Transfer:
     """The threads of one transfer."""
 
     def __init__(
-        self, parts: Sequence[PartFile], store: Store, limits: Limits, events: Events
+        self,
+        parts: Sequence[PartFile],
+        store: Store,
+        limits: Limits,
+        events: Events,
+        pace: Pace,
     ) -> None:
         self._store = store
         self._limits = limits
         self._events = events
         self._schedule = Schedule(parts, events.begin, limits.range_bytes)
-        self._pace = Pace(limits.concurrency, time.monotonic())
+        self._pace = pace
         self._halt = threading.Event()
         self._over = threading.Event()
         self._failures: list[BaseException] = []
@@ -188,7 +197,9 @@ class _Worker:
         if claim.is_over():
             return
         part = claim.part
-        stream = self._store.open_range(part.artifact, claim.place, claim.end, part.info)
+        stream = claim.take_opened() or self._store.open_range(
+            part.artifact, claim.place, claim.end, part.info
+        )
         with contextlib.closing(stream):
             claim.stream = stream
             try:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import http.client
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 _LONGEST_LINE = 65536
 _MOST_HEADERS = 100
 _UNSAFE = re.compile(r"[^\x21-\x7e]")  # in a request's target
-_LINE_BREAK = re.compile(r"[\r\n]")
 
 
 def request_head(method: str, target: str, headers: Mapping[str, str]) -> bytes:
@@ -22,10 +21,12 @@ def request_head(method: str, target: str, headers: Mapping[str, str]) -> bytes:
     Raises:
         ValueError: a header, or the target, would break out of its line.
     """
-    lines = [f"{name}: {value}" for name, value in headers.items()]
-    if _UNSAFE.search(target) or any(_LINE_BREAK.search(line) for line in lines):
+    lines = [f"{method} {target} HTTP/1.1", *map(": ".join, headers.items()), "", ""]
+    head = "\r\n".join(lines)
+    breaks = len(lines) - 1
+    if _UNSAFE.search(target) or (head.count("\r"), head.count("\n")) != (breaks, breaks):
         raise ValueError("a control character in a request")
-    return "\r\n".join([f"{method} {target} HTTP/1.1", *lines, "", ""]).encode("latin-1")
+    return head.encode("latin-1")
 
 
 class Answer(http.client.HTTPResponse):
@@ -44,8 +45,9 @@ class Answer(http.client.HTTPResponse):
         """
         status = 100
         while status == 100:  # an interim answer comes before the real one
-            version, status, self.reason = self._status_line()
-            self.fields = self._read_fields()
+            lines = self._lines()
+            version, status, self.reason = _status_line(next(lines, ""))
+            self.fields = _fields(lines)
         self.code = self.status = status
         self.version = 10 if version == "HTTP/1.0" else 11
         self.chunked = self.fields.get("transfer-encoding", "").lower() == "chunked"
@@ -65,33 +67,40 @@ class Answer(http.client.HTTPResponse):
         length = self.fields.get("content-length", "")
         return int(length) if length.isdecimal() and not self.chunked else None
 
-    def _status_line(self) -> tuple[str, int, str]:
-        line = self._line()
-        if not line:
-            raise http.client.RemoteDisconnected("closed without an answer")
-        version, _, rest = line.partition(" ")
-        code, _, reason = rest.strip().partition(" ")
-        if not version.startswith("HTTP/1.") or len(code) != 3 or not code.isdecimal():
-            raise http.client.BadStatusLine("no HTTP/1 answer")
-        return version, int(code), reason.strip()
+    def _lines(self) -> Iterator[str]:
+        """Return the lines of the head, which most often has come whole."""
+        head, end, _ = self.fp.peek().partition(b"\r\n\r\n")
+        lines = head.decode("latin-1").split("\r\n")
+        if end and not any("\n" in line for line in lines):
+            self.fp.read(len(head) + len(end))
+            return iter(lines)
+        return iter(self._next_line, "")
 
-    def _read_fields(self) -> dict[str, str]:
-        fields: dict[str, str] = {}
-        for _ in range(_MOST_HEADERS + 1):
-            line = self._line()
-            if not line:
-                raise http.client.IncompleteRead(b"")
-            name, colon, value = line.partition(":")
-            if not line.strip():
-                return fields
-            if not colon:
-                raise http.client.HTTPException("a header without a name")
-            name, value = name.lower(), value.strip()
-            fields[name] = f"{fields[name]}, {value}" if name in fields else value
-        raise http.client.HTTPException("more headers than anybody needs")
-
-    def _line(self) -> str:
+    def _next_line(self) -> str:
         line = self.fp.readline(_LONGEST_LINE + 1)
         if len(line) > _LONGEST_LINE:
             raise http.client.LineTooLong("header")
-        return line.decode("latin-1")
+        if not line:
+            raise http.client.RemoteDisconnected("closed without an answer")
+        return line.decode("latin-1").rstrip("\r\n")
+
+
+def _status_line(line: str) -> tuple[str, int, str]:
+    version, _, rest = line.partition(" ")
+    code, _, reason = rest.strip().partition(" ")
+    if not version.startswith("HTTP/1.") or len(code) != 3 or not code.isdecimal():
+        raise http.client.BadStatusLine("no HTTP/1 answer")
+    return version, int(code), reason.strip()
+
+
+def _fields(lines: Iterator[str]) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for count, line in enumerate(lines):
+        name, colon, value = line.partition(":")
+        if not colon:
+            raise http.client.HTTPException("a header without a name")
+        if count >= _MOST_HEADERS:
+            raise http.client.HTTPException("more headers than anybody needs")
+        name, value = name.lower(), value.strip()
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -60,6 +61,33 @@ class ByteStream(Protocol):
         """Give the connection back, or drop it where bytes are left."""
 
 
+class Asked(Protocol):
+    """A request whose answer is taken later. Take it or close it."""
+
+    @property
+    def stream(self) -> Callable[[], ByteStream]:
+        """What waits for the answer and returns its body."""
+
+    def abort(self) -> None:
+        """Make a wait for the answer, in another thread, fail at once where that can be done."""
+
+    def close(self) -> None:
+        """Let go of it: its answer is not wanted any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unasked:
+    """A request that is sent when its answer is taken: not every driver can do both apart."""
+
+    stream: Callable[[], ByteStream]
+
+    def abort(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 class Store(Protocol):
     """An origin of artifacts. Safe to use from many threads at once."""
 
@@ -81,6 +109,9 @@ class Store(Protocol):
             FetchError: not there, refused, or expired.
             TransientError: asking again may help.
         """
+
+    def ask_first(self, artifact: Artifact, end: int) -> Asked:
+        """Ask what ``open_first`` asks, and leave the answer for later. Raises as it does."""
 
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo

@@ -16,6 +16,7 @@ from loader.stores.base import Algorithm, Checksum
 
 _ETAG = re.compile(r'"?(?P<md5>[0-9a-f]{32})(?:-(?P<parts>[1-9]\d{0,4}))?"?')
 _AMZ = "x-amz-checksum-"
+_TELLING = ("x-amz-", "x-goog-", "x-ms-blob-content-md5", "repr-digest", "etag")
 _SIZES: Mapping[Algorithm, int] = {
     "crc64nvme": 8,
     "crc32c": 4,
@@ -28,7 +29,13 @@ _SIZES: Mapping[Algorithm, int] = {
 
 def read_checksums(headers: Iterable[tuple[str, str]]) -> tuple[Checksum, ...]:
     """Return what *headers* say of the whole object, whichever range of it they came with."""
-    fields = {name.lower(): value.strip() for name, value in headers}
+    fields = {
+        name: value.strip()
+        for name, value in ((name.lower(), value) for name, value in headers)
+        if name.startswith(_TELLING)
+    }
+    if not fields:
+        return ()
     found = [_amz(algorithm, fields.get(_AMZ + algorithm, "")) for algorithm in _SIZES]
     found.append(_etag(fields))
     # Decompressed on the way out: the sums are of the bytes as they are stored.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
-from urllib.parse import parse_qs, urlsplit
 
 from loader.errors import DeniedError, ExpiredError, FetchError
 
+_SIGNED = re.compile(r"(?:^|&)(x-amz-date|x-amz-expires|expires)=([^&#]+)", re.IGNORECASE)
 _CODE = re.compile(rb"<Code>(\w{1,64})</Code>")
 _EXPIRED_CODES = {"ExpiredToken", "RequestExpired", "TokenRefreshRequired"}
 
@@ -17,7 +17,8 @@ def expiry(url: str) -> datetime | None:
 
     Source: Amazon S3 API reference, "Query string authentication".
     """
-    query = {name.lower(): values[0] for name, values in parse_qs(urlsplit(url).query).items()}
+    found = _SIGNED.findall(url.partition("?")[2])
+    query = {name.lower(): value for name, value in reversed(found)}
     try:
         if "x-amz-date" in query:
             signed = datetime.strptime(query["x-amz-date"], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from loader.errors import (
@@ -19,7 +20,7 @@ from loader.errors import (
     LoaderError,
     TransientError,
 )
-from loader.stores.base import Checksum, ObjectInfo
+from loader.stores.base import Checksum, ObjectInfo, Unasked
 from loader.stores.layout import StoredFile
 from loader.types import Artifact
 
@@ -48,6 +49,10 @@ class FsspecStore:
         """Return the bytes ``[0, end)`` of the version there is now."""
         info = self.stat(artifact)
         return self.open_range(artifact, 0, min(end, info.size_bytes), info)
+
+    def ask_first(self, artifact: Artifact, end: int) -> Unasked:
+        """Return what opens the bytes ``[0, end)`` of the version there is then."""
+        return Unasked(partial(self.open_first, artifact, end))
 
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo

@@ -7,21 +7,21 @@ connections, proxies from the environment as everywhere, redirects by hand.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import http.client
+import re
 import socket
 import ssl
 import threading
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import SplitResult, unquote, urljoin, urlsplit
+from urllib.parse import SplitResult, urljoin, urlsplit
 
 from loader.errors import FetchError, TransientError
 from loader.stores.addresses import is_link_local
-from loader.stores.answers import Answer, request_head
+from loader.stores.answers import Answer
 from loader.stores.base import ObjectInfo
 from loader.stores.meanings import (
     check_status,
@@ -30,9 +30,17 @@ from loader.stores.meanings import (
     object_info,
     translate,
 )
+from loader.stores.messages import (
+    Origin,
+    Request,
+    proxy_authorization,
+    range_headers,
+    write_message,
+)
 from loader.stores.sockets import PlainConnection, TlsConnection
 
 _REDIRECTS = {301, 302, 303, 307, 308}
+_SITE = re.compile(r"https?://[^/?#]+(?=/)")
 _STALE = (http.client.RemoteDisconnected, ConnectionError, ssl.SSLEOFError)
 
 
@@ -49,23 +57,32 @@ class HttpOptions:
     link_local: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """Where a connection leads, through which proxy."""
+@dataclass(slots=True)
+class _Sent:
+    """A request that is on its way, on a connection that was made for it or kept from another."""
 
-    scheme: str
-    host: str
-    port: int
-    proxy: str | None
+    connection: http.client.HTTPConnection
+    origin: Origin
+    url: str
+    message: bytes
+    is_kept: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """A method, the headers and the body to send."""
+class Asked:
+    """A request whose answer is taken later. Take it or close it."""
 
-    method: str
-    headers: Mapping[str, str]
-    body: bytes | None = None
+    def __init__(self, take: Callable[[], HttpStream], sent: _Sent) -> None:
+        self.stream = take
+        """Wait for the answer and return its body. Raises as ``HttpClient.get`` does."""
+        self._sent = sent
+
+    def abort(self) -> None:
+        """Make a wait for the answer, in another thread, fail now."""
+        _shut(self._sent.connection.sock)
+
+    def close(self) -> None:
+        """Drop the connection: the answer is not wanted any more."""
+        self._sent.connection.close()
 
 
 class HttpClient:
@@ -74,10 +91,11 @@ class HttpClient:
     def __init__(self, options: HttpOptions) -> None:
         self._options = options
         self._tls: ssl.SSLContext | None = None
-        self._idle: dict[_Origin, list[http.client.HTTPConnection]] = {}
+        self._idle: dict[Origin, list[http.client.HTTPConnection]] = {}
         self._lock = threading.Lock()
         self._closed = False
         self._proxies = urllib.request.getproxies()
+        self._origins: dict[str, Origin] = {}  # by the URLs' beginning
 
     def get(
         self,
@@ -98,39 +116,49 @@ class HttpClient:
             FetchError: another refusal that asking again does not cure.
             TransientError: everything else.
         """
-        return self._ask(_Request("GET", headers or {}), url, span, version)
+        return self._ask(Request("GET", headers or {}), url, span, version)
+
+    def ask(
+        self, url: str, *, span: tuple[int, int], headers: Mapping[str, str] | None = None
+    ) -> Asked:
+        """Send what ``get`` sends, and leave the answer for later. Raises as it does."""
+        request = Request("GET", {**range_headers(span, None), **(headers or {})})
+        sent = self._send(request, url)
+        return Asked(lambda: self._ask(request, url, span, None, sent), sent)
 
     def head(self, url: str, *, headers: Mapping[str, str] | None = None) -> ObjectInfo:
         """Return what *url* is, without its body. Raises as ``get`` does."""
-        stream = self._ask(_Request("HEAD", headers or {}), url, None, None)
+        stream = self._ask(Request("HEAD", headers or {}), url, None, None)
         stream.close()
         return replace(stream.info, ranges=True)
 
     def post(self, url: str, body: bytes, *, headers: Mapping[str, str]) -> HttpStream:
         """Return what *url* answers to *body*. Raises as ``get`` does."""
-        return self._ask(_Request("POST", headers, body), url, None, None)
+        return self._ask(Request("POST", headers, body), url, None, None)
 
     def _ask(
         self,
-        request: _Request,
+        request: Request,
         url: str,
         span: tuple[int, int] | None,
         version: ObjectInfo | None,
+        sent: _Sent | None = None,
     ) -> HttpStream:
-        common, own, first = _headers(span, version), request.headers, urlsplit(url)
+        """Return the body of *url*, by the request that was *sent* already or by one sent here."""
+        first, common = url, range_headers(span, version)
+        whole = Request(request.method, {**common, **request.headers}, request.body)
         for _ in range(6):
-            connection, answer, origin = self._send(
-                replace(request, headers={**common, **own}), url
-            )
+            sent = sent or self._send(whole, url)
+            connection, answer = self._receive(sent, request.method)
             if answer.status not in _REDIRECTS or request.body is not None:
                 break
             target = answer.fields.get("location")
             _drop(connection, answer)
             if not target:
                 raise FetchError("a redirect that leads nowhere", where=url)
-            url = urljoin(url, target)
-            if urlsplit(url)[:2] != first[:2]:
-                own = {}
+            url, sent = urljoin(url, target), None
+            if urlsplit(url)[:2] != urlsplit(first)[:2]:
+                whole = Request(request.method, common)
         else:
             raise FetchError("more than 5 redirects", where=url)
         try:
@@ -141,7 +169,7 @@ class HttpClient:
         except BaseException:
             _drop(connection, answer)
             raise
-        return HttpStream(self, origin, connection, answer, info, url)
+        return HttpStream(self, sent.origin, connection, answer, info, url)
 
     def close(self) -> None:
         """Close every idle connection."""
@@ -152,7 +180,7 @@ class HttpClient:
             for connection in connections:
                 connection.close()
 
-    def give_back(self, origin: _Origin, connection: http.client.HTTPConnection) -> None:
+    def give_back(self, origin: Origin, connection: http.client.HTTPConnection) -> None:
         """Keep a connection whose last body was read to its end."""
         with self._lock:
             if not self._closed:
@@ -160,36 +188,59 @@ class HttpClient:
                 return
         connection.close()
 
-    def _send(
-        self, request: _Request, url: str
-    ) -> tuple[http.client.HTTPConnection, Answer, _Origin]:
-        parts = urlsplit(url)
-        origin = self._origin(parts, url)
-        message = _message(request, parts, origin, url)
+    def _send(self, request: Request, url: str) -> _Sent:
+        origin, target = self._place(url)
+        message = write_message(request, origin, target, url)
         with self._lock:
             idle = self._idle.get(origin)
-            connection = idle.pop() if idle else None
-        if connection is not None:
+            kept = idle.pop() if idle else None
+        if kept is not None:
             # The origin may have closed it meanwhile: that is no failure, and asked anew at once.
             try:
-                return connection, _exchange(connection, request.method, message), origin
+                kept.sock.sendall(message)
+                return _Sent(kept, origin, url, message, is_kept=True)
             except _STALE:
-                connection.close()
+                kept.close()
             except BaseException as error:
-                connection.close()
+                kept.close()
                 raise translate(error, url) from None
+        return self._send_anew(origin, url, message)
+
+    def _send_anew(self, origin: Origin, url: str, message: bytes) -> _Sent:
         connection = self._connect(origin)
         try:
             connection.connect()
-            if connection.sock is not None:
-                connection.sock.settimeout(self._options.stall_timeout_s)
-                self._check_peer(connection.sock, origin, url)
-            return connection, _exchange(connection, request.method, message), origin
+            connection.sock.settimeout(self._options.stall_timeout_s)
+            self._check_peer(connection.sock, origin, url)
+            connection.sock.sendall(message)
         except BaseException as error:
             connection.close()
             raise translate(error, url) from None
+        return _Sent(connection, origin, url, message, is_kept=False)
 
-    def _origin(self, parts: SplitResult, url: str) -> _Origin:
+    def _receive(self, sent: _Sent, method: str) -> tuple[http.client.HTTPConnection, Answer]:
+        try:
+            return sent.connection, _answer(sent.connection, method)
+        except BaseException as error:
+            sent.connection.close()
+            if not sent.is_kept or not isinstance(error, _STALE):
+                raise translate(error, sent.url) from None
+        anew = self._send_anew(sent.origin, sent.url, sent.message)
+        return self._receive(anew, method)
+
+    def _place(self, url: str) -> tuple[Origin, str]:
+        """Return where a connection leads, and the target of the request there."""
+        match = _SITE.match(url)
+        if match is None:
+            parts = urlsplit(url)
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            return self._origin(parts, url), target
+        origin = self._origins.get(match[0])
+        if origin is None:
+            origin = self._origins[match[0]] = self._origin(urlsplit(url), url)
+        return origin, url[match.end() :].partition("#")[0]
+
+    def _origin(self, parts: SplitResult, url: str) -> Origin:
         try:
             port = parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError:
@@ -201,16 +252,16 @@ class HttpClient:
         proxy = self._proxies.get(parts.scheme)
         if proxy and urllib.request.proxy_bypass(parts.hostname):
             proxy = None
-        return _Origin(parts.scheme, parts.hostname, port, proxy)
+        return Origin(parts.scheme, parts.hostname, port, proxy)
 
-    def _check_peer(self, connected: socket.socket, origin: _Origin, url: str) -> None:
+    def _check_peer(self, connected: socket.socket, origin: Origin, url: str) -> None:
         """Refuse a name that was resolved to the machine's own link, before anything is sent."""
         if not self._options.link_local and origin.proxy is None:
             address = str(connected.getpeername()[0])
             if is_link_local(address):
                 raise leads_here(url)
 
-    def _connect(self, origin: _Origin) -> http.client.HTTPConnection:
+    def _connect(self, origin: Origin) -> http.client.HTTPConnection:
         host, port = origin.host, origin.port
         if origin.proxy:
             proxy = urlsplit(origin.proxy if "//" in origin.proxy else f"//{origin.proxy}")
@@ -222,7 +273,7 @@ class HttpClient:
             host, port, timeout=timeout_s, context=self._tls_context(), server=origin.host
         )
         if origin.proxy:
-            connection.set_tunnel(origin.host, origin.port, _proxy_authorization(origin.proxy))
+            connection.set_tunnel(origin.host, origin.port, proxy_authorization(origin.proxy))
         return connection
 
     def _tls_context(self) -> ssl.SSLContext:
@@ -249,7 +300,7 @@ class HttpStream:
     def __init__(
         self,
         client: HttpClient,
-        origin: _Origin,
+        origin: Origin,
         connection: http.client.HTTPConnection,
         answer: Answer,
         info: ObjectInfo,
@@ -320,43 +371,14 @@ class HttpStream:
 
     def abort(self) -> None:
         """Make a read that waits in another thread fail now."""
-        if self._sock is not None:
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RDWR)
+        _shut(self._sock)
 
 
-def _headers(span: tuple[int, int] | None, version: ObjectInfo | None) -> dict[str, str]:
-    # Identity: a compressed body has other offsets than the object.
-    headers = {"Accept-Encoding": "identity", "User-Agent": "podloader"}
-    if span is not None:
-        headers["Range"] = f"bytes={span[0]}-{span[1] - 1}"
-    if version is not None and version.version:
-        tag = version.version.startswith('"')
-        headers["If-Match" if tag else "If-Unmodified-Since"] = version.version
-    return headers
-
-
-def _message(request: _Request, parts: SplitResult, origin: _Origin, url: str) -> bytes:
-    """Return the request's bytes, in the form that a proxy wants where there is one."""
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    try:
-        headers = {"Host": _host(origin), **request.headers}
-        if origin.proxy and origin.scheme == "http":
-            target = f"http://{headers['Host']}{target}"
-            headers |= _proxy_authorization(origin.proxy)
-        if request.body is not None:
-            headers["Content-Length"] = str(len(request.body))
-        return request_head(request.method, target, headers) + (request.body or b"")
-    except ValueError:
-        raise FetchError("not an http(s) URL", where=url) from None
-
-
-def _host(origin: _Origin) -> str:
-    """Return the value of Host; signatures are of it, without the scheme's own port."""
-    host = origin.host if origin.host.isascii() else origin.host.encode("idna").decode()
-    host = f"[{host}]" if ":" in host else host
-    own = origin.port == (443 if origin.scheme == "https" else 80)
-    return host if own else f"{host}:{origin.port}"
+def _shut(sock: socket.socket | None) -> None:
+    """End a connection that another thread may wait in."""
+    if sock is not None:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
 
 
 def _drop(connection: http.client.HTTPConnection, answer: Answer) -> None:
@@ -365,9 +387,8 @@ def _drop(connection: http.client.HTTPConnection, answer: Answer) -> None:
     connection.close()
 
 
-def _exchange(connection: http.client.HTTPConnection, method: str, message: bytes) -> Answer:
-    """Send a request and return the answer's beginning."""
-    connection.sock.sendall(message)
+def _answer(connection: http.client.HTTPConnection, method: str) -> Answer:
+    """Return the beginning of the answer to what was sent."""
     answer = Answer(connection.sock, method=method)
     try:
         answer.begin()
@@ -375,11 +396,3 @@ def _exchange(connection: http.client.HTTPConnection, method: str, message: byte
         answer.close()
         raise
     return answer
-
-
-def _proxy_authorization(proxy: str) -> dict[str, str]:
-    parts = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    if parts.username is None:
-        return {}
-    user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-    return {"Proxy-Authorization": "Basic " + base64.b64encode(user.encode()).decode()}

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from loader.errors import DeniedError, ExpiredError, FetchError, ListingError, LoaderError
 from loader.stores.base import ObjectInfo
-from loader.stores.http import HttpClient, HttpStream
+from loader.stores.http import Asked, HttpClient, HttpStream
 from loader.stores.listing import parse_listings
 from loader.stores.urls import SignedUrls
 from loader.types import Artifact, Listing
@@ -34,6 +34,22 @@ class PresignedStore:
     def open_first(self, artifact: Artifact, end: int) -> HttpStream:
         """Return the bytes ``[0, end)`` of the version there is now."""
         return self._with_url(artifact, lambda url: self._client.get(url, span=(0, end)))
+
+    def ask_first(self, artifact: Artifact, end: int) -> Asked:
+        """Ask for the bytes ``[0, end)`` of the version there is now."""
+        url = self._urls.current(artifact)
+        asked = self._client.ask(url, span=(0, end))
+        take = asked.stream
+
+        def stream() -> HttpStream:
+            try:
+                return take()
+            except (ExpiredError, DeniedError) as error:
+                newer = self._renewed(artifact, url, error)
+            return self._client.get(newer, span=(0, end))
+
+        asked.stream = stream
+        return asked
 
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from loader.errors import (
     LoaderError,
     TransientError,
 )
-from loader.stores.base import ObjectInfo
+from loader.stores.base import ObjectInfo, Unasked
 from loader.stores.http import HttpClient, HttpStream
 from loader.stores.layout import StoredFile
 from loader.stores.presigned import first_byte, open_url
@@ -35,6 +36,7 @@ SCHEME = "s3://"
 _PAGE_SIZE = 1000  # the most that S3 gives
 _SIGNED_S = 900
 _USED_S = 300.0  # boto3 renews temporary credentials when they have less than ten minutes left
+_WHOLE_BYTES = 256 << 10  # more is not asked for without a range
 _CHECKSUMS = {"x-amz-checksum-mode": "ENABLED"}
 _DENIED = {
     "AccessDenied",
@@ -86,7 +88,14 @@ class S3Store:
             return self._with_url(artifact, lambda url: first_byte(self._client, url))
 
     def open_first(self, artifact: Artifact, end: int) -> HttpStream:
-        """Return the whole object, as far as it is wanted: S3 tells all checksums only then."""
+        """Return the bytes ``[0, end)`` of the version there is now.
+
+        They come with the whole object where that is small: S3 tells all checksums only then.
+        """
+        if end > _WHOLE_BYTES and (info := self.stat(artifact)).size_bytes:
+            stream = self.open_range(artifact, 0, min(end, info.size_bytes), info)
+            stream.info = info
+            return stream
         url = self._sign(artifact, "get_object", {"ChecksumMode": "ENABLED"})
         try:
             stream = self._client.get(url, headers=_CHECKSUMS)
@@ -96,6 +105,10 @@ class S3Store:
             return self._with_url(artifact, lambda url: self._client.get(url, span=(0, end)))
         stream.info = replace(stream.info, ranges=True)
         return stream
+
+    def ask_first(self, artifact: Artifact, end: int) -> Unasked:
+        """Return what opens the bytes ``[0, end)`` of the version there is then."""
+        return Unasked(partial(self.open_first, artifact, end))
 
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo

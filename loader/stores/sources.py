@@ -11,7 +11,7 @@ from pathlib import Path
 from loader.errors import ConfigError, ExpiredError, FetchError, ListingError
 from loader.retry import retrying
 from loader.settings import Settings
-from loader.stores.base import ByteStream, ObjectInfo, Store
+from loader.stores.base import Asked, ByteStream, ObjectInfo, Store
 from loader.stores.baseten import NAME as BASETEN
 from loader.stores.baseten import Api, JobFiles
 from loader.stores.fs import FsspecStore
@@ -96,6 +96,10 @@ class Stores:
     def open_first(self, artifact: Artifact, end: int) -> ByteStream:
         """Return the bytes ``[0, end)`` of the version there is. Raises as ``Store.open_first``."""
         return self._store(artifact).open_first(artifact, end)
+
+    def ask_first(self, artifact: Artifact, end: int) -> Asked:
+        """Ask what ``open_first`` asks, and leave the answer. Raises as ``Store.ask_first``."""
+        return self._store(artifact).ask_first(artifact, end)
 
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo

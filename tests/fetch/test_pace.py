@@ -84,3 +84,23 @@ def test_an_origin_that_is_slow_to_answer_is_waited_for() -> None:
     assert pace.limit == 2
     run(pace, lambda n: n * 50e6, 1.0, now)
     assert pace.limit == 16
+
+
+def test_what_was_too_much_for_first_requests_is_too_much_for_ranges() -> None:
+    pace = Pace(16, 0.0, first=16)
+    now = run(pace, lambda n: n * 10.0, 1.0)
+    assert pace.limit == 16
+    pace.slow_down(now)
+    pace.begin_again(16, now)
+    run(pace, lambda n: n * 50e6, 2.0, now)
+    assert pace.limit == 8
+
+
+@pytest.mark.parametrize("first", [2, 16])
+def test_it_begins_again_with_what_it_is_told(first: int) -> None:
+    pace = Pace(16, 0.0, first=16)
+    now = run(pace, lambda n: n * 10.0, 1.0)
+    pace.begin_again(first, now)
+    assert pace.limit == first
+    run(pace, lambda n: n * 50e6, 1.0, now)
+    assert pace.limit == 16

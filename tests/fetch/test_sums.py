@@ -16,7 +16,7 @@ from loader.fetch.plan import DoneRange
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.fetch.sums import Check, choose_check
 from loader.stores.base import Algorithm, Checksum, ObjectInfo
-from loader.stores.http import HttpClient, HttpStream
+from loader.stores.http import Asked, HttpClient, HttpStream
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest
 from tests.fetch.test_transfer import ended_after
@@ -61,6 +61,19 @@ class TellingStore(PresignedStore):
         stream = super().open_first(artifact, end)
         stream.info = replace(stream.info, checksums=self._sums)
         return stream
+
+    def ask_first(self, artifact: Artifact, end: int) -> Asked:
+        """Leave the beginning, with the sums, for later."""
+        asked = super().ask_first(artifact, end)
+        take = asked.stream
+
+        def stream() -> HttpStream:
+            found = take()
+            found.info = replace(found.info, checksums=self._sums)
+            return found
+
+        asked.stream = stream
+        return asked
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import socket
+import threading
+import time
 
 import pytest
 
@@ -86,3 +88,29 @@ def test_nothing_breaks_out_of_its_line(target: str, headers: dict[str, str]) ->
 
 def test_a_request() -> None:
     assert request_head("GET", "/x?y", {"Host": "h"}) == b"GET /x?y HTTP/1.1\r\nHost: h\r\n\r\n"
+
+
+def test_a_head_may_come_in_pieces() -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        text = b"HTTP/1.1 200 OK\r\nA: b\r\nContent-Length: 2\r\n\r\nxy"
+
+        def send() -> None:
+            for place in range(0, len(text), 7):
+                there.sendall(text[place : place + 7])
+                time.sleep(0.005)
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        answer = Answer(here, method="GET")
+        answer.begin()
+        assert answer.fields == {"a": "b", "content-length": "2"}
+        assert answer.read() == b"xy"
+        thread.join()
+        answer.close()
+
+
+def test_lines_without_carriage_returns_are_not_taken_for_one() -> None:
+    answer = answer_of(b"HTTP/1.1 200 OK\nContent-Length: 8\n\nab\r\n\r\ncd")
+    assert answer.fields == {"content-length": "8"}
+    assert answer.body == b"ab\r\n\r\ncd"  # type: ignore[attr-defined]

@@ -1,0 +1,74 @@
+"""What is sent to an origin: where to, with which headers, in the form that a proxy wants."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
+
+from loader.errors import FetchError
+from loader.stores.answers import request_head
+from loader.stores.base import ObjectInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a connection leads, through which proxy."""
+
+    scheme: str
+    host: str
+    port: int
+    proxy: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A method, the headers and the body to send."""
+
+    method: str
+    headers: Mapping[str, str]
+    body: bytes | None = None
+
+
+def range_headers(span: tuple[int, int] | None, version: ObjectInfo | None) -> dict[str, str]:
+    """Return the headers that every request has, with the range and the version that it is for."""
+    # Identity: a compressed body has other offsets than the object.
+    headers = {"Accept-Encoding": "identity", "User-Agent": "podloader"}
+    if span is not None:
+        headers["Range"] = f"bytes={span[0]}-{span[1] - 1}"
+    if version is not None and version.version:
+        tag = version.version.startswith('"')
+        headers["If-Match" if tag else "If-Unmodified-Since"] = version.version
+    return headers
+
+
+def write_message(request: Request, origin: Origin, target: str, url: str) -> bytes:
+    """Return the request's bytes, in the form that a proxy wants where there is one."""
+    try:
+        headers = {"Host": _host(origin), **request.headers}
+        if origin.proxy and origin.scheme == "http":
+            target = f"http://{headers['Host']}{target}"
+            headers |= proxy_authorization(origin.proxy)
+        if request.body is not None:
+            headers["Content-Length"] = str(len(request.body))
+        return request_head(request.method, target, headers) + (request.body or b"")
+    except ValueError:
+        raise FetchError("not an http(s) URL", where=url) from None
+
+
+def _host(origin: Origin) -> str:
+    """Return the value of Host; signatures are of it, without the scheme's own port."""
+    host = origin.host if origin.host.isascii() else origin.host.encode("idna").decode()
+    host = f"[{host}]" if ":" in host else host
+    own = origin.port == (443 if origin.scheme == "https" else 80)
+    return host if own else f"{host}:{origin.port}"
+
+
+def proxy_authorization(proxy: str) -> dict[str, str]:
+    """Return the header that names the user to a proxy, where its URL does."""
+    parts = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    if parts.username is None:
+        return {}
+    user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return {"Proxy-Authorization": "Basic " + base64.b64encode(user.encode()).decode()}
