@@ -5,9 +5,10 @@
 A server on the loopback interface notes when the first byte of a request comes, over TLS after the
 handshake, measured from just before the process is made, and ends the process then. ``python -c
 pass`` runs to its end: the least that a command in Python can take. What is not installed is left
-out. The server's certificate is trusted as the system's are: they are loaded, from a file that has
-one more. Of ``s3://``, the first request is the listing, which has to be there before a file can be
-asked for.
+out. The server's certificate is trusted as the system's are: from a directory by hashes that has
+one more, or, "of a file", from the file that ``SSL_CERT_FILE`` names, which is read as a whole.
+Of ``s3://``, the first request is the listing, which has to be there before a file can be asked
+for.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Command:
 
     name: str
     words: Sequence[str]
-    variables: Mapping[str, str] = field(default_factory=dict)
+    variables: Mapping[str, str | None] = field(default_factory=dict)  # None: is not to be set
     server: Server | None = None
 
 
@@ -85,7 +86,11 @@ def commands(folder: Path) -> list[Command]:
     bundle = folder / "certificates.pem"
     system = Path(ssl.get_default_verify_paths().cafile or os.devnull).read_bytes()
     bundle.write_bytes(system + authority.cert_pem.bytes())
-    trusted = {"SSL_CERT_FILE": str(bundle), "AWS_CA_BUNDLE": str(bundle)}
+    of_file = {"SSL_CERT_FILE": str(bundle)}
+    of_folder = {
+        "SSL_CERT_FILE": None,
+        "SSL_CERT_DIR": str(hashed(authority, folder / "certificates")),
+    }
     plain, secure = Server(), Server(tls)
     aws = {
         "AWS_ENDPOINT_URL": plain.url,
@@ -101,14 +106,13 @@ def commands(folder: Path) -> list[Command]:
         return [*podloader, "fetch", str(config)]
 
     http, https = (write_listing(folder, server.url) for server in (plain, secure))
-    bucket = "s3://bucket/models"
+    secured, bucket = fetch(write_config(folder, "https", https)), "s3://bucket/models"
     found = [
         Command("python -c pass", [sys.executable, "-c", "pass"]),
         Command("podloader --help", [*podloader, "--help"]),
         Command("podloader fetch", fetch(write_config(folder, "http", http)), {}, plain),
-        Command(
-            "podloader fetch, https", fetch(write_config(folder, "https", https)), trusted, secure
-        ),
+        Command("podloader fetch, https", secured, of_folder, secure),
+        Command("podloader, https of a file", secured, of_file, secure),
         Command("podloader fetch, s3", fetch(write_config(folder, "s3", bucket)), aws, plain),
         Command("curl", ["curl", "-s", f"{plain.url}/a"], {}, plain),
         Command("curl, https", ["curl", "-s", "--cacert", str(bundle), secure.url], {}, secure),
@@ -117,6 +121,17 @@ def commands(folder: Path) -> list[Command]:
         Command("boto3", [sys.executable, "-c", _BOTO3], aws, plain),
     ]
     return [one for one in found if shutil.which(one.words[0])]
+
+
+def hashed(authority: trustme.CA, folder: Path) -> Path:
+    """Return *folder*, the system's certificates by their subjects' hashes, and the authority's."""
+    shutil.copytree(ssl.get_default_verify_paths().capath or os.devnull, folder)
+    command = ["openssl", "x509", "-noout", "-hash"]
+    told = subprocess.run(
+        command, input=authority.cert_pem.bytes(), check=True, capture_output=True
+    )
+    (folder / f"{told.stdout.decode().strip()}.0").write_bytes(authority.cert_pem.bytes())
+    return folder
 
 
 def write_listing(folder: Path, url: str) -> str:
@@ -150,9 +165,10 @@ def write_config(folder: Path, name: str, artifacts: str) -> Path:
 def measure(command: Command) -> float:
     """Return the seconds from the process's start to its first request, or to its end."""
     began = time.perf_counter()
+    variables = {**os.environ, **command.variables, "PYTHONDONTWRITEBYTECODE": ""}
     process = subprocess.Popen(
         command.words,
-        env={**os.environ, **command.variables, "PYTHONDONTWRITEBYTECODE": ""},
+        env={name: value for name, value in variables.items() if value is not None},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

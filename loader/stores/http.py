@@ -38,6 +38,7 @@ from loader.stores.messages import (
     write_message,
 )
 from loader.stores.sockets import PlainConnection, TlsConnection
+from loader.stores.trust import Trust
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 _SITE = re.compile(r"https?://[^/?#]+(?=/)")
@@ -90,7 +91,7 @@ class HttpClient:
 
     def __init__(self, options: HttpOptions) -> None:
         self._options = options
-        self._tls: ssl.SSLContext | None = None
+        self._trust = Trust(options.ca_bundle)
         self._idle: dict[Origin, list[http.client.HTTPConnection]] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -209,7 +210,12 @@ class HttpClient:
     def _send_anew(self, origin: Origin, url: str, message: bytes) -> _Sent:
         connection = self._connect(origin)
         try:
-            connection.connect()
+            try:
+                connection.connect()
+            except ssl.SSLCertVerificationError:
+                if not self._trust.widen():
+                    raise
+                connection.connect()
             connection.sock.settimeout(self._options.stall_timeout_s)
             self._check_peer(connection.sock, origin, url)
             connection.sock.sendall(message)
@@ -270,28 +276,11 @@ class HttpClient:
         if origin.scheme == "http":
             return PlainConnection(host, port, timeout=timeout_s)
         connection = TlsConnection(
-            host, port, timeout=timeout_s, context=self._tls_context(), server=origin.host
+            host, port, timeout=timeout_s, context=self._trust.context(), server=origin.host
         )
         if origin.proxy:
             connection.set_tunnel(origin.host, origin.port, proxy_authorization(origin.proxy))
         return connection
-
-    def _tls_context(self) -> ssl.SSLContext:
-        with self._lock:
-            if self._tls is None:
-                self._tls = ssl.create_default_context()
-                if self._options.ca_bundle:
-                    try:
-                        self._tls.load_verify_locations(cafile=self._options.ca_bundle)
-                    except (OSError, ssl.SSLError) as error:
-                        raise FetchError(
-                            "the CA bundle cannot be read",
-                            where=str(self._options.ca_bundle),
-                            expected="a PEM file of certificates",
-                            got=str(error.strerror or error),
-                            next_step="correct ca_bundle",
-                        ) from None
-            return self._tls
 
 
 class HttpStream:

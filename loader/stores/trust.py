@@ -1,0 +1,77 @@
+"""The certificates that TLS trusts: the system's, and those of a bundle beside them.
+
+The system keeps its certificates twice, in one file and in a directory by their subjects' hashes.
+To read all of the file takes 25 ms before a first request; the directory gives the few that are
+asked for. What it does not know, such as a bundle that was put in the file's place alone, the file
+is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import ssl
+import threading
+from pathlib import Path
+
+from loader.errors import FetchError
+
+_HASHED = re.compile(r"[0-9a-f]{8}\.\d+")
+
+
+class Trust:
+    """What one client trusts. Every method may be called from any thread."""
+
+    def __init__(self, ca_bundle: Path | None) -> None:
+        self._ca_bundle = ca_bundle
+        self._lock = threading.Lock()
+        self._context: ssl.SSLContext | None = None
+        self._may_widen = False
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context of every connection.
+
+        Raises:
+            FetchError: the bundle cannot be read.
+        """
+        with self._lock:
+            if self._context is None:
+                directory = _hashed_directory()
+                self._may_widen = directory is not None
+                context = ssl.create_default_context(capath=directory)
+                if self._ca_bundle:
+                    _load(context, self._ca_bundle)
+                self._context = context
+            return self._context
+
+    def widen(self) -> bool:
+        """Trust all that the system does; return whether that may be more than before."""
+        with self._lock:
+            if self._context is not None and self._may_widen:
+                self._context.load_default_certs()
+            return self._may_widen
+
+
+def _hashed_directory() -> str | None:
+    """Return the system's directory of certificates, None where there is none to be used."""
+    paths = ssl.get_default_verify_paths()
+    if paths.openssl_cafile_env in os.environ or not paths.capath:
+        return None
+    try:
+        is_hashed = any(_HASHED.fullmatch(path.name) for path in Path(paths.capath).iterdir())
+    except OSError:
+        return None
+    return paths.capath if is_hashed else None
+
+
+def _load(context: ssl.SSLContext, bundle: Path) -> None:
+    try:
+        context.load_verify_locations(cafile=bundle)
+    except (OSError, ssl.SSLError) as error:
+        raise FetchError(
+            "the CA bundle cannot be read",
+            where=str(bundle),
+            expected="a PEM file of certificates",
+            got=str(error.strerror or error),
+            next_step="correct ca_bundle",
+        ) from None
