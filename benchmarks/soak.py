@@ -22,7 +22,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -103,11 +102,18 @@ class SoakOrigin(FaultyOrigin):
         """Put another version of the same size in the place of a file."""
         place = self.root / "training_projects/demo/jobs" / path
         with self.lock:
+            if not self.unruly[path.partition("/")[0]]:
+                return  # a request that a run before the last one left behind comes too late
             content = self.chance.randbytes(place.stat().st_size)
             self.versions[path].append(hashlib.sha256(content).hexdigest())
-        temporary = self.root / f"new-{threading.get_ident()}"  # where no listing names it
-        temporary.write_bytes(content)
-        temporary.replace(place)
+            temporary = self.root / "new"  # where no listing names it
+            temporary.write_bytes(content)
+            temporary.replace(place)
+
+    def calm(self, job: str) -> None:
+        """Let the requests of *job* meet no fault from now on."""
+        with self.lock:
+            self.unruly[job] = 0.0
 
 
 class SoakHandler(FaultyHandler):
@@ -205,14 +211,17 @@ class Transfer:
         for _ in range(self.deaths):
             self.kill_one()
         for number in range(RUNS):
-            self.origin.unruly[self.job] = rate if number < RUNS - 1 else 0.0
+            if number < RUNS - 1:
+                self.origin.unruly[self.job] = rate
+            else:
+                self.origin.calm(self.job)
             self.runs += 1
             if self.attempt():
                 if self.flips or self.chance.random() > 0.3:
                     break
                 self.flip_a_bit()
             self.check(newest=False)
-        self.origin.unruly[self.job] = 0.0
+        self.origin.calm(self.job)
         assert self.attempt(), "an error without a fault"
         self.check(newest=True)
         shutil.rmtree(self.root)
@@ -248,7 +257,8 @@ class Transfer:
                 continue
             digest = hashlib.sha256(final.read_bytes()).hexdigest()
             allowed = versions[-1:] if newest else versions
-            assert digest in allowed, f"a wrong file: {path}"
+            told = "an old file" if digest in versions else "a wrong file"
+            assert digest in allowed, f"{told}: {path}"
 
     _flipped: frozenset[str] = frozenset()
 
@@ -302,7 +312,7 @@ def main() -> None:
 
 
 def report(transfers: int, seed: int) -> str:
-    """Return the table of *transfers*; raises AssertionError at the first wrong file."""
+    """Return the table of *transfers*; raises AssertionError, with the seed, at a wrong file."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="podloader-soak-") as name:
         folder = Path(name)
@@ -312,6 +322,8 @@ def report(transfers: int, seed: int) -> str:
             made = [Transfer(origin, folder, number, seed) for number in range(transfers)]
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 done = list(pool.map(Transfer.run, made))
+        except AssertionError as error:
+            raise AssertionError(f"{error} (seed {seed})") from error
         finally:
             origin.stop()
     errors = sum((transfer.errors for transfer in done), Counter[str]())
