@@ -44,6 +44,7 @@ class Schedule:
         self._beginning = 0
         self._beginning_bytes = 0
         self._left_bytes = sum(part.info.size_bytes for part in parts)
+        self._ended_bytes, self._ended_s = 0, 0.0  # of claims that are over
         self._stopped = False
 
     def stop(self) -> None:
@@ -101,6 +102,8 @@ class Schedule:
         """Say that the claim's worker is through with it."""
         with self.turn:
             self.active.discard(claim)
+            self._ended_bytes += claim.place - claim.start
+            self._ended_s += time.monotonic() - claim.began
             self.turn.notify_all()
 
     def _deal(self) -> Claim | None:
@@ -180,16 +183,20 @@ class Schedule:
         """Return what a slow worker's claim is lightened by, None where nobody is slow."""
         now = time.monotonic()
         slow = sorted(self.active, key=lambda claim: -claim.seconds_left(now))
-        brought = [c.place - c.start for c in self.active if c.place > c.start]
-        spent = [now - c.began for c in self.active if c.place > c.start]
-        typical = sum(brought) / max(sum(spent), 1e-9)
         for claim in slow:
             if not claim.part.info.ranges or claim.seconds_left(now) < _SLOW_S:
                 continue
             with claim.lock:
-                if taken := self._share(claim, typical, now):
+                if taken := self._share(claim, self._typical_rate(claim, now), now):
                     return taken
         return None
+
+    def _typical_rate(self, claim: Claim, now: float) -> float:
+        """Return the bytes per second of the other claims, those that are over included."""
+        others = [c for c in self.active if c is not claim and c.place > c.start]
+        brought = self._ended_bytes + sum(c.place - c.start for c in others)
+        spent = self._ended_s + sum(now - c.began for c in others)
+        return brought / max(spent, 1e-9)
 
     def _share(self, claim: Claim, typical: float, now: float) -> Claim | None:
         left = claim.end - claim.place

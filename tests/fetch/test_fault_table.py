@@ -47,6 +47,7 @@ RULES = {
     "when nothing else is left": [
         "fetch/test_transfer.py::test_what_a_stalled_connection_owes_is_asked_for_elsewhere",
         "fetch/test_transfer.py::test_a_slow_connection_does_not_hold_the_end_back",
+        "fetch/test_transfer.py::test_a_slow_connection_that_is_the_last_one_gives_way",
     ],
     "`Range` ignored from the start": [
         "fetch/test_faults.py::test_each_fault_has_its_rule",

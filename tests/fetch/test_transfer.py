@@ -156,6 +156,21 @@ def test_a_slow_connection_does_not_hold_the_end_back(
     assert any(start < int(first) <= last for first, _ in spans), "its rest was asked for again"
 
 
+def test_a_slow_connection_that_is_the_last_one_gives_way(
+    origin: FaultyOrigin, patient: PresignedStore, manifest: Manifest, tmp_path: Path
+) -> None:
+    """Its rest is too little to be shared, and no other is left to compare it with."""
+    path = origin.put("last.bin", CONTENT[: MIB + 1]).relative_to(origin.root).as_posix()
+    last = Artifact("job1", 0, "last.bin", origin.sign(path))
+    origin.fail("last.bin", act(lambda: None), slow(0.1))
+    snapshot = fetch(Manifest((*manifest.files, last)), tmp_path, patient, OPTIONS, Noted())
+    assert snapshot.fetched_bytes == len(CONTENT) + MIB + 1
+    assert (tmp_path / "job1/rank-0/last.bin").read_bytes() == CONTENT[: MIB + 1]
+    _, slow_one, *others = origin.ranges_of("last.bin")
+    assert slow_one == f"bytes=0-{MIB}"
+    assert others, "its rest was asked for again"
+
+
 def test_next_to_nothing_is_cut(
     origin: FaultyOrigin,
     patient: PresignedStore,
