@@ -243,19 +243,3 @@ def test_a_large_file_that_others_have_begun_goes_on_where_they_ended(
     found = fetch(manifest, tmp_path, store, options)
     check(tmp_path, 700_000)
     assert found.fetched_bytes < 700_000
-
-
-def test_a_whole_file_that_is_locked_is_about_to_get_its_record(tmp_path: Path) -> None:
-    place = places(tmp_path, Artifact("job1", 0, "a.bin", "http://h/a.bin", 1))
-    first = lock_part(place)
-    assert first is not None
-    assert first[1]
-    assert lock_part(place) is None
-    place.final.parent.mkdir(parents=True)
-    Path(place.part).rename(place.final)
-    assert lock_part(place) is None
-    os.close(first[0])
-    second = lock_part(place)
-    assert second is not None
-    assert not second[1]
-    os.close(second[0])
