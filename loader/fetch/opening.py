@@ -72,6 +72,7 @@ class Opening:
         self._tasks: deque[Task] = deque()
         self._large: deque[Task] = deque()
         self._parts: dict[int, PartFile] = {}
+        self._total_bytes = 0  # as the listing tells; once all have been asked for, as they are
         self._left = 0
         self._flying = 0  # requests whose answer has not been read
         self._opened = 0  # large files that have been asked for
@@ -91,9 +92,9 @@ class Opening:
             LoaderError: the first failure that asking again did not cure.
             StoppedError: *stop* was set.
         """
-        total = sum(artifact.size_bytes or 0 for artifact in artifacts)
+        self._total_bytes = sum(artifact.size_bytes or 0 for artifact in artifacts)
         for place, artifact in enumerate(artifacts):
-            task = self._task(place, artifact, total)
+            task = self._task(place, artifact)
             (self._large if task.large else self._tasks).append(task)
         self._left = len(self._tasks)
         try:
@@ -110,6 +111,7 @@ class Opening:
             part = self._hooks.make(task.artifact, ObjectInfo(task.artifact.size_bytes or 0))
             part.is_seen = False
             self._parts[task.place] = part
+        self._total_bytes = sum(part.info.size_bytes for part in self._parts.values())
         return [self._parts[place] for place in range(len(artifacts))]
 
     def see(self, part: PartFile, halt: threading.Event) -> None:
@@ -118,8 +120,7 @@ class Opening:
         Raises:
             LoaderError: a failure that asking again did not cure.
         """
-        total = sum(one.info.size_bytes for one in self._parts.values())
-        task = self._task(-1, part.artifact, total)
+        task = self._task(-1, part.artifact)
         for attempt in retrying(lambda state: state.attempt_number > self._retries, halt):
             with attempt:
                 try:
@@ -258,13 +259,13 @@ class Opening:
         enough = self._opened_bytes >= most * self._range_bytes
         return bool(self._large) and not enough and self._flying + self._opened < most
 
-    def _task(self, place: int, artifact: Artifact, total_bytes: int) -> Task:
+    def _task(self, place: int, artifact: Artifact) -> Task:
         size = artifact.size_bytes
         if size is None:
             return Task(place, artifact, self._first_bytes)
         if size <= self._small_bytes:
             return Task(place, artifact, max(size, 1))
-        end = guided_bytes(size, total_bytes, self._most, self._range_bytes)
+        end = guided_bytes(size, self._total_bytes, self._most, self._range_bytes)
         return Task(place, artifact, end, large=True)
 
     def _tell(self, task: Task, error: TransientError) -> None:

@@ -33,7 +33,7 @@ class PresignedStore:
 
     def open_first(self, artifact: Artifact, end: int) -> HttpStream:
         """Return the bytes ``[0, end)`` of the version there is now."""
-        return self._with_url(artifact, lambda url: self._client.get(url, span=(0, end)))
+        return self.ask_first(artifact, end).stream()
 
     def ask_first(self, artifact: Artifact, end: int) -> Asked:
         """Ask for the bytes ``[0, end)`` of the version there is now."""

@@ -94,6 +94,13 @@ def peer(
     made.close()
 
 
+@pytest.fixture
+def tls_peer(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
+    made = Peer("tls", authority, monkeypatch)
+    yield made
+    made.close()
+
+
 def receive(sock: PlainSocket, count: int, buffer: memoryview) -> list[int]:
     """Return how many bytes each read put into *buffer*, up to *count* or the end."""
     reads: list[int] = []
@@ -206,23 +213,16 @@ def test_a_peer_that_does_not_shake_hands(authority: trustme.CA) -> None:
             connection.connect()
 
 
-def test_the_cheapest_of_the_allowed_ciphers_comes_first(
-    authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    peer = Peer("tls", authority, monkeypatch)
-    sock = peer.connect(lambda end: end.sendall(CONTENT))
+def test_the_cheapest_of_the_allowed_ciphers_comes_first(tls_peer: Peer) -> None:
+    sock = tls_peer.connect(lambda end: end.sendall(CONTENT))
     assert isinstance(sock, TlsSocket)
     cipher = sock._tls.cipher()
     assert cipher is not None
     assert cipher[0] == "TLS_AES_128_GCM_SHA256"
-    peer.close()
 
 
-def test_a_closed_connection_writes_nothing_more(
-    authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    peer = Peer("tls", authority, monkeypatch)
-    sock = peer.connect(lambda end: end.sendall(CONTENT))
+def test_a_closed_connection_writes_nothing_more(tls_peer: Peer) -> None:
+    sock = tls_peer.connect(lambda end: end.sendall(CONTENT))
     receive(sock, MEBIBYTE, memoryview(bytearray(MEBIBYTE)))
     fd = sock._sock.fileno()
     sock.close()
@@ -230,7 +230,7 @@ def test_a_closed_connection_writes_nothing_more(
     with ours, theirs:
         assert fd in (ours.fileno(), theirs.fileno()), "the descriptor is taken again"
         del sock
-        peer.close()
+        tls_peer.close()
         gc.collect()
         for end in (ours, theirs):
             end.setblocking(False)
