@@ -34,6 +34,47 @@ _MOST_THREADS = 16
 Progress = Callable[[int, int], None]
 
 
+class _NotFiniteError(Exception):
+    """A merged tensor has NaN or infinite values, so many in one piece of it."""
+
+    def __init__(self, name: str, count: int) -> None:
+        super().__init__(name, count)
+        self.name, self.count = name, count
+
+
+class _Broken:
+    """Tensors that turn out not to be finite: one error names them all."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, int] = {}
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Let the block end early for such a tensor."""
+        try:
+            yield
+        except _NotFiniteError as error:
+            self.found[error.name] = error.count
+
+    def check(self, names: Iterable[str]) -> None:
+        """Check that there are none; *names* are all tensors in the order of the files.
+
+        Raises:
+            AdapterError: there are some.
+        """
+        if self.found:
+            raise AdapterError(
+                "NaN or infinite values in merged tensors",
+                expected="finite values",
+                problems=[
+                    f"{name}: {self.found[name]} that are not, in one piece of it"
+                    for name in names
+                    if name in self.found
+                ],
+                next_step="the adapter, or the base under it, is broken: train or fetch it again",
+            )
+
+
 class _Counter:
     """Bytes done so far, told to whoever wants to know."""
 
@@ -77,7 +118,7 @@ def merge_tensors(merging: Merging, on_progress: Progress | None = None) -> bool
     Of each tensor its first rows are compared with the base's.
 
     Raises:
-        AdapterError: a merged tensor with NaN or infinite values.
+        AdapterError: merged tensors with NaN or infinite values; it names all of them.
     """
     reader, plan, writer = merging.reader, merging.plan, merging.writer
     files = writer.files()
@@ -86,15 +127,18 @@ def merge_tensors(merging: Merging, on_progress: Progress | None = None) -> bool
     made_of = _group_by_origin(files, plan)
     local = threading.local()
     failed = threading.Event()
+    broken = _Broken()
 
     def copy(names: list[str]) -> bool:
-        writer.copy(names, reader)
+        if not broken.found:
+            writer.copy(names, reader)
         counter.add(sum(reader.tensors[name].size_bytes for name in names))
         return False
 
     def change(name: str, count: int) -> bool:
         scratch = local.__dict__.setdefault("scratch", Scratch())
-        with torch.inference_mode():
+        changed = False
+        with broken.noted(), torch.inference_mode():
             changed = _merge_tensor(name, merging, scratch)
         counter.add(count)
         return changed
@@ -123,6 +167,7 @@ def merge_tensors(merging: Merging, on_progress: Progress | None = None) -> bool
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     changed = [job.result() for job in jobs if job in done]  # every one: any may have failed
+    broken.check(name for tensors in files.values() for name in tensors)
     return any(changed)
 
 
@@ -242,10 +287,4 @@ def _check_finite(name: str, merged: torch.Tensor) -> None:
     # The sum is one pass; it is not finite also when it overflows, which the second look decides.
     if merged.sum(dtype=torch.float32).isfinite() or merged.isfinite().all():
         return
-    raise AdapterError(
-        "NaN or infinite values in a merged tensor",
-        where=name,
-        expected="finite values",
-        got=f"{int((~merged.isfinite()).sum())} that are not, in one piece of it",
-        next_step="the adapter, or the base under it, is broken: train or fetch it again",
-    )
+    raise _NotFiniteError(name, int((~merged.isfinite()).sum()))
