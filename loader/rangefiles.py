@@ -13,7 +13,7 @@ from typing import Protocol, Self
 
 from loader.errors import FormatError, TransientError
 from loader.fetch.arrivals import Arrivals
-from loader.retry import retrying
+from loader.retry import ask_again
 from loader.stores.base import ObjectInfo, Store
 from loader.types import Artifact, Checkpoint
 from loader.weights.consolidate.files import LocalFile, RangeFile, choose_copy
@@ -99,15 +99,18 @@ class RemoteFile:
         if self._watch:
             self._watch.begin(self.where)
         done = 0
-        for attempt in retrying(lambda s: s.attempt_number > self._retries, threading.Event()):
-            with attempt:
-                try:
-                    for count in self._receive(start + done, buffer[done:]):
-                        done += count
-                except TransientError as error:
-                    if self._watch:
-                        self._watch.retry(self.where, error.what)
-                    raise
+
+        def read() -> None:
+            nonlocal done
+            try:
+                for count in self._receive(start + done, buffer[done:]):
+                    done += count
+            except TransientError as error:
+                if self._watch:
+                    self._watch.retry(self.where, error.what)
+                raise
+
+        ask_again(read, self._retries)
 
     def _receive(self, start: int, buffer: memoryview) -> Iterator[int]:
         """Fill *buffer* with one request, and say of each piece that came how long it was."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception
 from tenacity.nap import sleep_using_event
@@ -14,6 +15,7 @@ from loader.errors import LoaderError
 _FIRST_WAIT_S = 0.2
 _LONGEST_WAIT_S = 20.0
 _LONGEST_ASKED_S = 60.0
+_Out = TypeVar("_Out")
 
 
 def retrying(gives_up: Callable[[RetryCallState], bool], stop: threading.Event) -> Retrying:
@@ -25,6 +27,11 @@ def retrying(gives_up: Callable[[RetryCallState], bool], stop: threading.Event) 
         sleep=sleep_using_event(stop),
         reraise=True,
     )
+
+
+def ask_again(ask: Callable[[], _Out], retries: int) -> _Out:
+    """Return what *ask* does, which is called up to *retries* times more after passing failures."""
+    return retrying(lambda state: state.attempt_number > retries, threading.Event())(ask)
 
 
 def wait_s(state: RetryCallState) -> float:

@@ -17,9 +17,9 @@ from pathlib import PurePosixPath
 from loader.fetch.arrivals import Arrivals
 from loader.fetch.background import SplitFetch, are_here, join
 from loader.fetch.progress import LogProgress, Progress
+from loader.fetch.snapshot import ask_version
 from loader.rangefiles import ArrivingFile, RemoteFile, ShardFiles
 from loader.ready import make_ready
-from loader.retry import retrying
 from loader.settings import Settings
 from loader.sources import SHARDED, Report, log_progress
 from loader.stores.base import ObjectInfo
@@ -166,11 +166,7 @@ class _Watch:
 
 def _ask_versions(fetched: SplitFetch) -> dict[str, ObjectInfo]:
     def ask(artifact: Artifact) -> ObjectInfo:
-        retries = fetched.options.retries
-        for attempt in retrying(lambda s: s.attempt_number > retries, threading.Event()):
-            with attempt:
-                return fetched.store.stat(artifact)
-        raise AssertionError("the loop ends by returning or raising")
+        return ask_version(artifact, fetched.store, fetched.options.retries)
 
     files = fetched.late.files
     with ThreadPoolExecutor(min(fetched.options.concurrency, len(files))) as pool:

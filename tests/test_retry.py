@@ -8,7 +8,7 @@ import pytest
 from tenacity import RetryCallState, Retrying
 
 from loader.errors import FetchError, TransientError
-from loader.retry import retrying, wait_s
+from loader.retry import ask_again, retrying, wait_s
 
 
 def state(attempt: int, asked_s: float | None = None) -> RetryCallState:
@@ -57,3 +57,18 @@ def test_a_stop_ends_a_pause() -> None:
     with pytest.raises(TransientError):
         retrying(lambda _: False, stop)(fail)
     assert stop.is_set()
+
+
+def test_what_passes_is_asked_again_so_many_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loader.retry._FIRST_WAIT_S", 0.0)
+    left = [TransientError("busy")] * 3
+
+    def ask() -> str:
+        if left:
+            raise left.pop()
+        return "there"
+
+    with pytest.raises(TransientError):
+        ask_again(ask, 1)
+    assert len(left) == 1
+    assert ask_again(ask, 1) == "there"

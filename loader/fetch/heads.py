@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from loader.errors import TransientError
-from loader.retry import retrying
+from loader.retry import ask_again
 from loader.stores.base import ObjectInfo, Store
 from loader.types import Artifact
 
@@ -30,12 +29,13 @@ def read_head(
     Raises:
         FetchError: they cannot be read.
     """
-    for attempt in retrying(lambda state: state.attempt_number > retries, threading.Event()):
-        with attempt:
-            info = store.stat(artifact)
-            head = _read(artifact, store, info, Head(b"", info.size_bytes), _FIRST_BYTES)
-            return _read(artifact, store, info, head, needed(head))
-    raise AssertionError("the loop ends by returning or raising")
+
+    def read() -> Head:
+        info = store.stat(artifact)
+        head = _read(artifact, store, info, Head(b"", info.size_bytes), _FIRST_BYTES)
+        return _read(artifact, store, info, head, needed(head))
+
+    return ask_again(read, retries)
 
 
 def _read(artifact: Artifact, store: Store, info: ObjectInfo, head: Head, end: int) -> Head:

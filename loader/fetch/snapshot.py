@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from tenacity import Retrying
-
 from loader.errors import FetchError, LoaderError, TransientError
 from loader.fetch.arrivals import Arrivals
 from loader.fetch.download import Download, is_same
@@ -32,7 +30,7 @@ from loader.fetch.threads import map_on_threads
 from loader.fetch.transfer import Limits
 from loader.fetch.verify import Verify, is_intact
 from loader.fetch.way import check_way
-from loader.retry import retrying
+from loader.retry import ask_again
 from loader.stores.base import ObjectInfo, Store
 from loader.types import Artifact, Manifest, Snapshot
 
@@ -180,10 +178,7 @@ def read_artifact(artifact: Artifact, root: Path, store: Store) -> bytes:
             expected=f"at most {show_bytes(_SMALL_BYTES)}",
             got=show_bytes(info.size_bytes),
         )
-    for attempt in _attempts(FetchOptions().retries):
-        with attempt:
-            return _read_whole(artifact, info, store)
-    raise AssertionError("the loop ends by returning or raising")
+    return ask_again(partial(_read_whole, artifact, info, store), FetchOptions().retries)
 
 
 def _read_whole(artifact: Artifact, info: ObjectInfo, store: Store) -> bytes:
@@ -254,11 +249,4 @@ def ask_version(artifact: Artifact, store: Store, retries: int) -> ObjectInfo:
     Raises:
         FetchError: the origin does not tell.
     """
-    for attempt in _attempts(retries):
-        with attempt:
-            return store.stat(artifact)
-    raise AssertionError("the loop ends by returning or raising")
-
-
-def _attempts(retries: int) -> Retrying:
-    return retrying(lambda state: state.attempt_number > retries, threading.Event())
+    return ask_again(partial(store.stat, artifact), retries)

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 from urllib.parse import quote, urlencode
 
 from loader.credentials import Secret
 from loader.errors import ConfigError, DeniedError, FetchError, ListingError
-from loader.retry import retrying
+from loader.retry import ask_again
 from loader.stores.http import HttpClient, HttpStream
 from loader.stores.listing import parse_entries
 from loader.types import Artifact, Listing
@@ -68,9 +68,8 @@ class Api:
 
     def _ask(self, path: str, send: Callable[[], HttpStream]) -> Mapping[str, Any]:
         where = f"{self._url}/{path}"
-        attempts = retrying(lambda s: s.attempt_number > self._retries, threading.Event())
         try:
-            text = attempts(_read, send)
+            text = ask_again(partial(_read, send), self._retries)
         except DeniedError as error:
             raise DeniedError(
                 "the REST API does not take the key",

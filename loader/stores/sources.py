@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from loader.errors import ConfigError, ExpiredError, FetchError, ListingError
-from loader.retry import retrying
+from loader.retry import ask_again
 from loader.settings import Settings
 from loader.stores.base import Asked, ByteStream, ObjectInfo, Store
 from loader.stores.baseten import NAME as BASETEN
@@ -147,10 +147,8 @@ class Stores:
     def _read_url(self, url: str) -> tuple[Listing, ...]:
         """Read a listing behind a URL, whose failures are the listing's."""
         listing = UrlListing(url, self._trusted, local_urls=self._local)
-        retries = self._settings.retries
-        attempts = retrying(lambda state: state.attempt_number > retries, threading.Event())
         try:
-            return attempts(self._keep, listing)
+            return ask_again(partial(self._keep, listing), self._settings.retries)
         except FetchError as error:
             raise ListingError(
                 f"the listing cannot be fetched: {error.what}",
