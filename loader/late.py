@@ -10,7 +10,6 @@ import contextlib
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,8 +20,8 @@ from loader.fetch.arrivals import Arrivals
 from loader.fetch.background import SplitFetch, join
 from loader.fetch.files import places, read_record
 from loader.fetch.heads import Head, read_head
-from loader.fetch.snapshot import ask_version
 from loader.rangefiles import RemoteFile
+from loader.threads import map_on_threads
 from loader.timeline import Timeline
 from loader.types import Artifact, Snapshot
 from loader.weights.header import Header, TensorInfo, header_length, parse_header, read_header
@@ -87,17 +86,16 @@ class LateWeights:
         """
         texts: dict[str, bytes] = {}
         if names := [name for name in self.tensors if is_description(name)]:
-            with ThreadPoolExecutor(self.fetched.options.concurrency) as pool:
-                texts = dict(zip(names, pool.map(self._open_files(), names), strict=True))
+            read, concurrency = self._open_files(), self.fetched.options.concurrency
+            texts = dict(zip(names, map_on_threads(read, names, concurrency), strict=True))
         return find_packed(config, self.tensors, texts.__getitem__)
 
     def _open_files(self) -> Callable[[str], bytes]:
         """Return what reads a small tensor at the origin."""
         store, retries = self.fetched.store, self.fetched.options.retries
+        versions = self.fetched.ask_versions()
         files = {
-            self.fetched.root / a.path: RemoteFile(
-                a, store, ask_version(a, store, retries), retries
-            )
+            self.fetched.root / a.path: RemoteFile(a, store, versions[a.path], retries)
             for a in self.fetched.late.files
         }
 
@@ -187,8 +185,7 @@ def read_late(fetched: SplitFetch, first: Snapshot, timeline: Timeline) -> LateW
 
     files = fetched.late.files
     with timeline.stage("headers"):
-        with ThreadPoolExecutor(min(options.concurrency, max(1, len(files)))) as pool:
-            headers = list(pool.map(read, files))
+        headers = map_on_threads(read, files, options.concurrency)
         paths = [fetched.root / artifact.path for artifact in files]
         by_path = dict(zip(paths, headers, strict=True))
         return LateWeights(fetched, first, by_path, join_headers(by_path), timeline)

@@ -10,14 +10,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from loader.fetch.arrivals import Arrivals
 from loader.fetch.background import SplitFetch, are_here, join
 from loader.fetch.progress import LogProgress, Progress
-from loader.fetch.snapshot import ask_version
 from loader.rangefiles import ArrivingFile, RemoteFile, ShardFiles
 from loader.ready import make_ready
 from loader.settings import Settings
@@ -49,7 +47,7 @@ def prepare_from_shards(settings: Settings, fetched: SplitFetch, timeline: Timel
     sharded = any(checkpoint.kind in SHARDED for checkpoint in checkpoints)
     if not sharded and settings.weights_only_fetch:  # beside a model that is whole already
         return make_ready(settings, first, checkpoints, timeline, progress=told)
-    versions = _ask_versions(fetched)
+    versions = fetched.ask_versions()
     if settings.weights_only_fetch and all(info.ranges for info in versions.values()):
         shards = LateShards(fetched, versions, first, timeline, None)
         return make_ready(settings, first, checkpoints, timeline, None, shards, told)
@@ -162,12 +160,3 @@ class _Watch:
             self._progress.start(len(self._paths), total, 0)
         self._progress.advance(done - (self._done or 0), "")
         self._done = done
-
-
-def _ask_versions(fetched: SplitFetch) -> dict[str, ObjectInfo]:
-    def ask(artifact: Artifact) -> ObjectInfo:
-        return ask_version(artifact, fetched.store, fetched.options.retries)
-
-    files = fetched.late.files
-    with ThreadPoolExecutor(min(fetched.options.concurrency, len(files))) as pool:
-        return {a.path: info for a, info in zip(files, pool.map(ask, files), strict=True)}

@@ -15,7 +15,7 @@ LOADER = Path(__file__).parent.parent / "loader"
 # A room may import what stands below it, and itself.
 LAYERS = [
     {"errors"},
-    {"types", "timeline", "retry", "imports"},
+    {"types", "timeline", "retry", "threads", "imports"},
     {"truss_config", "credentials", "values"},
     {"settings"},
     {"resolve", "stores", "weights"},

@@ -12,9 +12,10 @@ from typing import Self
 from loader.fetch.arrivals import Arrivals
 from loader.fetch.files import places, read_record
 from loader.fetch.progress import Progress
-from loader.fetch.snapshot import FetchOptions, fetch
+from loader.fetch.snapshot import FetchOptions, ask_version, fetch
 from loader.fetch.spans import SpanProgress
-from loader.stores.base import Store
+from loader.stores.base import ObjectInfo, Store
+from loader.threads import map_on_threads
 from loader.timeline import Timeline
 from loader.types import Artifact, Manifest, Snapshot
 
@@ -104,6 +105,19 @@ class SplitFetch:
         """
         with SpanProgress(self.progress, timeline, stage) as watched:
             return fetch(self.early, self.root, self.store, self.options, watched)
+
+    def ask_versions(self) -> dict[str, ObjectInfo]:
+        """Return which version of each file of the second part lies at the origin now, by path.
+
+        Raises:
+            FetchError: the origin does not tell.
+        """
+
+        def ask(artifact: Artifact) -> ObjectInfo:
+            return ask_version(artifact, self.store, self.options.retries)
+
+        found = map_on_threads(ask, self.late.files, self.options.concurrency)
+        return {a.path: info for a, info in zip(self.late.files, found, strict=True)}
 
     @contextlib.contextmanager
     def fetching_late(self, timeline: Timeline) -> Iterator[Arrivals]:

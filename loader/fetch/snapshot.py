@@ -26,12 +26,13 @@ from loader.fetch.pace import FIRST, Pace
 from loader.fetch.part import LARGE_BYTES, PartFile, fetched_file
 from loader.fetch.progress import LogProgress, Progress, show_bytes
 from loader.fetch.sums import choose_check
-from loader.fetch.threads import map_on_threads
+from loader.fetch.threads import check_stop
 from loader.fetch.transfer import Limits
 from loader.fetch.verify import Verify, is_intact
 from loader.fetch.way import check_way
 from loader.retry import ask_again
 from loader.stores.base import ObjectInfo, Store
+from loader.threads import map_on_threads
 from loader.types import Artifact, Manifest, Snapshot
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ def _kept(
             _log.warning("%s is not what was fetched; it is fetched again", artifact.path)
         return False
 
-    found = map_on_threads(is_kept, tuple(seen), options.concurrency, stop)
+    found = map_on_threads(is_kept, tuple(seen), options.concurrency, partial(check_stop, stop))
     return {a: r for (a, r), kept in zip(seen.items(), found, strict=True) if kept}
 
 
@@ -233,7 +234,7 @@ def _ask(
             silent.append(error)
             return None
 
-    infos = map_on_threads(ask, tuple(kept), options.concurrency, stop)
+    infos = map_on_threads(ask, tuple(kept), options.concurrency, partial(check_stop, stop))
     if silent:
         _log.warning(
             "the origin does not tell whether %d files here are its newest: %s",

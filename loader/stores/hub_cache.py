@@ -10,8 +10,9 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from loader.threads import map_on_threads
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _THREADS = 4
@@ -24,18 +25,12 @@ def drop_rotten(files: Iterable[Path], before_ns: int) -> None:
     Only what was written *before_ns* (epoch nanoseconds) is read, not what this run downloaded.
     """
     links = [path for path in files if path.is_file()]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        rotten = [
-            path
-            for path, sound in zip(
-                links, pool.map(lambda path: _is_sound(path, before_ns), links), strict=True
-            )
-            if not sound
-        ]
-    for path in rotten:
-        _log.warning("%s is not what the Hub gave; it is fetched again", path.name)
-        path.resolve().unlink()
-        path.unlink(missing_ok=True)
+    sound = map_on_threads(lambda path: _is_sound(path, before_ns), links, _THREADS)
+    for path, is_sound in zip(links, sound, strict=True):
+        if not is_sound:
+            _log.warning("%s is not what the Hub gave; it is fetched again", path.name)
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
 
 
 def _is_sound(path: Path, before_ns: int) -> bool:

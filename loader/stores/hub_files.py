@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from loader.threads import map_on_threads
 
 
 class Told(Protocol):
@@ -42,7 +42,8 @@ def download_files(
     Each is called ``<repo_id>/<name>`` to *told*.
 
     Raises:
-        Exception: whatever huggingface-hub raises first; no further file is begun then.
+        Exception: whatever huggingface-hub raises first; no further file is begun then, and those
+            under way are not waited for.
     """
     from huggingface_hub import hf_hub_download
 
@@ -65,42 +66,9 @@ def download_files(
         told.finish_file(path)
 
     try:
-        _work_off(missing, download, concurrency)
+        map_on_threads(download, missing, concurrency)
     finally:
         told.finish()
-
-
-def _work_off(names: list[str], work: Callable[[str], None], concurrency: int) -> None:
-    """Do *work* on all *names*, on threads that a process which is told to end does not wait for.
-
-    Those of a ``ThreadPoolExecutor`` it would wait for: the whole rest of a large file.
-    """
-    left: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for name in names:
-        left.put(name)
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        while not failed:
-            try:
-                name = left.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                work(name)
-            except BaseException as error:
-                failed.append(error)
-
-    threads = [
-        threading.Thread(target=run, name="hub", daemon=True)
-        for _ in range(min(concurrency, len(names)))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise failed[0]
 
 
 def _bar(told: Told, path: str) -> Any:
