@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from loader.errors import ConfigError, FetchError, LoaderError, TransientError
+from loader.errors import FetchError, LoaderError, TransientError
 from loader.stores.hub_cache import drop_rotten
+from loader.stores.hub_errors import not_here, translate_error
 from loader.stores.hub_files import Told, download_files
 from loader.stores.model_files import side_files, weight_files
 
@@ -67,7 +68,7 @@ def fetch_model(
         side = () if only == "weights" else side_files(sizes)
         weights = () if only == "small files" else weight_files(sizes, allow_pickle=allow_pickle)
         if not weights and only != "small files":
-            raise _no_weights(repo_id) if listed is not None else _not_here(repo_id)
+            raise _no_weights(repo_id) if listed is not None else not_here(repo_id)
         chosen = {name: sizes[name] for name in (*side, *weights)}
         if prove:
             drop_rotten([folder / name for name in chosen], began_ns)
@@ -77,7 +78,7 @@ def fetch_model(
     except LoaderError:
         raise
     except Exception as error:
-        raise _translate(error, repo_id, revision) from None
+        raise translate_error(error, repo_id, revision) from None
     return HubModel(folder, folder.name)
 
 
@@ -120,7 +121,7 @@ def describe_model(
         size = listed_bytes()
         return HubDescription(_read_config(read(cached=False)), size)
     except Exception as error:
-        known = _translate(error, repo_id, revision)
+        known = translate_error(error, repo_id, revision)
         if not isinstance(known, LoaderError):  # of the HTTP library that huggingface-hub has now
             known = TransientError(
                 "the Hub did not answer", where=repo_id, got=type(error).__name__
@@ -208,43 +209,3 @@ def _no_weights(repo_id: str) -> FetchError:
         where=repo_id,
         next_step="choose a revision that has, or set allow_pickle to read .bin files",
     )
-
-
-def _not_here(where: str) -> FetchError:
-    return FetchError(
-        "the base model is not in the cache and the Hub is not to be reached",
-        where=where,
-        next_step="unset HF_HUB_OFFLINE, bring the model into HF_HOME, or set base_model to a "
-        "local folder",
-    )
-
-
-def _translate(error: Exception, repo_id: str, revision: str | None) -> Exception:
-    from huggingface_hub import errors
-
-    where = f"{repo_id}@{revision}" if revision else repo_id
-    if isinstance(error, errors.GatedRepoError):
-        return ConfigError(
-            "the base model is gated",
-            where=where,
-            next_step="accept its licence on the Hub and give hf_access_token or HF_TOKEN",
-        )
-    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
-        return ConfigError(
-            "no such base model on the Hub, or it is private",
-            where=where,
-            next_step="correct base_model, give a local folder, or set hf_access_token",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return ConfigError(
-            "no such revision of the base model", where=where, next_step="correct base_revision"
-        )
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        return _not_here(where)
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.HfHubHTTPError) and status is not None and status < 500:
-        return FetchError("the Hub refuses", where=where, got=f"HTTP {status}")
-    network = type(error).__module__.startswith(("httpx", "httpcore"))
-    if network or isinstance(error, OSError | errors.HfHubHTTPError):
-        return TransientError("the Hub did not answer", where=where, got=type(error).__name__)
-    return error

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from loader.stores.hub import _translate as translate_error
+from loader.stores.hub_errors import translate_error
+from loader.threads import map_on_threads
 
 _ANSWER_S = 10
 _LENGTH_BYTES = 8
@@ -97,18 +97,16 @@ def read_values(
     def data_start(file: str) -> int:
         return _LENGTH_BYTES + int.from_bytes(read(file, 0, _LENGTH_BYTES), "little")
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            files = sorted({tensor.file for tensor in tensors.values()})
-            starts = dict(zip(files, pool.map(data_start, files), strict=True))
-            jobs = {
-                name: pool.submit(read, t.file, starts[t.file] + t.start, starts[t.file] + t.end)
-                for name, t in tensors.items()
-            }
-            return {name: job.result() for name, job in jobs.items()}
-        except _WholeFileError:
-            return None
-        except Exception as error:
-            raise translate_error(error, repo_id, revision) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    def read_tensor(tensor: HubTensor) -> bytes:
+        start = starts[tensor.file]
+        return read(tensor.file, start + tensor.start, start + tensor.end)
+
+    files = sorted({tensor.file for tensor in tensors.values()})
+    try:
+        starts = dict(zip(files, map_on_threads(data_start, files, _THREADS), strict=True))
+        values = map_on_threads(read_tensor, tuple(tensors.values()), _THREADS)
+        return dict(zip(tensors, values, strict=True))
+    except _WholeFileError:
+        return None
+    except Exception as error:
+        raise translate_error(error, repo_id, revision) from None
