@@ -18,18 +18,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from loader.credentials import S3Credentials, Secret
-from loader.errors import (
-    ConfigError,
-    DeniedError,
-    ExpiredError,
-    FetchError,
-    LoaderError,
-    TransientError,
-)
+from loader.errors import ExpiredError, FetchError, LoaderError, TransientError
 from loader.stores.base import ObjectInfo, Unasked
 from loader.stores.http import HttpClient, HttpStream
 from loader.stores.layout import StoredFile
 from loader.stores.presigned import first_byte, open_url
+from loader.stores.s3_errors import translate_error
 from loader.types import Artifact
 
 SCHEME = "s3://"
@@ -38,16 +32,6 @@ _SIGNED_S = 900
 _USED_S = 300.0  # boto3 renews temporary credentials when they have less than ten minutes left
 _WHOLE_BYTES = 256 << 10  # more is not asked for without a range
 _CHECKSUMS = {"x-amz-checksum-mode": "ENABLED"}
-_DENIED = {
-    "AccessDenied",
-    "AllAccessDisabled",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "SignatureDoesNotMatch",
-    "ExpiredToken",
-    "403",
-}
-_ABSENT = {"NoSuchBucket", "NoSuchKey", "NotFound", "404"}
 _Out = TypeVar("_Out")
 _log = logging.getLogger("podloader")
 
@@ -192,7 +176,7 @@ class S3Store:
         except LoaderError:
             raise
         except Exception as error:
-            raise _translate(error, SCHEME + path) from None
+            raise translate_error(error, SCHEME + path) from None
 
     def _with_url(self, artifact: Artifact, ask: Callable[[str], _Out]) -> _Out:
         try:
@@ -221,7 +205,7 @@ class S3Store:
         except LoaderError:
             raise
         except Exception as error:
-            raise _translate(error, artifact.url) from None
+            raise translate_error(error, artifact.url) from None
 
     def _s3_client(self, bucket: str) -> Any:
         region = self._regions.get(bucket)
@@ -230,7 +214,7 @@ class S3Store:
                 try:
                     self._s3[region] = _connect(self._options, region, self._bundle())
                 except Exception as error:
-                    raise _translate(error, self._options.endpoint_url or SCHEME) from None
+                    raise translate_error(error, self._options.endpoint_url or SCHEME) from None
             return self._s3[region]
 
     def _bundle(self) -> str | None:
@@ -288,63 +272,3 @@ def _text(secret: Secret | None) -> str | None:
 def _key_prefix(path: str) -> str:
     key = path.partition("/")[2]
     return f"{key}/" if key else ""
-
-
-def _translate(error: Exception, where: str) -> Exception:
-    from botocore import exceptions
-
-    if isinstance(error, exceptions.ClientError):
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return _translate_code(code, status, where)
-    if isinstance(
-        error,
-        exceptions.NoCredentialsError
-        | exceptions.PartialCredentialsError
-        | exceptions.CredentialRetrievalError
-        | exceptions.ProfileNotFound
-        | exceptions.TokenRetrievalError,
-    ):
-        return ConfigError(
-            "no credentials for S3",
-            where=where,
-            got=type(error).__name__,
-            next_step="give the secrets aws_access_key_id and aws_secret_access_key, the AWS_* "
-            "variables, or a role",
-        )
-    if isinstance(error, exceptions.ParamValidationError | ValueError):
-        return ConfigError(
-            "not a place in S3", where=where, expected="s3://<bucket>/<prefix>", got=str(error)
-        )
-    if isinstance(error, exceptions.SSLError):
-        return FetchError(
-            "the server's certificate is not trusted",
-            where=where,
-            next_step="set ca_bundle to the PEM file of the authority that signed it",
-        )
-    if isinstance(error, exceptions.BotoCoreError | OSError):
-        return TransientError(
-            "S3 did not answer",
-            where=where,
-            got=type(error).__name__,
-            next_step="check s3_endpoint_url, and that this machine reaches it",
-        )
-    return error
-
-
-def _translate_code(code: str, status: int, where: str) -> FetchError:
-    got = f"HTTP {status}, {code}" if code else f"HTTP {status}"
-    if code in _DENIED or status in (401, 403):
-        return DeniedError(
-            "S3 refuses access",
-            where=where,
-            got=got,
-            next_step="check the credentials, their region, and that they may list and read there",
-        )
-    if code in _ABSENT or status == 404:
-        return FetchError(
-            "no such bucket or object", where=where, got=got, next_step="correct the URL"
-        )
-    if status >= 500 or status == 429 or code in ("SlowDown", "RequestTimeout"):
-        return TransientError("S3 asks to try later", where=where, got=got)
-    return FetchError("S3 refuses the request", where=where, got=got)
