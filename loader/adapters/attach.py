@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from loader.adapters.config import read_adapter_config
-from loader.adapters.draft import Base
+from loader.adapters.draft import Base, check_base_folder
 from loader.adapters.edits import Replace
 from loader.adapters.effect import check_effect
 from loader.adapters.plan import MergePlan, plan_merge
@@ -181,8 +181,7 @@ def attach(
     configs = [read_adapter_config(adapter.folder) for adapter in adapters]
     warnings = []
     for adapter, config in zip(adapters, configs, strict=True):
-        named = (config.base_model or "").rstrip("/").rpartition("/")[2]
-        if named and named not in str(base):
+        if not config.may_be_over(base):
             warnings.append(f"{adapter.name} was trained over {config.base_model}, not {base}")
             _log.warning("every shape fits, but %s", warnings[-1])
     tokenizer = write_tokenizer(base, [adapter.folder for adapter in adapters], output)
@@ -209,14 +208,7 @@ def smallest_limit(ranks: Iterable[int]) -> int:
 
 
 def _list_base(base: Path, allow_pickle: bool) -> Mapping[str, TensorInfo]:
-    if not (base / "config.json").is_file():
-        raise AdapterError(
-            "the base model is missing",
-            where=str(base),
-            expected="a folder with config.json and weights",
-            got="no config.json" if base.is_dir() else "no such folder",
-            next_step="give the base model that the adapter was trained over",
-        )
+    check_base_folder(base)
     files = find_weight_files(base)
     if files.pickled and allow_pickle:
         from loader.weights.readers import open_weights  # torch

@@ -70,6 +70,11 @@ class AdapterConfig:
         """The largest rank that the config names, as vLLM counts it."""
         return max([self.rank, *self.rank_pattern.values()])
 
+    def may_be_over(self, base: Path) -> bool:
+        """Return whether the base that the config names, where it does, is called like *base*."""
+        named = (self.base_model or "").rstrip("/").rpartition("/")[2]
+        return not named or named in str(base)
+
     def attach_obstacles(self) -> tuple[str, ...]:
         """Return why vLLM's ``PEFTHelper`` would refuse this adapter; empty when it would not."""
         if self.peft_type != "LORA":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from loader.adapters.config import AdapterConfig
 from loader.adapters.edits import Edit
 from loader.adapters.names import find_embedding, find_tensor, is_head
+from loader.errors import AdapterError
 from loader.weights.header import TensorInfo
 
 Shapes = Mapping[str, TensorInfo]
@@ -36,6 +38,23 @@ class Base:
             asked = text.get("tie_word_embeddings")
         has_head = any(is_head(name.removesuffix(".weight")) for name in self.tensors)
         return find_embedding(self.tensors) if asked or not has_head else None
+
+
+def check_base_folder(base: Path, named: str | None = None) -> None:
+    """Check that a model is in *base*; *named* is what an adapter says that it was trained over.
+
+    Raises:
+        AdapterError: there is none.
+    """
+    if not (base / "config.json").is_file():
+        raise AdapterError(
+            "the base model is missing",
+            where=str(base),
+            expected="a folder with config.json and weights",
+            got="no config.json" if base.is_dir() else "no such folder",
+            next_step="give the base model that the adapter was trained over"
+            + (f", such as {named}" if named else ""),
+        )
 
 
 @dataclass(slots=True)

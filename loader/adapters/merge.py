@@ -32,7 +32,7 @@ from loader.adapters.combine import (
     scale_plan,
 )
 from loader.adapters.config import AdapterConfig, read_adapter_config
-from loader.adapters.draft import Base
+from loader.adapters.draft import Base, check_base_folder
 from loader.adapters.edits import Edit, LowRank, Replace, ReplaceRows
 from loader.adapters.effect import check_effect
 from loader.adapters.fold import Exact
@@ -132,14 +132,7 @@ def _check_output(output: Path) -> None:
 def _check_mergeable(base: Path, configs: Sequence[AdapterConfig]) -> None:
     if not configs:
         raise AdapterError("no adapter to merge", next_step="name one or more adapters")
-    if not (base / "config.json").is_file():
-        raise AdapterError(
-            "the base model is missing",
-            where=str(base),
-            expected="a folder with config.json and weights",
-            got="no config.json" if base.is_dir() else "no such folder",
-            next_step=f"give the base model, such as {configs[0].base_model or 'its folder'}",
-        )
+    check_base_folder(base, configs[0].base_model)
     obstacles = [f"{c.folder}: {text}" for c in configs for text in c.merge_obstacles()]
     if obstacles:
         raise UnsupportedError(
@@ -312,8 +305,7 @@ def _describe(
 ) -> dict[str, object]:
     warnings = []
     for config in configs:
-        named = (config.base_model or "").rstrip("/").rpartition("/")[2]
-        if named and named not in str(base):
+        if not config.may_be_over(base):
             warnings.append(f"{config.folder} was trained over {config.base_model}, not {base}")
             _log.warning("every shape fits, but %s", warnings[-1])
     return {
