@@ -94,11 +94,6 @@ ROWS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loader.retry._FIRST_WAIT_S", 0.01)
-
-
 @pytest.fixture
 def manifest(origin: FaultyOrigin) -> Manifest:
     path = origin.put("big.bin", CONTENT).relative_to(origin.root).as_posix()

@@ -24,11 +24,6 @@ SIZES = (0, 1, 8192, 16 << 10)
 OPTIONS = FetchOptions(concurrency=4, retries=3)
 
 
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loader.retry._FIRST_WAIT_S", 0.01)
-
-
 def manifest_of(origin: FaultyOrigin, *sizes: int, told: bool = False) -> Manifest:
     """Return files of *sizes*, which the listing has where they are *told*."""
     artifacts = []

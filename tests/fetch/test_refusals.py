@@ -35,11 +35,6 @@ NOTHING = act(lambda: None)
 EXPIRED = b"<Error><Code>ExpiredToken</Code></Error>"
 
 
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loader.retry._FIRST_WAIT_S", 0.01)
-
-
 @pytest.fixture
 def stores() -> Iterator[Stores]:
     found = Stores(Settings.without_config({"retries": 0}))

@@ -49,11 +49,6 @@ BIG = random.Random(1).randbytes(10 * RANGE + 123)
 OPTIONS = FetchOptions(concurrency=4, retries=3, range_bytes=RANGE)
 
 
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loader.retry._FIRST_WAIT_S", 0.01)
-
-
 class Setup:
     """An origin, a store, and a folder to fetch into."""
 

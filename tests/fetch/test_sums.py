@@ -97,11 +97,6 @@ def multipart(algorithm: Algorithm, content: bytes = CONTENT) -> Checksum:
     return Checksum(algorithm, one(b"".join(map(one, parts))), len(parts), PART)
 
 
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loader.retry._FIRST_WAIT_S", 0.01)
-
-
 def whole(algorithm: Algorithm) -> Checksum:
     return Checksum(algorithm, SUMS[algorithm])
 

@@ -67,7 +67,6 @@ def patient() -> Iterator[PresignedStore]:
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedule, "_STALLED_S", 0.2)
     monkeypatch.setattr(schedule, "_SLOW_S", 0.2)
-    monkeypatch.setattr("loader.retry._FIRST_WAIT_S", 0.01)
 
 
 @pytest.fixture
