@@ -104,6 +104,7 @@ def train_or_draw_lora(
     spread: float = 0.1,
     dtype: torch.dtype | None = None,
     safe_serialization: bool = True,
+    model_class: Any = AutoModelForCausalLM,
     **lora: Any,
 ) -> Path:
     """Save a LoRA over *base* into *out*; return it.
@@ -112,7 +113,7 @@ def train_or_draw_lora(
     distribution of deviation *spread*. ``lora`` go to ``LoraConfig``.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model = model_class.from_pretrained(base, dtype="auto")
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT tells of choices that tests make on purpose

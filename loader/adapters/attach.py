@@ -306,7 +306,7 @@ def _differs(
     edit: Replace, plan: MergePlan, stored: Mapping[str, StoredTensor], base: Path
 ) -> bool:
     """Return whether the copy of the base that PEFT saved is another than the base itself."""
-    if not edit.source.endswith(".base_layer.weight"):
+    if not edit.is_saved_base:
         return False
     if edit.target in plan.shapes:
         return True

@@ -112,9 +112,7 @@ def _is_plain(edit: Edit) -> bool:
 
 
 def _is_saved_base(edit: Edit, plan: MergePlan) -> bool:
-    """Return whether *edit* is the copy of the base that PEFT saves with a LoRA of embeddings."""
-    same_size = isinstance(edit, Replace) and edit.target not in plan.shapes
-    return same_size and any(name.endswith(".base_layer.weight") for name in edit.inputs)
+    return isinstance(edit, Replace) and edit.is_saved_base and edit.target not in plan.shapes
 
 
 def _not_plain(problems: list[str]) -> AdapterError:

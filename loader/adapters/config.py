@@ -140,10 +140,11 @@ def parse_adapter_config(values: Mapping[str, object], folder: Path) -> AdapterC
         problems.append("peft_type: missing")
     rank = values.get("r", 8 if peft_type != "IA3" else 1)
     alpha = values.get("lora_alpha", values.get("alpha", 8))
-    if type(rank) is not int or rank <= 0:
-        problems.append(f"r: expected a positive whole number, got {rank!r}")
-    if type(alpha) not in (int, float):
-        problems.append(f"lora_alpha: expected a number, got {alpha!r}")
+    if peft_type in ("", *MERGEABLE_TYPES):  # to others, such as OFT, ``r`` means something else
+        if type(rank) is not int or rank <= 0:
+            problems.append(f"r: expected a positive whole number, got {rank!r}")
+        if type(alpha) not in (int, float):
+            problems.append(f"lora_alpha: expected a number, got {alpha!r}")
     config = AdapterConfig(
         folder=folder,
         peft_type=peft_type,

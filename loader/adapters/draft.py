@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,9 @@ from loader.weights.header import TensorInfo
 Shapes = Mapping[str, TensorInfo]
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 _CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
+# Classes of transformers that classify or embed, and have no head over the vocabulary.
+_HEADLESS = re.compile(r"(Classification|QuestionAnswering|(?<!LMHead)Model)$")
+_HEAD_NAMES = {"whisper": "proj_out", "gpt_neox": "embed_out"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +34,23 @@ class Base:
         return str(self.config.get("model_type") or "")
 
     @property
+    def writes_text(self) -> bool:
+        """Whether the model has an output head over its vocabulary, tied or not."""
+        names = self.config.get("architectures")
+        return not (isinstance(names, list) and names and _HEADLESS.search(str(names[0])))
+
+    @property
+    def head_name(self) -> str:
+        """The module of the output head where the checkpoint holds none, being tied."""
+        embedding = find_embedding(self.tensors) or ""
+        prefix = "language_model." if embedding.startswith("language_model.") else ""
+        return f"{prefix}{_HEAD_NAMES.get(self.model_type, 'lm_head')}"
+
+    @property
     def tied_to(self) -> str | None:
         """The embedding that is also the output head, None where the head is its own."""
+        if not self.writes_text:
+            return None
         text = self.config.get("text_config")
         asked = self.config.get("tie_word_embeddings")
         if asked is None and isinstance(text, dict):

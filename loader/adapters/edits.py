@@ -13,7 +13,8 @@ from dataclasses import dataclass
 class LowRank:
     """W += scaling · B A, A: (rank, in), B: (out, rank); W: (out, in), or ``transposed``.
 
-    ``magnitude``: (out,) makes it DoRA. An ``embedding`` is transposed, with its rows for ``in``.
+    ``magnitude``: (out,) makes it DoRA. An embedding is transposed, with its rows for ``in``.
+    ``rounded``: PEFT rounds the change to the base's dtype before it adds it.
     """
 
     target: str
@@ -22,7 +23,7 @@ class LowRank:
     scaling: float
     transposed: bool = False
     magnitude: str | None = None
-    embedding: bool = False
+    rounded: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -86,6 +87,11 @@ class Replace:
     def inputs(self) -> tuple[str, ...]:
         """The adapter tensors it uses."""
         return (self.source,)
+
+    @property
+    def is_saved_base(self) -> bool:
+        """Whether it is the copy of the base that PEFT saves with a LoRA of embeddings."""
+        return self.source.endswith(".base_layer.weight")
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,7 +133,7 @@ def _factors(edit: LowRank, read: Read) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _fold_low_rank(edit: LowRank, read: Read, exact: Exact) -> Fold:
-    return _fold_pair(*_factors(edit, read), edit.scaling, exact, rounded=edit.embedding)
+    return _fold_pair(*_factors(edit, read), edit.scaling, exact, rounded=edit.rounded)
 
 
 def _fold_pair(
@@ -154,16 +154,15 @@ def _fold_pair(
             return _fuse(rows, part, right, scaling, scratch)
         change = scratch.take("change", (len(rows), right.shape[1]), left.dtype)
         torch.mm(part, right, out=change).mul_(scaling)
-        # PEFT rounds the change of an embedding to the base's dtype before it adds it.
+        change = change.view(rows.shape)
         if rounded:
-            return _add(rows, change.view(rows.shape).to(rows.dtype), scratch)
-        fused = None
+            return _add(rows, change.to(rows.dtype), scratch)
         if key not in scratch.fused_is_same:
-            fused = _fuse(rows.clone(), part, right, scaling, scratch).clone()
-        stepwise = _add(rows, change.view(rows.shape), scratch)
-        if fused is not None:
-            scratch.fused_is_same[key] = torch.equal(fused, stepwise)
-        return stepwise
+            # Over its own negative the last bits of a change show, which rounding hides elsewhere.
+            base = change.neg().to(rows.dtype)
+            fused = _fuse(base.clone(), part, right, scaling, scratch).clone()
+            scratch.fused_is_same[key] = torch.equal(fused, _add(base, change, scratch))
+        return _add(rows, change, scratch)
 
     return fold
 

@@ -28,12 +28,14 @@ def _plan_ia3(draft: Draft, module: ModuleParts, target: str) -> None:
     source = module.parts["ia3_l"]
     rows, columns = (*draft.tensors[source].shape, 0, 0)[:2]
     have = draft.shape_of(target)
+    turned = draft.is_conv1d(module.module)
+    straight = have[::-1] if turned else have
     # Source: peft tuners/ia3/layer.py: (1, in) scales what goes in, (out, 1) what comes out.
-    feeds = rows == 1 and have[1:] == (columns,)
-    if draft.is_conv1d(module.module) or not (feeds or (columns == 1 and have[:1] == (rows,))):
+    feeds = rows == 1 and straight[1:] == (columns,)
+    if not (feeds or (columns == 1 and straight[:1] == (rows,))):
         draft.blame(f"factors {(rows, columns)} for a weight of {have}", source)
         return
-    draft.add(Multiply(target, source, feeds))
+    draft.add(Multiply(target, source, feeds is not turned))
     bias = None if feeds else draft.find(module.module, "bias")
     if bias is not None:
         draft.add(Multiply(bias, source, False))

@@ -17,14 +17,14 @@ from loader.weights.header import TensorInfo
 # Prefixes that mean the same, one row per layout; each may turn into any other of its row.
 _PREFIXES = (
     ("model.language_model.", "language_model.model.", "model."),
-    ("lm_head.", "language_model.lm_head."),
+    ("lm_head.", "language_model.lm_head.", "embed_out."),
     ("model.visual.", "visual."),
     ("model.vision_tower.", "vision_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("model.audio_tower.", "audio_tower."),
     ("transformer.", ""),
 )
-HEADS = ("lm_head", "language_model.lm_head", "embed_out", "output")
+HEADS = ("lm_head", "language_model.lm_head", "embed_out", "output", "proj_out")
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 
 # Stacked at run time -> (leaf of one expert on disk, which equal part of the stacked rows it is).
@@ -32,8 +32,8 @@ _EXPERT_PARTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
 }
-# The blocks that hold experts: run time -> disk (Mixtral's checkpoints kept their first name).
-_EXPERT_BLOCKS = (("", ""), (".mlp.experts", ".block_sparse_moe.experts"))
+# The blocks that hold experts and their router: run time, and Mixtral's checkpoints.
+_BLOCKS = (".mlp.", ".block_sparse_moe.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,12 @@ def find_tensor(base: Collection[str], module: str, leaf: str = "weight") -> str
 
 
 def _spellings(name: str) -> Iterator[str]:
+    yield from _prefixed(name)
+    if _BLOCKS[0] in name:
+        yield from _prefixed(name.replace(*_BLOCKS))
+
+
+def _prefixed(name: str) -> Iterator[str]:
     yield name
     for row in _PREFIXES:
         for prefix in row:
@@ -64,29 +70,23 @@ def find_experts(
     base: Mapping[str, TensorInfo], module: str, parameter: str, experts: int
 ) -> tuple[ExpertSlice, ...]:
     """Return the experts' own matrices that a stacked *parameter* means; empty if one lacks."""
-    for old, new in _EXPERT_BLOCKS:
-        block = module.replace(old, new) if old else module
-        for leaves in _EXPERT_PARTS.get(parameter, ()):
-            found = [
-                (find_tensor(base, f"{block}.{expert}.{leaf}"), expert, part)
-                for expert in range(experts)
-                for part, leaf in enumerate(leaves)
-            ]
-            if found and all(name for name, _, _ in found):
-                return tuple(ExpertSlice(str(n), e, p, len(leaves)) for n, e, p in found)
+    for leaves in _EXPERT_PARTS.get(parameter, ()):
+        found = [
+            (find_tensor(base, f"{module}.{expert}.{leaf}"), expert, part)
+            for expert in range(experts)
+            for part, leaf in enumerate(leaves)
+        ]
+        if found and all(name for name, _, _ in found):
+            return tuple(ExpertSlice(str(n), e, p, len(leaves)) for n, e, p in found)
     return ()
 
 
 def count_experts(base: Collection[str], module: str) -> int:
     """Return how many experts lie on disk under *module*, each by itself."""
     numbers = set()
-    for old, new in _EXPERT_BLOCKS:
-        block = module.replace(old, new) if old else module
-        for spelled in _spellings(f"{block}."):
-            pattern = re.compile(re.escape(spelled) + r"(\d+)\.")
-            numbers |= {int(m[1]) for m in map(pattern.match, base) if m}
-        if numbers:
-            break
+    for spelled in _spellings(f"{module}."):
+        pattern = re.compile(re.escape(spelled) + r"(\d+)\.")
+        numbers |= {int(m[1]) for m in map(pattern.match, base) if m}
     return len(numbers)
 
 

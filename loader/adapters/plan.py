@@ -6,7 +6,7 @@ Everything that does not fit is found here, before a weight is read or a file wr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from loader.adapters.config import AdapterConfig
@@ -117,7 +117,10 @@ def _plan_low_rank(
     if 0 in (*shape_a, *shape_b) or len(shape_a) < 2 or len(shape_b) < 2:
         draft.blame(f"empty ({shape_a}, {shape_b}): not gathered when they were saved", *names)
         return
-    rank = draft.config.rank_of(module.module)
+    # Source: peft ``tuners/lora/layer.py``, ``ParamWrapper``: the key names the parameter, too.
+    is_parameter = _is_target_parameter(draft.config, f"{module.module}.weight")
+    key = f"{module.module}.weight" if is_parameter else module.module
+    rank = draft.config.rank_of(key)
     if shape_a[0] != shape_b[1] or shape_a[0] != rank:
         draft.blame(f"ranks {shape_a[0]} and {shape_b[1]}, the config says {rank}", *names)
         return
@@ -131,10 +134,15 @@ def _plan_low_rank(
     magnitude = module.parts.get("lora_magnitude_vector")
     if magnitude and draft.tensors[magnitude].shape[-1] != shape_b[0]:
         draft.blame(f"expected {shape_b[0]} values", magnitude)
-    scaling = draft.config.scaling_of(module.module)
-    draft.add(LowRank(target, a, b, scaling, turned, magnitude, embedding))
+    scaling = draft.config.scaling_of(key)
+    rounded = embedding or is_parameter
+    draft.add(LowRank(target, a, b, scaling, turned, magnitude, rounded))
     if bias := module.parts.get("lora_B.bias"):
         _plan_lora_bias(draft, module, bias, scaling)
+
+
+def _is_target_parameter(config: AdapterConfig, name: str) -> bool:
+    return any(name == key or name.endswith(f".{key}") for key in config.target_parameters)
 
 
 def _plan_lora_bias(draft: Draft, module: ModuleParts, bias: str, scaling: float) -> None:
@@ -168,22 +176,46 @@ def _plan_tokens(draft: Draft, module: ModuleParts) -> None:
 
 
 def _plan_untying(draft: Draft) -> None:
-    """Give the head its own tensor when only the embedding of a tied pair changes.
+    """Give the head its own tensor when only one of a tied pair changes.
 
-    Fine-tuning saw them apart: an edit of the embedding did not reach the head. Trained token rows
-    and new rows reach both.
+    Fine-tuning saw them apart: an edit of one did not reach the other. Trained token rows of the
+    embedding, and new rows, reach both.
     """
     tied = draft.tied_to
-    if (
-        tied is None
-        or draft.origins
-        or draft.shapes
-        or draft.config.extra.get("ensure_weight_tying")
-    ):
+    if tied is None:
         return
-    if any(not isinstance(edit, ReplaceRows) for edit in draft.edits.get(tied, [])):
-        prefix = "language_model." if tied.startswith("language_model.") else ""
-        draft.origins[f"{prefix}lm_head.weight"] = tied
+    if not draft.origins:
+        edits = draft.edits.get(tied, [])
+        own = [e for e in edits if not isinstance(e, ReplaceRows) and not _resizes(draft, e)]
+        if not own or draft.config.extra.get("ensure_weight_tying"):
+            return
+        draft.origins[f"{draft.base.head_name}.weight"] = tied
+    for head in draft.origins:
+        _share_rows(draft, head, tied)
+
+
+def _share_rows(draft: Draft, head: str, tied: str) -> None:
+    """Let both of a tied pair start from the new rows, and the head from the trained ones."""
+    for source, target in ((head, tied), (tied, head)):
+        if source not in draft.shapes or target in draft.shapes:
+            continue
+        first = draft.edits[source][0]
+        if isinstance(first, Replace) and first.is_saved_base:
+            draft.shapes[target] = draft.shapes[source]
+            draft.edits.setdefault(target, []).insert(0, replace(first, target=target))
+    edits = draft.edits.get(head, [])
+    whole = [edit for edit in edits if isinstance(edit, Replace)]
+    has_own_rows = any(isinstance(edit, ReplaceRows) for edit in edits)
+    if has_own_rows or not all(edit.is_saved_base for edit in whole):
+        return
+    rows = [e for e in draft.edits.get(tied, []) if isinstance(e, ReplaceRows)]
+    edits[len(whole) : len(whole)] = [replace(edit, target=head) for edit in rows]
+    if edits:
+        draft.edits[head] = edits
+
+
+def _resizes(draft: Draft, edit: Edit) -> bool:
+    return isinstance(edit, Replace) and edit.target in draft.shapes
 
 
 def _check_vocabulary(draft: Draft) -> None:

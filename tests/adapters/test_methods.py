@@ -12,8 +12,14 @@ import torch
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
     Phi3Config,
@@ -24,7 +30,14 @@ from transformers import (
 )
 
 from loader.adapters.merge import WeightedAdapter, merge
-from tests.adapters.peft import differing, load, merged_state, state
+from tests.adapters.peft import (
+    differing,
+    load,
+    load_with_adapter,
+    logits,
+    merged_state,
+    state,
+)
 from tests.models import draw_adapter, tiny_llama, train_or_draw_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -55,6 +68,13 @@ def build(kind: str, folder: Path) -> Path:
         case "gpt_oss":
             small = {**SMALL, "intermediate_size": 64}  # square: shapes do not tell orientation
             model = GptOssForCausalLM(GptOssConfig(**small, **EXPERTS))
+        case "gpt_neox":
+            small = {k: SMALL[k] for k in SMALL if k not in ("head_dim", "num_key_value_heads")}
+            model = GPTNeoXForCausalLM(GPTNeoXConfig(**small))
+        case "gpt2":
+            model = GPT2LMHeadModel(GPT2Config(vocab_size=365, n_embd=64, n_layer=2, n_head=2))
+        case "classifier":
+            model = LlamaForSequenceClassification(LlamaConfig(**SMALL, num_labels=3))
         case _:
             model = Phi3ForCausalLM(Phi3Config(**{k: SMALL[k] for k in SMALL if k != "head_dim"}))
     for parameter in model.parameters():
@@ -82,6 +102,43 @@ def test_experts(tmp_path: Path, kind: str) -> None:
             base, tmp_path / name, target_modules=["q_proj"], target_parameters=parameters, r=2
         )
         check(base, adapter, tmp_path / f"{name}-out")
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_routers(tmp_path: Path, kind: str) -> None:
+    """A parameter of its own since transformers 5: a target, whose patterns name the parameter."""
+    base = build(kind, tmp_path / "base")
+    adapter = train_or_draw_lora(
+        base,
+        tmp_path / "a",
+        target_modules=["q_proj"],
+        target_parameters=["gate.weight"],
+        rank_pattern={"gate.weight": 3},
+        alpha_pattern={r"1\.mlp\.gate\.weight": 5},
+    )
+    check(base, adapter, tmp_path / "out")
+
+
+def test_a_head_that_lies_under_another_name(tmp_path: Path) -> None:
+    """GPT-NeoX: ``embed_out`` in the checkpoint, ``lm_head`` in transformers 5."""
+    base = build("gpt_neox", tmp_path / "base")
+    assert "embed_out.weight" in load_file(base / "model.safetensors")
+    targets = ["query_key_value", "lm_head"]
+    check(base, train_or_draw_lora(base, tmp_path / "a", target_modules=targets), tmp_path / "out")
+
+
+def test_classifiers_get_no_head(tmp_path: Path) -> None:
+    """An embedding that nothing is tied to, for there is no head over the vocabulary."""
+    base = build("classifier", tmp_path / "base")
+    adapter = train_or_draw_lora(
+        base,
+        tmp_path / "a",
+        model_class=LlamaForSequenceClassification,
+        target_modules=["q_proj", "embed_tokens"],
+    )
+    merge(base, [WeightedAdapter(adapter)], tmp_path / "out")
+    before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "out"))
+    assert set(before) == set(after)
 
 
 def test_fused_projections(tmp_path: Path) -> None:
@@ -120,6 +177,16 @@ def test_other_methods(tmp_path: Path, config: Any) -> None:
     assert differing(ours, state(base))
 
 
+def test_ia3_on_conv1d(tmp_path: Path) -> None:
+    """Weights that are stored (in, out), with factors for what goes in and for what comes out."""
+    base = build("gpt2", tmp_path / "base")
+    config = IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"])
+    tuned = get_peft_model(load(base), config)
+    draw_adapter(tuned, spread=0.3)
+    tuned.save_pretrained(tmp_path / "a")
+    check(base, tmp_path / "a", tmp_path / "out")
+
+
 def resize_and_save(base: Path, folder: Path, rows: int, **lora: Any) -> Path:
     """Save an adapter that was trained after tokens had been added to the base's vocabulary."""
     with warnings.catch_warnings():
@@ -155,6 +222,26 @@ def test_resized_vocabulary(tmp_path: Path, lora: dict[str, Any], tied: bool) ->
     if tied and "embed_tokens" in lora["target_modules"]:
         return  # PEFT merges both changes into the one tensor that it still ties
     assert not differing(ours, merged_state(base, adapter, vocab_size=370))
+
+
+@pytest.mark.parametrize(
+    ("lora", "rows"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, None),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, 370),
+        ({"target_modules": ["q_proj", "lm_head"]}, 370),
+        ({"target_modules": ["lm_head"], "trainable_token_indices": [3, 41]}, None),
+    ],
+)
+def test_tied_pairs_that_change_by_halves(
+    tmp_path: Path, lora: dict[str, Any], rows: int | None
+) -> None:
+    """New and trained rows reach both of a tied pair, a LoRA only the one that it is on."""
+    base = tiny_llama(tmp_path / "base", tie_word_embeddings=True)
+    adapter = resize_and_save(base, tmp_path / "a", rows or 365, **lora)
+    merge(base, [WeightedAdapter(adapter)], tmp_path / "out")
+    expected = logits(load_with_adapter(base, adapter, vocab_size=rows))
+    torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_names_of_a_multimodal_runtime(tmp_path: Path) -> None:

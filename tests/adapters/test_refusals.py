@@ -163,7 +163,7 @@ def test_quantised_tensors(adapter: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"peft_type": "OFT"}, {"init_lora_weights": "pissa"}, {"use_qalora": True}]
+    "values", [{"peft_type": "OFT", "r": 0}, {"init_lora_weights": "pissa"}, {"use_qalora": True}]
 )
 def test_methods_that_do_not_fold(base: Path, adapter: Path, values: dict[str, Any]) -> None:
     set_config(adapter, "adapter_config.json", **values)
