@@ -2,14 +2,16 @@
 
     python -m benchmarks.distant [--latency-ms 30] [--rate-mb-s 50] [--connections 16]
 
-The rate is limited by the kernel (``SO_MAX_PACING_RATE``), the latency is a pause before a
-connection is taken and before each answer. What is printed is the rate beside what the allowed
-connections can carry.
+The rate is limited by the kernel (``SO_MAX_PACING_RATE``). The latency is a pause before a connection
+is taken, and no answer begins sooner than so long after its request has come: as on a long way, a
+request that comes while the answer before it is being sent has its latency behind it by the end of
+that one. What is printed is the rate beside what the allowed connections can carry.
 """
 
 from __future__ import annotations
 
 import argparse
+import queue
 import re
 import shutil
 import socket
@@ -47,10 +49,13 @@ class DistantOrigin:
             threading.Thread(target=self._serve, args=(taken,), daemon=True).start()
 
     def _serve(self, taken: socket.socket) -> None:
+        asked: queue.SimpleQueue[tuple[float, bytes] | None] = queue.SimpleQueue()
         with taken, self._path.open("rb") as file:
             time.sleep(self._latency_s)
-            while request := self._request(taken):
-                time.sleep(self._latency_s)
+            threading.Thread(target=self._read, args=(taken, asked), daemon=True).start()
+            while found := asked.get():
+                came, request = found
+                time.sleep(max(0.0, came + self._latency_s - time.monotonic()))
                 match = _RANGE.search(request)
                 assert match is not None
                 start, end = int(match[1]), min(int(match[2]) + 1, self._size)
@@ -65,17 +70,19 @@ class DistantOrigin:
                 except OSError:
                     return
 
-    def _request(self, taken: socket.socket) -> bytes:
-        request = b""
+    def _read(
+        self, taken: socket.socket, asked: queue.SimpleQueue[tuple[float, bytes] | None]
+    ) -> None:
+        """Note each request, and when it came."""
+        rest = b""
         try:
-            while b"\r\n\r\n" not in request:
-                data = taken.recv(65536)
-                if not data:
-                    return b""
-                request += data
+            while data := taken.recv(65536):
+                *requests, rest = (rest + data).split(b"\r\n\r\n")
+                for request in requests:
+                    asked.put((time.monotonic(), request))
         except OSError:
-            return b""
-        return request
+            pass
+        asked.put(None)
 
 
 def main() -> None:
