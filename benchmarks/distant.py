@@ -2,10 +2,10 @@
 
     python -m benchmarks.distant [--latency-ms 30] [--rate-mb-s 50] [--connections 16]
 
-The rate is limited by the kernel (``SO_MAX_PACING_RATE``). The latency is a pause before a connection
-is taken, and no answer begins sooner than so long after its request has come: as on a long way, a
-request that comes while the answer before it is being sent has its latency behind it by the end of
-that one. What is printed is the rate beside what the allowed connections can carry.
+The rate is limited by the kernel (``SO_MAX_PACING_RATE``). The latency is a pause before a
+connection is taken, and no answer begins sooner than so long after its request has come: as on a
+long way, a request that comes while the answer before it is being sent has its latency behind it by
+the end of that one. What is printed is the rate beside what the allowed connections can carry.
 """
 
 from __future__ import annotations

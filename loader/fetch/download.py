@@ -15,7 +15,7 @@ from loader.fetch.part import PartFile
 from loader.fetch.progress import Progress, show_bytes
 from loader.fetch.transfer import Events, Limits, transfer
 from loader.fetch.verify import Verify, is_intact
-from loader.stores.base import ObjectInfo, Store
+from loader.stores.base import Asked, ByteStream, ObjectInfo, Store
 from loader.types import Artifact
 
 _SPARE_BYTES = 64 << 20  # journals, records, folders
@@ -50,10 +50,12 @@ class Download:
         reused: Mapping[str, Record],
         pace: Pace,
         see: Callable[[PartFile], None],
+        ask_next: Callable[[ByteStream, PartFile], Asked | None],
     ) -> None:
         """Bring all *parts*, beside the *reused* files and those that came whole already.
 
-        *see* asks the origin for what a part is, and begins with it.
+        *see* asks the origin for what a part is, and begins with it; *ask_next* sends that request
+        on a stream's connection.
         """
         # Configs, indexes and adapters first: whoever waits for files can begin with them.
         left = sorted((p for p in parts if p.done is None), key=lambda part: part.is_large)
@@ -67,7 +69,7 @@ class Download:
             self._progress.finish_file(path)
         self._tell_whole(parts)
         events = Events(
-            partial(self._begin, see), self._arrived, self._progress, self._arrivals.stop
+            partial(self._begin, see), ask_next, self._arrived, self._progress, self._arrivals.stop
         )
         try:
             transfer(left, store, self._limits, events, pace)

@@ -31,7 +31,7 @@ from loader.fetch.progress import Progress
 from loader.fetch.sums import choose_check
 from loader.fetch.threads import StoppedError
 from loader.retry import pause_s, retrying
-from loader.stores.base import ObjectInfo, Store
+from loader.stores.base import Asked, ByteStream, ObjectInfo, Store
 from loader.types import Artifact, FetchedFile
 
 _FIRST_BYTES = 16 << 10  # of a file of unknown size: about what a new connection brings at once
@@ -124,12 +124,22 @@ class Opening:
         for attempt in retrying(lambda state: state.attempt_number > self._retries, halt):
             with attempt:
                 try:
-                    stream = self._store.open_first(part.artifact, task.end)
+                    asked = part.take_asked()
+                    asked = asked or self._store.ask_first(part.artifact, task.end)
+                    stream = asked.stream()
                 except TransientError as error:
                     self._tell(task, error)
                     raise
                 part.see(stream.info, choose_check(stream.info, self._range_bytes))
                 part.opened = stream, task.end
+
+    def ask_next(self, stream: ByteStream, part: PartFile) -> Asked | None:
+        """Ask for that beginning on the connection of *stream*, whose end is near.
+
+        None where that cannot be.
+        """
+        end = self._task(-1, part.artifact).end
+        return self._store.ask_next(stream, part.artifact, 0, end, None)
 
     def take(self, held: int) -> Task | None:
         """Return a task for a thread that has *held* to answer, None where it is to have no more.

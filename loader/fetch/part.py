@@ -32,7 +32,7 @@ from loader.fetch.plan import (
 from loader.fetch.sums import Check
 from loader.fetch.threads import StoppedError
 from loader.fetch.verify import check_structure, proved_ranges
-from loader.stores.base import ByteStream, ObjectInfo
+from loader.stores.base import Asked, ByteStream, ObjectInfo
 from loader.types import Artifact, FetchedFile
 
 LARGE_BYTES = 1 << 20  # smaller files come first, and several at a time
@@ -44,9 +44,10 @@ class PartFile:
 
     Files that are not worth a journal are fetched from their start after an interruption. *tell*
     is called with start and end of what has come, and with what was here.
-    ``is_seen``: ``info`` is the origin's, not the listing's; ``opened``: a stream of the file's
-    beginning, and where it was to end. ``is_new``: ``lock`` found nothing of it here.
-    ``missing`` is what ``resume`` left to be fetched, ``done`` the file once it is whole.
+    ``is_seen``: ``info`` is the origin's, not the listing's. ``asked``: the request for the file's
+    beginning, ``opened``: the stream of it, and where it was to end. ``is_new``: ``lock`` found
+    nothing of it here. ``missing`` is what ``resume`` left to be fetched, ``done`` the file once it
+    is whole.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class PartFile:
         self.missing: tuple[Range, ...] = ()
         self.is_new = False
         self.is_seen = True
+        self.asked: Asked | None = None
         self.opened: tuple[ByteStream, int] | None = None
         self.fetched_bytes = 0
         self.place = place
@@ -128,8 +130,15 @@ class PartFile:
         stream.close()
         return None
 
+    def take_asked(self) -> Asked | None:
+        """Return the request for the file's beginning, once."""
+        asked, self.asked = self.asked, None
+        return asked
+
     def drop_opened(self) -> None:
-        """Let go of the stream of the file's beginning: somebody else brings it."""
+        """Let go of the file's beginning: somebody else brings it."""
+        if (asked := self.take_asked()) is not None:
+            asked.close()
         if self.opened is not None:
             self.opened[0].close()
             self.opened = None

@@ -135,7 +135,8 @@ def _fetch(
     left = [artifact for artifact in manifest.files if artifact.path not in reused]
     parts = opening.run(left, arrivals.stop)
     pace.begin_again(options.concurrency if opening.is_far else FIRST, time.monotonic())
-    download.run(parts, store, reused, pace, lambda part: opening.see(part, arrivals.stop))
+    see = partial(opening.see, halt=arrivals.stop)
+    download.run(parts, store, reused, pace, see, opening.ask_next)
     files = tuple(arrivals.file(a.path) for a in manifest.files)
     fetched_bytes = sum(part.fetched_bytes for part in parts)
     return Snapshot(root, files, time.monotonic() - began, fetched_bytes)

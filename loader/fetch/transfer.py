@@ -22,7 +22,7 @@ from loader.fetch.progress import Progress
 from loader.fetch.schedule import Schedule
 from loader.fetch.threads import StoppedError
 from loader.retry import retrying
-from loader.stores.base import ByteStream, Store
+from loader.stores.base import Asked, ByteStream, Store
 
 _BUFFER_BYTES = 3 << 19  # a larger one leaves a processor's cache, a smaller one takes more reads
 _BUFFERS_BYTES = 24 << 20  # of all threads together
@@ -47,10 +47,12 @@ class Events:
     """What a transfer asks of those around it, on any thread.
 
     ``begin`` takes a part's lock and finds what is missing of it, False where another process has
-    the lock. ``arrived`` is told of every part that is whole. ``stop`` ends the transfer.
+    the lock. ``ask_next`` asks for the beginning of a part that is not begun, behind a stream.
+    ``arrived`` is told of every part that is whole. ``stop`` ends the transfer.
     """
 
     begin: Callable[[PartFile], bool]
+    ask_next: Callable[[ByteStream, PartFile], Asked | None]
     arrived: Callable[[PartFile], None]
     progress: Progress
     stop: threading.Event
@@ -117,7 +119,9 @@ class _Transfer:
             raise StoppedError("the fetch was stopped; what has arrived is kept")
 
     def _start_worker(self) -> None:
-        worker = _Worker(self._store, self._limits, self._events, self._pace, self._halt)
+        worker = _Worker(
+            self._store, self._limits, self._events, self._pace, self._schedule, self._halt
+        )
         self._workers.append(worker)
         name = f"fetch-{len(self._workers)}"
         threading.Thread(target=self._work, args=(worker,), name=name, daemon=True).start()
@@ -141,7 +145,13 @@ class _Worker:
     """Brings one claim after the other, each tried again from where the last try ended."""
 
     def __init__(
-        self, store: Store, limits: Limits, events: Events, pace: Pace, halt: threading.Event
+        self,
+        store: Store,
+        limits: Limits,
+        events: Events,
+        pace: Pace,
+        schedule: Schedule,
+        halt: threading.Event,
     ) -> None:
         size = min(_BUFFER_BYTES, max(_BUFFERS_BYTES // limits.concurrency, 64 << 10))
         self._buffer = memoryview(bytearray(size))
@@ -149,6 +159,7 @@ class _Worker:
         self._limits = limits
         self._events = events
         self._pace = pace
+        self._schedule = schedule
         self._halt = halt
         self._in_vain = 0
         self._progress_at = 0.0
@@ -183,6 +194,7 @@ class _Worker:
                 raise StoppedError from None
             if claim.is_over():  # taken over by another worker, which ended the stream
                 return
+            self._schedule.give_back(claim)
             if claim.place - began >= _PROGRESS_BYTES:
                 self._in_vain, self._progress_at = 0, time.monotonic()
             else:
@@ -197,8 +209,11 @@ class _Worker:
         if claim.is_over():
             return
         part = claim.part
-        stream = claim.take_opened() or self._store.open_range(
-            part.artifact, claim.place, claim.end, part.info
+        asked = claim.take_asked()
+        stream = (
+            asked.stream()
+            if asked is not None
+            else self._store.open_range(part.artifact, claim.place, claim.end, part.info)
         )
         with contextlib.closing(stream):
             claim.stream = stream
@@ -209,6 +224,7 @@ class _Worker:
 
     def _drain(self, claim: Claim, stream: ByteStream) -> None:
         since, brought = time.monotonic(), 0
+        is_ending: Callable[[int], bool] | None = getattr(stream, "is_ending", None)
         while (wanted := claim.wanted()) > 0:
             if self._halt.is_set():
                 raise StoppedError
@@ -225,6 +241,24 @@ class _Worker:
                 if brought < _SLOWEST_BYTES_S * (now - since):
                     raise _too_slow(claim, brought / (now - since))
                 since, brought = now, 0
+            if is_ending is not None and is_ending(claim.end - claim.place):
+                self._ask_next(claim, stream)
+
+    def _ask_next(self, claim: Claim, stream: ByteStream) -> None:
+        """Ask for what comes next on the stream's connection, so that it follows at once."""
+        ahead = self._schedule.look_ahead(claim)
+        if ahead is None:
+            return
+        part, hole = ahead.part, ahead.hole
+        try:
+            if hole is None:
+                asked = self._events.ask_next(stream, part)
+            else:
+                asked = self._store.ask_next(stream, part.artifact, hole.start, hole.end, part.info)
+        except LoaderError:  # who brings it asks for it anew, and will say so
+            return
+        if asked is not None:
+            self._schedule.note_asked(claim, ahead, asked)
 
     def _tell(self, claim: Claim, count: int) -> None:
         self.bytes += count

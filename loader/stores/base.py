@@ -43,7 +43,9 @@ class ObjectInfo:
 class ByteStream(Protocol):
     """The bytes of one range, in order. Close it, read to its end or not.
 
-    One that can has ``abort()``, which makes a read that waits in another thread fail at once.
+    One that can has ``abort()``, which makes a read that waits in another thread fail at once, and
+    ``is_ending(wanted)``: whether it is time for ``Store.ask_next``, where all that is still to be
+    read are *wanted* bytes.
     """
 
     @property
@@ -88,6 +90,24 @@ class Unasked:
         """Do nothing."""
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A stream that is there, in the place of a request for it."""
+
+    body: ByteStream
+
+    def stream(self) -> ByteStream:
+        """Return it."""
+        return self.body
+
+    def abort(self) -> None:
+        """Do nothing: nobody waits for it."""
+
+    def close(self) -> None:
+        """Close it."""
+        self.body.close()
+
+
 class Store(Protocol):
     """An origin of artifacts. Safe to use from many threads at once."""
 
@@ -112,6 +132,20 @@ class Store(Protocol):
 
     def ask_first(self, artifact: Artifact, end: int) -> Asked:
         """Ask what ``open_first`` asks, and leave the answer for later. Raises as it does."""
+
+    def ask_next(
+        self,
+        stream: ByteStream,
+        artifact: Artifact,
+        start: int,
+        end: int,
+        version: ObjectInfo | None,
+    ) -> Asked | None:
+        """Ask for what is to be read when *stream* has ended, on its connection.
+
+        That is what ``open_range`` returns, or ``open_first`` where *version* is None. None where
+        it cannot be asked for so soon. Its answer may be taken as soon as *stream* is closed.
+        """
 
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo

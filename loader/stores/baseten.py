@@ -22,7 +22,8 @@ from urllib.parse import quote, urlencode
 from loader.credentials import Secret
 from loader.errors import ConfigError, DeniedError, FetchError, ListingError
 from loader.retry import ask_again
-from loader.stores.http import HttpClient, HttpStream
+from loader.stores.bodies import HttpStream
+from loader.stores.http import HttpClient
 from loader.stores.listing import parse_entries
 from loader.types import Artifact, Listing
 

@@ -20,7 +20,7 @@ from loader.errors import (
     LoaderError,
     TransientError,
 )
-from loader.stores.base import Checksum, ObjectInfo, Unasked
+from loader.stores.base import ByteStream, Checksum, ObjectInfo, Unasked
 from loader.stores.layout import StoredFile
 from loader.types import Artifact
 
@@ -53,6 +53,16 @@ class FsspecStore:
     def ask_first(self, artifact: Artifact, end: int) -> Unasked:
         """Return what opens the bytes ``[0, end)`` of the version there is then."""
         return Unasked(partial(self.open_first, artifact, end))
+
+    def ask_next(
+        self,
+        stream: ByteStream,
+        artifact: Artifact,
+        start: int,
+        end: int,
+        version: ObjectInfo | None,
+    ) -> None:
+        """Return None: a driver's requests are its own."""
 
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo

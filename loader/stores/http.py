@@ -7,22 +7,29 @@ connections, proxies from the environment as everywhere, redirects by hand.
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import re
 import socket
 import ssl
 import threading
+import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from loader.errors import FetchError, TransientError
+from loader.errors import (
+    ChangedError,
+    DeniedError,
+    ExpiredError,
+    FetchError,
+    TransientError,
+)
 from loader.stores.addresses import is_link_local
 from loader.stores.answers import Answer
 from loader.stores.base import ObjectInfo
+from loader.stores.bodies import Asked, HttpStream, Sent, drop
 from loader.stores.meanings import (
     check_status,
     check_version,
@@ -42,6 +49,7 @@ from loader.stores.trust import Trust
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 _SITE = re.compile(r"https?://[^/?#]+(?=/)")
+_NEXT_S = 2.0  # for the answer to a request that was sent ahead, from the end of the body before it
 _STALE = (http.client.RemoteDisconnected, ConnectionError, ssl.SSLEOFError)
 
 
@@ -58,34 +66,6 @@ class HttpOptions:
     link_local: bool = False
 
 
-@dataclass(slots=True)
-class _Sent:
-    """A request that is on its way, on a connection that was made for it or kept from another."""
-
-    connection: http.client.HTTPConnection
-    origin: Origin
-    url: str
-    message: bytes
-    is_kept: bool
-
-
-class Asked:
-    """A request whose answer is taken later. Take it or close it."""
-
-    def __init__(self, take: Callable[[], HttpStream], sent: _Sent) -> None:
-        self.stream = take
-        """Wait for the answer and return its body. Raises as ``HttpClient.get`` does."""
-        self._sent = sent
-
-    def abort(self) -> None:
-        """Make a wait for the answer, in another thread, fail now."""
-        _shut(self._sent.connection.sock)
-
-    def close(self) -> None:
-        """Drop the connection: the answer is not wanted any more."""
-        self._sent.connection.close()
-
-
 class HttpClient:
     """A pool of connections. Every method may be called from any thread."""
 
@@ -97,6 +77,8 @@ class HttpClient:
         self._closed = False
         self._proxies = urllib.request.getproxies()
         self._origins: dict[str, Origin] = {}  # by the URLs' beginning
+        self._latency_s: dict[Origin, float] = {}  # the shortest so far
+        self._alone: set[Origin] = set()  # that are asked nothing ahead
 
     def get(
         self,
@@ -125,7 +107,39 @@ class HttpClient:
         """Send what ``get`` sends, and leave the answer for later. Raises as it does."""
         request = Request("GET", {**range_headers(span, None), **(headers or {})})
         sent = self._send(request, url)
-        return Asked(lambda: self._ask(request, url, span, None, sent), sent)
+        return Asked(lambda sent: self._ask(request, url, span, None, sent), sent)
+
+    def ask_next(
+        self, stream: HttpStream, url: str, *, span: tuple[int, int], version: ObjectInfo | None
+    ) -> Asked | None:
+        """Send what ``get`` sends on *stream*'s connection, to be answered behind its body.
+
+        None where that cannot be, or has failed with this origin before. A request that is not
+        answered as it should be, behind another one, is asked once more, alone.
+        """
+        origin, target = self._place(url)
+        if origin in self._alone:
+            return None
+        request = Request("GET", {})
+        head = Request("GET", range_headers(span, version))
+        sent = stream.send_next(origin, url, write_message(head, origin, target, url))
+        if sent is None:
+            return None
+
+        def take(sent: Sent | None) -> HttpStream:
+            try:
+                return self._ask(request, url, span, version, sent)
+            except (TransientError, DeniedError, ExpiredError, ChangedError):
+                raise
+            except FetchError:
+                if sent is None:
+                    raise
+                self.distrust(origin)
+            return self._ask(request, url, span, version)
+
+        asked = Asked(take, sent)
+        stream.follow_with(asked)
+        return asked
 
     def head(self, url: str, *, headers: Mapping[str, str] | None = None) -> ObjectInfo:
         """Return what *url* is, without its body. Raises as ``get`` does."""
@@ -143,7 +157,7 @@ class HttpClient:
         url: str,
         span: tuple[int, int] | None,
         version: ObjectInfo | None,
-        sent: _Sent | None = None,
+        sent: Sent | None = None,
     ) -> HttpStream:
         """Return the body of *url*, by the request that was *sent* already or by one sent here."""
         first, common = url, range_headers(span, version)
@@ -154,7 +168,7 @@ class HttpClient:
             if answer.status not in _REDIRECTS or request.body is not None:
                 break
             target = answer.fields.get("location")
-            _drop(connection, answer)
+            drop(connection, answer)
             if not target:
                 raise FetchError("a redirect that leads nowhere", where=url)
             url, sent = urljoin(url, target), None
@@ -168,7 +182,7 @@ class HttpClient:
             info = object_info(url, answer, span, sized=sized)
             check_version(url, info, version)
         except BaseException:
-            _drop(connection, answer)
+            drop(connection, answer)
             raise
         return HttpStream(self, sent.origin, connection, answer, info, url)
 
@@ -189,7 +203,15 @@ class HttpClient:
                 return
         connection.close()
 
-    def _send(self, request: Request, url: str) -> _Sent:
+    def latency_s(self, origin: Origin) -> float:
+        """Return the shortest time that an answer took, 0 where none is to be asked for ahead."""
+        return 0.0 if origin in self._alone else self._latency_s.get(origin, 0.0)
+
+    def distrust(self, origin: Origin) -> None:
+        """Ask nothing ahead of it any more."""
+        self._alone.add(origin)
+
+    def _send(self, request: Request, url: str) -> Sent:
         origin, target = self._place(url)
         message = write_message(request, origin, target, url)
         with self._lock:
@@ -199,7 +221,7 @@ class HttpClient:
             # The origin may have closed it meanwhile: that is no failure, and asked anew at once.
             try:
                 kept.sock.sendall(message)
-                return _Sent(kept, origin, url, message, is_kept=True)
+                return Sent(kept, origin, url, message, is_kept=True, at=time.monotonic())
             except _STALE:
                 kept.close()
             except BaseException as error:
@@ -207,7 +229,7 @@ class HttpClient:
                 raise translate(error, url) from None
         return self._send_anew(origin, url, message)
 
-    def _send_anew(self, origin: Origin, url: str, message: bytes) -> _Sent:
+    def _send_anew(self, origin: Origin, url: str, message: bytes) -> Sent:
         connection = self._connect(origin)
         try:
             try:
@@ -222,14 +244,26 @@ class HttpClient:
         except BaseException as error:
             connection.close()
             raise translate(error, url) from None
-        return _Sent(connection, origin, url, message, is_kept=False)
+        return Sent(connection, origin, url, message, is_kept=False, at=time.monotonic())
 
-    def _receive(self, sent: _Sent, method: str) -> tuple[http.client.HTTPConnection, Answer]:
+    def _receive(self, sent: Sent, method: str) -> tuple[http.client.HTTPConnection, Answer]:
+        stall_s = self._options.stall_timeout_s
         try:
-            return sent.connection, _answer(sent.connection, method)
+            if sent.is_next:
+                sent.connection.sock.settimeout(min(_NEXT_S, stall_s))
+            answer = _answer(sent.connection, method)
+            if sent.is_next:
+                sent.connection.sock.settimeout(stall_s)
+            else:
+                taken_s = time.monotonic() - sent.at
+                known_s = self._latency_s.get(sent.origin, taken_s)
+                self._latency_s[sent.origin] = min(known_s, taken_s)
+            return sent.connection, answer
         except BaseException as error:
             sent.connection.close()
-            if not sent.is_kept or not isinstance(error, _STALE):
+            if sent.is_next and isinstance(error, OSError | http.client.HTTPException):
+                self.distrust(sent.origin)
+            elif not sent.is_kept or not isinstance(error, _STALE):
                 raise translate(error, sent.url) from None
         anew = self._send_anew(sent.origin, sent.url, sent.message)
         return self._receive(anew, method)
@@ -281,99 +315,6 @@ class HttpClient:
         if origin.proxy:
             connection.set_tunnel(origin.host, origin.port, proxy_authorization(origin.proxy))
         return connection
-
-
-class HttpStream:
-    """One response body; see ``ByteStream``."""
-
-    def __init__(
-        self,
-        client: HttpClient,
-        origin: Origin,
-        connection: http.client.HTTPConnection,
-        answer: Answer,
-        info: ObjectInfo,
-        url: str,
-    ) -> None:
-        self._client = client
-        self._origin = origin
-        self._connection = connection
-        self._answer = answer
-        self._url = url
-        self._left = answer.length
-        self._ahead: int | None = None  # of the body, what came with the headers; None: not known
-        self._sock = connection.sock  # None where the origin closes it after this answer
-        self.info = info
-
-    def readinto(self, buffer: memoryview, /) -> int:
-        """Put what has arrived into *buffer* and return the count, 0 at the body's end."""
-        try:
-            if self._left is None:
-                return self._answer.readinto(buffer)
-            count = self._read_once(buffer[: self._left]) if self._left else 0
-        except (OSError, http.client.HTTPException) as error:
-            raise translate(error, self._url) from None
-        if not count and self._left:
-            raise TransientError(
-                "the body ended before its length",
-                where=self._url,
-                got=f"{self._left} bytes too few",
-            )
-        self._left -= count
-        return count
-
-    def _read_once(self, buffer: memoryview) -> int:
-        """One read: bytes that came before a failure are not lost with it."""
-        reader = self._answer.fp
-        if self._ahead is None:
-            self._ahead = len(reader.peek())
-        if self._ahead or self._sock is None:
-            count = int(reader.readinto1(buffer[: self._ahead or None]))
-            self._ahead = max(self._ahead - count, 0)
-            return count
-        return int(self._sock.recv_into(buffer))
-
-    def read_all(self, limit_bytes: int) -> bytes:
-        """Return the whole body.
-
-        Raises:
-            FetchError: it is longer than *limit_bytes*.
-        """
-        try:
-            body = self._answer.read(limit_bytes + 1)
-        except (OSError, http.client.HTTPException) as error:
-            raise translate(error, self._url) from None
-        if len(body) > limit_bytes:
-            raise FetchError(
-                "the answer is too long", where=self._url, expected=f"at most {limit_bytes} bytes"
-            )
-        return body
-
-    def close(self) -> None:
-        """Give the connection back where the body was read to its end, else drop it."""
-        whole = self._left == 0 or self._answer.isclosed()
-        self._answer.close()
-        if whole and not self._answer.will_close:
-            self._client.give_back(self._origin, self._connection)
-        else:
-            self._connection.close()
-
-    def abort(self) -> None:
-        """Make a read that waits in another thread fail now."""
-        _shut(self._sock)
-
-
-def _shut(sock: socket.socket | None) -> None:
-    """End a connection that another thread may wait in."""
-    if sock is not None:
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
-
-
-def _drop(connection: http.client.HTTPConnection, answer: Answer) -> None:
-    """Close both: the socket stays open as long as either is."""
-    answer.close()
-    connection.close()
 
 
 def _answer(connection: http.client.HTTPConnection, method: str) -> Answer:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from loader.errors import DeniedError, ExpiredError, FetchError, ListingError, LoaderError
-from loader.stores.base import ObjectInfo
-from loader.stores.http import Asked, HttpClient, HttpStream
+from loader.stores.base import ByteStream, ObjectInfo
+from loader.stores.bodies import Asked, HttpStream
+from loader.stores.http import HttpClient
 from loader.stores.listing import parse_listings
 from loader.stores.urls import SignedUrls
 from loader.types import Artifact, Listing
@@ -39,17 +40,30 @@ class PresignedStore:
         """Ask for the bytes ``[0, end)`` of the version there is now."""
         url = self._urls.current(artifact)
         asked = self._client.ask(url, span=(0, end))
-        take = asked.stream
+        return self._with_renewal(
+            asked, artifact, url, lambda newer: self._client.get(newer, span=(0, end))
+        )
 
-        def stream() -> HttpStream:
-            try:
-                return take()
-            except (ExpiredError, DeniedError) as error:
-                newer = self._renewed(artifact, url, error)
-            return self._client.get(newer, span=(0, end))
+    def ask_next(
+        self,
+        stream: ByteStream,
+        artifact: Artifact,
+        start: int,
+        end: int,
+        version: ObjectInfo | None,
+    ) -> Asked | None:
+        """Ask for bytes on the connection of *stream*; see ``Store.ask_next``."""
+        url = self._urls.current(artifact)
+        asked = ask_url_next(self._client, stream, url, start, end, version)
+        if asked is None:
+            return None
 
-        asked.stream = stream
-        return asked
+        def again(newer: str) -> HttpStream:
+            if version is None:
+                return self._client.get(newer, span=(start, end))
+            return open_url(self._client, newer, start, end, version)
+
+        return self._with_renewal(asked, artifact, url, again)
 
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo
@@ -62,6 +76,22 @@ class PresignedStore:
     def close(self) -> None:
         """Drop every connection."""
         self._client.close()
+
+    def _with_renewal(
+        self, asked: Asked, artifact: Artifact, url: str, again: Callable[[str], HttpStream]
+    ) -> Asked:
+        """Let the answer to *asked* be that to a newer URL where *url* is refused by then."""
+        take = asked.stream
+
+        def stream() -> HttpStream:
+            try:
+                return take()
+            except (ExpiredError, DeniedError) as error:
+                newer = self._renewed(artifact, url, error)
+            return again(newer)
+
+        asked.stream = stream
+        return asked
 
     def _with_url(self, artifact: Artifact, ask: Callable[[str], _Out]) -> _Out:
         url = self._urls.current(artifact)
@@ -102,8 +132,37 @@ def open_url(client: HttpClient, url: str, start: int, end: int, version: Object
         raise FetchError(
             "the origin does not honour ranges, so the file must be read from its start", where=url
         )
-    stream = client.get(url, span=span, version=version)
-    if span is not None and not stream.info.ranges and (start, end) != (0, version.size_bytes):
+    return _with_ranges(client.get(url, span=span, version=version), url, start, end, version)
+
+
+def ask_url_next(
+    client: HttpClient,
+    stream: ByteStream,
+    url: str,
+    start: int,
+    end: int,
+    version: ObjectInfo | None,
+) -> Asked | None:
+    """Ask for what ``open_url`` returns, of any version where *version* is None, behind *stream*.
+
+    None where that cannot be.
+    """
+    if not isinstance(stream, HttpStream) or (version is not None and not version.ranges):
+        return None
+    asked = client.ask_next(stream, url, span=(start, end), version=version)
+    if asked is None or version is None:
+        return asked
+    take = asked.stream
+    asked.stream = lambda: _with_ranges(take(), url, start, end, version)
+    return asked
+
+
+def _with_ranges(
+    stream: HttpStream, url: str, start: int, end: int, version: ObjectInfo
+) -> HttpStream:
+    """Return *stream*, which has to be of a range where that was asked for."""
+    whole = (start, end) == (0, version.size_bytes)
+    if version.ranges and not stream.info.ranges and not whole:
         stream.close()
         raise FetchError("the origin stopped honouring ranges", where=url)
     return stream

@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 
 from loader.credentials import S3Credentials, Secret
 from loader.errors import ExpiredError, FetchError, LoaderError, TransientError
-from loader.stores.base import ObjectInfo, Unasked
-from loader.stores.http import HttpClient, HttpStream
+from loader.stores.base import ByteStream, ObjectInfo, Unasked
+from loader.stores.bodies import Asked, HttpStream
+from loader.stores.http import HttpClient
 from loader.stores.layout import StoredFile
-from loader.stores.presigned import first_byte, open_url
+from loader.stores.presigned import ask_url_next, first_byte, open_url
 from loader.stores.s3_errors import translate_error
 from loader.types import Artifact
 
@@ -93,6 +94,32 @@ class S3Store:
     def ask_first(self, artifact: Artifact, end: int) -> Unasked:
         """Return what opens the bytes ``[0, end)`` of the version there is then."""
         return Unasked(partial(self.open_first, artifact, end))
+
+    def ask_next(
+        self,
+        stream: ByteStream,
+        artifact: Artifact,
+        start: int,
+        end: int,
+        version: ObjectInfo | None,
+    ) -> Asked | None:
+        """Ask for bytes on the connection of *stream*; a version that is not known takes more."""
+        if version is None:
+            return None
+        url = self._get_url(artifact)
+        asked = ask_url_next(self._client, stream, url, start, end, version)
+        if asked is None:
+            return None
+        take = asked.stream
+
+        def take_or_sign_anew() -> HttpStream:
+            try:
+                return take()
+            except ExpiredError:
+                return self.open_range(artifact, start, end, version)
+
+        asked.stream = take_or_sign_anew
+        return asked
 
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo

@@ -101,6 +101,17 @@ class Stores:
         """Ask what ``open_first`` asks, and leave the answer. Raises as ``Store.ask_first``."""
         return self._store(artifact).ask_first(artifact, end)
 
+    def ask_next(
+        self,
+        stream: ByteStream,
+        artifact: Artifact,
+        start: int,
+        end: int,
+        version: ObjectInfo | None,
+    ) -> Asked | None:
+        """Ask for bytes on the connection of *stream*. See ``Store.ask_next``."""
+        return self._store(artifact).ask_next(stream, artifact, start, end, version)
+
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo
     ) -> ByteStream:

@@ -16,7 +16,8 @@ from loader.fetch.plan import DoneRange
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.fetch.sums import Check, choose_check
 from loader.stores.base import Algorithm, Checksum, ObjectInfo
-from loader.stores.http import Asked, HttpClient, HttpStream
+from loader.stores.bodies import Asked, HttpStream
+from loader.stores.http import HttpClient
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest
 from tests.fetch.test_transfer import ended_after
