@@ -115,6 +115,7 @@ def test_artifacts_and_settings_from_the_command_line(config: Path, tmp_path: Pa
         (["truss", "init", "--output", "out", "--requests", "0"], 2, "at least 1"),
         (["inspect", "/none"], 5, "no such checkpoint folder"),
         (["merge", "--base", "/none", "--adapter", "/none", "--output", "out"], 5, "/none"),
+        (["merge", "--base", "b", "--adapter", "a=nan", "--output", "out"], 2, "a finite number"),
     ],
 )
 def test_mistakes(arguments: list[str], code: int, said: str) -> None:

@@ -233,6 +233,7 @@ def _merge_tensor(name: str, merging: Merging, scratch: Scratch) -> bool:
     if not shape:
         scalar = reader.read(origin).reshape(1)
         value = fold_all(folds, scalar.clone(), 0, scratch)
+        _check_finite(name, value)
         merging.writer.write(name, value.reshape(()))
         return not torch.equal(scalar, value)
     step = shape[0] if any(map(needs_whole, edits)) else _rows_at_once(shape)

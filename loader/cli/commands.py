@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -225,11 +226,23 @@ def _overrides(given: Words) -> dict[str, Any]:
 
 
 def _weighted(text: str) -> tuple[Path, float]:
-    folder, equals, weight = text.rpartition("=")
+    """Return the folder and the weight that ``--adapter`` gave."""
+    from loader.errors import ConfigError
+
+    folder, equals, factor = text.rpartition("=")
     try:
-        return (Path(folder), float(weight)) if equals else (Path(text), 1.0)
+        weight = float(factor)
     except ValueError:
-        return Path(text), 1.0
+        weight, equals = 1.0, ""
+    if equals and not math.isfinite(weight):
+        raise ConfigError(
+            "an adapter's weight that is no number to multiply by",
+            where="--adapter",
+            expected="a finite number, such as 0.5",
+            got=factor,
+            next_step="give FOLDER=WEIGHT, or FOLDER alone",
+        )
+    return (Path(folder), weight) if equals else (Path(text), 1.0)
 
 
 def _free_bytes(folder: Path) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from loader.errors import TransientError
-from loader.fetch.threads import StoppedError
+from loader.fetch.stopping import StoppedError
 from loader.stores.base import Asked, ByteStream
 from loader.types import Artifact
 

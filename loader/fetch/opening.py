@@ -28,8 +28,8 @@ from loader.fetch.pace import FIRST, Pace
 from loader.fetch.part import PartFile
 from loader.fetch.plan import guided_bytes
 from loader.fetch.progress import Progress
+from loader.fetch.stopping import StoppedError, check_stop
 from loader.fetch.sums import choose_check
-from loader.fetch.threads import StoppedError
 from loader.retry import pause_s, retrying
 from loader.stores.base import Asked, ByteStream, ObjectInfo, Store
 from loader.types import Artifact, FetchedFile
@@ -237,8 +237,7 @@ class Opening:
         self._start(1)
         told_s, told = time.monotonic(), 0
         while not self._over.wait(_LOOK_S if self._parts else FAR_S):
-            if stop.is_set():
-                raise StoppedError("the fetch was stopped; what has arrived is kept")
+            check_stop(stop)
             now, done = time.monotonic(), len(self._parts)
             self._pace.tick(now, done, self._flying)
             waits = [opener.has_waited(now) for opener in self._openers]

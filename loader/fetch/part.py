@@ -29,8 +29,8 @@ from loader.fetch.plan import (
     sound_ranges,
     unit_end,
 )
+from loader.fetch.stopping import StoppedError
 from loader.fetch.sums import Check
-from loader.fetch.threads import StoppedError
 from loader.fetch.verify import check_structure, proved_ranges
 from loader.stores.base import Asked, ByteStream, ObjectInfo
 from loader.types import Artifact, FetchedFile

@@ -25,8 +25,8 @@ from loader.fetch.opening import Hooks, Opening
 from loader.fetch.pace import FIRST, Pace
 from loader.fetch.part import LARGE_BYTES, PartFile, fetched_file
 from loader.fetch.progress import LogProgress, Progress, show_bytes
+from loader.fetch.stopping import check_stop
 from loader.fetch.sums import choose_check
-from loader.fetch.threads import check_stop
 from loader.fetch.transfer import Limits
 from loader.fetch.verify import Verify, is_intact
 from loader.fetch.way import check_way

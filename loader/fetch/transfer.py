@@ -20,7 +20,7 @@ from loader.fetch.pace import Pace
 from loader.fetch.part import PartFile
 from loader.fetch.progress import Progress
 from loader.fetch.schedule import Schedule
-from loader.fetch.threads import StoppedError
+from loader.fetch.stopping import StoppedError
 from loader.retry import retrying
 from loader.stores.base import Asked, ByteStream, Store
 

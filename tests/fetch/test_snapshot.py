@@ -27,7 +27,7 @@ from loader.fetch import snapshot as fetch_snapshot
 from loader.fetch.files import places
 from loader.fetch.part import PartFile
 from loader.fetch.snapshot import FetchOptions, fetch, read_artifact, sizes
-from loader.fetch.threads import StoppedError
+from loader.fetch.stopping import StoppedError
 from loader.stores.base import ObjectInfo
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest, Snapshot
