@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,25 +82,26 @@ class PresignedStore:
         self, asked: Asked, artifact: Artifact, url: str, again: Callable[[str], HttpStream]
     ) -> Asked:
         """Let the answer to *asked* be that to a newer URL where *url* is refused by then."""
-        take = asked.stream
-
-        def stream() -> HttpStream:
-            try:
-                return take()
-            except (ExpiredError, DeniedError) as error:
-                newer = self._renewed(artifact, url, error)
-            return again(newer)
-
-        asked.stream = stream
+        asked.stream = partial(self._or_renewed, artifact, url, asked.stream, again)
         return asked
 
     def _with_url(self, artifact: Artifact, ask: Callable[[str], _Out]) -> _Out:
         url = self._urls.current(artifact)
+        return self._or_renewed(artifact, url, partial(ask, url), ask)
+
+    def _or_renewed(
+        self,
+        artifact: Artifact,
+        url: str,
+        ask: Callable[[], _Out],
+        again: Callable[[str], _Out],
+    ) -> _Out:
+        """Return what *ask* does, or *again* with a newer URL where *url* is refused."""
         try:
-            return ask(url)
+            return ask()
         except (ExpiredError, DeniedError) as error:
             newer = self._renewed(artifact, url, error)
-        return ask(newer)
+        return again(newer)
 
     def _renewed(self, artifact: Artifact, refused: str, error: FetchError) -> str:
         try:
