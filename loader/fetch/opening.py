@@ -239,7 +239,7 @@ class Opening:
         while not self._over.wait(_LOOK_S if self._parts else FAR_S):
             check_stop(stop)
             now, done = time.monotonic(), len(self._parts)
-            self._pace.tick(now, done, self._flying)
+            self._pace.tick(now, done, self._flying, self._left)
             waits = [opener.has_waited(now) for opener in self._openers]
             # What a file takes of a thread's time, once there are some.
             far = (now - told_s) * len(waits) > FAR_S * (done - told) if told else all(waits)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-FIRST = 2
+FIRST = 4
 _WINDOW_S = 0.06  # over which a rate is measured
+_WORTH_S = 1.0  # what is over sooner is not worth finding out for: each try costs handshakes
 _SETTLE_S = 0.5  # new connections that bring nothing by then are measured all the same
-_FACTOR = 4  # while it pays: a far origin has answered three times by then, not ten
+_FACTOR = 2  # while it pays
 _MISSES = 1
-_GAIN = 1.1  # what a larger number has to bring to be kept
+_GAIN = 1.2  # what a larger number has to bring to be kept
 _HOLD_S = 2.0  # between two tries with more; doubled each time in vain
 _LONGEST_HOLD_S = 30.0
 _COOL_S = 5.0  # after an origin said that it is too much
@@ -41,8 +42,8 @@ class Pace:
         self._best_rate = 0.0
         self._set(first, now)
 
-    def tick(self, now: float, total_bytes: int, receiving: int) -> None:
-        """Take note of the bytes so far, and of how many connections bring some now."""
+    def tick(self, now: float, total_bytes: int, receiving: int, left_bytes: int) -> None:
+        """Take note of the bytes so far and to come, and of how many connections bring some now."""
         if not receiving:  # nothing is to be learnt from an origin that has not answered yet
             self._began = None
             return
@@ -55,6 +56,8 @@ class Pace:
             return
         rate = (total_bytes - self._began_bytes) / (now - self._began)
         self._began, self._began_bytes = now, total_bytes
+        if left_bytes < rate * _WORTH_S:
+            return
         if self._growing:
             self._judge(rate, now)
         elif now >= self._next_try:

@@ -76,6 +76,11 @@ class Schedule:
         with self.turn:
             return sum(1 for claim in self.active if claim.place > claim.start)
 
+    def left_bytes(self) -> int:
+        """Return how many bytes are still to come."""
+        with self.turn:
+            return self._left_bytes + sum(claim.end - claim.place for claim in self.active)
+
     def stalled(self) -> int:
         """Return how many claims have not brought a byte for a while; they count for none."""
         now = time.monotonic()

@@ -109,7 +109,8 @@ class _Transfer:
                 if stopped := self._events.stop.is_set():
                     break
                 brought = sum(worker.bytes for worker in self._workers)
-                self._pace.tick(time.monotonic(), brought, self._schedule.receiving())
+                receiving, left_bytes = self._schedule.receiving(), self._schedule.left_bytes()
+                self._pace.tick(time.monotonic(), brought, receiving, left_bytes)
         finally:
             self._halt.set()
             self._schedule.stop()

@@ -6,29 +6,44 @@ from collections.abc import Callable
 
 import pytest
 
-from loader.fetch.pace import Pace
+from loader.fetch.pace import FIRST, Pace
 
 TICK_S = 0.05
+MUCH = 1 << 50
 
 
-def run(pace: Pace, rate: Callable[[int], float], seconds: float, start: float = 0.0) -> float:
+def run(
+    pace: Pace,
+    rate: Callable[[int], float],
+    seconds: float,
+    start: float = 0.0,
+    left_bytes: int = MUCH,
+) -> float:
     """Tell *pace* of a world in which so many connections bring *rate* bytes a second."""
     now, total = start, 0.0
     while now < start + seconds:
         now += TICK_S
         total += rate(pace.limit) * TICK_S
-        pace.tick(now, int(total), pace.limit)
+        pace.tick(now, int(total), pace.limit, left_bytes)
     return now
 
 
 def test_each_connection_brings_its_share() -> None:
     pace = Pace(16, 0.0)
-    assert pace.limit == 2
+    assert pace.limit == FIRST
     run(pace, lambda n: n * 50e6, 1.0)
     assert pace.limit == 16
 
 
-@pytest.mark.parametrize(("useful", "most"), [(1, 2), (4, 8), (8, 8)])
+def test_what_is_over_in_a_moment_is_not_worth_more() -> None:
+    pace = Pace(16, 0.0)
+    now = run(pace, lambda n: n * 50e6, 1.0, left_bytes=100_000_000)
+    assert pace.limit == FIRST
+    run(pace, lambda n: n * 50e6, 1.0, now, left_bytes=1_000_000_000)
+    assert pace.limit == 16
+
+
+@pytest.mark.parametrize(("useful", "most"), [(1, 4), (4, 4), (8, 8)])
 def test_no_more_than_bring_something(useful: int, most: int) -> None:
     pace = Pace(64, 0.0)
     now = run(pace, lambda n: min(n, useful) * 50e6, 1.0)
@@ -80,8 +95,8 @@ def test_an_origin_that_is_slow_to_answer_is_waited_for() -> None:
     now = 0.0
     while now < 3.0:
         now += TICK_S
-        pace.tick(now, 0, 0)
-    assert pace.limit == 2
+        pace.tick(now, 0, 0, MUCH)
+    assert pace.limit == FIRST
     run(pace, lambda n: n * 50e6, 1.0, now)
     assert pace.limit == 16
 
