@@ -2,7 +2,8 @@
 
 Chosen by measurement. Blocking sockets, the kernel's own time limit in the place of a poll before
 every read; and as few reads as can be, since each wakes a thread, hands the interpreter's lock
-round and acknowledges what it took: from a peer that is fast, a buffer is waited for as a whole.
+round and acknowledges what it took: from a peer that is fast, a buffer is waited for as a whole,
+and the kernel wakes the thread once, when that has come (``SO_RCVLOWAT``).
 
 TLS: OpenSSL reads the socket itself and decrypts a whole buffer in one call (see ``openssl``).
 Where Python's ``ssl`` cannot be reached in that way: large reads of ciphertext, decrypted from
@@ -17,6 +18,7 @@ import contextlib
 import http.client
 import io
 import mmap
+import select
 import socket
 import ssl
 import struct
@@ -55,18 +57,17 @@ class PlainSocket:
         self._closed = False
         self._due_bytes = 0  # within the next moment
         self._read_at = time.monotonic()
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
         self.settimeout(sock.gettimeout())
 
     def recv_into(self, buffer: memoryview, /) -> int:
         """Wait for bytes and put them into *buffer*; 0 at the end. Raises TimeoutError.
 
-        Fewer than there is room for, and than have come within the last moment, are the last ones
-        before the end or a failure.
+        From a peer that is fast, so many are waited for as are due within a moment.
         """
-        if min(self._due_bytes, len(buffer)) >= _LEAST_BYTES:
-            count = self._fill(buffer[: self._due_bytes])
-        else:
-            count = self.recv_some(buffer)
+        due = min(self._due_bytes, len(buffer))
+        count = self._fill(buffer, due) if due >= _LEAST_BYTES else self.recv_some(buffer)
         now = time.monotonic()
         self._due_bytes = int(count * _MOMENT_S / max(now - self._read_at, 1e-6))
         self._read_at = now
@@ -76,11 +77,12 @@ class PlainSocket:
         """Put into *buffer* what has come; wait where that is nothing. Raises TimeoutError."""
         return int(self._wait_for(self._sock.recv_into, buffer))
 
-    def _fill(self, buffer: memoryview) -> int:
-        try:
-            return self._sock.recv_into(buffer, 0, socket.MSG_WAITALL)
-        except BlockingIOError:
-            return self.recv_some(buffer)
+    def _fill(self, buffer: memoryview, due: int) -> int:
+        """Sleep until as many as are *due* have come, or the peer pauses; take what is there."""
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, due)
+        self._poll.poll(_PATIENCE_S * 1000)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)  # else heads wait for it
+        return self.recv_some(buffer)
 
     def _wait_for(self, act: Callable[..., Any], *arguments: Any) -> Any:
         """Do *act*, again while the peer's silence is not too long, and return its result."""
@@ -158,8 +160,8 @@ class TlsSocket(PlainSocket):
         """Send all of *data*."""
         self._wait_for(self._tls.write, data)
 
-    def _fill(self, buffer: memoryview) -> int:
-        return self._records.read(buffer[:_DECRYPTED_BYTES]) or self.recv_some(buffer)
+    def _fill(self, buffer: memoryview, due: int) -> int:
+        return self._records.read(buffer[: min(due, _DECRYPTED_BYTES)]) or self.recv_some(buffer)
 
 
 class BufferedTlsSocket(PlainSocket):

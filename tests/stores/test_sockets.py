@@ -9,6 +9,7 @@ import os
 import socket
 import ssl
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -124,6 +125,26 @@ def test_a_fast_peers_bytes_come_in_whole_buffers(peer: Peer) -> None:
     if peer.kind != "buffered":
         whole = MEBIBYTE if peer.kind == "plain" else MEBIBYTE // 2
         assert sum(1 for count in reads if count == whole) >= 3, reads
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel counts a thread's pauses")
+def test_a_thread_sleeps_until_a_whole_buffer_has_come(
+    authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    def talk(end: socket.socket) -> None:
+        for place in range(0, len(CONTENT), 16 << 10):
+            end.sendall(CONTENT[place : place + (16 << 10)])
+            time.sleep(0.0002)
+
+    peer = Peer("plain", authority, monkeypatch)
+    sock = peer.connect(talk)
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+    receive(sock, len(CONTENT), memoryview(bytearray(MEBIBYTE)))
+    pauses = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before
+    assert pauses < len(CONTENT) // (16 << 10) // 4
+    peer.close()
 
 
 def test_a_slow_peers_bytes_are_taken_as_they_come(peer: Peer) -> None:
