@@ -16,7 +16,7 @@ from loader.stores.base import Algorithm, Checksum
 
 _ETAG = re.compile(r'"?(?P<md5>[0-9a-f]{32})(?:-(?P<parts>[1-9]\d{0,4}))?"?')
 _AMZ = "x-amz-checksum-"
-_TELLING = ("x-amz-", "x-goog-", "x-ms-blob-content-md5", "repr-digest", "etag")
+_TELLING = ("x-amz-", "x-goog-", "x-ms-blob-content-md5", "repr-digest")  # beside the ETag
 _SIZES: Mapping[Algorithm, int] = {
     "crc64nvme": 8,
     "crc32c": 4,
@@ -29,12 +29,8 @@ _SIZES: Mapping[Algorithm, int] = {
 
 def read_checksums(headers: Iterable[tuple[str, str]]) -> tuple[Checksum, ...]:
     """Return what *headers* say of the whole object, whichever range of it they came with."""
-    fields = {
-        name: value.strip()
-        for name, value in ((name.lower(), value) for name, value in headers)
-        if name.startswith(_TELLING)
-    }
-    if not fields:
+    fields = {name.lower(): value.strip() for name, value in headers}
+    if not any(name.startswith(_TELLING) for name in fields):
         return ()
     found = [_amz(algorithm, fields.get(_AMZ + algorithm, "")) for algorithm in _SIZES]
     found.append(_etag(fields))
@@ -84,8 +80,10 @@ def _amz(algorithm: Algorithm, value: str) -> Checksum | None:
 
 
 def _plain(name: str, value: str) -> Checksum | None:
+    if not value:
+        return None
     for algorithm, size_bytes in _SIZES.items():
-        if algorithm == name and value:
+        if algorithm == name:
             try:
                 digest = base64.b64decode(value, validate=True)
             except (binascii.Error, ValueError):
