@@ -8,7 +8,6 @@ turn. Where it does not, or the connection ends, the request is asked anew on an
 from __future__ import annotations
 
 import contextlib
-import http.client
 import socket
 import threading
 import time
@@ -17,10 +16,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from loader.errors import FetchError, TransientError
-from loader.stores.answers import Answer
+from loader.stores.answers import Answer, AnswerError
 from loader.stores.base import ObjectInfo
+from loader.stores.connections import Connection
 from loader.stores.meanings import translate
 from loader.stores.messages import Origin
+from loader.stores.sockets import PlainSocket
 
 _FAR_S = 0.005  # from a request to its answer: nearer ones are not worth asking ahead of
 _READ_S = 0.02  # what a read takes, see ``sockets``
@@ -33,7 +34,7 @@ class Sent:
     ``is_next``: it was sent while the body before it came.
     """
 
-    connection: http.client.HTTPConnection
+    connection: Connection
     origin: Origin
     url: str
     message: bytes
@@ -85,7 +86,7 @@ class Asked:
 class Keeper(Protocol):
     """Whom a body gives its connection back to."""
 
-    def give_back(self, origin: Origin, connection: http.client.HTTPConnection) -> None:
+    def give_back(self, origin: Origin, connection: Connection) -> None:
         """Keep a connection whose last body was read to its end."""
 
     def latency_s(self, origin: Origin) -> float:
@@ -102,7 +103,7 @@ class HttpStream:
         self,
         keeper: Keeper,
         origin: Origin,
-        connection: http.client.HTTPConnection,
+        connection: Connection,
         answer: Answer,
         info: ObjectInfo,
         url: str,
@@ -112,42 +113,26 @@ class HttpStream:
         self._connection = connection
         self._answer = answer
         self._url = url
-        self._left = answer.length
-        self._ahead: int | None = None  # of the body, what came with the headers; None: not known
-        self._sock = connection.sock  # None where the origin closes it after this answer
         self._began = time.monotonic()
         self._next: Asked | None = None
         self.info = info
 
     def readinto(self, buffer: memoryview, /) -> int:
         """Put what has arrived into *buffer* and return the count, 0 at the body's end."""
+        answer = self._answer
         try:
-            if self._left is None:
-                return self._answer.readinto(buffer)
-            count = self._read_once(buffer[: self._left]) if self._left else 0
-        except (OSError, http.client.HTTPException) as error:
+            count = answer.readinto(buffer)
+        except (OSError, AnswerError) as error:
             self._blame()
             raise translate(error, self._url) from None
-        if not count and self._left:
+        if not count and answer.left:
             self._blame()
             raise TransientError(
                 "the body ended before its length",
                 where=self._url,
-                got=f"{self._left} bytes too few",
+                got=f"{answer.left} bytes too few",
             )
-        self._left -= count
         return count
-
-    def _read_once(self, buffer: memoryview) -> int:
-        """One read: bytes that came before a failure are not lost with it."""
-        reader = self._answer.fp
-        if self._ahead is None:
-            self._ahead = len(reader.peek())
-        if self._ahead or self._sock is None:
-            count = int(reader.readinto1(buffer[: self._ahead or None]))
-            self._ahead = max(self._ahead - count, 0)
-            return count
-        return int(self._sock.recv_into(buffer))
 
     def is_ending(self, wanted: int) -> bool:
         """Return whether the next request, sent now, would be answered at this body's end.
@@ -155,8 +140,8 @@ class HttpStream:
         *wanted* bytes will be read. Only once, and where that is worth it: the way is far, and the
         connection will bear another request.
         """
-        length, left = self._answer.length, self._left
-        if self._next is not None or self._answer.will_close or self._ahead != 0:
+        length, left = self._answer.length, self._answer.left
+        if self._next is not None or self._answer.will_close or self._answer.is_ahead:
             return False
         if not length or not left or left != wanted:
             return False
@@ -189,7 +174,7 @@ class HttpStream:
         """
         try:
             body = self._answer.read(limit_bytes + 1)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, AnswerError) as error:
             raise translate(error, self._url) from None
         if len(body) > limit_bytes:
             raise FetchError(
@@ -199,7 +184,7 @@ class HttpStream:
 
     def close(self) -> None:
         """Give the connection back where the body was read to its end, else drop it."""
-        whole = self._left == 0 or self._answer.isclosed()
+        whole = self._answer.left == 0
         self._answer.close()
         following, self._next = self._next, None
         if following is not None:
@@ -211,7 +196,7 @@ class HttpStream:
 
     def abort(self) -> None:
         """Make a read that waits in another thread fail now."""
-        shut(self._sock)
+        shut(self._connection.sock)
 
     def _blame(self) -> None:
         """A body that breaks off behind a request that was sent ahead may do so because of it."""
@@ -219,14 +204,13 @@ class HttpStream:
             self._keeper.distrust(self._origin)
 
 
-def shut(sock: socket.socket | None) -> None:
+def shut(sock: PlainSocket) -> None:
     """End a connection that another thread may wait in."""
-    if sock is not None:
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
-def drop(connection: http.client.HTTPConnection, answer: Answer) -> None:
+def drop(connection: Connection, answer: Answer) -> None:
     """Close both: the socket stays open as long as either is."""
     answer.close()
     connection.close()

@@ -1,21 +1,21 @@
-"""A thin HTTP/1.1 client on http.client: ranges read straight into the caller's buffer.
+"""A thin HTTP/1.1 client: ranges read straight into the caller's buffer.
 
-urllib3 and requests copy every byte through Python objects on the way; here ``http.client``
-connects, ``answers`` reads heads, and the body comes from the socket (see ``sockets``). Keep-alive
-connections, proxies from the environment as everywhere, redirects by hand.
+urllib3 and requests copy every byte through Python objects on the way; here ``answers`` reads
+heads, and the body comes from the socket (see ``sockets``). Keep-alive connections, proxies from
+the environment as everywhere, redirects by hand.
 """
 
 from __future__ import annotations
 
-import http.client
+import os
 import re
-import socket
 import ssl
+import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -27,9 +27,10 @@ from loader.errors import (
     TransientError,
 )
 from loader.stores.addresses import is_link_local
-from loader.stores.answers import Answer
+from loader.stores.answers import Answer, AnswerError
 from loader.stores.base import ObjectInfo
 from loader.stores.bodies import Asked, HttpStream, Sent, drop
+from loader.stores.connections import Connection, connect
 from loader.stores.meanings import (
     check_status,
     check_version,
@@ -40,17 +41,17 @@ from loader.stores.meanings import (
 from loader.stores.messages import (
     Origin,
     Request,
-    proxy_authorization,
     range_headers,
     write_message,
+    write_tunnel,
 )
-from loader.stores.sockets import PlainConnection, TlsConnection
+from loader.stores.sockets import PlainSocket, shake_hands
 from loader.stores.trust import Trust
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 _SITE = re.compile(r"https?://[^/?#]+(?=/)")
 _NEXT_S = 2.0  # for the answer to a request that was sent ahead, from the end of the body before it
-_STALE = (http.client.RemoteDisconnected, ConnectionError, ssl.SSLEOFError)
+_STALE = (ConnectionError, ssl.SSLEOFError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +73,10 @@ class HttpClient:
     def __init__(self, options: HttpOptions) -> None:
         self._options = options
         self._trust = Trust(options.ca_bundle)
-        self._idle: dict[Origin, list[http.client.HTTPConnection]] = {}
+        self._idle: dict[Origin, list[Connection]] = {}
         self._lock = threading.Lock()
         self._closed = False
-        self._proxies = urllib.request.getproxies()
+        self._proxies = _proxies()
         self._origins: dict[str, Origin] = {}  # by the URLs' beginning
         self._latency_s: dict[Origin, float] = {}  # the shortest so far
         self._alone: set[Origin] = set()  # that are asked nothing ahead
@@ -195,7 +196,7 @@ class HttpClient:
             for connection in connections:
                 connection.close()
 
-    def give_back(self, origin: Origin, connection: http.client.HTTPConnection) -> None:
+    def give_back(self, origin: Origin, connection: Connection) -> None:
         """Keep a connection whose last body was read to its end."""
         with self._lock:
             if not self._closed:
@@ -230,28 +231,29 @@ class HttpClient:
         return self._send_anew(origin, url, message)
 
     def _send_anew(self, origin: Origin, url: str, message: bytes) -> Sent:
-        connection = self._connect(origin)
+        connection: Connection | None = None
         try:
             try:
-                connection.connect()
+                connection = self._connect(origin)
             except ssl.SSLCertVerificationError:
                 if not self._trust.widen():
                     raise
-                connection.connect()
+                connection = self._connect(origin)
             connection.sock.settimeout(self._options.stall_timeout_s)
             self._check_peer(connection.sock, origin, url)
             connection.sock.sendall(message)
         except BaseException as error:
-            connection.close()
+            if connection is not None:
+                connection.close()
             raise translate(error, url) from None
         return Sent(connection, origin, url, message, is_kept=False, at=time.monotonic())
 
-    def _receive(self, sent: Sent, method: str) -> tuple[http.client.HTTPConnection, Answer]:
+    def _receive(self, sent: Sent, method: str) -> tuple[Connection, Answer]:
         stall_s = self._options.stall_timeout_s
         try:
             if sent.is_next:
                 sent.connection.sock.settimeout(min(_NEXT_S, stall_s))
-            answer = _answer(sent.connection, method)
+            answer = Answer(sent.connection.inbox, method)
             if sent.is_next:
                 sent.connection.sock.settimeout(stall_s)
             else:
@@ -261,7 +263,7 @@ class HttpClient:
             return sent.connection, answer
         except BaseException as error:
             sent.connection.close()
-            if sent.is_next and isinstance(error, OSError | http.client.HTTPException):
+            if sent.is_next and isinstance(error, OSError | AnswerError):
                 self.distrust(sent.origin)
             elif not sent.is_kept or not isinstance(error, _STALE):
                 raise translate(error, sent.url) from None
@@ -290,39 +292,41 @@ class HttpClient:
         if not self._options.link_local and is_link_local(parts.hostname):
             raise leads_here(url)
         proxy = self._proxies.get(parts.scheme)
-        if proxy and urllib.request.proxy_bypass(parts.hostname):
+        if proxy and _is_near(parts.hostname):
             proxy = None
         return Origin(parts.scheme, parts.hostname, port, proxy)
 
-    def _check_peer(self, connected: socket.socket, origin: Origin, url: str) -> None:
+    def _check_peer(self, connected: PlainSocket, origin: Origin, url: str) -> None:
         """Refuse a name that was resolved to the machine's own link, before anything is sent."""
         if not self._options.link_local and origin.proxy is None:
             address = str(connected.getpeername()[0])
             if is_link_local(address):
                 raise leads_here(url)
 
-    def _connect(self, origin: Origin) -> http.client.HTTPConnection:
+    def _connect(self, origin: Origin) -> Connection:
         host, port = origin.host, origin.port
         if origin.proxy:
             proxy = urlsplit(origin.proxy if "//" in origin.proxy else f"//{origin.proxy}")
             host, port = proxy.hostname or "", proxy.port or 8080
         timeout_s = self._options.connect_timeout_s
         if origin.scheme == "http":
-            return PlainConnection(host, port, timeout=timeout_s)
-        connection = TlsConnection(
-            host, port, timeout=timeout_s, context=self._trust.context(), server=origin.host
-        )
-        if origin.proxy:
-            connection.set_tunnel(origin.host, origin.port, proxy_authorization(origin.proxy))
-        return connection
+            return connect(host, port, timeout_s)
+        tunnel = write_tunnel(origin, origin.proxy) if origin.proxy else b""
+        secure = partial(shake_hands, context=self._trust.context(), host=origin.host)
+        return connect(host, port, timeout_s, tunnel, secure)
 
 
-def _answer(connection: http.client.HTTPConnection, method: str) -> Answer:
-    """Return the beginning of the answer to what was sent."""
-    answer = Answer(connection.sock, method=method)
-    try:
-        answer.begin()
-    except BaseException:
-        answer.close()
-        raise
-    return answer
+def _proxies() -> dict[str, str]:
+    """Return the proxies by scheme, as the environment has them, or else the system."""
+    if sys.platform == "linux" and not any(n.lower().endswith("_proxy") for n in os.environ):
+        return {}
+    import urllib.request  # http.client and email, for which a first request should not wait
+
+    return urllib.request.getproxies()
+
+
+def _is_near(host: str) -> bool:
+    """Return whether *host* is not to be asked for through a proxy."""
+    import urllib.request
+
+    return bool(urllib.request.proxy_bypass(host))

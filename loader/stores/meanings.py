@@ -5,15 +5,14 @@ Statuses are translated here and nowhere else.
 
 from __future__ import annotations
 
-import email.utils
-import http.client
+import contextlib
 import re
 import socket
 import ssl
 import time
 
 from loader.errors import ChangedError, FetchError, TransientError
-from loader.stores.answers import Answer
+from loader.stores.answers import Answer, AnswerError, UnansweredError
 from loader.stores.base import ObjectInfo
 from loader.stores.checksums import read_checksums
 from loader.stores.expiry import refused
@@ -40,7 +39,9 @@ def check_status(
         raise _changed(url, "it is another version now")
     if status == 416:
         raise _changed(url, "it is shorter now")
-    body = answer.read(_BODY_SHOWN)
+    body = b""
+    with contextlib.suppress(OSError, AnswerError):  # the status says enough
+        body = answer.read(_BODY_SHOWN)
     raise refused(url, status, answer.reason, body)
 
 
@@ -123,8 +124,12 @@ def _retry_after(answer: Answer) -> float | None:
     value = answer.fields.get("retry-after", "").strip()
     if value.isdecimal():
         return float(value)
+    if not value:
+        return None
+    from email.utils import parsedate_to_datetime
+
     try:
-        until = email.utils.parsedate_to_datetime(value)
+        until = parsedate_to_datetime(value)
     except ValueError:
         return None
     return max(0.0, until.timestamp() - time.time())
@@ -143,12 +148,12 @@ def translate(error: BaseException, url: str) -> BaseException:
         return _passing("the host's name cannot be resolved", url)
     if isinstance(error, TimeoutError):
         return _passing("the connection brought nothing in time", url)
-    if isinstance(error, http.client.RemoteDisconnected):
+    if isinstance(error, UnansweredError):
         return _passing("the connection was closed without an answer", url)
     if isinstance(error, OSError):
         return _passing(error.strerror or type(error).__name__, url)
-    if isinstance(error, http.client.HTTPException):
-        return _passing(f"not a whole HTTP answer ({type(error).__name__})", url)
+    if isinstance(error, AnswerError):
+        return _passing(f"not a whole HTTP answer: {error}", url)
     return error
 
 

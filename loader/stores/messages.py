@@ -57,12 +57,21 @@ def write_message(request: Request, origin: Origin, target: str, url: str) -> by
         raise FetchError("not an http(s) URL", where=url) from None
 
 
+def write_tunnel(origin: Origin, proxy: str) -> bytes:
+    """Return the request that makes *proxy* pass on all that comes behind it to *origin*."""
+    target = f"{_name(origin)}:{origin.port}"
+    return request_head("CONNECT", target, {"Host": target, **proxy_authorization(proxy)})
+
+
 def _host(origin: Origin) -> str:
     """Return the value of Host; signatures are of it, without the scheme's own port."""
-    host = origin.host if origin.host.isascii() else origin.host.encode("idna").decode()
-    host = f"[{host}]" if ":" in host else host
     own = origin.port == (443 if origin.scheme == "https" else 80)
-    return host if own else f"{host}:{origin.port}"
+    return _name(origin) if own else f"{_name(origin)}:{origin.port}"
+
+
+def _name(origin: Origin) -> str:
+    host = origin.host if origin.host.isascii() else origin.host.encode("idna").decode()
+    return f"[{host}]" if ":" in host else host
 
 
 def proxy_authorization(proxy: str) -> dict[str, str]:

@@ -15,8 +15,6 @@ decrypts at a time while the others wait in ``recv``.
 from __future__ import annotations
 
 import contextlib
-import http.client
-import io
 import mmap
 import select
 import socket
@@ -37,13 +35,12 @@ _CIPHERTEXT_BYTES = 256 << 10  # of one read: what stays in a processor's cache
 _CIPHERTEXTS_BYTES = 8 << 20  # of all threads' reads; OpenSSL holds as much again
 _DECRYPTED_BYTES = 512 << 10  # of one read that waits: nobody sees them before they are all there
 _RECORD_BYTES = 16 << 10  # TLS has no longer ones
-_HEAD_BYTES = 20 << 10  # of a first read: an answer's head, and a small file behind it
 _decrypting = threading.Lock()
 _scratch = threading.local()
 
 
 class PlainSocket:
-    """A connected socket; as much of ``socket`` as http.client asks for.
+    """A connected socket.
 
     It is blocking, and the kernel limits each wait: what Python's own time limits cost is a poll
     before every read.
@@ -53,7 +50,7 @@ class PlainSocket:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._files = 0
+        self._holders = 0
         self._closed = False
         self._due_bytes = 0  # within the next moment
         self._read_at = time.monotonic()
@@ -119,24 +116,22 @@ class PlainSocket:
         """End the connection: a thread that waits in it wakes."""
         self._sock.shutdown(how)
 
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """Return a reader of what comes in; the socket stays open as long as it does."""
-        assert mode == "rb"
-        self._files += 1
-        return io.BufferedReader(_Reader(self), _HEAD_BYTES)
+    def hold(self) -> None:
+        """Keep it open until it is let go of: no thread's read may meet another's descriptor."""
+        self._holders += 1
+
+    def let_go(self) -> None:
+        """Note that it is not needed any more."""
+        self._holders -= 1
+        self._drop_if_unused()
 
     def close(self) -> None:
-        """Close, once every reader is."""
+        """Close, once nobody holds it."""
         self._closed = True
         self._drop_if_unused()
 
-    def leave_file(self) -> None:
-        """Note that a reader was closed."""
-        self._files -= 1
-        self._drop_if_unused()
-
     def _drop_if_unused(self) -> None:
-        if self._closed and self._files <= 0:
+        if self._closed and self._holders <= 0:
             self._sock.close()
 
 
@@ -245,62 +240,8 @@ class BufferedTlsSocket(PlainSocket):
             super().sendall(data)
 
 
-class _Reader(io.RawIOBase):
-    """The incoming bytes of a socket as http.client reads headers."""
-
-    def __init__(self, sock: PlainSocket) -> None:
-        self._sock: PlainSocket | None = sock
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        """Wait for bytes and put them into *buffer*."""
-        assert self._sock is not None
-        return self._sock.recv_some(memoryview(buffer))
-
-    def close(self) -> None:
-        """Let go of the socket."""
-        if self._sock is not None:
-            self._sock.leave_file()
-            self._sock = None
-        super().close()
-
-
-class PlainConnection(http.client.HTTPConnection):
-    """An HTTP connection over a PlainSocket."""
-
-    def connect(self) -> None:
-        """Connect."""
-        super().connect()
-        self.sock = PlainSocket(self.sock)
-
-
-class TlsConnection(http.client.HTTPConnection):
-    """An HTTPS connection over a TlsSocket."""
-
-    default_port = 443
-
-    def __init__(
-        self, host: str, port: int, *, timeout: float, context: ssl.SSLContext, server: str
-    ) -> None:
-        super().__init__(host, port, timeout=timeout)
-        self._context = context
-        self._server = server
-
-    def connect(self) -> None:
-        """Connect, through the proxy's tunnel where there is one, and shake hands."""
-        super().connect()
-        plain = self.sock
-        try:
-            self.sock = _shake_hands(plain, self._context, self._server)
-        except BaseException:
-            plain.close()
-            raise
-
-
-def _shake_hands(sock: socket.socket, context: ssl.SSLContext, host: str) -> PlainSocket:
+def shake_hands(sock: socket.socket, context: ssl.SSLContext, host: str) -> PlainSocket:
+    """Return the TLS client over *sock* that *host* proved itself to."""
     from loader.stores.openssl import attach  # ctypes, for which plain HTTP should not wait
 
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()

@@ -18,7 +18,7 @@ import pytest
 import trustme
 
 from loader.stores import openssl, sockets
-from loader.stores.sockets import BufferedTlsSocket, PlainSocket, TlsConnection, TlsSocket
+from loader.stores.sockets import BufferedTlsSocket, PlainSocket, TlsSocket, shake_hands
 
 CONTENT = os.urandom(1 << 20) * 8
 MEBIBYTE = 1 << 20
@@ -57,17 +57,13 @@ class Peer:
         listener = self._ends.enter_context(socket.create_server(("127.0.0.1", 0)))
         thread = threading.Thread(target=self._serve, args=(listener, talk), daemon=True)
         thread.start()
-        port = listener.getsockname()[1]
+        address = listener.getsockname()
+        plain = socket.create_connection(address, timeout=timeout_s)
         if self.kind == "plain":
-            sock = PlainSocket(socket.create_connection(("127.0.0.1", port), timeout=timeout_s))
+            sock = PlainSocket(plain)
         else:
-            connection = TlsConnection(
-                "127.0.0.1", port, timeout=timeout_s, context=self._trusting, server="127.0.0.1"
-            )
-            connection.connect()
-            found = connection.sock
-            assert isinstance(found, TlsSocket if self.kind == "tls" else BufferedTlsSocket)
-            sock = found
+            sock = shake_hands(plain, self._trusting, "127.0.0.1")
+            assert isinstance(sock, TlsSocket if self.kind == "tls" else BufferedTlsSocket)
         self._ends.callback(sock.close)
         return sock
 
@@ -223,15 +219,9 @@ def test_a_reset_in_the_midst(peer: Peer) -> None:
 
 def test_a_peer_that_does_not_shake_hands(authority: trustme.CA) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        connection = TlsConnection(
-            "127.0.0.1",
-            listener.getsockname()[1],
-            timeout=0.3,
-            context=ssl.create_default_context(),
-            server="127.0.0.1",
-        )
-        with pytest.raises(TimeoutError):
-            connection.connect()
+        plain = socket.create_connection(listener.getsockname(), timeout=0.3)
+        with plain, pytest.raises(TimeoutError):
+            shake_hands(plain, ssl.create_default_context(), "127.0.0.1")
 
 
 def test_the_cheapest_of_the_allowed_ciphers_comes_first(tls_peer: Peer) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import ssl
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,7 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 import trustme
 
-from loader.errors import FetchError
+from loader.errors import FetchError, TransientError
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.settings import Settings
 from loader.stores.sources import Stores
@@ -136,6 +138,28 @@ def test_hosts_that_are_not_for_the_proxy(
         (listing,) = stores.read_listings(source)
         assert stores.stat(listing.artifacts[0]).size_bytes == len(CONTENT)
     assert proxy.asked == []
+
+
+@pytest.mark.parametrize("said", [b"HTTP/1.1 407 Who are you?\r\n\r\n", b"SSH-2.0\r\n\r\n", b""])
+def test_a_proxy_that_makes_no_tunnel(
+    secure: FaultyOrigin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    def serve() -> None:
+        taken, _ = listener.accept()
+        with taken:
+            taken.recv(1 << 16)
+            taken.sendall(said)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        threading.Thread(target=serve, daemon=True).start()
+        source = write(secure, tmp_path / "l.json", "storage.test")
+        with closing(Stores(Settings.without_config())) as stores:
+            (listing,) = stores.read_listings(source)
+            with pytest.raises(TransientError, match=r"407 Who|not a whole|without an answer"):
+                stores.stat(listing.artifacts[0])
 
 
 def test_a_proxy_that_refuses(

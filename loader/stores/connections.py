@@ -1,0 +1,51 @@
+"""Connections to an origin: plain or TLS, through a proxy's tunnel where one is needed."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+from loader.stores.answers import Answer, Inbox
+from loader.stores.sockets import PlainSocket
+
+
+class Connection:
+    """A socket, and what has come on it."""
+
+    def __init__(self, sock: PlainSocket) -> None:
+        self.sock = sock
+        self.inbox = Inbox(sock)
+
+    def close(self) -> None:
+        """Close it, once no answer is read from it any more."""
+        self.sock.close()
+
+
+def connect(
+    host: str,
+    port: int,
+    timeout_s: float,
+    tunnel: bytes = b"",
+    secure: Callable[[socket.socket], PlainSocket] = PlainSocket,
+) -> Connection:
+    """Return a connection; *secure* makes it what the origin speaks.
+
+    *tunnel* is the request that makes a proxy at *host* pass on all that comes behind it.
+
+    Raises:
+        OSError: that cannot be, or the proxy refuses.
+        AnswerError: the proxy is none.
+    """
+    plain = socket.create_connection((host, port), timeout_s)
+    try:
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if tunnel:
+            plain.sendall(tunnel)
+            answer = Answer(Inbox(PlainSocket(plain)), "CONNECT")
+            if answer.status != 200:
+                raise OSError(0, f"the proxy answers HTTP {answer.status} {answer.reason}")
+            plain.settimeout(timeout_s)
+        return Connection(secure(plain))
+    except BaseException:
+        plain.close()
+        raise
