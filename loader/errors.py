@@ -24,14 +24,24 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar
 
-_QUERY = re.compile(r"(https?://[^\s?'\"<>]*)\?[^\s'\"<>]*")
-_USERINFO = re.compile(r"(\w+://)[^\s/@'\"]+@")
+# A URL need not be a right one to hold secrets: there may be blanks in its path, quotes in its query.
+_QUERY = re.compile(r"(https?://[^?\n]*)\?\S*", re.IGNORECASE)
+_SIGNED = re.compile(
+    r"([?&#;][\w.-]*(?:signature|sig|credential|token|access(?:key)?id|key-pair-id|policy)=)[^\s&]+",
+    re.IGNORECASE,
+)
+_USERINFO = re.compile(r"(\w+://)(?:[^\s/?#]+|[^\s/:\[]*:(?!\d*[/?#\s])\S+)@")
 
 
 def redact(text: str) -> str:
-    """Return *text* with the query and user information of every URL taken out."""
+    """Return *text* with the query and user information of every URL taken out.
+
+    So are the values of signatures and tokens, in whatever they are the parameters of.
+    """
     if "?" in text:
         text = _QUERY.sub(r"\1?…", text)
+    if "=" in text:
+        text = _SIGNED.sub(r"\1…", text)
     return _USERINFO.sub(r"\1", text) if "@" in text else text
 
 

@@ -19,6 +19,45 @@ def test_redact_takes_query_and_userinfo_out() -> None:
     assert "b.s3.test/k%20ey" in text
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://h/my dir/x y.bin?Expires=1&Signature=S3CR3T",
+        "http://h/x.bin?response-content-disposition='a'&Signature=S3CR3T",
+        'http://h/x?a="b"&X-Amz-Signature=S3CR3T&X-Amz-Security-Token=S3CR3T',
+        "HTTPS://h/x?S3CR3T",
+        "http://h/<x>.bin?S3CR3T",
+        "http://h/x\n.bin?X-Amz-Credential=S3CR3T&AWSAccessKeyId=S3CR3T",
+        "http://h/x?a=\t&Signature=S3CR3T",
+        "http://h/x#Signature=S3CR3T",
+        "az://c/x?sv=1&sig=S3CR3T",
+        "listing.json?Signature=S3CR3T",
+        "http://user:S3CR3T@S3CR3T@h/x",
+        "http://user:it's-S3CR3T@h/x",
+        "http://user:S3CR3T/S3CR3T@h:80/x",
+        "s3://S3CR3T:S3CR3T/+@bucket/x",
+    ],
+)
+def test_what_is_no_right_url_is_redacted_too(text: str) -> None:
+    for shown in (redact(text), redact(f"{text}\n"), redact(f"see {text}, {text}")):
+        assert "S3CR3T" not in shown
+        assert redact(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://bucket/what?/a=b@c",
+        "http://h:80/x@y",
+        "http://h/x\ndid you mean 'y'?\n",
+        "http://[::1]:80/a@b",
+        "--set name=value",
+    ],
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert redact(text) == text
+
+
 def test_every_field_is_redacted() -> None:
     error = FetchError(
         SIGNED, where=SIGNED, expected=SIGNED, got=SIGNED, next_step=SIGNED, problems=[SIGNED]
