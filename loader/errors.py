@@ -24,7 +24,7 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar
 
-# A URL need not be a right one to hold secrets: there may be blanks in its path, quotes in its query.
+# A URL need not be a right one to hold secrets: it may have blanks in its path, or quotes.
 _QUERY = re.compile(r"(https?://[^?\n]*)\?\S*", re.IGNORECASE)
 _SIGNED = re.compile(
     r"([?&#;][\w.-]*(?:signature|sig|credential|token|access(?:key)?id|key-pair-id|policy)=)[^\s&]+",

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from loader.errors import FetchError, TransientError
@@ -36,8 +36,8 @@ class Sent:
 
     connection: Connection
     origin: Origin
-    url: str
-    message: bytes
+    url: str = field(repr=False)
+    message: bytes = field(repr=False)
     is_kept: bool
     is_next: bool = False
     at: float = 0.0

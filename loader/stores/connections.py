@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from loader.stores.answers import Answer, Inbox
+from loader.stores.answers import Inbox
 from loader.stores.sockets import PlainSocket
 
 
@@ -25,25 +25,21 @@ def connect(
     host: str,
     port: int,
     timeout_s: float,
-    tunnel: bytes = b"",
+    tunnel: Callable[[socket.socket], None] | None = None,
     secure: Callable[[socket.socket], PlainSocket] = PlainSocket,
 ) -> Connection:
     """Return a connection; *secure* makes it what the origin speaks.
 
-    *tunnel* is the request that makes a proxy at *host* pass on all that comes behind it.
+    *tunnel* makes a proxy at *host* pass on all that comes behind it, or raises.
 
     Raises:
-        OSError: that cannot be, or the proxy refuses.
-        AnswerError: the proxy is none.
+        OSError: that cannot be.
     """
     plain = socket.create_connection((host, port), timeout_s)
     try:
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if tunnel:
-            plain.sendall(tunnel)
-            answer = Answer(Inbox(PlainSocket(plain)), "CONNECT")
-            if answer.status != 200:
-                raise OSError(0, f"the proxy answers HTTP {answer.status} {answer.reason}")
+        if tunnel is not None:
+            tunnel(plain)
             plain.settimeout(timeout_s)
         return Connection(secure(plain))
     except BaseException:

@@ -7,10 +7,8 @@ the environment as everywhere, redirects by hand.
 
 from __future__ import annotations
 
-import os
 import re
 import ssl
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -41,10 +39,11 @@ from loader.stores.meanings import (
 from loader.stores.messages import (
     Origin,
     Request,
+    place,
     range_headers,
     write_message,
-    write_tunnel,
 )
+from loader.stores.proxies import Proxies, open_tunnel
 from loader.stores.sockets import PlainSocket, shake_hands
 from loader.stores.trust import Trust
 
@@ -76,7 +75,7 @@ class HttpClient:
         self._idle: dict[Origin, list[Connection]] = {}
         self._lock = threading.Lock()
         self._closed = False
-        self._proxies = _proxies()
+        self._proxies = Proxies()
         self._origins: dict[str, Origin] = {}  # by the URLs' beginning
         self._latency_s: dict[Origin, float] = {}  # the shortest so far
         self._alone: set[Origin] = set()  # that are asked nothing ahead
@@ -245,7 +244,7 @@ class HttpClient:
         except BaseException as error:
             if connection is not None:
                 connection.close()
-            raise translate(error, url) from None
+            raise translate(error, url, origin.proxy) from None
         return Sent(connection, origin, url, message, is_kept=False, at=time.monotonic())
 
     def _receive(self, sent: Sent, method: str) -> tuple[Connection, Answer]:
@@ -291,9 +290,7 @@ class HttpClient:
             raise FetchError("not an http(s) URL", where=url)
         if not self._options.link_local and is_link_local(parts.hostname):
             raise leads_here(url)
-        proxy = self._proxies.get(parts.scheme)
-        if proxy and _is_near(parts.hostname):
-            proxy = None
+        proxy = self._proxies.find(parts.scheme, parts.hostname, port)
         return Origin(parts.scheme, parts.hostname, port, proxy)
 
     def _check_peer(self, connected: PlainSocket, origin: Origin, url: str) -> None:
@@ -304,29 +301,11 @@ class HttpClient:
                 raise leads_here(url)
 
     def _connect(self, origin: Origin) -> Connection:
-        host, port = origin.host, origin.port
-        if origin.proxy:
-            proxy = urlsplit(origin.proxy if "//" in origin.proxy else f"//{origin.proxy}")
-            host, port = proxy.hostname or "", proxy.port or 8080
+        first = origin.proxy or origin
         timeout_s = self._options.connect_timeout_s
         if origin.scheme == "http":
-            return connect(host, port, timeout_s)
-        tunnel = write_tunnel(origin, origin.proxy) if origin.proxy else b""
+            return connect(first.host, first.port, timeout_s)
+        proxy = origin.proxy
+        tunnel = partial(open_tunnel, proxy=proxy, to=place(origin)) if proxy else None
         secure = partial(shake_hands, context=self._trust.context(), host=origin.host)
-        return connect(host, port, timeout_s, tunnel, secure)
-
-
-def _proxies() -> dict[str, str]:
-    """Return the proxies by scheme, as the environment has them, or else the system."""
-    if sys.platform == "linux" and not any(n.lower().endswith("_proxy") for n in os.environ):
-        return {}
-    import urllib.request  # http.client and email, for which a first request should not wait
-
-    return urllib.request.getproxies()
-
-
-def _is_near(host: str) -> bool:
-    """Return whether *host* is not to be asked for through a proxy."""
-    import urllib.request
-
-    return bool(urllib.request.proxy_bypass(host))
+        return connect(first.host, first.port, timeout_s, tunnel, secure)

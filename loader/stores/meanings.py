@@ -16,11 +16,16 @@ from loader.stores.answers import Answer, AnswerError, UnansweredError
 from loader.stores.base import ObjectInfo
 from loader.stores.checksums import read_checksums
 from loader.stores.expiry import refused
+from loader.stores.proxies import Proxy, refused_by_proxy
 
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 _BUSY = {429, 503}
 _CONTENT_RANGE = re.compile(r"bytes (?:(?P<start>\d+)-(?P<last>\d+)|\*)/(?P<total>\d+|\*)$")
 _BODY_SHOWN = 64 * 1024
+_AUTHORITY_STEP = "set ca_bundle to the PEM file of the authority that signed it"
+_CLOCK_STEP = "check this machine's clock; if it is right, the server needs a new certificate"
+_HOST_STEP = "correct the URL's host; a proxy or a name server may lead to another one"
+_CERTIFICATE_STEPS = {9: _CLOCK_STEP, 10: _CLOCK_STEP, 62: _HOST_STEP, 64: _HOST_STEP}
 
 
 def check_status(
@@ -39,6 +44,8 @@ def check_status(
         raise _changed(url, "it is another version now")
     if status == 416:
         raise _changed(url, "it is shorter now")
+    if status == 407:  # of a plain request; a tunnel is refused before there is an answer
+        raise refused_by_proxy(url, f"HTTP {status} {answer.reason}")
     body = b""
     with contextlib.suppress(OSError, AnswerError):  # the status says enough
         body = answer.read(_BODY_SHOWN)
@@ -135,32 +142,37 @@ def _retry_after(answer: Answer) -> float | None:
     return max(0.0, until.timestamp() - time.time())
 
 
-def translate(error: BaseException, url: str) -> BaseException:
-    """Return ours for an error of the connection; any other as it is."""
+def translate(error: BaseException, url: str, proxy: Proxy | None = None) -> BaseException:
+    """Return ours for an error of the connection, which led to *proxy* if any; others as they are.
+
+    ``X509_V_ERR_*`` have their numbers in openssl/x509_vfy.h.
+    """
+    got = f"on the way through {proxy}" if proxy else ""
     if isinstance(error, ssl.SSLCertVerificationError):
         return FetchError(
             "the server's certificate is not trusted",
             where=url,
-            got=error.verify_message,
-            next_step="set ca_bundle to the PEM file of the authority that signed it",
+            got=", ".join(filter(None, (error.verify_message.rstrip("."), got))),
+            next_step=_CERTIFICATE_STEPS.get(error.verify_code, _AUTHORITY_STEP),
         )
     if isinstance(error, socket.gaierror):
-        return _passing("the host's name cannot be resolved", url)
+        return _passing("the host's name cannot be resolved", url, got)
     if isinstance(error, TimeoutError):
-        return _passing("the connection brought nothing in time", url)
+        return _passing("the connection brought nothing in time", url, got)
     if isinstance(error, UnansweredError):
-        return _passing("the connection was closed without an answer", url)
+        return _passing("the connection was closed without an answer", url, got)
     if isinstance(error, OSError):
-        return _passing(error.strerror or type(error).__name__, url)
+        return _passing(error.strerror or type(error).__name__, url, got)
     if isinstance(error, AnswerError):
-        return _passing(f"not a whole HTTP answer: {error}", url)
+        return _passing(f"not a whole HTTP answer: {error}", url, got)
     return error
 
 
-def _passing(what: str, url: str) -> TransientError:
+def _passing(what: str, url: str, got: str) -> TransientError:
     return TransientError(
         what,
         where=url,
+        got=got,
         next_step="check that this machine reaches the origin, then run again; what has been "
         "fetched is kept",
     )

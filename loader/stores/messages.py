@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
-from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
+from dataclasses import dataclass, field
 
 from loader.errors import FetchError
 from loader.stores.answers import request_head
 from loader.stores.base import ObjectInfo
+from loader.stores.proxies import Proxy
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +18,7 @@ class Origin:
     scheme: str
     host: str
     port: int
-    proxy: str | None
+    proxy: Proxy | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +26,8 @@ class Request:
     """A method, the headers and the body to send."""
 
     method: str
-    headers: Mapping[str, str]
-    body: bytes | None = None
+    headers: Mapping[str, str] = field(repr=False)
+    body: bytes | None = field(default=None, repr=False)
 
 
 def range_headers(span: tuple[int, int] | None, version: ObjectInfo | None) -> dict[str, str]:
@@ -49,7 +48,7 @@ def write_message(request: Request, origin: Origin, target: str, url: str) -> by
         headers = {"Host": _host(origin), **request.headers}
         if origin.proxy and origin.scheme == "http":
             target = f"http://{headers['Host']}{target}"
-            headers |= proxy_authorization(origin.proxy)
+            headers |= origin.proxy.headers
         if request.body is not None:
             headers["Content-Length"] = str(len(request.body))
         return request_head(request.method, target, headers) + (request.body or b"")
@@ -57,27 +56,21 @@ def write_message(request: Request, origin: Origin, target: str, url: str) -> by
         raise FetchError("not an http(s) URL", where=url) from None
 
 
-def write_tunnel(origin: Origin, proxy: str) -> bytes:
-    """Return the request that makes *proxy* pass on all that comes behind it to *origin*."""
-    target = f"{_name(origin)}:{origin.port}"
-    return request_head("CONNECT", target, {"Host": target, **proxy_authorization(proxy)})
-
-
 def _host(origin: Origin) -> str:
     """Return the value of Host; signatures are of it, without the scheme's own port."""
     own = origin.port == (443 if origin.scheme == "https" else 80)
-    return _name(origin) if own else f"{_name(origin)}:{origin.port}"
+    return _name(origin) if own else place(origin)
+
+
+def place(origin: Origin) -> str:
+    """Return host and port as a proxy is asked for a tunnel to them.
+
+    Raises:
+        ValueError: the host is no name.
+    """
+    return f"{_name(origin)}:{origin.port}"
 
 
 def _name(origin: Origin) -> str:
     host = origin.host if origin.host.isascii() else origin.host.encode("idna").decode()
     return f"[{host}]" if ":" in host else host
-
-
-def proxy_authorization(proxy: str) -> dict[str, str]:
-    """Return the header that names the user to a proxy, where its URL does."""
-    parts = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    if parts.username is None:
-        return {}
-    user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-    return {"Proxy-Authorization": "Basic " + base64.b64encode(user.encode()).decode()}

@@ -8,6 +8,7 @@ is asked for.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import ssl
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from loader.errors import FetchError
 
+_log = logging.getLogger("podloader")
 _HASHED = re.compile(r"[0-9a-f]{8}\.\d+")
 
 
@@ -55,7 +57,11 @@ class Trust:
 def _hashed_directory() -> str | None:
     """Return the system's directory of certificates, None where there is none to be used."""
     paths = ssl.get_default_verify_paths()
-    if paths.openssl_cafile_env in os.environ or not paths.capath:
+    if named := os.environ.get(paths.openssl_cafile_env):
+        if not os.access(named, os.R_OK):  # OpenSSL goes without it and says nothing
+            _log.warning("%s=%s cannot be read", paths.openssl_cafile_env, named)
+        return None
+    if not paths.capath:
         return None
     try:
         is_hashed = any(_HASHED.fullmatch(path.name) for path in Path(paths.capath).iterdir())

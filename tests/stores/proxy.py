@@ -1,25 +1,31 @@
-"""A real forward proxy on the loopback interface: CONNECT tunnels, and who asked for them."""
+"""Real forward proxies on the loopback interface: CONNECT tunnels, and plain requests."""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
+import select
 import socket
 import ssl
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import BaseRequestHandler, ThreadingTCPServer
 from urllib.parse import urlsplit
 
 
 class Proxy(ThreadingHTTPServer):
-    """Tunnels every host to ``port`` of this machine."""
+    """Tunnels every host to ``port`` of this machine, or refuses that with a status."""
 
     daemon_threads = True
 
-    def __init__(self, port: int) -> None:
+    def __init__(
+        self, port: int, *, refusal: int = 0, handler: type[BaseHTTPRequestHandler] | None = None
+    ) -> None:
         self.port = port
+        self.refusal = refusal
         self.asked: list[tuple[str, str | None]] = []
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), handler or _Handler)
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
@@ -40,6 +46,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_CONNECT(self) -> None:
         """Join both ends until one closes."""
         self.server.asked.append((self.path, self.headers["Proxy-Authorization"]))
+        if self.server.refusal:
+            self.send_error(self.server.refusal)
+            return
         with socket.create_connection(("127.0.0.1", self.server.port)) as behind:
             self.send_response(200)
             self.end_headers()
@@ -56,6 +65,47 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Say nothing."""
+
+
+class PlainProxy(Proxy):
+    """Forwards plain requests for every host to ``port``, from afar.
+
+    ``early`` counts requests that came while the body before them was sent. The proxy answers them
+    in turn; where it ``forgets``, they are lost.
+    """
+
+    def __init__(self, port: int, *, forgets: bool = False) -> None:
+        self.forgets = forgets
+        self.early = 0
+        super().__init__(port, handler=_PlainHandler)
+
+
+class _PlainHandler(_Handler):
+    server: PlainProxy
+
+    def do_GET(self) -> None:
+        """Forward, and look behind most of the body for another request."""
+        parts = urlsplit(self.path)
+        self.server.asked.append((parts.netloc, self.headers["Proxy-Authorization"]))
+        time.sleep(0.02)
+        own = {n: v for n, v in self.headers.items() if not n.startswith("Proxy-")}
+        behind = http.client.HTTPConnection("127.0.0.1", self.server.port)
+        behind.request("GET", f"{parts.path}?{parts.query}", headers=own)
+        answer = behind.getresponse()
+        body = answer.read()
+        behind.close()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            self.send_header(name, value)
+        self.end_headers()
+        place = max(len(body) - (128 << 10), 0)
+        self.wfile.write(body[:place])
+        time.sleep(0.03)
+        if select.select([self.connection], [], [], 0)[0]:
+            self.server.early += 1
+            if self.server.forgets:
+                self.connection.recv(1 << 16)
+        self.wfile.write(body[place:])
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:

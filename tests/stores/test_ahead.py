@@ -168,7 +168,10 @@ def far(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bodies, "_FAR_S", 0.0)
 
 
-def test_a_near_origin_is_asked_nothing_ahead(store: PresignedStore, artifact: Artifact) -> None:
+def test_a_near_origin_is_asked_nothing_ahead(
+    store: PresignedStore, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "_FAR_S", 0.5)  # this machine may have other things to do
     stream, _ = begin(store, artifact)
     left = MIDDLE - 1000
     while left > 1000:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 import trustme
 
-from loader.errors import FetchError, TransientError
+from loader.errors import FetchError
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.settings import Settings
 from loader.stores.sources import Stores
@@ -158,7 +158,7 @@ def test_a_proxy_that_makes_no_tunnel(
         source = write(secure, tmp_path / "l.json", "storage.test")
         with closing(Stores(Settings.without_config())) as stores:
             (listing,) = stores.read_listings(source)
-            with pytest.raises(TransientError, match=r"407 Who|not a whole|without an answer"):
+            with pytest.raises(FetchError, match=r"407 Who|not a whole|without an answer"):
                 stores.stat(listing.artifacts[0])
 
 

@@ -6,6 +6,7 @@ import shutil
 import ssl
 import subprocess
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,36 @@ def test_a_variable_that_names_a_file_is_heeded(
     (directory / "0123abcd.0").touch()
     monkeypatch.setenv("SSL_CERT_FILE", str(bundle))
     assert trust._hashed_directory() is None
+
+
+def test_a_variable_that_names_no_file_is_told_of(
+    directory: Path, url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(directory / "none.pem"))
+    with pytest.raises(FetchError, match="certificate"):
+        size_of(url)
+    assert f"SSL_CERT_FILE={directory / 'none.pem'} cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("host", "days", "got", "next_step"),
+    [
+        ("elsewhere.test", 1, "IP address mismatch", "correct the URL's host"),
+        ("127.0.0.1", -1, "certificate has expired", "check this machine's clock"),
+    ],
+)
+def test_a_certificate_that_is_wrong_by_itself(
+    origin: FaultyOrigin, bundle: Path, host: str, days: int, got: str, next_step: str
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(bundle)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ends = datetime.now(UTC) + timedelta(days=days)
+    issued = authority.issue_cert(host, not_before=ends - timedelta(days=9), not_after=ends)
+    issued.configure_cert(context)
+    front = TlsFront(origin.server_port, context)
+    with pytest.raises(FetchError) as caught:
+        size_of(f"https://127.0.0.1:{front.server_port}/x", bundle)
+    front.stop()
+    assert caught.value.got.startswith(got)
+    assert caught.value.next_step.startswith(next_step)
