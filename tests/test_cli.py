@@ -191,3 +191,36 @@ def test_inspect_a_listing_without_downloading_it(
 
 def test_the_version(config: Path) -> None:
     assert run("--version").stdout.startswith("podloader 0.")
+
+
+# libc calls what it was given last first: this would be seen where its own ``exit`` is reached.
+_LEAVE = """
+import ctypes, sys
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc._exit, ctypes.c_void_p(99), None)
+from loader.cli import main
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc and musl have this function")
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--version"], 0), (["plan", "none.yaml"], 2), (["pln"], 2)]
+)
+def test_the_process_ends_before_libc_takes_libraries_down(arguments: list[str], code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LEAVE, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert done.stdout + done.stderr
+
+
+def test_a_listing_cannot_command_a_terminal(config: Path, origin: FaultyOrigin) -> None:
+    origin.put("checkpoint-\x1b[2J/x.bin", b"x")
+    listing = write_listing(origin, config.parent / "listing.json")
+    for pattern in ("checkpoint-30/", "rank-0/checkpoint-*"):
+        config.write_text(config.read_text().replace("rank-*/checkpoint-10/", pattern))
+        done = run("plan", config, "--artifacts", listing)
+        assert done.returncode == 3
+        assert "checkpoint-\\x1b[2J/" in done.stderr
+        assert "\x1b" not in done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loader.cli.arguments import parse
+from loader.cli.ending import ending
 from loader.cli.report import errors_shown, say, set_up_logging, write_json
 
 if TYPE_CHECKING:
@@ -194,9 +195,10 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
 def main() -> None:
     """Run the command line."""
     gc.set_threshold(100_000)  # a long listing is a million small objects that all stay
-    given = parse(sys.argv[1:])
-    set_up_logging(given.pop("verbose"))
-    _COMMANDS[given.pop("command")](**given)
+    with ending():
+        given = parse(sys.argv[1:])
+        set_up_logging(given.pop("verbose"))
+        _COMMANDS[given.pop("command")](**given)
 
 
 def _settings(config: Path, artifacts: Words, given: Words) -> Settings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -14,13 +15,14 @@ from loader.errors import LoaderError, redact
 
 VERSION = 1  # of every JSON document; a field may be added without a new number
 _UNEXPECTED = 1
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class _Redacted(logging.Formatter):
     """Lines without signatures, whoever logged them."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        return _shown(super().format(record))
 
 
 def set_up_logging(verbose: bool) -> None:
@@ -35,8 +37,16 @@ def set_up_logging(verbose: bool) -> None:
 
 def say(line: str = "") -> None:
     """Write a line for a person."""
-    sys.stderr.write(redact(line) + "\n")
+    sys.stderr.write(_shown(line) + "\n")
     sys.stderr.flush()
+
+
+def _shown(text: str) -> str:
+    """Return *text* without secrets, and without what a terminal takes for commands.
+
+    Names come from listings, which anybody may have written.
+    """
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], redact(text))
 
 
 def write_json(document: dict[str, object]) -> None:

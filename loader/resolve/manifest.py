@@ -11,6 +11,7 @@ from loader.resolve.patterns import compile_pathwise, compile_pattern
 from loader.types import JOB_ID, Artifact, Listing, Manifest, TrainingCheckpoints
 
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<i>\d{5,})-of-(?P<n>\d{5,})(?P<ext>\.safetensors|\.bin)$")
+_CONTROL = re.compile(r"[\x01-\x1f\x7f-\x9f]")
 _NAME_BYTES = 240  # leaves room below NAME_MAX for the temporary file's suffix
 
 
@@ -171,6 +172,8 @@ def _part_problems(part: str) -> list[str]:
     problems: list[str] = []
     if part in ("", ".", "..") or "\0" in part or "\\" in part:
         problems.append("leaves its folder, or is no relative file name")
+    if _CONTROL.search(part):
+        problems.append("a control character in a name")
     if len(part) > _NAME_BYTES // 4 and len(part.encode()) > _NAME_BYTES:
         problems.append(f"a name longer than {_NAME_BYTES} bytes")
     return problems

@@ -71,7 +71,8 @@ def test_a_star_that_crosses_folders_is_warned_of() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "a/../../x", "/etc/x", "a\0b", "a//b", "./a", "a\\b", "", "a/", "x" * 250]
+    "name",
+    ["../x", "a/../../x", "/etc/x", "a\0b", "a//b", "./a", "a\\b", "", "a/", "x" * 250, "a\nb/c"],
 )
 def test_names_that_leave_their_folder(name: str) -> None:
     with pytest.raises(ResolveError, match="refused"):
