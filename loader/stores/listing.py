@@ -93,7 +93,7 @@ def _refuse(problems: Sequence[str], where: str) -> None:
     if problems:
         more = len(problems) - _SHOWN
         raise ListingError(
-            f"the listing has {len(problems)} wrong entries",
+            f"the listing has {len(problems)} wrong entr{'y' if len(problems) == 1 else 'ies'}",
             where=where,
             problems=[*problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])],
             next_step="get the listing again",

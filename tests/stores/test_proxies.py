@@ -132,6 +132,18 @@ def test_a_plain_request_that_the_proxy_refuses(
     assert caught.value.what == "the proxy refuses access"
 
 
+def test_a_proxy_is_not_asked_for_the_machines_own_link(
+    origin: FaultyOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = PlainProxy(origin.server_port)
+    monkeypatch.setenv("HTTP_PROXY", f"http://{proxy.address}")
+    for host in ("169.254.169.254", "169。254。169。254", "169%2e254%2e169%2e254"):
+        with closing(HttpClient(HttpOptions())) as client, pytest.raises(FetchError, match="link"):
+            client.get(f"http://{host}/x")
+    proxy.stop()
+    assert not proxy.asked
+
+
 def test_a_proxy_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
