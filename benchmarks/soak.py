@@ -1,6 +1,6 @@
 """Many transfers under random faults: right files or a right error, never a wrong file.
 
-    python -m benchmarks.soak [--transfers 500] [--seed N]
+    python -m benchmarks.soak [--transfers 500] [--seed N] [--latency-ms N]
 
 A transfer is one job of a few files, fetched from an origin that does at random what origins and
 networks do. A run that ends in an error is run again, as a pod is started again; the last run
@@ -34,6 +34,8 @@ import yaml
 from loader.errors import ChangedError, FetchError, LoaderError, TransientError
 from loader.fetch.progress import Progress
 from loader.fetch.snapshot import FetchOptions, fetch
+from loader.stores.base import ObjectInfo
+from loader.stores.bodies import Asked, HttpStream
 from loader.stores.http import HttpClient, HttpOptions
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest
@@ -73,8 +75,9 @@ class Killing:
 class SoakOrigin(FaultyOrigin):
     """Meets requests of the jobs in ``unruly`` with a fault now and then, and counts them."""
 
-    def __init__(self, root: Path, seed: int) -> None:
+    def __init__(self, root: Path, seed: int, latency_s: float) -> None:
         self.chance = random.Random(seed)
+        self.latency_s = latency_s
         self.counts: Counter[str] = Counter()
         self.versions: dict[str, list[str]] = {}
         self.unruly: dict[str, float] = {}
@@ -120,6 +123,12 @@ class SoakHandler(FaultyHandler):
     """Counts the bytes of each job as they are sent, and kills whom that is the end of."""
 
     server: SoakOrigin
+
+    def send_object(self, fd: int) -> None:
+        """Answer as from afar."""
+        if self.server.latency_s:
+            time.sleep(self.server.latency_s)
+        super().send_object(fd)
 
     def copy(self, fd: int, start: int, end: int) -> None:
         """Send the bytes, and count them."""
@@ -187,6 +196,20 @@ class Quiet:
         """Do nothing."""
 
 
+class CountingClient(HttpClient):
+    """A client that counts the requests it sends behind a body that still comes."""
+
+    ahead = 0
+
+    def ask_next(
+        self, stream: HttpStream, url: str, *, span: tuple[int, int], version: ObjectInfo | None
+    ) -> Asked | None:
+        """Count, and ask."""
+        asked = super().ask_next(stream, url, span=span, version=version)
+        CountingClient.ahead += asked is not None
+        return asked
+
+
 class Transfer:
     """One job and the folder it is fetched into."""
 
@@ -232,7 +255,7 @@ class Transfer:
         entries = self.origin.listing(self.job)["checkpoint_artifacts"]
         assert isinstance(entries, list)
         files = (Artifact(self.job, 0, e["relative_file_name"], e["url"]) for e in entries)
-        client = HttpClient(HttpOptions(stall_timeout_s=0.4))
+        client = CountingClient(HttpOptions(stall_timeout_s=0.4))
         quiet: Progress = Quiet()
         try:
             fetch(Manifest(tuple(files)), self.root, PresignedStore(client), OPTIONS, quiet)
@@ -306,17 +329,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--transfers", type=int, default=500)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
+    parser.add_argument(
+        "--latency-ms", type=float, default=0.0, help="what the origin waits before each answer"
+    )
     options = parser.parse_args()
     logging.getLogger("podloader").setLevel(logging.ERROR)
-    print(report(options.transfers, options.seed))
+    print(report(options.transfers, options.seed, options.latency_ms / 1000))
 
 
-def report(transfers: int, seed: int) -> str:
+def report(transfers: int, seed: int, latency_s: float = 0.0) -> str:
     """Return the table of *transfers*; raises AssertionError, with the seed, at a wrong file."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="podloader-soak-") as name:
         folder = Path(name)
-        origin = SoakOrigin(folder / "origin", seed)
+        origin = SoakOrigin(folder / "origin", seed, latency_s)
         origin.start()
         try:
             made = [Transfer(origin, folder, number, seed) for number in range(transfers)]
@@ -337,7 +363,8 @@ def report(transfers: int, seed: int) -> str:
         f"{'fault injected':<20}{'count':>7}",
         *(f"{fault:<20}{count:>7}" for fault, count in faults.most_common()),
         "",
-        f"asked for again within a run: {Quiet.retries}",
+        f"asked for again within a run: {Quiet.retries}; "
+        f"asked for before the body before it had ended: {CountingClient.ahead}",
         f"{'runs that ended in an error':<50}{'count':>7}",
         *(f"{why:<50}{count:>7}" for why, count in errors.most_common()),
     ]

@@ -140,7 +140,8 @@ class Settings:
     verify: Literal["size", "sample", "full"] = _setting(
         "sample",
         description="What a file that an earlier start fetched has to prove: its size and time "
-        "stamp, the digests of a few ranges as well, or the digest of every byte.",
+        "stamp, the digests of a few ranges as well, or the digest of every byte. `full` "
+        "also compares what the origin says of large new files, see How it fails.",
     )
     allow_pickle: bool = _setting(
         False, description="Read `.bin` and `.pt` weights, restricted to tensors."

@@ -29,7 +29,6 @@ from loader.fetch.part import PartFile
 from loader.fetch.plan import guided_bytes
 from loader.fetch.progress import Progress
 from loader.fetch.stopping import StoppedError, check_stop
-from loader.fetch.sums import choose_check
 from loader.retry import pause_s, retrying
 from loader.stores.base import Asked, ByteStream, ObjectInfo, Store
 from loader.types import Artifact, FetchedFile
@@ -130,7 +129,7 @@ class Opening:
                 except TransientError as error:
                     self._tell(task, error)
                     raise
-                part.see(stream.info, choose_check(stream.info, self._range_bytes))
+                part.see(stream.info)
                 part.opened = stream, task.end
 
     def ask_next(self, stream: ByteStream, part: PartFile) -> Asked | None:

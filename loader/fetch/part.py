@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from loader.errors import FetchError, FormatError, TransientError
+from loader.errors import FormatError, TransientError
 from loader.fetch.crc import crc64nvme
 from loader.fetch.files import (
     Places,
@@ -42,8 +42,9 @@ class PartFile:
     """One artifact's part file. ``lock`` and ``resume`` come first; then ``write`` and ``finish``
     may be called from many threads.
 
-    Files that are not worth a journal are fetched from their start after an interruption. *tell*
-    is called with start and end of what has come, and with what was here.
+    Files that are not worth a journal are fetched from their start after an interruption. *choose*
+    says which of the origin's sums is compared. *tell* is called with start and end of what has
+    come, and with what was here.
     ``is_seen``: ``info`` is the origin's, not the listing's. ``asked``: the request for the file's
     beginning, ``opened``: the stream of it, and where it was to end. ``is_new``: ``lock`` found
     nothing of it here. ``missing`` is what ``resume`` left to be fetched, ``done`` the file once it
@@ -56,15 +57,14 @@ class PartFile:
         info: ObjectInfo,
         place: Places,
         boot_id: str,
-        check: Check | None = None,
+        choose: Callable[[ObjectInfo], Check | None] = lambda info: None,
         *,
         journaled: bool = True,
         tell: Callable[[int, int], None] = lambda start, end: None,
     ) -> None:
         self.artifact = artifact
-        self.info = info
-        self.check = check
-        self.sum = check.new_sum(info.size_bytes) if check is not None else None
+        self._choose = choose
+        self._set_info(info)
         self._journaled = journaled
         self._tell = tell
         self.done: FetchedFile | None = None
@@ -109,11 +109,9 @@ class PartFile:
             held = 0
         return max(0, self.info.size_bytes - held)
 
-    def see(self, info: ObjectInfo, check: Check | None) -> None:
+    def see(self, info: ObjectInfo) -> None:
         """Take what the origin says of the object."""
-        self.info = info
-        self.check = check
-        self.sum = check.new_sum(info.size_bytes) if check is not None else None
+        self._set_info(info)
         self.is_seen = True
 
     def take_opened(self) -> tuple[ByteStream, int] | None:
@@ -265,6 +263,11 @@ class PartFile:
             got=f"bytes up to {place}",
         )
 
+    def _set_info(self, info: ObjectInfo) -> None:
+        self.info = info
+        self.check = self._choose(info)
+        self.sum = self.check.new_sum(info.size_bytes) if self.check is not None else None
+
     def _prepare(self) -> None:
         """Give the part file its size and its journal, or go on with those of an earlier run."""
         with self._lock, disk_errors(self.place.part):
@@ -288,20 +291,18 @@ class PartFile:
     def _compare_sum(self, have: tuple[DoneRange, ...]) -> None:
         if self.check is None or self.sum is None:
             return
-        wanted, found = self.check.checksum, self.sum.result(have)
-        if found is None or found == wanted.digest:
+        found = self.sum.result(have)
+        if found is None and self.fetched_bytes < self.info.size_bytes:
+            # An earlier run left ranges behind holes, where no hash could go on.
+            again = self.check.new_sum(self.info.size_bytes)
+            proved_ranges(self.place.part, have, again)
+            found = again.result(have)
+        if found is None or found == self.check.checksum.digest:
             return
         # Nobody can say which of the bytes are wrong: they all come again.
         for path in (self.place.journal, self.place.part):
             remove(path)
-        raise FetchError(
-            "the bytes do not sum up to what the origin says",
-            where=self.artifact.source,
-            expected=f"{wanted.algorithm} {wanted.digest.hex()}",
-            got=found.hex(),
-            next_step="run again: the file is fetched anew; a second time means that the origin's "
-            "copy is damaged",
-        )
+        raise self.check.differs(found, self.artifact.source)
 
     def _adopt(self) -> FetchedFile | None:
         """Return the final file where an earlier run was killed between its name and record."""

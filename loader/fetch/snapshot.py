@@ -49,7 +49,7 @@ class FetchOptions:
     ``concurrency``: the most connections at a time. ``retries``: how often one range or file is
     asked for again without any progress, for ``deadline_s`` at the most. ``range_bytes``: the least
     that is asked for of a large file, proved and resumed alone. ``verify``: what files of an
-    earlier fetch have to prove.
+    earlier fetch have to prove; ``full``: and all that the origin says of new ones is compared.
     """
 
     concurrency: int = 16
@@ -121,11 +121,13 @@ def _fetch(
         if artifact.path in reused:
             arrivals.arrive(fetched_file(artifact, reused[artifact.path], reused=True))
 
+    full = options.verify == "full"
+    choose = partial(choose_check, range_bytes=options.range_bytes, full=full)
+
     def make(artifact: Artifact, info: ObjectInfo) -> PartFile:
-        check = choose_check(info, options.range_bytes)
         large = info.size_bytes > min(options.range_bytes, LARGE_BYTES)
         tell = partial(arrivals.advance, artifact.path, at[artifact].part)
-        return PartFile(artifact, info, at[artifact], boot, check, journaled=large, tell=tell)
+        return PartFile(artifact, info, at[artifact], boot, choose, journaled=large, tell=tell)
 
     limits = Limits(options.concurrency, options.retries, options.deadline_s, options.range_bytes)
     download = Download(root, limits, options.verify, seen, progress, arrivals)

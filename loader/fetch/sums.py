@@ -4,8 +4,9 @@ CRC64NVME is there anyway. Of other sums one is taken up while the bytes are wri
 whole combines from those of any ranges. A hash (MD5, SHA) goes on byte by byte: of a file of up to
 64 MiB, or of each part of a multipart upload. Such a unit is brought by one connection; where
 another one takes over its rest, or a later run goes on with it, the hash goes on as well. A hash
-of a larger whole would have to wait for all of its bytes in order, one connection at a time: it is
-not compared, and the file is as sure as its version and its transport make it.
+of a larger whole has to wait for all of its bytes in order, on one connection: it is compared where
+every proof is asked for, and so is the hash of an upload's parts whose size can only be guessed.
+Else such a file is as sure as its version and its transport make it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+from loader.errors import FetchError
 from loader.fetch.crc import (
     combine_crc32,
     combine_crc32c,
@@ -28,6 +30,8 @@ from loader.fetch.plan import DoneRange
 from loader.stores.base import Algorithm, Checksum, ObjectInfo
 
 _MOST_UNIT_BYTES = 64 << 20  # what one connection brings alone
+_FEWEST_PARTS = 32  # by which the size of a part is known well enough
+_MIB = 1 << 20
 _COMBINE: Mapping[str, Callable[[int, int, int], int]] = {
     "crc32": combine_crc32,
     "crc32c": combine_crc32c,
@@ -71,10 +75,14 @@ class Sum(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One sum to be compared. ``unit_bytes`` come by one connection; None: by any ranges."""
+    """One sum to be compared. ``unit_bytes`` come by one connection; None: by any ranges.
+
+    ``guessed``: the origin did not tell how large the upload's parts were.
+    """
 
     checksum: Checksum
     unit_bytes: int | None
+    guessed: bool = False
 
     def new_sum(self, size_bytes: int) -> Sum:
         """Return the sum of a file of which nothing is here."""
@@ -83,10 +91,27 @@ class Check:
             return _Units(self.checksum, self.unit_bytes, size_bytes)
         return _Known(algorithm) if algorithm == "crc64nvme" else _Combined(algorithm)
 
+    def differs(self, found: bytes, where: str) -> FetchError:
+        """Return the error for bytes that sum up to *found*, which is another sum."""
+        wanted, is_it = self.checksum, "the origin's copy is damaged"
+        of = f" of {wanted.parts} parts of {self.unit_bytes} bytes" if wanted.parts else ""
+        if self.guessed:
+            is_it += ", or was uploaded in parts of another size: verify: sample takes it as it is"
+        return FetchError(
+            "the bytes do not sum up to what the origin says",
+            where=where,
+            expected=f"{wanted.algorithm} {wanted.digest.hex()}{of}",
+            got=found.hex(),
+            next_step=f"run again: the file is fetched anew; a second time means that {is_it}",
+        )
 
-def choose_check(info: ObjectInfo, range_bytes: int) -> Check | None:
-    """Return the cheapest sum that can be taken of an object, None where there is none."""
-    most_bytes = max(_MOST_UNIT_BYTES, range_bytes)
+
+def choose_check(info: ObjectInfo, range_bytes: int, *, full: bool = False) -> Check | None:
+    """Return the cheapest sum that can be taken of an object, None where there is none.
+
+    *full*: one connection may bring a unit of any size, and parts may be of a size that is usual.
+    """
+    most_bytes = max(_MOST_UNIT_BYTES, range_bytes, info.size_bytes if full else 0)
     for algorithm in _CHEAPEST:
         for checksum in info.checksums:
             if checksum.algorithm != algorithm:
@@ -95,9 +120,32 @@ def choose_check(info: ObjectInfo, range_bytes: int) -> Check | None:
                 return Check(checksum, None)
             whole = checksum.parts < 2
             unit_bytes = max(info.size_bytes, 1) if whole else checksum.part_bytes
-            if unit_bytes and (unit_bytes <= most_bytes if info.ranges else whole):
-                return Check(checksum, unit_bytes)
+            guessed = full and unit_bytes is None
+            if guessed:
+                unit_bytes = usual_part_bytes(info.size_bytes, checksum.parts)
+            if unit_bytes and (unit_bytes <= most_bytes or not info.ranges):
+                return Check(checksum, unit_bytes, guessed)
     return None
+
+
+def usual_part_bytes(size_bytes: int, parts: int) -> int | None:
+    """Return the one size that uploaders use by which *size_bytes* make so many *parts*.
+
+    They count in MiB, in products of twos and fives: 5, 8, 16, 25, 50, 64, 100. Of few parts, other
+    sizes, such as 8 MB, would give the same number.
+    """
+    if parts < _FEWEST_PARTS:
+        return None
+    least, most = -(-size_bytes // parts), (size_bytes - 1) // (parts - 1)
+    usual = [n for n in range(-(-least // _MIB), most // _MIB + 1) if _is_usual(n)]
+    return usual[0] * _MIB if len(usual) == 1 else None
+
+
+def _is_usual(number: int) -> bool:
+    for factor in (2, 5):
+        while number and not number % factor:
+            number //= factor
+    return number == 1
 
 
 class _Known:

@@ -10,6 +10,8 @@ import pytest
 from benchmarks.soak import report
 
 
-def test_a_short_soak(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("latency_s", [0.0, 0.008])
+def test_a_short_soak(latency_s: float, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, "podloader")
-    assert "24 ended right, 0 wrong files" in report(24, seed=time.time_ns() % 10**6)
+    told = report(16, time.time_ns() % 10**6, latency_s)
+    assert "16 ended right, 0 wrong files" in told

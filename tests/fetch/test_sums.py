@@ -14,7 +14,7 @@ from awscrt.checksums import crc32c, crc64nvme
 from loader.errors import FetchError
 from loader.fetch.plan import DoneRange
 from loader.fetch.snapshot import FetchOptions, fetch
-from loader.fetch.sums import Check, choose_check
+from loader.fetch.sums import Check, choose_check, usual_part_bytes
 from loader.stores.base import Algorithm, Checksum, ObjectInfo
 from loader.stores.bodies import Asked, HttpStream
 from loader.stores.http import HttpClient
@@ -30,6 +30,7 @@ from tests.origin import (
     ignore_range,
     pause,
     slow,
+    stall,
     status,
 )
 
@@ -182,8 +183,8 @@ def starts(origin: FaultyOrigin) -> list[str]:
 def test_an_origin_without_ranges_sends_the_whole_for_a_sum(
     origin: FaultyOrigin, client: HttpClient, manifest: Manifest, tmp_path: Path
 ) -> None:
-    for algorithm in SUMS:
-        wrong = replace(whole(algorithm), digest=SUMS[algorithm][::-1])
+    for right in KINDS.values():
+        wrong = replace(right, digest=right.digest[::-1])
         origin.fail("big.bin", ignore_range, ignore_range, ignore_range)
         with pytest.raises(FetchError, match="sum up"):
             fetch(manifest, tmp_path, TellingStore(client, wrong), OPTIONS)
@@ -222,6 +223,82 @@ def test_what_is_hashed_as_one_is_not_shared_with_a_faster_connection(
     off = replace(content_of_parts, digest=b"w" * 16)
     with pytest.raises(FetchError, match="sum up"):
         fetch(manifest, tmp_path / "wrong", TellingStore(client, off), OPTIONS)
+
+
+FULL = replace(OPTIONS, verify="full")
+MANY = random.Random(5).randbytes(33 << 20)
+
+
+def md5_of_parts(content: bytes, part_bytes: int) -> Checksum:
+    """Return an upload's ETag as a signed URL tells it: without the parts' size."""
+    parts = [content[i : i + part_bytes] for i in range(0, len(content), part_bytes)]
+    joined = b"".join(hashlib.md5(part).digest() for part in parts)
+    return Checksum("md5", hashlib.md5(joined).digest(), len(parts))
+
+
+@pytest.mark.parametrize("kind", ["whole", "parts"])
+def test_full_compares_what_takes_one_connection_or_a_guess(
+    origin: FaultyOrigin,
+    client: HttpClient,
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("loader.fetch.sums._MOST_UNIT_BYTES", 1 << 20)  # for a large file's sake
+    path = origin.put("big.bin", MANY).relative_to(origin.root).as_posix()
+    manifest = Manifest((Artifact("job1", 0, "big.bin", origin.sign(path)),))
+    right = (
+        md5_of_parts(MANY, 1 << 20)
+        if kind == "parts"
+        else Checksum("md5", hashlib.md5(MANY).digest())
+    )
+    fetch(manifest, tmp_path / "right", TellingStore(client, right), FULL)
+    wrong = TellingStore(client, replace(right, digest=right.digest[::-1]))
+    fetch(manifest, tmp_path / "unseen", wrong, OPTIONS)
+    origin.requests.clear()
+    with pytest.raises(FetchError, match="sum up") as caught:
+        fetch(manifest, tmp_path / "wrong", wrong, FULL)
+    assert ("another size" in caught.value.next_step) == (kind == "parts")
+    if kind == "whole":
+        assert starts(origin) == ["0", "0"]  # the first request is for the version
+    else:
+        assert all(int(start) % (1 << 20) == 0 for start in starts(origin))
+
+
+def test_full_hashes_what_an_earlier_run_left_behind_a_hole(
+    origin: FaultyOrigin,
+    client: HttpClient,
+    manifest: Manifest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("loader.fetch.sums._MOST_UNIT_BYTES", 1)
+    wrong = TellingStore(client, replace(whole("md5"), digest=SUMS["md5"][::-1]))
+    origin.fail("big.bin", act(lambda: None), stall(0.5), act(lambda: None), *[status(404)] * 99)
+    with pytest.raises(FetchError, match="not there"):
+        fetch(manifest, tmp_path, wrong, replace(OPTIONS, concurrency=2, retries=0))
+    origin.faults.clear()
+    origin.bytes_sent = 0
+    with pytest.raises(FetchError, match="sum up"):
+        fetch(manifest, tmp_path, wrong, FULL)
+    assert origin.bytes_sent < len(CONTENT) - RANGE // 2
+
+
+@pytest.mark.parametrize(
+    ("size", "parts", "part"),
+    [
+        (5 << 30, 640, 8 << 20),
+        ((5 << 30) + 1, 641, 8 << 20),
+        (32 * (64 << 20) - 1, 32, 64 << 20),
+        (10**9, 100, None),  # of 10 MB
+        (40 * 8 * 10**6, 40, None),  # of 8 MB
+        (31 * (8 << 20), 31, None),  # too few to be sure
+        (33 * 250 * 10**6, 33, None),
+        (100, 40, None),
+    ],
+)
+def test_the_size_of_parts_that_is_usual(size: int, parts: int, part: int | None) -> None:
+    assert usual_part_bytes(size, parts) == part
 
 
 def test_a_count_of_parts_that_cannot_be_right_proves_nothing() -> None:
