@@ -15,7 +15,7 @@ from loader.fetch.part import PartFile
 from loader.fetch.progress import Progress, show_bytes
 from loader.fetch.transfer import Events, Limits, transfer
 from loader.fetch.verify import Verify, is_intact
-from loader.stores.base import Asked, ByteStream, ObjectInfo, Store
+from loader.stores.base import Asked, ByteStream, ObjectInfo, Store, is_same_version
 from loader.types import Artifact
 
 _SPARE_BYTES = 64 << 20  # journals, records, folders
@@ -155,4 +155,4 @@ def is_same(artifact: Artifact, record: Record, info: ObjectInfo | None) -> bool
         return False
     if record.version is None or info.version is None:
         return same_place
-    return record.version == info.version  # wherever a new listing says that it lies
+    return is_same_version(record.version, info.version)  # wherever a new listing says that it lies

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from loader.errors import FormatError, TransientError
 from loader.fetch.crc import crc64nvme
@@ -123,7 +124,7 @@ class PartFile:
         unit_bytes = (self.check and self.check.unit_bytes) or 1
         end = unit_end(0, end, unit_bytes) if end < self.info.size_bytes else end
         first = self.missing[0] if self.missing else Range(0, 0)
-        if stream.info.ranges and not first.start and 0 < end <= min(opened[1], first.end):
+        if self.info.ranges and not first.start and 0 < end <= min(opened[1], first.end):
             return stream, end
         stream.close()
         return None
@@ -264,6 +265,8 @@ class PartFile:
         )
 
     def _set_info(self, info: ObjectInfo) -> None:
+        if info.version is None:  # ranges that nothing ties together might be of two versions
+            info = replace(info, ranges=False)
         self.info = info
         self.check = self._choose(info)
         self.sum = self.check.new_sum(info.size_bytes) if self.check is not None else None

@@ -28,7 +28,7 @@ class Checksum:
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """The version of an object. ``version`` is a strong ETag or a Last-Modified date, if any.
+    """The version of an object. ``version`` is an ETag or a Last-Modified date, if any.
 
     ``ranges`` is False where the origin sends the whole object whatever range is asked for.
     ``checksums`` are of the whole object; an answer to a range may have fewer than ``stat``'s.
@@ -38,6 +38,14 @@ class ObjectInfo:
     version: str | None = None
     ranges: bool = True
     checksums: tuple[Checksum, ...] = ()
+
+
+def is_same_version(one: str, other: str) -> bool:
+    """Return whether two versions are one; an ETag may be told as a weak one at times.
+
+    By RFC 9110, 8.8.3.2, weak comparison.
+    """
+    return one.removeprefix("W/") == other.removeprefix("W/")
 
 
 class ByteStream(Protocol):

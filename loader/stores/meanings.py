@@ -13,7 +13,7 @@ import time
 
 from loader.errors import ChangedError, FetchError, TransientError
 from loader.stores.answers import Answer, AnswerError, UnansweredError
-from loader.stores.base import ObjectInfo
+from loader.stores.base import ObjectInfo, is_same_version
 from loader.stores.checksums import read_checksums
 from loader.stores.expiry import refused
 from loader.stores.proxies import Proxy, refused_by_proxy
@@ -63,7 +63,7 @@ def object_info(
     """
     fields = answer.fields
     tag = fields.get("etag", "")
-    version = tag if tag.startswith('"') else fields.get("last-modified")
+    version = tag if tag.startswith(('"', 'W/"')) else fields.get("last-modified")
     checksums = read_checksums(fields.items())
     if answer.status == 200:
         length = fields.get("content-length")
@@ -100,7 +100,7 @@ def check_version(url: str, info: ObjectInfo, asked: ObjectInfo | None) -> None:
         return
     if info.size_bytes != asked.size_bytes:
         raise _changed(url, f"{info.size_bytes} bytes instead of {asked.size_bytes}")
-    if asked.version and info.version and info.version != asked.version:
+    if asked.version and info.version and not is_same_version(info.version, asked.version):
         raise _changed(url, f"version {info.version} instead of {asked.version}")
 
 

@@ -36,9 +36,9 @@ def range_headers(span: tuple[int, int] | None, version: ObjectInfo | None) -> d
     headers = {"Accept-Encoding": "identity", "User-Agent": "podloader"}
     if span is not None:
         headers["Range"] = f"bytes={span[0]}-{span[1] - 1}"
-    if version is not None and version.version:
-        tag = version.version.startswith('"')
-        headers["If-Match" if tag else "If-Unmodified-Since"] = version.version
+    known = version.version if version is not None else None
+    if known and not known.startswith("W/"):  # If-Match takes strong tags alone; see check_version
+        headers["If-Match" if known.startswith('"') else "If-Unmodified-Since"] = known
     return headers
 
 

@@ -143,8 +143,9 @@ def part_of(size: int, **headers: str) -> Fault:
         (part_of(len(CONTENT), ETag='"a"'), part_of(len(CONTENT), ETag='"b"')),
         (part_of(len(CONTENT), ETag='"a"'), part_of(len(CONTENT) + 1, ETag='"a"')),
         (part_of(len(CONTENT), Last_Modified="x"), part_of(len(CONTENT), Last_Modified="y")),
+        (part_of(len(CONTENT), ETag='W/"a"'), part_of(len(CONTENT), ETag='W/"b"')),
     ],
-    ids=["ETag", "size", "date"],
+    ids=["ETag", "size", "date", "weak ETag"],
 )
 def test_another_object_midway_is_an_error_at_once(
     origin: FaultyOrigin,
@@ -162,6 +163,32 @@ def test_another_object_midway_is_an_error_at_once(
     origin.faults.clear()
     fetch(manifest, tmp_path / "down", store, OPTIONS)
     assert (tmp_path / "down/job1/rank-0/big.bin").read_bytes() == CONTENT
+
+
+def test_a_tag_is_the_same_where_it_is_told_as_a_weak_one(
+    origin: FaultyOrigin, store: PresignedStore, manifest: Manifest, tmp_path: Path
+) -> None:
+    weak, strong = (part_of(len(CONTENT), ETag=tag) for tag in ('W/"a"', '"a"'))
+    for name, first, later in [("down", weak, strong), ("there", strong, weak)]:
+        origin.faults.clear()
+        origin.fail("big.bin", first, *[later] * 30)
+        fetch(manifest, tmp_path / name, store, OPTIONS)
+        assert (tmp_path / name / "job1/rank-0/big.bin").read_bytes() == CONTENT
+        origin.faults.clear()
+        origin.fail("big.bin", later)
+        assert fetch(manifest, tmp_path / name, store, OPTIONS).fetched_bytes == 0
+
+
+def test_what_has_no_version_comes_in_one_request(
+    origin: FaultyOrigin, store: PresignedStore, manifest: Manifest, tmp_path: Path
+) -> None:
+    def whole(handler: FaultyHandler) -> bool:
+        return answer(200, CONTENT)(handler)
+
+    origin.fail("big.bin", part_of(len(CONTENT)), cut(100), whole, part_of(len(CONTENT)))
+    fetch(manifest, tmp_path / "down", store, OPTIONS)
+    assert (tmp_path / "down/job1/rank-0/big.bin").read_bytes() == CONTENT
+    assert origin.ranges_of("big.bin")[1:] == ["", ""]
 
 
 def test_the_pause_that_the_origin_asks_for(
