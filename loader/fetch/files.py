@@ -32,6 +32,7 @@ from loader.types import Artifact
 
 STATE = ".podloader"
 KINDS = ("part", "journal", "record")  # of an artifact's state
+_DAMAGED = (ValueError, TypeError, RecursionError)  # of what is no JSON, or not ours
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -186,13 +187,21 @@ def read_journal(path: str, key: dict[str, object]) -> tuple[DoneRange, ...]:
     try:
         if json.loads(lines[0]) != key:
             return ()
-    except ValueError:
+    except _DAMAGED:
         return ()
     done = []
     for line in lines[1:]:
-        with contextlib.suppress(ValueError, TypeError):
-            done.append(DoneRange(*map(int, json.loads(line))))
+        with contextlib.suppress(*_DAMAGED):
+            done.append(_done_range(json.loads(line)))
     return tuple(done)
+
+
+def _done_range(entry: object) -> DoneRange:
+    """Return the range that a journal or a record has as ``[start, end, crc]``."""
+    match entry:
+        case [int(start), int(end), int(crc)] if 0 <= start < end and 0 <= crc < 1 << 64:
+            return DoneRange(start, end, crc)
+    raise ValueError("no range")
 
 
 def write_journal(path: str, key: dict[str, object], done: tuple[DoneRange, ...]) -> None:
@@ -207,10 +216,12 @@ def read_record(path: str) -> Record | None:
     """Return the record, None where there is none that can be read."""
     try:
         fields = json.loads(_read(path))
-        ranges = tuple(DoneRange(*map(int, entry)) for entry in fields.pop("ranges"))
-        return Record(**fields, ranges=ranges)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        ranges = tuple(map(_done_range, fields.pop("ranges")))
+        record = Record(**fields, ranges=ranges)
+    except (OSError, KeyError, AttributeError, *_DAMAGED):
         return None
+    typed = isinstance(record.size_bytes, int) and isinstance(record.version, str | None)
+    return record if typed else None
 
 
 def write_record(path: str, record: Record) -> None:

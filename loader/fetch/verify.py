@@ -10,7 +10,7 @@ from typing import Literal
 
 from loader.fetch.crc import crc64nvme
 from loader.fetch.files import Record
-from loader.fetch.plan import DoneRange
+from loader.fetch.plan import DoneRange, combine, missing_ranges
 from loader.fetch.sums import Sum, Tally
 from loader.weights.header import read_header
 
@@ -42,8 +42,11 @@ def proved_ranges(
 def is_intact(path: Path, record: Record, verify: Verify, boot_id: str) -> bool:
     """Return whether *path* is still what *record* says, as far as *verify* looks.
 
-    Everything is read where the time stamp has changed, or the machine went down since.
+    Everything is read where the time stamp has changed, or the machine went down since. A record
+    whose ranges do not make up the file and its digest proves nothing.
     """
+    if missing_ranges(record.ranges, record.size_bytes) or combine(record.ranges) != record.digest:
+        return False
     try:
         found = path.stat(follow_symlinks=False)
     except OSError:

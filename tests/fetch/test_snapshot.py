@@ -11,6 +11,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -269,6 +270,31 @@ def test_a_machine_that_went_down_proves_every_byte(
     setup.check()
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda fields: "",
+        lambda fields: "[" * 100_000,
+        lambda fields: json.dumps(fields)[:-30],
+        lambda fields: json.dumps([fields]),
+        lambda fields: json.dumps(fields | {"version": ["x"]}),
+        lambda fields: json.dumps(fields | {"ranges": []}),
+        lambda fields: json.dumps(fields | {"ranges": fields["ranges"][::2]}),
+        lambda fields: json.dumps(fields | {"digest": "crc64nvme:AAAAAAAAAAA="}),
+        lambda fields: json.dumps(fields | {"size_bytes": None}),
+        lambda fields: json.dumps(fields | {"ranges": [[0, len(BIG), -1]]}),
+    ],
+)
+def test_a_record_that_is_damaged_proves_nothing(
+    setup: Setup, damage: Callable[[dict[str, Any]], str]
+) -> None:
+    setup.fetch()
+    record = setup.root / ".podloader/files/job1/rank-0/big.bin.record"
+    record.write_text(damage(json.loads(record.read_text())))
+    assert setup.fetch().fetched_bytes == len(BIG)
+    setup.check()
+
+
 def test_a_truncated_file_is_fetched_again(setup: Setup) -> None:
     setup.fetch()
     setup.final.write_bytes(BIG[:-1])
@@ -293,10 +319,22 @@ def test_a_journal_that_lies_is_not_believed(setup: Setup) -> None:
     setup.check()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1, 2]\n", '{"size_bytes": 1}\n[0, 1, 2]\n'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1, 2]\n", '{"size_bytes": 1}\n[0, 1, 2]\n', "[" * 100_000]
+)
 def test_a_journal_that_is_damaged_costs_only_a_new_fetch(setup: Setup, text: str) -> None:
     interrupted(setup).with_suffix(".journal").write_text(text)
     assert setup.fetch().fetched_bytes == len(BIG)
+    setup.check()
+
+
+@pytest.mark.parametrize(
+    "line", ["null", "[1e400, 2, 3]", "[0, 9]", "[0, 9, -1]", '["0", 9, 9]', "[" * 100_000]
+)
+def test_a_line_that_is_damaged_costs_no_more(setup: Setup, line: str) -> None:
+    journal = interrupted(setup).with_suffix(".journal")
+    journal.write_text(journal.read_text() + line + "\n")
+    assert setup.fetch().fetched_bytes == len(BIG) - 4 * RANGE
     setup.check()
 
 
