@@ -114,14 +114,14 @@ def lock_part(place: Places) -> tuple[int, bool] | None:
             try:
                 if not _try_lock(fd, fcntl.LOCK_EX):
                     break
-                held, named = os.fstat(fd), _stat(path)
+                held, whole = os.fstat(fd), _stat(place.whole)
+                if whole is None and not held.st_size and held.st_nlink:
+                    return fd, True  # nobody has written to it or given it the other name
+                named = _stat(path)
                 if named is None or not os.path.samestat(held, named):
                     os.close(fd)  # it was renamed or removed before it was locked
                     continue
-                whole = _stat(place.whole)
-                if whole is None:
-                    return fd, not held.st_size
-                if _is_locked(place.whole):
+                if whole is not None and _is_locked(place.whole):
                     break
                 return fd, False
             except BaseException:

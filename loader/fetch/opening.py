@@ -296,8 +296,7 @@ class Opening:
         turn = self._turn.acquire(timeout=_TURN_S)
         try:
             if self._hooks.begin(part) and part.done is None:  # else another process brings it
-                part.put(data, 0)
-                part.publish()
+                part.put(data)
         except BaseException:
             part.close()
             raise

@@ -37,6 +37,7 @@ from loader.stores.base import Asked, ByteStream, ObjectInfo
 from loader.types import Artifact, FetchedFile
 
 LARGE_BYTES = 1 << 20  # smaller files come first, and several at a time
+Tell = Callable[[str, str, int, int], None]
 
 
 class PartFile:
@@ -44,8 +45,9 @@ class PartFile:
     may be called from many threads.
 
     Files that are not worth a journal are fetched from their start after an interruption. *choose*
-    says which of the origin's sums is compared. *tell* is called with start and end of what has
-    come, and with what was here.
+    says which of the origin's sums is compared. *tell* is called with the artifact's path, the file
+    that it is in, start and end of what has come, and with what was here; not of what comes whole
+    at once.
     ``is_seen``: ``info`` is the origin's, not the listing's. ``asked``: the request for the file's
     beginning, ``opened``: the stream of it, and where it was to end. ``is_new``: ``lock`` found
     nothing of it here. ``missing`` is what ``resume`` left to be fetched, ``done`` the file once it
@@ -61,7 +63,7 @@ class PartFile:
         choose: Callable[[ObjectInfo], Check | None] = lambda info: None,
         *,
         journaled: bool = True,
-        tell: Callable[[int, int], None] = lambda start, end: None,
+        tell: Tell = lambda path, part, start, end: None,
     ) -> None:
         self.artifact = artifact
         self._choose = choose
@@ -166,7 +168,7 @@ class PartFile:
         self._have_bytes = sum(entry.end - entry.start for entry in self._have)
         self.missing = missing_ranges(self._have, self.info.size_bytes)
         for entry in self._have:
-            self._tell(entry.start, entry.end)
+            self._tell(self.artifact.path, self.place.part, entry.start, entry.end)
         self.done = self._adopt()
         if self.done is not None:
             self.missing = ()
@@ -185,14 +187,17 @@ class PartFile:
                 count = os.pwrite(self._fd, data, place)
                 data, place = data[count:], place + count
 
-    def put(self, data: memoryview, place: int) -> None:
-        """Put *data* at the offset *place* and note it as whole."""
-        self.write(data, place)
+    def put(self, data: memoryview) -> None:
+        """Put all bytes of the file, and publish it. Raises as ``publish`` does."""
+        self.write(data, 0)
         if self.sum is not None:
-            tally = self.sum.tally(place)
+            tally = self.sum.tally(0)
             tally.update(data)
             tally.mark()
-        self.finish(DoneRange(place, place + len(data), crc64nvme(data)))
+        with self._lock:
+            self._have = [DoneRange(0, len(data), crc64nvme(data))] if data else []
+            self._have_bytes = self.fetched_bytes = len(data)
+        self.publish()
 
     def finish(self, entry: DoneRange) -> bool:
         """Note a range as whole. Return whether it was the last one, after which to publish."""
@@ -205,7 +210,7 @@ class PartFile:
             self._have_bytes += entry.end - entry.start
             self.fetched_bytes += entry.end - entry.start
             is_whole = self._have_bytes == self.info.size_bytes
-        self._tell(entry.start, entry.end)
+        self._tell(self.artifact.path, self.place.part, entry.start, entry.end)
         return is_whole
 
     def publish(self) -> None:
@@ -215,12 +220,14 @@ class PartFile:
             FetchError: the bytes do not sum up to what the origin says.
             FormatError: the bytes are what the origin sent, and no whole file of their format.
         """
-        self._prepare()
+        if not self._is_prepared:
+            self._prepare()
         place = self.place
+        part, whole = place.part, place.whole
         have = sound_ranges(self._have, self.info.size_bytes)
         self._compare_sum(have)
         try:
-            check_structure(place.part, self.artifact.path)
+            check_structure(part, self.artifact.path)
         except FormatError as error:
             remove(place.journal)
             raise FormatError(
@@ -232,15 +239,15 @@ class PartFile:
                 next_step="wait until the training job has uploaded it whole, or leave it out",
             ) from None
         assert self._fd is not None
-        with disk_errors(place.whole):
+        with disk_errors(whole):
             if not self.is_new:
                 remove(place.record)
             mtime_ns = os.fstat(self._fd).st_mtime_ns
             try:
-                os.rename(place.part, place.whole)
+                os.rename(part, whole)
             except FileNotFoundError:
-                os.makedirs(os.path.dirname(place.whole), exist_ok=True)
-                os.rename(place.part, place.whole)
+                os.makedirs(os.path.dirname(whole), exist_ok=True)
+                os.rename(part, whole)
         self.done = self._promote(have, mtime_ns)
         self.close()
 

@@ -80,8 +80,8 @@ def combine(done: Sequence[DoneRange]) -> str:
 
     The text is what S3 calls ``x-amz-checksum-crc64nvme``: big-endian, base64.
     """
-    crc = 0
-    for entry in done:
+    crc = done[0].crc if done else 0
+    for entry in done[1:]:
         crc = combine_crc64nvme(crc, entry.crc, entry.end - entry.start)
     return digest_text(crc)
 

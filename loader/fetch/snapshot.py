@@ -15,6 +15,7 @@ from loader.errors import FetchError, LoaderError, TransientError
 from loader.fetch.arrivals import Arrivals
 from loader.fetch.download import Download, is_same
 from loader.fetch.files import (
+    STATE,
     Places,
     Record,
     boot_id,
@@ -113,7 +114,9 @@ def _fetch(
     began = time.monotonic()
     boot = boot_id()
     at = {artifact: places(root, artifact) for artifact in manifest.files}
-    seen = {a: r for a, place in at.items() if (r := read_record(place.record))}
+    seen = {}
+    if (root / STATE).is_dir():  # else there is nothing to be looked for, file by file
+        seen = {a: r for a, place in at.items() if (r := read_record(place.record))}
     kept = _kept(seen, at, options, boot, arrivals.stop)
     infos = _ask(kept, store, options, arrivals.stop)
     reused = {a.path: r for a, r in kept.items() if is_same(a, r, infos[a])}
@@ -126,8 +129,8 @@ def _fetch(
 
     def make(artifact: Artifact, info: ObjectInfo) -> PartFile:
         large = info.size_bytes > min(options.range_bytes, LARGE_BYTES)
-        tell = partial(arrivals.advance, artifact.path, at[artifact].part)
-        return PartFile(artifact, info, at[artifact], boot, choose, journaled=large, tell=tell)
+        place, tell = at[artifact], arrivals.advance
+        return PartFile(artifact, info, place, boot, choose, journaled=large, tell=tell)
 
     limits = Limits(options.concurrency, options.retries, options.deadline_s, options.range_bytes)
     download = Download(root, limits, options.verify, seen, progress, arrivals)
