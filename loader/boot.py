@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loader.errors import ConfigError, FetchError
+from loader.errors import ConfigError
 from loader.fetch.files import is_case_sensitive
 from loader.fetch.progress import Progress
-from loader.fetch.snapshot import FetchOptions, fetch, read_artifact, sizes
+from loader.fetch.sizes import ask_sizes
+from loader.fetch.snapshot import FetchOptions, fetch, read_artifact
 from loader.fetch.spans import SpanProgress
 from loader.resolve.manifest import check_index, resolve
 from loader.settings import Settings
@@ -137,12 +138,9 @@ def plan(settings: Settings, *, with_sizes: bool = True) -> Manifest:
         unknown = sum(1 for artifact in asked if artifact.size_bytes is None)
         if not with_sizes or not unknown:
             return manifest
-        reason = f"the listing lacks {unknown} of them, too many to ask for one by one"
         if unknown <= _MOST_SIZES:
-            try:
-                return sizes(manifest, origin.store, settings.concurrency)
-            except FetchError as error:
-                reason = f"{error.what} ({error.where})"
+            return ask_sizes(manifest, origin.store, settings.concurrency)
+        reason = f"the listing lacks {unknown} of them, too many to ask for one by one"
         return replace(manifest, warnings=(*manifest.warnings, f"sizes are unknown: {reason}"))
 
 

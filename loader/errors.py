@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 # A URL need not be a right one to hold secrets: it may have blanks in its path, or quotes.
-_QUERY = re.compile(r"(https?://[^?\n]*)\?\S*", re.IGNORECASE)
+_QUERY = re.compile(r"(https?://[^?\n]*)\?\S*?(?=[)'\".,;:]*(?:\s|$))", re.IGNORECASE)
 _SIGNED = re.compile(
     r"([?&#;][\w.-]*(?:signature|sig|credential|token|access(?:key)?id|key-pair-id|policy)=)[^\s&]+",
     re.IGNORECASE,

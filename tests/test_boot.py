@@ -316,7 +316,7 @@ def test_plan_asks_for_sizes_or_not(job: Job, base: Path) -> None:
     assert not job.root.exists()
     job.origin.stop()
     manifest = boot.plan(settings)
-    assert "sizes are unknown" in manifest.warnings[-1]
+    assert "files are unknown" in manifest.warnings[-1]
     assert "Signature" not in manifest.warnings[-1]
 
 

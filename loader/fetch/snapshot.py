@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -145,26 +145,6 @@ def _fetch(
     files = tuple(arrivals.file(a.path) for a in manifest.files)
     fetched_bytes = sum(part.fetched_bytes for part in parts)
     return Snapshot(root, files, time.monotonic() - began, fetched_bytes)
-
-
-def sizes(manifest: Manifest, store: Store, concurrency: int) -> Manifest:
-    """Return *manifest* with the sizes that the listing lacks, asked of the origin.
-
-    Raises:
-        FetchError: the origin does not tell.
-    """
-    unknown = [a for a in (*manifest.files, *manifest.left_out) if a.size_bytes is None]
-    found = dict(zip(unknown, map_on_threads(store.stat, unknown, concurrency), strict=True))
-
-    def known(artifacts: Sequence[Artifact]) -> tuple[Artifact, ...]:
-        return tuple(
-            Artifact(a.job, a.node_rank, a.relative_file_name, a.url, found[a].size_bytes)
-            if a in found
-            else a
-            for a in artifacts
-        )
-
-    return replace(manifest, files=known(manifest.files), left_out=known(manifest.left_out))
 
 
 def read_artifact(artifact: Artifact, root: Path, store: Store) -> bytes:

@@ -12,6 +12,7 @@ from loader.types import JOB_ID, Artifact, Listing, Manifest, TrainingCheckpoint
 
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<i>\d{5,})-of-(?P<n>\d{5,})(?P<ext>\.safetensors|\.bin)$")
 _CONTROL = re.compile(r"[\x01-\x1f\x7f-\x9f]")
+_PATH_BYTES = 3000  # leaves room below PATH_MAX for the download folder
 _NAME_BYTES = 240  # leaves room below NAME_MAX for the temporary file's suffix
 
 
@@ -85,11 +86,15 @@ def _add(chosen: dict[str, Artifact], hit: Artifact) -> None:
         raise ResolveError(
             "two different files would land at one place",
             where=hit.path,
-            got=f"{known.source} and {hit.source}",
+            got=" and ".join(f"{a.source} ({_size(a)})" for a in (known, hit)),
             next_step="give each job's listing once, the newest",
         )
     if known is None or known.size_bytes is None:
         chosen[hit.path] = hit
+
+
+def _size(artifact: Artifact) -> str:
+    return "size unknown" if artifact.size_bytes is None else f"{artifact.size_bytes} bytes"
 
 
 def _explain_unmatched(job: str, pattern: str, artifacts: Sequence[Artifact]) -> str:
@@ -102,7 +107,8 @@ def _explain_unmatched(job: str, pattern: str, artifacts: Sequence[Artifact]) ->
     import difflib  # only mistakes need it
 
     near = difflib.get_close_matches(pattern, names_by_likeness[:500], n=3, cutoff=0.3)
-    return f"{job}: {pattern!r}; nearest in the listing: {', '.join(near) or 'nothing'}"
+    told = f"nearest in the listing: {', '.join(near) or 'nothing'}"
+    return f"{job}: {pattern!r}; {told if artifacts else 'its listing is empty'}"
 
 
 def _alike(a: str, b: str) -> int:
@@ -143,7 +149,10 @@ def check_names(files: Sequence[Artifact], *, case_sensitive: bool = True) -> No
         folder, _, base = a.path.rpartition("/")
         if folder not in folders:
             folders[folder] = _folder_problems(folder, paths)
-        if found := folders[folder] or _part_problems(base):
+        found = folders[folder] or _part_problems(base)
+        if len(a.path) > _PATH_BYTES // 4 and len(a.path.encode()) > _PATH_BYTES:
+            found = [f"a path longer than {_PATH_BYTES} bytes"]
+        if found:
             problems += [f"{a.path!r}: {problem}" for problem in found]
     if not case_sensitive:
         folded: dict[str, str] = {}

@@ -27,7 +27,7 @@ from loader.errors import (
 from loader.fetch import snapshot as fetch_snapshot
 from loader.fetch.files import places
 from loader.fetch.part import PartFile
-from loader.fetch.snapshot import FetchOptions, fetch, read_artifact, sizes
+from loader.fetch.snapshot import FetchOptions, fetch, read_artifact
 from loader.fetch.stopping import StoppedError
 from loader.stores.base import ObjectInfo
 from loader.stores.presigned import PresignedStore
@@ -453,11 +453,6 @@ def test_two_fetches_at_once_do_the_work_once(setup: Setup) -> None:
         thread.join()
     assert sorted(s.fetched_bytes for s in found) == [0, len(BIG)]
     setup.check()
-
-
-def test_sizes_of_what_the_listing_lacks(setup: Setup) -> None:
-    known = sizes(setup.manifest(), setup.store, 4)
-    assert [a.size_bytes for a in known.files] == [len(BIG)]
 
 
 def test_small_files_are_read_from_where_they_are(setup: Setup) -> None:

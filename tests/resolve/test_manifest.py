@@ -51,6 +51,12 @@ def test_unmatched_patterns_are_all_reported_with_the_nearest_names() -> None:
     assert "rank-0/checkpoint-24/" in error.value.problems[0]
 
 
+def test_an_empty_listing() -> None:
+    with pytest.raises(ResolveError) as error:
+        resolve(config("*"), [listing()])
+    assert error.value.problems == ("j1: '*'; its listing is empty",)
+
+
 def test_listing_of_another_job() -> None:
     with pytest.raises(ListingError, match="no listing") as error:
         resolve(config("*", job="wanted"), [listing("0:a", job="other")])
@@ -72,7 +78,20 @@ def test_a_star_that_crosses_folders_is_warned_of() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../x", "a/../../x", "/etc/x", "a\0b", "a//b", "./a", "a\\b", "", "a/", "x" * 250, "a\nb/c"],
+    [
+        "../x",
+        "a/../../x",
+        "/etc/x",
+        "a\0b",
+        "a//b",
+        "./a",
+        "a\\b",
+        "",
+        "a/",
+        "x" * 250,
+        "a\nb/c",
+        "x/" * 1500 + "x",
+    ],
 )
 def test_names_that_leave_their_folder(name: str) -> None:
     with pytest.raises(ResolveError, match="refused"):
