@@ -33,6 +33,8 @@ from loader.types import Artifact
 STATE = ".podloader"
 KINDS = ("part", "journal", "record")  # of an artifact's state
 _DAMAGED = (ValueError, TypeError, RecursionError)  # of what is no JSON, or not ours
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -167,11 +169,19 @@ def _try_lock(fd: int, kind: int) -> bool:
 
 
 def is_case_sensitive(root: Path) -> bool:
-    """Return whether *root*'s file system tells ``a`` from ``A``."""
+    """Return whether *root*'s file system tells ``a`` from ``A``; True where that cannot be tried.
+
+    All files may be there already, and else whoever writes the first one will say what is wrong.
+    """
     probe = root / STATE / f"Case-{os.getpid()}"
-    with disk_errors(probe):
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+    with disk_errors(root):
+        try:
+            probe.parent.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        except OSError as error:
+            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, *_FULL):
+                return True
+            raise
         try:
             return not probe.with_name(probe.name.lower()).exists()
         finally:
@@ -274,11 +284,14 @@ class disk_errors:  # noqa: N801 - as contextlib's; a generator costs more, seve
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not isinstance(error, OSError):
             return
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in _FULL
+        next_step = "make the download folder writable, or choose another one"
+        if full:
+            next_step = "free some space and run again; what has been fetched is kept"
+        elif error.errno in _IN_THE_WAY:
+            next_step = "remove what lies in a folder's place, or choose another download folder"
         raise DiskError(
             "the disk is full" if full else f"the disk refuses: {error.strerror}",
             where=str(self._path),
-            next_step="free some space and run again; what has been fetched is kept"
-            if full
-            else "make the download folder writable, or choose another one",
+            next_step=next_step,
         ) from None

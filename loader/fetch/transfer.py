@@ -278,6 +278,7 @@ def _too_slow(claim: Claim, rate: float) -> TransientError:
 def _first(failures: list[BaseException]) -> BaseException:
     first = failures[0]
     if isinstance(first, FetchError) and len(failures) > 1:
-        others = [e for e in failures[1:] if isinstance(e, LoaderError)]
-        first.problems += tuple(f"also: {e.what}: {e.where}" for e in others)
+        others = [e for e in failures if isinstance(e, LoaderError)]
+        told = dict.fromkeys((e.what, e.where) for e in others)
+        first.problems += tuple(f"also: {what}: {where}" for what, where in list(told)[1:])
     return first

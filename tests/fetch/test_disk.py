@@ -39,6 +39,23 @@ cp $down/job1/rank-0/big.bin $1/copy
 exit $code
 """
 
+# A file system that is read-only from some time on.
+_READ_ONLY = """
+set -e
+down=$1/down python=$2
+mkdir $down
+mount -t tmpfs none $down || exit 77
+run() { $python -m loader $1 $down/../config.yaml --json > $down/../$2.json 2> /dev/null; }
+run fetch first
+mount -o remount,ro $down
+run plan plan
+run fetch whole
+mount -o remount,rw $down
+rm $down/job1/rank-0/big.bin
+mount -o remount,ro $down
+run fetch refused
+"""
+
 
 @pytest.fixture
 def config(origin: FaultyOrigin, tmp_path: Path) -> Path:
@@ -65,21 +82,52 @@ def read(path: Path) -> dict[str, Any]:
     return document
 
 
-def test_a_disk_that_fills_up_midway(origin: FaultyOrigin, config: Path, tmp_path: Path) -> None:
+def run_with_mounts(script: str, folder: Path) -> None:
+    """Run a script of the shell that mounts what it likes, and ends as its last fetch does."""
     unshare = ["unshare", "--map-root-user", "--mount"]
     if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this system allows no mount namespaces")
-    origin.fail("big.bin", act(lambda: None), *[slow(0.05)] * 999)
-    words = ["sh", "-c", _FILLS_UP, "sh", str(tmp_path), sys.executable]
+    words = ["sh", "-c", script, "sh", str(folder), sys.executable]
     done = subprocess.run([*unshare, *words], capture_output=True, text=True, check=False)
     if done.returncode == 77:
         pytest.skip(f"this system allows no mounts: {done.stderr}")
     assert done.returncode == 4, done.stderr
+
+
+def test_a_disk_that_fills_up_midway(origin: FaultyOrigin, config: Path, tmp_path: Path) -> None:
+    origin.fail("big.bin", act(lambda: None), *[slow(0.05)] * 999)
+    run_with_mounts(_FILLS_UP, tmp_path)
     error = read(tmp_path / "first.json")["error"]
     assert (error["error"], error["what"]) == ("DiskError", "the disk is full")
     assert "what has been fetched is kept" in error["next_step"]
     assert read(tmp_path / "second.json")["fetched_bytes"] <= len(CONTENT) - 3 * 64 * 1024
     assert (tmp_path / "copy").read_bytes() == CONTENT
+
+
+def test_where_nothing_may_be_written_what_is_there_is_taken(config: Path, tmp_path: Path) -> None:
+    run_with_mounts(_READ_ONLY, tmp_path)
+    assert read(tmp_path / "plan.json")["total_bytes"] == len(CONTENT)
+    assert read(tmp_path / "whole.json")["files"][0]["reused"]
+    error = read(tmp_path / "refused.json")["error"]
+    assert (error["error"], error["what"]) == (
+        "DiskError",
+        "the disk refuses: Read-only file system",
+    )
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nowhere"])
+def test_no_folder_where_the_download_goes(config: Path, tmp_path: Path, kind: str) -> None:
+    down = tmp_path / "down"
+    if kind == "file":
+        down.write_text("a file")
+    else:
+        down.symlink_to(tmp_path / "nowhere")
+    command = [sys.executable, "-m", "loader", "fetch", str(config), "--json"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 4
+    error = json.loads(done.stdout)["error"]
+    assert (error["error"], error["where"]) == ("DiskError", str(down))
+    assert "remove what lies in a folder's place" in error["next_step"]
 
 
 def test_a_file_that_may_not_become_so_large(config: Path, tmp_path: Path) -> None:

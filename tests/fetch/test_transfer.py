@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from loader.errors import TransientError
+from loader.errors import DiskError, TransientError
 from loader.fetch import schedule, transfer
 from loader.fetch.snapshot import FetchOptions, fetch
+from loader.fetch.stopping import StoppedError
 from loader.stores.http import HttpClient, HttpOptions
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest, Snapshot
@@ -219,3 +220,10 @@ def test_what_came_before_a_failure_is_kept_to_the_byte(
     found = fetch(manifest, tmp_path, patient, options)
     assert found.fetched_bytes == len(CONTENT) - 3 * MIB - 17
     assert (tmp_path / "job1/rank-0/big.bin").read_bytes() == CONTENT
+
+
+def test_what_else_failed_is_told_once() -> None:
+    failures = [DiskError("full", where=where) for where in ("a", "a", "b", "b")]
+    first = transfer._first([*failures, StoppedError()])
+    assert first is failures[0]
+    assert first.problems == ("also: full: b",)
