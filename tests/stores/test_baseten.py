@@ -72,7 +72,7 @@ def test_pages_that_end_before_the_total(api: Api, monkeypatch: pytest.MonkeyPat
         ({"next_page_token": "2"}, "circle"),
         ({"presigned_urls": None}, "page of files"),
         ({"total_count": "many"}, "page of files"),
-        ({"presigned_urls": [{"url": "http://169.254.169.254/x"}]}, "wrong entries"),
+        ({"presigned_urls": [{"url": "http://169.254.169.254/x"}]}, "wrong entr"),
     ],
 )
 def test_pages_that_are_wrong(api: Api, changes: dict[str, object], said: str) -> None:
