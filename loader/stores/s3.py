@@ -24,7 +24,7 @@ from loader.stores.bodies import Asked, HttpStream
 from loader.stores.http import HttpClient
 from loader.stores.layout import StoredFile
 from loader.stores.presigned import ask_url_next, first_byte, open_url
-from loader.stores.s3_errors import translate_error
+from loader.stores.s3_errors import refusals_translated, translate_error
 from loader.types import Artifact
 
 SCHEME = "s3://"
@@ -113,9 +113,11 @@ class S3Store:
         take = asked.stream
 
         def take_or_sign_anew() -> HttpStream:
-            try:
-                return take()
-            except ExpiredError:
+            with refusals_translated(artifact.url):
+                try:
+                    return take()
+                except ExpiredError:
+                    self._signed.pop(artifact.url, None)
                 return self.open_range(artifact, start, end, version)
 
         asked.stream = take_or_sign_anew
@@ -206,11 +208,12 @@ class S3Store:
             raise translate_error(error, SCHEME + path) from None
 
     def _with_url(self, artifact: Artifact, ask: Callable[[str], _Out]) -> _Out:
-        try:
+        with refusals_translated(artifact.url):
+            try:
+                return ask(self._get_url(artifact))
+            except ExpiredError:
+                self._signed.pop(artifact.url, None)
             return ask(self._get_url(artifact))
-        except ExpiredError:
-            self._signed.pop(artifact.url, None)
-        return ask(self._get_url(artifact))
 
     def _get_url(self, artifact: Artifact) -> str:
         url, until_s = self._signed.get(artifact.url, ("", 0.0))

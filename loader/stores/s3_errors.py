@@ -1,8 +1,12 @@
-"""What botocore raises -> podloader's errors."""
+"""What botocore raises, and what S3 answers to a URL of ours -> podloader's errors."""
 
 from __future__ import annotations
 
-from loader.errors import ConfigError, DeniedError, FetchError, TransientError
+import contextlib
+import ssl
+from collections.abc import Iterator
+
+from loader.errors import ConfigError, DeniedError, ExpiredError, FetchError, TransientError
 
 _DENIED = {
     "AccessDenied",
@@ -10,9 +14,17 @@ _DENIED = {
     "InvalidAccessKeyId",
     "InvalidToken",
     "SignatureDoesNotMatch",
-    "ExpiredToken",
     "403",
 }
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
+_NEXT_STEPS = {
+    "RequestTimeTooSkewed": "set this machine's clock",
+    "PermanentRedirect": "name the bucket's region: the secret aws_region, or AWS_DEFAULT_REGION",
+    "AuthorizationHeaderMalformed": "name the bucket's region: the secret aws_region, or "
+    "AWS_DEFAULT_REGION; if it is right, check the credentials",
+}
+_DENIED_STEP = "check the credentials, their region, and that they may list and read there"
+_EXPIRED_STEP = "give new ones and run again; what has been fetched is kept"
 _ABSENT = {"NoSuchBucket", "NoSuchKey", "NotFound", "404"}
 
 
@@ -32,18 +44,25 @@ def translate_error(error: Exception, where: str) -> Exception:
         | exceptions.ProfileNotFound
         | exceptions.TokenRetrievalError,
     ):
+        is_named = isinstance(error, exceptions.ProfileNotFound)
         return ConfigError(
             "no credentials for S3",
             where=where,
             got=type(error).__name__,
-            next_step="give the secrets aws_access_key_id and aws_secret_access_key, the AWS_* "
+            next_step="correct AWS_PROFILE, or the files that hold the profiles"
+            if is_named
+            else "give the secrets aws_access_key_id and aws_secret_access_key, the AWS_* "
             "variables, or a role",
         )
     if isinstance(error, exceptions.ParamValidationError | ValueError):
         return ConfigError(
-            "not a place in S3", where=where, expected="s3://<bucket>/<prefix>", got=str(error)
+            "not a place in S3",
+            where=where,
+            expected="s3://<bucket>/<prefix>",
+            got=type(error).__name__,
+            next_step="correct the bucket's name",
         )
-    if isinstance(error, exceptions.SSLError):
+    if isinstance(error, exceptions.SSLError) and _is_untrusted(error.kwargs.get("error")):
         return FetchError(
             "the server's certificate is not trusted",
             where=where,
@@ -54,19 +73,59 @@ def translate_error(error: Exception, where: str) -> Exception:
             "S3 did not answer",
             where=where,
             got=type(error).__name__,
-            next_step="check s3_endpoint_url, and that this machine reaches it",
+            next_step="check HTTPS_PROXY and HTTP_PROXY"
+            if isinstance(error, exceptions.ProxyConnectionError)
+            else "check s3_endpoint_url, and that this machine reaches it",
         )
     return error
 
 
+@contextlib.contextmanager
+def refusals_translated(where: str) -> Iterator[None]:
+    """Let what is said of a refused URL, in the block, be said of the credentials that signed it.
+
+    *where* is the artifact.
+    """
+    try:
+        yield
+    except ExpiredError as error:
+        raise _expired(where, error.got) from None
+    except DeniedError as error:
+        raise DeniedError(
+            "S3 refuses access", where=where, got=error.got, next_step=_DENIED_STEP
+        ) from None
+
+
+def _expired(where: str, got: str) -> ExpiredError:
+    return ExpiredError(
+        "the credentials for S3 have expired", where=where, got=got, next_step=_EXPIRED_STEP
+    )
+
+
+def _is_untrusted(error: object) -> bool:
+    """Return whether *error*, of urllib3, is about a certificate; its text is not asked."""
+    seen = 0
+    while isinstance(error, BaseException) and seen < 10:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        inner = getattr(error, "reason", None)
+        error = inner if isinstance(inner, BaseException) else next(iter(error.args), None)
+        seen += 1
+    return False
+
+
 def _translate_code(code: str, status: int, where: str) -> FetchError:
     got = f"HTTP {status}, {code}" if code else f"HTTP {status}"
+    if code in _EXPIRED:
+        return _expired(where, got)
+    if step := _NEXT_STEPS.get(code):
+        return FetchError("S3 refuses the request", where=where, got=got, next_step=step)
     if code in _DENIED or status in (401, 403):
         return DeniedError(
             "S3 refuses access",
             where=where,
             got=got,
-            next_step="check the credentials, their region, and that they may list and read there",
+            next_step=_DENIED_STEP,
         )
     if code in _ABSENT or status == 404:
         return FetchError(

@@ -13,6 +13,7 @@ import pytest
 from loader.errors import ExpiredError, FetchError, ListingError, TransientError
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.settings import Settings
+from loader.stores.base import ByteStream
 from loader.stores.sources import Stores
 from loader.stores.urls import ReadSource, SignedUrls
 from loader.types import Artifact, Listing, Manifest
@@ -126,6 +127,57 @@ def test_a_listing_url_is_read_again_in_the_middle_of_a_transfer(
         assert (snapshot.root / file.path).read_bytes() == content
     again = [p for p, _ in origin.requests[asked:] if p.endswith("listing.json")]
     assert len(again) == 1, "every thread read the listing for itself"
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["a range", "another file"])
+def test_an_early_request_whose_url_has_ended_is_asked_of_a_newer_one(
+    origin: FaultyOrigin, stores: Stores, known: bool
+) -> None:
+    content = bytes(range(256)) * 8192
+    path = origin.put("x", content).relative_to(origin.root).as_posix()
+    artifact = read_one(stores, origin.sign(write_listing(origin, origin.root / "l.json").name))
+    info = stores.stat(artifact)
+    origin.lifetime_s += 5  # another signature
+    write_listing(origin, origin.root / "l.json")
+    stream = stores.open_range(artifact, 0, 1_000_000, info)
+    origin.fail("/x", answer(400, EXPIRED))
+    asked = stores.ask_next(stream, artifact, 1_000_000, 1_500_000, info if known else None)
+    assert asked is not None
+    assert read_all(stream) == content[:1_000_000]
+    assert read_all(asked.stream()) == content[1_000_000:1_500_000]
+    assert [span for _, span in origin.requests[-3:]] == [
+        "bytes=1000000-1499999",
+        "",
+        "bytes=1000000-1499999",
+    ]
+    assert origin.requests[-2][0].endswith("l.json")
+    newest = stores._signed._urls.current(artifact)
+    assert newest != artifact.url
+    assert path in newest
+
+
+def test_an_early_request_that_nobody_can_renew(
+    origin: FaultyOrigin, stores: Stores, path: Path
+) -> None:
+    origin.put("x", bytes(2_000_000))
+    artifact = read_one(stores, str(write_listing(origin, path)))
+    info = stores.stat(artifact)
+    stream = stores.open_range(artifact, 0, 1_000_000, info)
+    origin.fail("/x", answer(400, EXPIRED))
+    asked = stores.ask_next(stream, artifact, 1_000_000, 2_000_000, info)
+    assert asked is not None
+    read_all(stream)
+    with pytest.raises(ExpiredError, match="expired") as caught:
+        asked.stream()
+    assert "truss train get_checkpoint_urls" in caught.value.next_step
+
+
+def read_all(stream: ByteStream) -> bytes:
+    content, buffer = bytearray(), memoryview(bytearray(1 << 20))
+    while count := stream.readinto(buffer):
+        content += buffer[:count]
+    stream.close()
+    return bytes(content)
 
 
 def test_the_api_is_asked_again(origin: FaultyOrigin) -> None:

@@ -1,0 +1,247 @@
+"""What S3 refuses, and what it is asked ahead: a service in front of moto's words the errors."""
+
+from __future__ import annotations
+
+import random
+import ssl
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from loader.errors import (
+    ChangedError,
+    ConfigError,
+    DeniedError,
+    ExpiredError,
+    FetchError,
+    TransientError,
+)
+from loader.fetch.snapshot import FetchOptions, fetch
+from loader.settings import Settings
+from loader.stores import bodies
+from loader.stores.bodies import HttpStream
+from loader.stores.sources import Stores
+from loader.types import Artifact, Manifest
+from tests.stores import moto
+from tests.stores.front import Front, Refusal
+from tests.stores.proxy import TlsFront
+
+CONTENT = random.Random(3).randbytes(3_000_001)
+MIDDLE = 1_000_000
+SECRETS = {"aws_access_key_id": moto.ACCESS_KEY, "aws_secret_access_key": moto.SECRET_KEY}
+
+
+@pytest.fixture
+def front(s3_url: str) -> Iterator[Front]:
+    found = Front(s3_url)
+    yield found
+    found.stop()
+
+
+@pytest.fixture
+def bucket(s3_url: str) -> str:
+    name = f"bucket-{uuid.uuid4().hex}"
+    s3 = moto.client(s3_url)
+    s3.create_bucket(Bucket=name)
+    s3.put_object(Bucket=name, Key="job1/rank-0/x", Body=CONTENT)
+    return name
+
+
+@pytest.fixture
+def stores(front: Front) -> Iterator[Stores]:
+    own = {"s3_endpoint_url": front.url, "retries": 0}
+    with closing(Stores(Settings.without_config(own, secrets=SECRETS))) as found:
+        yield found
+
+
+@pytest.fixture
+def artifact(stores: Stores, bucket: str) -> Artifact:
+    (listing,) = stores.read_listings(f"s3://{bucket}", ("job1",))
+    return listing.artifacts[0]
+
+
+def is_listing(target: str) -> bool:
+    return "list-type" in target
+
+
+@pytest.mark.parametrize(
+    ("refusal", "kind", "next_step"),
+    [
+        ((400, "ExpiredToken"), ExpiredError, "give new ones"),
+        ((403, "AccessDenied"), DeniedError, "check the credentials"),
+        ((403, "RequestTimeTooSkewed"), FetchError, "set this machine's clock"),
+        ((400, "AuthorizationHeaderMalformed"), FetchError, "name the bucket's region"),
+        ((301, "PermanentRedirect"), FetchError, "name the bucket's region"),
+        ((503, "SlowDown"), TransientError, ""),
+    ],
+)
+def test_a_listing_that_is_refused(
+    front: Front,
+    stores: Stores,
+    bucket: str,
+    refusal: Refusal,
+    kind: type[FetchError],
+    next_step: str,
+) -> None:
+    front.refuse = lambda target, _: refusal if is_listing(target) else None
+    with pytest.raises(FetchError) as caught:
+        stores.read_listings(f"s3://{bucket}", ("job1",))
+    assert type(caught.value) is kind
+    assert caught.value.where == f"s3://{bucket}"
+    assert caught.value.next_step.startswith(next_step)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "kind", "next_step"),
+    [
+        ((400, "ExpiredToken"), ExpiredError, "give new ones"),
+        ((403, "AccessDenied"), DeniedError, "check the credentials"),
+    ],
+)
+def test_an_object_that_is_refused(
+    front: Front,
+    stores: Stores,
+    artifact: Artifact,
+    tmp_path: Path,
+    refusal: Refusal,
+    kind: type[FetchError],
+    next_step: str,
+) -> None:
+    info = stores.stat(artifact)
+    front.refuse = lambda target, _: refusal
+    ways: list[Callable[[], object]] = [
+        lambda: stores.stat(artifact),
+        lambda: stores.open_first(artifact, len(CONTENT)),
+        lambda: stores.open_first(artifact, 10),
+        lambda: stores.open_range(artifact, 0, 10, info),
+        lambda: fetch(Manifest((artifact,)), tmp_path, stores),
+    ]
+    for ask in ways:
+        with pytest.raises(FetchError) as caught:
+            ask()
+        assert type(caught.value) is kind
+        assert caught.value.where == artifact.url
+        assert caught.value.next_step.startswith(next_step)
+
+
+def test_a_name_that_is_no_bucket_is_not_shown_with_what_stands_in_it(stores: Stores) -> None:
+    with pytest.raises(ConfigError, match="not a place in S3") as caught:
+        stores.read_listings("s3://user:S3CR3T@bucket/x", ("job1",))
+    assert "S3CR3T" not in str(caught.value)
+
+
+def test_tls_where_there_is_none_is_not_blamed_on_a_certificate(front: Front) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    secure = TlsFront(front.server_port, context)
+    assert read_refused(front.server_port) == "S3 did not answer"
+    assert read_refused(secure.server_port) == "the server's certificate is not trusted"
+    secure.stop()
+
+
+def read_refused(port: int) -> str:
+    own = {"s3_endpoint_url": f"https://127.0.0.1:{port}", "retries": 0}
+    stores = Stores(Settings.without_config(own, secrets=SECRETS))
+    with closing(stores), pytest.raises(FetchError) as caught:
+        stores.read_listings("s3://bucket", ("job1",))
+    return caught.value.what
+
+
+def read(stream: Any) -> bytes:
+    content = bytearray(len(CONTENT))
+    place = 0
+    while count := stream.readinto(memoryview(content)[place:]):
+        place += count
+    stream.close()
+    return bytes(content[:place])
+
+
+def ahead(stores: Stores, artifact: Artifact) -> bytes:
+    """Return the rest of the object, asked for while its beginning came."""
+    info = stores.stat(artifact)
+    stream = stores.open_range(artifact, 0, MIDDLE, info)
+    assert isinstance(stream, HttpStream)
+    assert stores.ask_next(stream, artifact, 0, 10, None) is None, "that may take more requests"
+    asked = stores.ask_next(stream, artifact, MIDDLE, len(CONTENT), info)
+    assert asked is not None
+    assert read(stream) == CONTENT[:MIDDLE]
+    return read(asked.stream())
+
+
+def test_the_next_range_is_asked_for_on_the_same_connection(
+    front: Front, stores: Stores, artifact: Artifact
+) -> None:
+    stores.open_range(artifact, 0, 10, stores.stat(artifact)).close()
+    before = front.connections
+    assert ahead(stores, artifact) == CONTENT[MIDDLE:]
+    assert front.connections <= before + 1
+    assert [span for _, span in front.asked[-2:]] == [
+        f"bytes=0-{MIDDLE - 1}",
+        f"bytes={MIDDLE}-{len(CONTENT) - 1}",
+    ]
+
+
+def test_an_early_request_whose_url_has_ended_is_signed_anew(
+    front: Front, stores: Stores, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: set[str] = set()
+
+    def refuse(target: str, span: str) -> Refusal | None:
+        if span.startswith(f"bytes={MIDDLE}-") and not ended:
+            ended.add(target)
+            monkeypatch.setattr("loader.stores.s3._SIGNED_S", 901)  # another signature
+        return (400, "ExpiredToken") if target in ended else None
+
+    front.refuse = refuse
+    assert ahead(stores, artifact) == CONTENT[MIDDLE:]
+    first, second = (t for t, span in front.asked if span.startswith(f"bytes={MIDDLE}-"))
+    assert first in ended
+    assert second not in ended
+
+
+@pytest.mark.parametrize(
+    ("refusal", "kind"),
+    [
+        ((400, "ExpiredToken"), ExpiredError),
+        ((403, "AccessDenied"), DeniedError),
+        ((412, "PreconditionFailed"), ChangedError),
+        ((503, "SlowDown"), TransientError),
+    ],
+)
+def test_an_early_request_that_is_refused(
+    front: Front, stores: Stores, artifact: Artifact, refusal: Refusal, kind: type[FetchError]
+) -> None:
+    front.refuse = lambda _, span: refusal if span.startswith(f"bytes={MIDDLE}-") else None
+    with pytest.raises(kind) as caught:
+        ahead(stores, artifact)
+    assert "Signature" not in str(caught.value)
+
+
+def test_a_fetch_from_afar(
+    front: Front,
+    stores: Stores,
+    artifact: Artifact,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bodies, "_FAR_S", 0.0)
+    monkeypatch.setattr(bodies, "_READ_S", 1.0)
+    asked_early: list[tuple[int, int]] = []
+    ask_next = stores._s3.ask_next
+
+    def note(stream: Any, artifact: Artifact, start: int, end: int, version: Any) -> Any:
+        asked = ask_next(stream, artifact, start, end, version)
+        if asked is not None:
+            asked_early.append((start, end))
+        return asked
+
+    monkeypatch.setattr(stores._s3, "ask_next", note)
+    options = FetchOptions(concurrency=2, retries=0, range_bytes=1 << 18)
+    fetch(Manifest((artifact,)), tmp_path, stores, options)
+    assert (tmp_path / artifact.path).read_bytes() == CONTENT
+    assert asked_early
