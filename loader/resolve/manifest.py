@@ -136,7 +136,7 @@ def check_count(listing: Listing) -> None:
             where=f"job {listing.job}",
             expected=f"{listing.total_count} files",
             got=f"{len(listing.artifacts)} files",
-            next_step="fetch every page of the listing, then try again",
+            next_step="get the listing again, with every page of it",
         )
 
 

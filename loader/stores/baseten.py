@@ -30,6 +30,7 @@ from loader.types import Artifact, Listing
 NAME = "baseten"
 _PAGE_SIZE = 1000
 _PAGE_LIMIT_BYTES = 64 << 20
+_TRIES = 3  # of listing a job whose files go away meanwhile
 _log = logging.getLogger("podloader")
 
 
@@ -150,8 +151,26 @@ class JobFiles:
         )
 
     def _pages(self, path: str, syncing: tuple[str, ...]) -> Listing:
-        files: dict[str, Artifact] = {}  # a file that is added meanwhile shifts the pages
-        token = 0
+        for _ in range(_TRIES):
+            files, total = self._read_pages(path)
+            if files is not None:
+                return Listing(self._job, tuple(files.values()), total, syncing)
+            _log.info("files of %s were removed while they were listed: once more", self._job)
+        raise ListingError(
+            "files of the job are removed while they are listed",
+            where=path,
+            expected="as many files on the last page as were counted on the first",
+            next_step="run again when the job does not change any more",
+        )
+
+    def _read_pages(self, path: str) -> tuple[dict[str, Artifact] | None, int | None]:
+        """Return the files by their paths, and how many there are; no files where some went away.
+
+        A token is an offset: what stands behind a file that is removed moves to a page that was
+        read before. A file that is added lets others come twice, which is no harm.
+        """
+        files: dict[str, Artifact] = {}
+        token = most = 0
         while True:
             query = {"page_size": _PAGE_SIZE} | ({"page_token": token} if token else {})
             page = self._api.get(path, **query)
@@ -159,15 +178,19 @@ class JobFiles:
             following, total = page.get("next_page_token"), page.get("total_count")
             if not isinstance(entries, list) or not isinstance(total, int | None):
                 raise ListingError("not a page of files", where=path, expected="presigned_urls")
+            if total is not None and total < most:
+                return None, total
+            most = total or 0
+            known = len(files)
             files.update((a.path, a) for a in parse_entries(self._job, entries, path))
             if following is None:
-                return Listing(self._job, tuple(files.values()), total, syncing)
-            if not isinstance(following, int) or following <= token:
+                return files, total
+            if not isinstance(following, int) or following <= token or len(files) == known:
                 raise ListingError(
                     "the pages of files go round in a circle",
                     where=path,
-                    expected=f"a next_page_token above {token}",
-                    got=repr(following),
+                    expected=f"other files, and a next_page_token above {token}",
+                    got=f"{len(files) - known} other files, next_page_token {following!r}",
                 )
             token = following
 

@@ -36,7 +36,11 @@ def check_status(
     if status in (200, 206) or (status == 416 and _may_be_empty(span, version)):
         return
     if status in _TRANSIENT:
-        error = TransientError(f"HTTP {status} {answer.reason}", where=url)
+        error = TransientError(
+            f"HTTP {status} {answer.reason}",
+            where=url,
+            next_step="run again later; what has been fetched is kept",
+        )
         error.retry_after_s = _retry_after(answer)
         error.busy = status in _BUSY
         raise error

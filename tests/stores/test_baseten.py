@@ -72,13 +72,69 @@ def test_pages_that_end_before_the_total(api: Api, monkeypatch: pytest.MonkeyPat
         ({"next_page_token": "2"}, "circle"),
         ({"presigned_urls": None}, "page of files"),
         ({"total_count": "many"}, "page of files"),
-        ({"presigned_urls": [{"url": "http://169.254.169.254/x"}]}, "wrong entr"),
+        ({"presigned_urls": [{"url": "http://169.254.169.254/x"}]}, "wrong entry"),
     ],
 )
 def test_pages_that_are_wrong(api: Api, changes: dict[str, object], said: str) -> None:
     api.changes = changes
     with pytest.raises(ListingError, match=said):
         read(api)
+
+
+def test_pages_that_repeat_without_an_end(api: Api) -> None:
+    page = api.answer
+
+    def repeat(method: str, path: str, query: dict[str, str], body: object) -> object:
+        token = int(query.get("page_token", 0))
+        status, found = page(method, path, query | {"page_token": "0"}, body)
+        return status, found | (
+            {"next_page_token": token + 2} if "next_page_token" in found else {}
+        )
+
+    api.answer = repeat  # type: ignore[method-assign,assignment]
+    with pytest.raises(ListingError, match="circle") as caught:
+        read(api)
+    assert caught.value.got == "0 other files, next_page_token 4"
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_a_file_that_is_removed_while_pages_are_read(
+    api: Api, origin: FaultyOrigin, times: int
+) -> None:
+    for i in range(5, 12):
+        origin.put(f"checkpoint-10/f{i:02}", b"x")
+    page = api.answer
+    removed: list[str] = []
+
+    def remove(method: str, path: str, query: dict[str, str], body: object) -> object:
+        found = page(method, path, query, body)
+        if query and "page_token" not in query and len(removed) < times:  # behind the first page
+            names = sorted(p.name for p in (origin.folder() / "checkpoint-10").iterdir())
+            removed.append(names[0])
+            (origin.folder() / "checkpoint-10" / names[0]).unlink()
+        return found
+
+    api.answer = remove  # type: ignore[method-assign,assignment]
+    if times > 3:
+        with pytest.raises(ListingError, match="removed while they are listed"):
+            read(api)
+        return
+    names = [a.name.rpartition("/")[2] for a in read(api).artifacts]
+    assert names == sorted(p.name for p in (origin.folder() / "checkpoint-10").iterdir())
+    assert len(names) == 11
+
+
+def test_a_file_that_is_added_while_pages_are_read(api: Api, origin: FaultyOrigin) -> None:
+    page = api.answer
+
+    def add(method: str, path: str, query: dict[str, str], body: object) -> object:
+        found = page(method, path, query, body)
+        origin.put("checkpoint-10/a", b"new")
+        return found
+
+    api.answer = add  # type: ignore[method-assign,assignment]
+    listing = read(api)
+    assert {f"rank-0/checkpoint-10/f{i}" for i in range(5)} <= {a.name for a in listing.artifacts}
 
 
 @pytest.mark.parametrize("code", [429, 500, 502, 503])
