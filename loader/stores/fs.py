@@ -237,13 +237,7 @@ def _drive(url: str, scheme: str, options: Mapping[str, Any]) -> Any:
         driver = fsspec.get_filesystem_class(scheme)
     except ImportError as error:
         name = str(known_implementations.get(scheme, {}).get("class", "")).partition(".")[0]
-        package = name if name not in ("", "fsspec") else error.name or ""
-        raise ConfigError(
-            f"{scheme}:// needs a package that is not installed",
-            where=url,
-            expected=package or str(error),
-            next_step=f"pip install {package}" if package else "install what it needs",
-        ) from None
+        raise _lacks(url, scheme, error, name if name != "fsspec" else "") from None
     except ValueError:
         raise ConfigError(
             f"{scheme}:// is nothing that podloader or fsspec knows",
@@ -253,6 +247,8 @@ def _drive(url: str, scheme: str, options: Mapping[str, Any]) -> Any:
         ) from None
     try:
         return driver(**{**driver._get_kwargs_from_urls(url), **options})
+    except ImportError as error:
+        raise _lacks(url, scheme, error) from None
     except Exception as error:
         raise ConfigError(
             f"the driver of {scheme}:// does not start",
@@ -260,6 +256,17 @@ def _drive(url: str, scheme: str, options: Mapping[str, Any]) -> Any:
             got=type(error).__name__,
             next_step="correct the options, or the credentials that the driver looks for",
         ) from None
+
+
+def _lacks(url: str, scheme: str, error: ImportError, package: str = "") -> ConfigError:
+    """Return the error for a driver without its *package*; fsspec wraps what Python says of it."""
+    package = package or error.name or getattr(error.__cause__, "name", None) or ""
+    return ConfigError(
+        f"{scheme}:// needs a package that is not installed",
+        where=url,
+        expected=package or str(error),
+        next_step=f"pip install {package}" if package else "install what it needs",
+    )
 
 
 def _translate(error: Exception, url: str) -> Exception:

@@ -71,8 +71,9 @@ class Stores:
             return self._read_baseten(source, jobs, loops)
         if not is_remote(source):
             return self._keep(FileListing(Path(source), local_urls=self._local))
-        if source.startswith(_WEB):
-            return self._read_url(source)
+        if source.lower().startswith(_WEB):
+            scheme, _, rest = source.partition(":")
+            return self._read_url(f"{scheme.lower()}:{rest}")
         tree, root = self._tree(source)
         return list_jobs(tree, root, jobs)
 

@@ -97,7 +97,13 @@ def test_options_as_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "package"), [("gs://bucket/x", "gcsfs"), ("az://bucket/x", "adlfs")]
+    ("url", "package"),
+    [
+        ("gs://bucket/x", "gcsfs"),
+        ("az://bucket/x", "adlfs"),
+        ("sftp://h/x", "paramiko"),
+        ("hdfs://h/x", "pyarrow"),
+    ],
 )
 def test_a_package_that_is_missing_is_named(stores: Stores, url: str, package: str) -> None:
     with pytest.raises(ConfigError, match="not installed") as caught:

@@ -107,6 +107,7 @@ def test_from_a_file_and_from_a_url(origin: FaultyOrigin, stores: Stores) -> Non
     relative = path.relative_to(origin.root).as_posix()
     listings = stores.read_listings(str(path))
     assert listings == stores.read_listings(origin.sign(relative))
+    assert listings == stores.read_listings(origin.sign(relative).replace("http:", "HTTP:"))
     assert listings[0].artifacts
 
 
