@@ -72,8 +72,7 @@ class BarProgress:
 
     def retry(self, path: str, reason: str) -> None:
         """Say it, with those that came within the same second in one line."""
-        if line := self._retries.tell(path, reason):
-            self._bars.console.print(line, markup=False, highlight=False)
+        self._show(self._retries.tell(path, reason))
 
     def finish_file(self, path: str) -> None:
         """Count a file and take its bar away."""
@@ -86,7 +85,12 @@ class BarProgress:
 
     def finish(self) -> None:
         """Leave the bars as they stand."""
+        self._show(self._retries.tell_rest())
         self._bars.stop()
+
+    def _show(self, line: str) -> None:
+        if line:
+            self._bars.console.print(line, markup=False, highlight=False)
 
     def _label(self) -> str:
         return f"{self._count}/{self._total} files"

@@ -84,6 +84,8 @@ class LogProgress:
 
     def finish(self) -> None:
         """Say how far it came."""
+        if line := self._retries.tell_rest():
+            _log.info("%s", line)
         self._tell()
 
     def _tell(self) -> None:
@@ -120,6 +122,12 @@ class Retries:
             more = f", and {self._untold} others before it" if self._untold else ""
             self._told, self._untold = now, 0
         return f"asked for again: {path}: {reason}{more}"
+
+    def tell_rest(self) -> str:
+        """Return the line for those that no line was shown for, empty where there are none."""
+        with self._lock:
+            untold, self._untold, self._told = self._untold, 0, None
+        return f"asked for again: {untold} others" if untold else ""
 
 
 def show_bytes(count: float) -> str:

@@ -20,3 +20,17 @@ def test_each_fetch_counts_its_own_files(caplog: pytest.LogCaptureFixture) -> No
             progress.finish()
     told = [record.getMessage().partition(",")[0] for record in caplog.records]
     assert told == ["fetching 2 files", "2/2 files", "fetching 1 files", "1/1 files"]
+
+
+def test_retries_are_told_at_once_or_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    told = LogProgress()
+    with caplog.at_level(logging.INFO, logger="podloader"):
+        told.start(1, 1, 0)
+        for _ in range(3):
+            told.retry("job1/rank-0/x", "HTTP 503")
+        assert caplog.messages[1:] == ["asked for again: job1/rank-0/x: HTTP 503"]
+        told.finish()
+        assert caplog.messages[2] == "asked for again: 2 others"
+        told.finish()
+    assert "again" not in caplog.messages[-1]
+    assert len(caplog.messages) == 5
