@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email.utils
 import re
 from datetime import UTC, datetime, timedelta
 
@@ -30,13 +31,16 @@ def expiry(url: str) -> datetime | None:
     return None
 
 
-def refused(url: str, status: int, reason: str, body: bytes) -> FetchError:
-    """Return the error for a final refusal. *body* may hold S3's ``<Code>``."""
+def refused(url: str, status: int, reason: str, body: bytes, date: str = "") -> FetchError:
+    """Return the error for a final refusal. *body* may hold S3's ``<Code>``.
+
+    *date* is what the origin's clock said, which counts where this machine's is slow.
+    """
     match = _CODE.search(body)
     code = match[1].decode() if match else ""
     got = f"HTTP {status} {reason}" + (f", {code}" if code else "")
     ends = expiry(url)
-    passed = ends is not None and ends <= datetime.now(UTC)
+    passed = ends is not None and ends <= _now(date)
     if status in (400, 401, 403) and (passed or code in _EXPIRED_CODES):
         when = f" at {ends:%Y-%m-%d %H:%M:%S} UTC" if ends and passed else ""
         return ExpiredError(
@@ -61,3 +65,12 @@ def refused(url: str, status: int, reason: str, body: bytes) -> FetchError:
             next_step="get a new listing; the job may have removed the file",
         )
     return FetchError("the origin refuses the request", where=url, got=got)
+
+
+def _now(date: str) -> datetime:
+    now = datetime.now(UTC)
+    try:
+        told = email.utils.parsedate_to_datetime(date)
+    except ValueError:
+        return now
+    return max(now, told if told.tzinfo else told.replace(tzinfo=UTC))

@@ -53,7 +53,7 @@ def check_status(
     body = b""
     with contextlib.suppress(OSError, AnswerError):  # the status says enough
         body = answer.read(_BODY_SHOWN)
-    raise refused(url, status, answer.reason, body)
+    raise refused(url, status, answer.reason, body, answer.fields.get("date", ""))
 
 
 def object_info(

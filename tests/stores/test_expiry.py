@@ -42,3 +42,18 @@ def test_what_a_refusal_means(status: int, query: str, body: bytes, kind: type) 
     assert type(error) is kind
     if query == "Expires=86400" and kind is ExpiredError:
         assert "1970-01-02 00:00:00 UTC" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("date", "kind"),
+    [
+        ("Fri, 01 Jan 2100 00:00:01 GMT", ExpiredError),
+        ("Thu, 31 Dec 2099 23:59:59 -0000", DeniedError),
+        ("soon", DeniedError),
+        ("", DeniedError),
+    ],
+)
+def test_the_origins_clock_counts_where_ours_is_slow(date: str, kind: type) -> None:
+    error = refused("https://h/x?Expires=4102444800", 403, "No", b"", date)
+    assert type(error) is kind
+    assert ("2100-01-01 00:00:00 UTC" in str(error)) is (kind is ExpiredError)
