@@ -215,6 +215,16 @@ def test_the_process_ends_before_libc_takes_libraries_down(arguments: list[str],
     assert done.stdout + done.stderr
 
 
+def test_a_reader_that_has_seen_enough(config: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "loader", "plan", str(config), "--json"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == 141
+    assert "Traceback" not in done.stderr
+
+
 def test_a_listing_cannot_command_a_terminal(config: Path, origin: FaultyOrigin) -> None:
     origin.put("checkpoint-\x1b[2J/x.bin", b"x")
     listing = write_listing(origin, config.parent / "listing.json")

@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Iterator
 
+_BROKEN_PIPE = 128 + 13  # as a shell tells of a process that SIGPIPE ended
+
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
@@ -28,6 +30,9 @@ def ending() -> Iterator[None]:
     try:
         yield
         code = 0
+    except BrokenPipeError:  # who reads standard output has seen enough
+        code = _BROKEN_PIPE
+        raise SystemExit(code) from None
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(bool(end.code))
         raise
