@@ -34,6 +34,10 @@ RULES = {
         "fetch/test_transfer.py::test_a_busy_origin_is_asked_by_fewer",
         "fetch/test_pace.py::test_an_origin_that_is_busy_gets_half",
     ],
+    "a proxy refuses the request or a tunnel": [
+        "stores/test_proxies.py::test_a_tunnel_that_is_refused",
+        "stores/test_proxies.py::test_a_plain_request_that_the_proxy_refuses",
+    ],
     "reset, closed connection, short body": [
         "fetch/test_faults.py::test_each_fault_has_its_rule",
         "fetch/test_snapshot.py::test_a_cut_body_goes_on_where_it_ended",
@@ -52,6 +56,7 @@ RULES = {
     "a request that was sent ahead, on a connection whose body had yet to end, and is not "
     "answered behind it within 2 s, or wrongly": [
         "stores/test_ahead.py::test_what_is_not_answered_is_asked_anew",
+        "stores/test_proxies.py::test_a_plain_proxy_that_is_asked_ahead",
     ],
     "`Range` ignored from the start; neither `ETag` nor date, which would tie ranges together": [
         "fetch/test_refusals.py::test_what_has_no_version_comes_in_one_request",
