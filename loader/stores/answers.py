@@ -13,6 +13,7 @@ from typing import Protocol
 _BYTES = 20 << 10  # of a first read: an answer's head, and a small file behind it
 _MOST_BYTES = 64 << 10  # of a head
 _MOST_HEADERS = 100
+_LONGEST_LENGTH = 20
 _UNSAFE = re.compile(r"[^\x21-\x7e]")  # in a request's target
 _END = re.compile(rb"\n\r?\n")  # of a head, with the last line's
 
@@ -153,12 +154,11 @@ class Answer:
             self.fields = _fields(lines)
         fields = self.fields
         self._is_chunked = fields.get("transfer-encoding", "").lower() == "chunked"
-        length = fields.get("content-length", "")
         self.length: int | None = None
         if self.status in (204, 304) or method in ("HEAD", "CONNECT"):
             self.length = 0
-        elif length.isdecimal() and not self._is_chunked:
-            self.length = int(length)
+        elif not self._is_chunked:
+            self.length = read_length(fields)
         self.left = self.length
         connection = fields.get("connection", "").lower()
         self.will_close = (
@@ -231,6 +231,12 @@ class Answer:
             else:
                 raise AnswerError("more headers than anybody needs")
         return self._chunk_bytes
+
+
+def read_length(fields: Mapping[str, str]) -> int | None:
+    """Return what Content-Length says, None where that is nothing, or no length."""
+    text = fields.get("content-length", "")
+    return int(text) if text.isdecimal() and len(text) < _LONGEST_LENGTH else None
 
 
 def _status_line(line: str) -> tuple[str, int, str]:

@@ -171,8 +171,8 @@ class HttpClient:
             drop(connection, answer)
             if not target:
                 raise FetchError("a redirect that leads nowhere", where=url)
-            url, sent = urljoin(url, target), None
-            if urlsplit(url)[:2] != urlsplit(first)[:2]:
+            url, sent = _follow(url, target), None
+            if _split(url)[:2] != _split(first)[:2]:
                 whole = Request(request.method, common)
         else:
             raise FetchError("more than 5 redirects", where=url)
@@ -273,12 +273,12 @@ class HttpClient:
         """Return where a connection leads, and the target of the request there."""
         match = _SITE.match(url)
         if match is None:
-            parts = urlsplit(url)
+            parts = _split(url)
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             return self._origin(parts, url), target
         origin = self._origins.get(match[0])
         if origin is None:
-            origin = self._origins[match[0]] = self._origin(urlsplit(url), url)
+            origin = self._origins[match[0]] = self._origin(_split(url), url)
         return origin, url[match.end() :].partition("#")[0]
 
     def _origin(self, parts: SplitResult, url: str) -> Origin:
@@ -309,3 +309,17 @@ class HttpClient:
         tunnel = partial(open_tunnel, proxy=proxy, to=place(origin)) if proxy else None
         secure = partial(shake_hands, context=self._trust.context(), host=origin.host)
         return connect(first.host, first.port, timeout_s, tunnel, secure)
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # its text may show a password
+        raise FetchError("not an http(s) URL", where=url) from None
+
+
+def _follow(url: str, target: str) -> str:
+    try:
+        return urljoin(url, target)
+    except ValueError:
+        raise FetchError("a redirect to what is no URL", where=url) from None

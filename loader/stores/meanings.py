@@ -12,7 +12,7 @@ import ssl
 import time
 
 from loader.errors import ChangedError, FetchError, TransientError
-from loader.stores.answers import Answer, AnswerError, UnansweredError
+from loader.stores.answers import Answer, AnswerError, UnansweredError, read_length
 from loader.stores.base import ObjectInfo, is_same_version
 from loader.stores.checksums import read_checksums
 from loader.stores.expiry import refused
@@ -20,7 +20,9 @@ from loader.stores.proxies import Proxy, refused_by_proxy
 
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 _BUSY = {429, 503}
-_CONTENT_RANGE = re.compile(r"bytes (?:(?P<start>\d+)-(?P<last>\d+)|\*)/(?P<total>\d+|\*)$")
+_CONTENT_RANGE = re.compile(
+    r"bytes (?:(?P<start>\d{1,19})-(?P<last>\d{1,19})|\*)/(?P<total>\d{1,19}|\*)$"
+)
 _BODY_SHOWN = 64 * 1024
 _AUTHORITY_STEP = "set ca_bundle to the PEM file of the authority that signed it"
 _CLOCK_STEP = "check this machine's clock; if it is right, the server needs a new certificate"
@@ -70,10 +72,10 @@ def object_info(
     version = tag if tag.startswith(('"', 'W/"')) else fields.get("last-modified")
     checksums = read_checksums(fields.items())
     if answer.status == 200:
-        length = fields.get("content-length")
+        length = read_length(fields)
         if length is None and sized:
             raise FetchError("the origin does not tell the object's size", where=url)
-        return ObjectInfo(int(length or 0), version, False, checksums)
+        return ObjectInfo(length or 0, version, False, checksums)
     match = _CONTENT_RANGE.match(fields.get("content-range", "").strip())
     if answer.status == 416 and match is None:
         return ObjectInfo(0, version)  # only an empty object has no first byte
@@ -161,6 +163,8 @@ def translate(error: BaseException, url: str, proxy: Proxy | None = None) -> Bas
         )
     if isinstance(error, socket.gaierror):
         return _passing("the host's name cannot be resolved", url, got)
+    if isinstance(error, UnicodeError):  # of the host's name, which is looked for first
+        return FetchError("the host's name is none", where=url, next_step="correct the URL")
     if isinstance(error, TimeoutError):
         return _passing("the connection brought nothing in time", url, got)
     if isinstance(error, UnansweredError):

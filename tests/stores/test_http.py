@@ -223,6 +223,63 @@ def test_redirects(origin: FaultyOrigin, store: PresignedStore, artifact: Artifa
         store.stat(artifact)
 
 
+NO_URLS = [
+    "http://[bad/x?Signature=S3CR3T",
+    "http://u:S3CR3T@a\u2100b/x",
+    "http://h:99999/x",
+    "http://a..b/x",
+    f"http://{'x' * 300}/y",
+    "ftp://u:S3CR3T@h/x",
+]
+
+
+@pytest.mark.parametrize("url", NO_URLS)
+def test_what_is_no_url(client: HttpClient, url: str) -> None:
+    with pytest.raises(FetchError) as caught:
+        client.get(url)
+    assert not caught.value.retryable
+    assert "S3CR3T" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", [url for url in NO_URLS if url.isascii()])
+def test_a_redirect_to_what_is_no_url(
+    origin: FaultyOrigin, store: PresignedStore, artifact: Artifact, url: str
+) -> None:
+    origin.fail("big file+.bin", redirect(url))
+    with pytest.raises(FetchError) as caught:
+        store.stat(artifact)
+    assert not caught.value.retryable
+    assert "S3CR3T" not in str(caught.value)
+
+
+@pytest.mark.parametrize("said", ["many", "9" * 5000, "-1", "5, 6"])
+def test_counts_that_are_none(
+    origin: FaultyOrigin, store: PresignedStore, artifact: Artifact, said: str
+) -> None:
+    for code, header in (
+        (200, {"Content_Length": said}),
+        (206, {"Content_Range": f"bytes 0-0/{said}"}),
+    ):
+        origin.fail("big file+.bin", only(code, **header))
+        with pytest.raises(FetchError) as caught:
+            store.stat(artifact)
+        assert not caught.value.retryable
+
+
+def only(code: int, **headers: str) -> Fault:
+    """Answer with these headers and no body."""
+
+    def fault(handler: FaultyHandler) -> bool:
+        handler.send_response(code)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.close_connection = True
+        return True
+
+    return fault
+
+
 def test_nobody_there(client: HttpClient) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
