@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from loader.fetch.verify import Verify, is_intact
 from loader.stores.base import Asked, ByteStream, ObjectInfo, Store, is_same_version
 from loader.types import Artifact
 
+_log = logging.getLogger("podloader")
 _SPARE_BYTES = 64 << 20  # journals, records, folders
 
 
@@ -42,6 +44,7 @@ class Download:
         self._seen = seen
         self._progress = progress
         self._arrivals = arrivals
+        self._waited = False
 
     def run(
         self,
@@ -101,6 +104,9 @@ class Download:
     def _begin(self, see: Callable[[PartFile], None], part: PartFile) -> bool:
         if not part.lock():
             part.drop_opened()
+            if not self._waited:
+                self._waited = True
+                _log.info("%s: another process is fetching it; waiting", part.artifact.path)
             return False
         claimed = 0
         if part.is_seen:

@@ -91,15 +91,16 @@ class LogProgress:
     def _tell(self) -> None:
         seconds = max(time.monotonic() - self._began, 1e-9)
         rate = (self._bytes - self._had_bytes) / seconds
-        left_s = (self._total_bytes - self._bytes) / rate if rate > 0 else 0.0
+        left_bytes = self._total_bytes - self._bytes
+        left = f", {left_bytes / max(rate, 1e-9):.0f} s left" if rate > 0 or not left_bytes else ""
         _log.info(
-            "%d/%d files, %s of %s, %s/s, %.0f s left",
+            "%d/%d files, %s of %s, %s/s%s",
             self._files,
             self._total_files,
             show_bytes(self._bytes),
             show_bytes(self._total_bytes),
             show_bytes(rate),
-            left_s,
+            left,
         )
 
 

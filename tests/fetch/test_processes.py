@@ -79,11 +79,12 @@ def test_a_dead_owner_is_succeeded(origin: FaultyOrigin, command: Command) -> No
     owner = command.start()
     until(lambda: origin.bytes_sent or list(command.root.rglob("*.part")))
     heir = command.start()
-    time.sleep(0.5)
+    assert heir.stderr is not None
+    assert any("another process is fetching it; waiting" in line for line in heir.stderr)
     owner.send_signal(signal.SIGKILL)
     owner.communicate()
     origin.faults.clear()
-    heir.communicate()
+    assert "waiting" not in heir.communicate()[1], "said more than once"
     assert heir.returncode == 0
     check(origin, command)
 

@@ -34,3 +34,11 @@ def test_retries_are_told_at_once_or_at_the_end(caplog: pytest.LogCaptureFixture
         told.finish()
     assert "again" not in caplog.messages[-1]
     assert len(caplog.messages) == 5
+
+
+def test_no_rate_tells_no_time(caplog: pytest.LogCaptureFixture) -> None:
+    progress = LogProgress()
+    with caplog.at_level(logging.INFO, "podloader"):
+        progress.start(1, 100, 40)
+        progress.finish()
+    assert caplog.messages[-1] == "0/1 files, 40 B of 100 B, 0 B/s"
