@@ -81,6 +81,7 @@ def test_a_dead_owner_is_succeeded(origin: FaultyOrigin, command: Command) -> No
     heir = command.start()
     assert heir.stderr is not None
     assert any("another process is fetching it; waiting" in line for line in heir.stderr)
+    time.sleep(0.5)
     owner.send_signal(signal.SIGKILL)
     owner.communicate()
     origin.faults.clear()
