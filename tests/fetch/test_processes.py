@@ -75,7 +75,7 @@ def test_two_processes_share_the_work(origin: FaultyOrigin, command: Command) ->
 
 
 def test_a_dead_owner_is_succeeded(origin: FaultyOrigin, command: Command) -> None:
-    origin.fail(".bin", act(lambda: None), act(lambda: None), *[slow(0.2)] * 100)
+    origin.fail("a.bin", act(lambda: None), *[slow(0.2)] * 100)
     owner = command.start()
     until(lambda: origin.bytes_sent or list(command.root.rglob("*.part")))
     heir = command.start()
