@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import sys
 import threading
 import time
@@ -73,7 +74,7 @@ class Opener:
     def __init__(self, work: Work, over: threading.Event, most_bytes: int) -> None:
         self._work = work
         self._over = over
-        self._buffer = memoryview(bytearray(most_bytes))
+        self._buffer = memoryview(mmap.mmap(-1, most_bytes))  # no memory before it is used
         self._asked: deque[Task] = deque()
         self._failed: list[Task] = []
         self._pause_s = 0.0

@@ -35,6 +35,7 @@ from loader.types import Artifact, FetchedFile
 
 _FIRST_BYTES = 16 << 10  # of a file of unknown size: about what a new connection brings at once
 _SMALL_BYTES = 256 << 10  # of a file whose size is known
+_BUFFERS_BYTES = 24 << 20  # of all threads together
 _FACTOR = 4
 _TURN_S = 0.005  # the longest that a file waits for the one before it
 _LOOK_S = 0.05  # once there are as many as connections
@@ -66,7 +67,7 @@ class Opening:
         self._pace = pace
         self._most = pace.limit
         self._first_bytes = min(_FIRST_BYTES, range_bytes)
-        self._small_bytes = min(_SMALL_BYTES, range_bytes)
+        self._small_bytes = min(_SMALL_BYTES, range_bytes, _BUFFERS_BYTES // pace.limit)
         self._range_bytes = range_bytes
         self._tasks: deque[Task] = deque()
         self._large: deque[Task] = deque()

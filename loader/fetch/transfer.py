@@ -7,6 +7,7 @@ one buffer per thread, whatever the files' sizes.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,8 @@ from loader.retry import retrying
 from loader.stores.base import Asked, ByteStream, Store
 
 _BUFFER_BYTES = 3 << 19  # a larger one leaves a processor's cache, a smaller one takes more reads
-_BUFFERS_BYTES = 24 << 20  # of all threads together
+_BUFFERS_BYTES = 24 << 20  # of all threads together, somewhat more where they are very many
+_LEAST_BUFFER_BYTES = 64 << 10
 _PROGRESS_BYTES = 1 << 16  # a try that brought so much was not in vain
 _TICK_S = 0.03
 _WATCH_S = 20.0  # a connection has to bring at least _SLOWEST_BYTES_S over so long
@@ -120,8 +122,15 @@ class _Transfer:
             raise StoppedError("the fetch was stopped; what has arrived is kept")
 
     def _start_worker(self) -> None:
+        size = _buffer_bytes(len(self._workers), self._limits.concurrency)
         worker = _Worker(
-            self._store, self._limits, self._events, self._pace, self._schedule, self._halt
+            self._store,
+            self._limits,
+            self._events,
+            self._pace,
+            self._schedule,
+            self._halt,
+            size,
         )
         self._workers.append(worker)
         name = f"fetch-{len(self._workers)}"
@@ -153,9 +162,9 @@ class _Worker:
         pace: Pace,
         schedule: Schedule,
         halt: threading.Event,
+        buffer_bytes: int,
     ) -> None:
-        size = min(_BUFFER_BYTES, max(_BUFFERS_BYTES // limits.concurrency, 64 << 10))
-        self._buffer = memoryview(bytearray(size))
+        self._buffer = memoryview(mmap.mmap(-1, buffer_bytes))  # no memory before it is used
         self._store = store
         self._limits = limits
         self._events = events
@@ -264,6 +273,18 @@ class _Worker:
     def _tell(self, claim: Claim, count: int) -> None:
         self.bytes += count
         self._events.progress.advance(count, claim.part.artifact.path)
+
+
+def _buffer_bytes(count: int, most: int) -> int:
+    """Return the size of the buffer of a worker that has *count* before it, of *most* in all.
+
+    A near origin is read by few, which then have as much as serves them; all others share a half.
+    """
+    few = _BUFFERS_BYTES // _BUFFER_BYTES // 2
+    if count < few:
+        return _BUFFER_BYTES
+    share = _BUFFERS_BYTES // 2 // max(most - few, 1)
+    return min(_BUFFER_BYTES, max(share, _LEAST_BUFFER_BYTES))
 
 
 def _too_slow(claim: Claim, rate: float) -> TransientError:

@@ -227,3 +227,11 @@ def test_what_else_failed_is_told_once() -> None:
     first = transfer._first([*failures, StoppedError()])
     assert first is failures[0]
     assert first.problems == ("also: full: b",)
+
+
+@pytest.mark.parametrize("most", [1, 8, 9, 16, 64, 256, 1000])
+def test_memory_does_not_grow_with_the_connections(most: int) -> None:
+    sizes = [transfer._buffer_bytes(count, most) for count in range(most)]
+    assert sum(sizes) <= (24 << 20) + most * (64 << 10)
+    assert set(sizes[:16] if most <= 16 else sizes[:8]) == {3 << 19}
+    assert transfer._buffer_bytes(most, most) <= 3 << 19  # beside one that has gone silent
