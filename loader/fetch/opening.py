@@ -67,7 +67,8 @@ class Opening:
         self._pace = pace
         self._most = pace.limit
         self._first_bytes = min(_FIRST_BYTES, range_bytes)
-        self._small_bytes = min(_SMALL_BYTES, range_bytes, _BUFFERS_BYTES // pace.limit)
+        small_bytes = max(_BUFFERS_BYTES // pace.limit, _FIRST_BYTES)
+        self._small_bytes = min(_SMALL_BYTES, range_bytes, small_bytes)
         self._range_bytes = range_bytes
         self._tasks: deque[Task] = deque()
         self._large: deque[Task] = deque()

@@ -93,6 +93,17 @@ def test_what_a_first_request_is_for_depends_on_what_the_listing_tells(
         assert len(origin.requests) == requests
 
 
+@pytest.mark.parametrize("concurrency", [256, 20_000])
+@pytest.mark.parametrize("told", [True, False])
+def test_however_many_connections_are_allowed(
+    origin: FaultyOrigin, store: PresignedStore, tmp_path: Path, concurrency: int, told: bool
+) -> None:
+    sizes = (0, 1, 16_384, 60_000, 100_000)
+    options = FetchOptions(concurrency=concurrency)
+    fetch(manifest_of(origin, *sizes, told=told), tmp_path, store, options)
+    check(tmp_path, *sizes)
+
+
 def test_a_listing_that_is_wrong_about_the_size_does_no_harm(
     origin: FaultyOrigin, store: PresignedStore, tmp_path: Path
 ) -> None:
