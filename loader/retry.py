@@ -18,13 +18,20 @@ _LONGEST_ASKED_S = 60.0
 _Out = TypeVar("_Out")
 
 
-def retrying(gives_up: Callable[[RetryCallState], bool], stop: threading.Event) -> Retrying:
-    """Return tenacity's loop for errors that are ``retryable``; *stop* ends a pause."""
+def retrying(
+    gives_up: Callable[[RetryCallState], bool],
+    stop: threading.Event,
+    pause: Callable[[float], None] | None = None,
+) -> Retrying:
+    """Return tenacity's loop for errors that are ``retryable``; *stop* ends a pause.
+
+    *pause* waits for so many seconds, or for what it knows to be worth no waiting.
+    """
     return Retrying(
         retry=retry_if_exception(lambda e: isinstance(e, LoaderError) and e.retryable),
         stop=lambda state: stop.is_set() or gives_up(state),
         wait=wait_s,
-        sleep=sleep_using_event(stop),
+        sleep=pause or sleep_using_event(stop),
         reraise=True,
     )
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tenacity import RetryCallState
 
@@ -30,6 +31,7 @@ _BUFFERS_BYTES = 24 << 20  # of all threads together, somewhat more where they a
 _LEAST_BUFFER_BYTES = 64 << 10
 _PROGRESS_BYTES = 1 << 16  # a try that brought so much was not in vain
 _TICK_S = 0.03
+_LOOK_S = 0.1  # while a worker pauses
 _WATCH_S = 20.0  # a connection has to bring at least _SLOWEST_BYTES_S over so long
 _SLOWEST_BYTES_S = 4 << 10
 
@@ -180,7 +182,7 @@ class _Worker:
         part = claim.part
         self._events.progress.begin_file(part.artifact.path, part.info.size_bytes, part.have_bytes)
         self._in_vain, self._progress_at = 0, time.monotonic()
-        for attempt in retrying(self._gives_up, self._halt):
+        for attempt in retrying(self._gives_up, self._halt, partial(self._pause, claim)):
             with attempt:
                 self._try(claim)
         if claim.settle():
@@ -190,6 +192,13 @@ class _Worker:
     def _gives_up(self, _: RetryCallState) -> bool:
         late = time.monotonic() - self._progress_at > self._limits.deadline_s
         return late or self._in_vain > self._limits.retries
+
+    def _pause(self, claim: Claim, seconds: float) -> None:
+        """Wait, but not for what others bring meanwhile: the fetch would end no sooner."""
+        until = time.monotonic() + seconds
+        while not claim.is_over() and (left_s := until - time.monotonic()) > 0:
+            if self._halt.wait(min(left_s, _LOOK_S)):
+                return
 
     def _try(self, claim: Claim) -> None:
         if self._halt.is_set():

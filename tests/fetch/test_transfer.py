@@ -144,6 +144,15 @@ def test_two_that_stall_one_after_the_other(
         released.set()
 
 
+def test_a_pause_does_not_hold_the_end_back(
+    origin: FaultyOrigin, patient: PresignedStore, manifest: Manifest, tmp_path: Path
+) -> None:
+    origin.fail("big.bin", act(lambda: None), status(503, Retry_After="50"))
+    snapshot, noted = run(manifest, tmp_path, patient)
+    assert len(noted.retries) == 1
+    assert snapshot.seconds < 25, "somebody else has brought it"
+
+
 def test_a_slow_connection_does_not_hold_the_end_back(
     origin: FaultyOrigin, patient: PresignedStore, manifest: Manifest, tmp_path: Path
 ) -> None:
