@@ -33,6 +33,28 @@ def test_a_whole_file_that_is_locked_is_about_to_get_its_record(place: Places) -
     os.close(second[0])
 
 
+def test_a_part_file_that_was_removed_before_it_was_locked(
+    place: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening = files._open_part
+    removed = []
+
+    def overtaken(path: str) -> int:
+        fd = opening(path)
+        if not removed:
+            removed.append(path)
+            Path(path).unlink()
+        return fd
+
+    monkeypatch.setattr(files, "_open_part", overtaken)
+    held = lock_part(place)
+    assert held is not None
+    fd, is_new = held
+    assert os.path.samestat(os.fstat(fd), Path(place.part).stat())
+    assert is_new
+    os.close(fd)
+
+
 def test_a_part_file_that_got_its_name_before_it_was_locked(
     place: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
