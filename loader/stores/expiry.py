@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import email.utils
 import re
 from datetime import UTC, datetime, timedelta
 
@@ -68,6 +67,8 @@ def refused(url: str, status: int, reason: str, body: bytes, date: str = "") -> 
 
 
 def _now(date: str) -> datetime:
+    import email.utils  # for which a first request should not wait
+
     now = datetime.now(UTC)
     try:
         told = email.utils.parsedate_to_datetime(date)
