@@ -67,11 +67,11 @@ def refused(url: str, status: int, reason: str, body: bytes, date: str = "") -> 
 
 
 def _now(date: str) -> datetime:
-    import email.utils  # for which a first request should not wait
+    from email.utils import parsedate_to_datetime  # for which a first request should not wait
 
     now = datetime.now(UTC)
     try:
-        told = email.utils.parsedate_to_datetime(date)
+        told = parsedate_to_datetime(date)
     except ValueError:
         return now
     return max(now, told if told.tzinfo else told.replace(tzinfo=UTC))

@@ -37,7 +37,7 @@ def test_a_part_file_that_was_removed_before_it_was_locked(
     place: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opening = files._open_part
-    removed = []
+    removed: list[str] = []
 
     def overtaken(path: str) -> int:
         fd = opening(path)
