@@ -286,7 +286,8 @@ def test_another_version_is_refused(
     origin: FaultyOrigin, store: PresignedStore, artifact: Artifact
 ) -> None:
     stream, _ = begin(store, artifact)
-    origin.put("x", CONTENT[::-1])
+    newer = origin.put("newer", CONTENT[::-1])
+    newer.replace(newer.with_name("x"))  # what is being sent stays as it was
     asked = ask_next(store, stream, artifact)
     assert asked is not None
     read(stream)
