@@ -150,7 +150,7 @@ def check_names(files: Sequence[Artifact], *, case_sensitive: bool = True) -> No
         if folder not in folders:
             folders[folder] = _folder_problems(folder, paths)
         found = folders[folder] or _part_problems(base)
-        if len(a.path) > _PATH_BYTES // 4 and len(a.path.encode()) > _PATH_BYTES:
+        if _is_longer(a.path, _PATH_BYTES):
             found = [f"a path longer than {_PATH_BYTES} bytes"]
         if found:
             problems += [f"{a.path!r}: {problem}" for problem in found]
@@ -177,13 +177,17 @@ def _folder_problems(folder: str, paths: set[str]) -> list[str]:
     return problems
 
 
+def _is_longer(text: str, most_bytes: int) -> bool:
+    return len(text) > most_bytes // 4 and len(text.encode()) > most_bytes
+
+
 def _part_problems(part: str) -> list[str]:
     problems: list[str] = []
     if part in ("", ".", "..") or "\0" in part or "\\" in part:
         problems.append("leaves its folder, or is no relative file name")
     if _CONTROL.search(part):
         problems.append("a control character in a name")
-    if len(part) > _NAME_BYTES // 4 and len(part.encode()) > _NAME_BYTES:
+    if _is_longer(part, _NAME_BYTES):
         problems.append(f"a name longer than {_NAME_BYTES} bytes")
     return problems
 

@@ -110,17 +110,12 @@ class S3Store:
         asked = ask_url_next(self._client, stream, url, start, end, version)
         if asked is None:
             return None
-        take = asked.stream
-
-        def take_or_sign_anew() -> HttpStream:
-            with refusals_translated(artifact.url):
-                try:
-                    return take()
-                except ExpiredError:
-                    self._signed.pop(artifact.url, None)
-                return self.open_range(artifact, start, end, version)
-
-        asked.stream = take_or_sign_anew
+        asked.stream = partial(
+            self._with_url,
+            artifact,
+            lambda url: open_url(self._client, url, start, end, version),
+            first=asked.stream,
+        )
         return asked
 
     def open_range(
@@ -207,10 +202,19 @@ class S3Store:
         except Exception as error:
             raise translate_error(error, SCHEME + path) from None
 
-    def _with_url(self, artifact: Artifact, ask: Callable[[str], _Out]) -> _Out:
+    def _with_url(
+        self,
+        artifact: Artifact,
+        ask: Callable[[str], _Out],
+        first: Callable[[], _Out] | None = None,
+    ) -> _Out:
+        """Return what *ask* makes of a signed URL, of a new one where that has expired.
+
+        *first* is what was asked for already, by the URL at hand.
+        """
         with refusals_translated(artifact.url):
             try:
-                return ask(self._get_url(artifact))
+                return first() if first is not None else ask(self._get_url(artifact))
             except ExpiredError:
                 self._signed.pop(artifact.url, None)
             return ask(self._get_url(artifact))

@@ -91,15 +91,17 @@ def refusals_translated(where: str) -> Iterator[None]:
     except ExpiredError as error:
         raise _expired(where, error.got) from None
     except DeniedError as error:
-        raise DeniedError(
-            "S3 refuses access", where=where, got=error.got, next_step=_DENIED_STEP
-        ) from None
+        raise _denied(where, error.got) from None
 
 
 def _expired(where: str, got: str) -> ExpiredError:
     return ExpiredError(
         "the credentials for S3 have expired", where=where, got=got, next_step=_EXPIRED_STEP
     )
+
+
+def _denied(where: str, got: str) -> DeniedError:
+    return DeniedError("S3 refuses access", where=where, got=got, next_step=_DENIED_STEP)
 
 
 def _is_untrusted(error: object) -> bool:
@@ -121,12 +123,7 @@ def _translate_code(code: str, status: int, where: str) -> FetchError:
     if step := _NEXT_STEPS.get(code):
         return FetchError("S3 refuses the request", where=where, got=got, next_step=step)
     if code in _DENIED or status in (401, 403):
-        return DeniedError(
-            "S3 refuses access",
-            where=where,
-            got=got,
-            next_step=_DENIED_STEP,
-        )
+        return _denied(where, got)
     if code in _ABSENT or status == 404:
         return FetchError(
             "no such bucket or object", where=where, got=got, next_step="correct the URL"
