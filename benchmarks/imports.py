@@ -27,7 +27,7 @@ config, beside = sys.argv[1:]
 settings = Settings.load(config)
 
 def imports():
-    from loader.serve.server import import_engine
+    from loader.serve.vllm.openai_server import import_engine
     import_engine()
 
 began = time.monotonic()
@@ -36,7 +36,7 @@ if beside == "thread":
     thread.start()
     wait = thread.join
 elif beside == "process":
-    command = "from loader.serve.server import import_engine; import_engine()"
+    command = "from loader.serve.vllm.openai_server import import_engine; import_engine()"
     process = subprocess.Popen([sys.executable, "-c", command])
     wait = process.wait
 else:

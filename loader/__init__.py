@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from loader.checkpoints import fetch_checkpoints as fetch_checkpoints
     from loader.hook import TrussModel as TrussModel
-    from loader.serve.vllm import VLLMModel as VLLMModel
+    from loader.serve.vllm.inprocess import VLLMModel as VLLMModel
 
 __version__ = "0.1.0"
 
 _ROOMS = {
     "TrussModel": "loader.hook",
-    "VLLMModel": "loader.serve.vllm",
+    "VLLMModel": "loader.serve.vllm.inprocess",
     "fetch_checkpoints": "loader.checkpoints",
 }
 

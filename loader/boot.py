@@ -82,7 +82,7 @@ def prepare_beside_imports(
     Raises:
         LoaderError: see ``loader.errors``.
     """
-    from loader.serve.imports import CONFIG, EarlyImports
+    from loader.serve.early_imports import CONFIG, EarlyImports
 
     folder = settings.training.download_folder
     imports = EarlyImports(settings.engine, folder, timeline, progress)
@@ -103,7 +103,7 @@ def start(ready: ReadyModel, settings: Settings, timeline: Timeline | None = Non
     """
     model: ServedModel
     if settings.engine == "vllm":
-        from loader.serve.vllm import VLLMModel as Model
+        from loader.serve.vllm.inprocess import VLLMModel as Model
     else:
         from loader.serve.transformers import TransformersModel as Model  # type: ignore[assignment]
     model = Model(

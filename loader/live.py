@@ -175,7 +175,7 @@ def teach_vllm(config: str) -> None:
     """Let the vLLM of this process fetch the adapters that *config*, a Truss config, allows."""
     settings = Settings.load(config)
     if settings.adapter_jobs:
-        from loader.serve.resolver import install
+        from loader.serve.vllm.resolver import install
 
         install(
             lambda base, name: fetch_named(settings, Path(base), name),

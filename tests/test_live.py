@@ -20,8 +20,8 @@ from loader.adapters.merge import WeightedAdapter, merge
 from loader.errors import AdapterError, CheckpointError, RequestError, ResolveError
 from loader.live import LiveAdapters, fetch_adapter, fetch_named, live_environment
 from loader.plugin import register
-from loader.serve.arguments import serve_arguments
-from loader.serve.resolver import Adapters
+from loader.serve.vllm.arguments import serve_arguments
+from loader.serve.vllm.resolver import Adapters
 from loader.settings import Settings
 from loader.types import CONFIG_VARIABLE, ReadyModel, ServedAdapter
 from tests.models import tiny_llama, train_or_draw_lora
@@ -132,7 +132,7 @@ class Host:
 
 
 def test_live_adapters_come_in_the_background(job: Job, base: Path) -> None:
-    """With the real engine: tests/serve/test_live.py."""
+    """With the real engine: tests/serve/vllm/test_engine_adapters.py."""
     live = LiveAdapters(Host(), base, settings_of(job))
     first = live.add("job2", "rank-*/checkpoint-10/")  # the program may ask for any job
     second = live.add("job1", "rank-0/run/", name="green")

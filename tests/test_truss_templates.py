@@ -19,7 +19,7 @@ from openai import APIStatusError, OpenAI
 from safetensors.torch import save_file
 from truss.base.truss_config import TrussConfig
 
-from loader.serve.arguments import parse_arguments, serve_arguments
+from loader.serve.vllm.arguments import parse_arguments, serve_arguments
 from loader.settings import Settings
 from loader.types import ReadyModel, ServedAdapter
 from tests.models import tiny_llama, train_or_draw_lora

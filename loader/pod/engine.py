@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loader.errors import EngineError, LoaderError
-from loader.serve.channel import Channel, error_from_json
+from loader.serve.vllm.channel import Channel, error_from_json
 from loader.status.state import Boot
 from loader.timeline import Open, Timeline
 
 _LANE = "engine"
-_WORKER = "loader.serve.worker"
+_WORKER = "loader.serve.vllm.worker"
 _END_S = 5.0
 
 
@@ -34,7 +34,7 @@ class EngineGone:
 
 
 class EngineProcess:
-    """``loader.serve.worker`` and the channel to it. Its imports begin at once.
+    """``loader.serve.vllm.worker`` and the channel to it. Its imports begin at once.
 
     *tell* is called from another thread.
     """

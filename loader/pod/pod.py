@@ -221,7 +221,7 @@ def _check_engine(settings: Settings) -> None:
 
 def vllm_arguments(settings: Settings, ready: ReadyModel, given: Sequence[str]) -> tuple[str, ...]:
     """Return what ``vllm serve`` would be given; *given* stands last and wins."""
-    from loader.serve.arguments import serve_arguments
+    from loader.serve.vllm.arguments import serve_arguments
 
     drain: tuple[str, ...] = ()
     if "shutdown_timeout" not in settings.engine_args:

@@ -15,7 +15,7 @@ from loader.scaffold.base import describe_base, named_base
 from loader.scaffold.gpus import Load, Placement, place
 from loader.scaffold.size import ModelSize, size_of
 from loader.scaffold.survey import Found
-from loader.serve.arguments import serve_arguments
+from loader.serve.vllm.arguments import serve_arguments
 from loader.stores.hub import REPO_ID
 from loader.truss_config import DOWNLOAD_FOLDER
 from loader.types import Kind, ReadyModel, ServedAdapter

@@ -9,8 +9,8 @@ import pytest
 
 from loader.errors import ConfigError
 from loader.pod.pod import vllm_arguments
-from loader.serve.arguments import parse_arguments
-from loader.serve.server import check_mode
+from loader.serve.vllm.arguments import parse_arguments
+from loader.serve.vllm.openai_server import check_mode
 from loader.settings import Settings
 from loader.types import ReadyModel, ServedAdapter
 

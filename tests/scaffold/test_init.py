@@ -23,7 +23,7 @@ from loader.scaffold.choice import choose
 from loader.scaffold.deployment import Deployment, Secret, Wishes, decide
 from loader.scaffold.survey import Found, survey
 from loader.scaffold.truss import write_truss
-from loader.serve.arguments import parse_arguments
+from loader.serve.vllm.arguments import parse_arguments
 from loader.settings import Settings
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin, serving, write_listing

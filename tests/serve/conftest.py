@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from loader.serve.transformers import TransformersModel
-from loader.serve.vllm import VLLMModel
+from loader.serve.vllm.inprocess import VLLMModel
 from loader.types import ReadyModel, ServedAdapter
 from tests.models import tiny_llama, train_or_draw_lora
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from loader.errors import AdapterError
 from loader.serve.canary import Ask, Said, check_adapters, distance
 from loader.serve.transformers import TransformersModel
-from loader.serve.vllm import VLLMModel
+from loader.serve.vllm.inprocess import VLLMModel
 from loader.types import ReadyModel, ServedAdapter
 from tests.serve.conftest import ENGINE_ARGS
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from loader.adapters.merge import WeightedAdapter, merge
 from loader.serve.transformers import TransformersModel
-from loader.serve.vllm import VLLMModel
+from loader.serve.vllm.inprocess import VLLMModel
 from loader.types import ReadyModel
 from tests.models import tiny_llama, train_or_draw_lora
 

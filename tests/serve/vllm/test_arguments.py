@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loader.errors import ConfigError
-from loader.serve.arguments import check_engine_args, parse_arguments, serve_arguments
+from loader.serve.vllm.arguments import check_engine_args, parse_arguments, serve_arguments
 from loader.types import ReadyModel, ServedAdapter
 
 
@@ -115,7 +115,7 @@ def test_one_name_for_two_models() -> None:
 def test_slots_for_adapters(
     monkeypatch: pytest.MonkeyPatch, adapters: int, asked: int, cpu: bool, slots: int, kept: int
 ) -> None:
-    monkeypatch.setattr("loader.serve.arguments.is_cpu_build", lambda: cpu)
+    monkeypatch.setattr("loader.serve.vllm.arguments.is_cpu_build", lambda: cpu)
     ready = make_ready(*(f"a{i}" for i in range(adapters)))
     words = serve_arguments(ready, {"max_loras": asked})
     assert words[words.index("--max-loras") + 1] == str(slots)

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from loader.errors import AdapterError, ConfigError, EngineError, LoaderError
-from loader.serve.channel import Channel, error_from_json
+from loader.serve.vllm.channel import Channel, error_from_json
 
 
 def test_messages_arrive_whole_and_in_order() -> None:

@@ -4,7 +4,8 @@ Taught to vLLM in its server's process, before it serves: a ``LoRAResolver`` for
 an adapter which is not loaded, and checks around what ``/v1/load_lora_adapter`` takes. There,
 ``lora_path`` is ``<job>/<checkpoint>``, which is fetched, or a folder below the download folder;
 vLLM alone would take any path of the machine, or a model of the Hub. ``load_inplace`` gives the
-name to another version instead of changing weights under running requests (``loader.serve.live``).
+name to another version instead of changing weights under running requests
+(``loader.serve.vllm.engine_adapters``).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from loader.errors import AdapterError, LoaderError, RequestError
-from loader.serve.live import public_name, version_name
+from loader.serve.vllm.engine_adapters import public_name, version_name
 from loader.types import ServedAdapter
 
 Fetch = Callable[[str, str], ServedAdapter]

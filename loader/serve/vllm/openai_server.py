@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from loader.errors import ConfigError, LoaderError
-from loader.serve.arguments import is_cpu_build
 from loader.serve.canary import Said, canary_body, check_adapters, read_said
-from loader.serve.channel import Channel
-from loader.serve.failures import start_failure
-from loader.serve.forkserver import METHOD
-from loader.serve.imports import import_vllm
-from loader.serve.orphans import OrphanGuard
-from loader.serve.tasks import check_sound
+from loader.serve.vllm.arguments import is_cpu_build
+from loader.serve.vllm.channel import Channel
+from loader.serve.vllm.failures import start_failure
+from loader.serve.vllm.forkserver import METHOD
+from loader.serve.vllm.orphans import OrphanGuard
+from loader.serve.vllm.tasks import check_sound
 from loader.status.replies import STATUS_PATHS, status_reply
 from loader.status.state import Boot
 from loader.weights.inspect import read_json
@@ -33,6 +32,13 @@ _CORE = "EngineCore"
 _ENGINE_DIED = 6  # as EngineError
 _PROMPT = "Hello"
 _CLOSE_S = 1
+
+
+def import_vllm() -> None:
+    """Import vLLM with its async engine and its OpenAI serving layer."""
+    import uvloop  # noqa: F401
+    import vllm.entrypoints.launchers.api_server.entry
+    import vllm.v1.engine.async_llm  # noqa: F401
 
 
 def import_engine() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from loader.serve.server import import_engine
+from loader.serve.vllm.openai_server import import_engine
 
 with contextlib.suppress(Exception):  # the engine's own start will tell
     import_engine()

@@ -10,7 +10,7 @@ import psutil
 
 _PARENT = """
 import multiprocessing, sys, time
-from loader.serve.orphans import OrphanGuard
+from loader.serve.vllm.orphans import OrphanGuard
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("fork")

@@ -9,7 +9,7 @@ from pathlib import Path
 _STARTED = """
 import os
 from multiprocessing import forkserver
-from loader.serve.forkserver import EngineContext, METHOD
+from loader.serve.vllm.forkserver import EngineContext, METHOD
 
 def tell(pipe):
     pipe.send(({name: os.environ.get(name) for name in ("LATER", "OMP_NUM_THREADS", METHOD)}))
@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 _ASKED = """
 import multiprocessing
-from loader.serve.forkserver import start_forkserver
+from loader.serve.vllm.forkserver import start_forkserver
 
 multiprocessing.set_forkserver_preload([])
 start_forkserver()

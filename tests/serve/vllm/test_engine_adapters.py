@@ -11,8 +11,8 @@ import pytest_asyncio
 
 from loader.errors import AdapterError, EngineError, RequestError
 from loader.live import LiveAdapters
-from loader.serve.live import public_name
-from loader.serve.vllm import VLLMModel
+from loader.serve.vllm.engine_adapters import public_name
+from loader.serve.vllm.inprocess import VLLMModel
 from loader.types import ReadyModel, ServedAdapter
 from tests.models import train_or_draw_lora
 from tests.origin import FaultyOrigin

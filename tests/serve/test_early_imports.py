@@ -12,7 +12,7 @@ import pytest
 
 from loader.fetch.progress import LogProgress
 from loader.imports import importing
-from loader.serve.imports import EarlyImports
+from loader.serve.early_imports import EarlyImports
 from loader.timeline import Timeline
 from loader.weights.consolidate.expected import read_model_names
 from tests.models import tiny_llama
@@ -22,7 +22,7 @@ _BEGIN = """
 import sys
 from pathlib import Path
 from loader.fetch.progress import LogProgress
-from loader.serve.imports import EarlyImports
+from loader.serve.early_imports import EarlyImports
 from loader.timeline import Timeline
 
 timeline = Timeline()
@@ -40,7 +40,7 @@ _LOOK = """
 import sys
 from pathlib import Path
 from loader.fetch.progress import LogProgress
-from loader.serve.imports import EarlyImports
+from loader.serve.early_imports import EarlyImports
 from loader.timeline import Timeline
 
 if __name__ == "__main__":

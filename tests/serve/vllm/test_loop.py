@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Iterator
 
 import pytest
 
-from loader.serve.loop import LoopThread
+from loader.serve.vllm.loop import LoopThread
 
 
 @pytest.fixture

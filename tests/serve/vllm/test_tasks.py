@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loader.errors import EngineError, RequestError
-from loader.serve.tasks import check_sound, embed, read_sound, transcribe
+from loader.serve.vllm.tasks import check_sound, embed, read_sound, transcribe
 
 SOUND = b"RIFF\x00\xff"
 
@@ -49,7 +49,7 @@ def test_whisper_without_a_reader_of_sound_is_refused_before_the_engine(
     config = tmp_path / "config.json"
     config.write_text('{"model_type": "whisper"}')
     check_sound(tmp_path)
-    monkeypatch.setattr("loader.serve.tasks.find_spec", lambda name: None)
+    monkeypatch.setattr("loader.serve.vllm.tasks.find_spec", lambda name: None)
     with pytest.raises(EngineError, match="sound") as error:
         check_sound(tmp_path)
     assert "podloader[vllm,audio]" in error.value.next_step

@@ -19,7 +19,7 @@ from typing import Any
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 _KEPT = "OMP_NUM_THREADS"  # OpenMP has read the fork server's own, see import_engine
-_PRELOADED = "loader.serve.preloaded"
+_PRELOADED = "loader.serve.vllm.preloaded"
 _lock = threading.Lock()
 _started = threading.Event()
 

@@ -1,7 +1,7 @@
 """The engine's process: imports vLLM while the checkpoints arrive, then is its OpenAI server.
 
-``python -m loader.serve.worker CHANNEL_FD LISTENING_FD``, started by ``loader.pod``. A process of
-its own, though a thread would not slow the download more (``benchmarks/imports.py``): its crash
+``python -m loader.serve.vllm.worker CHANNEL_FD LISTENING_FD``, started by ``loader.pod``. A process
+of its own, though a thread would not slow the download more (``benchmarks/imports.py``): its crash
 leaves the pod an exit code to give, and it has no threads of a download or a merge, so that the
 engine's processes may be forks of it. What it is told and tells, in this order:
 
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from loader.errors import EngineError, LoaderError
-from loader.serve.channel import Channel
+from loader.serve.vllm.channel import Channel
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _UNEXPECTED = 1
@@ -79,14 +79,14 @@ def main(channel_fd: int, listening_fd: int) -> int:
 
 
 def _serve(channel: Channel, listening: socket.socket, stages: Stages) -> int:
-    from loader.serve.arguments import check_engine_args, parse_arguments
+    from loader.serve.vllm.arguments import check_engine_args, parse_arguments
 
     check = channel.receive()
     if check is None:
         return _UNEXPECTED  # the pod is gone
     os.environ.update(check["environment"])  # before vLLM loads its plugins
     check_engine_args(check["engine_args"])
-    from loader.serve.server import check_mode, inspect_model, serve_openai
+    from loader.serve.vllm.openai_server import check_mode, inspect_model, serve_openai
 
     check_mode(parse_arguments(check["arguments"]), listening.getsockname()[1])
 
@@ -105,12 +105,12 @@ def _import_vllm() -> None:
     Raises:
         EngineError: vLLM is not there or cannot be imported.
     """
-    from loader.serve.failures import import_failure
+    from loader.serve.vllm.failures import import_failure
 
     try:
-        import loader.serve.server
+        import loader.serve.vllm.openai_server
 
-        loader.serve.server.import_engine()
+        loader.serve.vllm.openai_server.import_engine()
     except ImportError as error:
         raise import_failure(error) from error
 

@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from loader.errors import EngineError, LoaderError, RequestError
-from loader.serve.arguments import (
+from loader.serve.canary import Said, canary_body, check_adapters, read_said
+from loader.serve.model import base_name, ready_folder
+from loader.serve.request import PROMPTS, check_request
+from loader.serve.vllm.arguments import (
     adapter_room,
     check_engine_args,
     parse_arguments,
     serve_arguments,
 )
-from loader.serve.canary import Said, canary_body, check_adapters, read_said
-from loader.serve.failures import import_failure, start_failure
-from loader.serve.forkserver import METHOD, forked_engine, start_forkserver
-from loader.serve.live import EngineAdapters
-from loader.serve.loop import LoopThread
-from loader.serve.model import base_name, ready_folder
-from loader.serve.orphans import OrphanGuard
-from loader.serve.request import PROMPTS, check_request
-from loader.serve.tasks import check_sound, embed, transcribe
+from loader.serve.vllm.engine_adapters import EngineAdapters
+from loader.serve.vllm.failures import import_failure, start_failure
+from loader.serve.vllm.forkserver import METHOD, forked_engine, start_forkserver
+from loader.serve.vllm.loop import LoopThread
+from loader.serve.vllm.orphans import OrphanGuard
+from loader.serve.vllm.tasks import check_sound, embed, transcribe
 from loader.types import ReadyModel, ServedAdapter
 
 _CORE = "EngineCore"  # what vLLM calls the process that it starts

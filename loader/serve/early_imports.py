@@ -11,7 +11,7 @@ from typing import Literal
 
 from loader.fetch.progress import Progress
 from loader.imports import importing
-from loader.serve.forkserver import start_forkserver
+from loader.serve.vllm.forkserver import start_forkserver
 from loader.timeline import Timeline
 
 _LANE = "engine"
@@ -19,10 +19,10 @@ CONFIG = "config.json"
 
 
 def import_vllm() -> None:
-    """Import vLLM with its async engine and its OpenAI serving layer."""
-    import uvloop  # noqa: F401
-    import vllm.entrypoints.launchers.api_server.entry
-    import vllm.v1.engine.async_llm  # noqa: F401
+    """Import vLLM's server, as ``openai_server`` needs it."""
+    from loader.serve.vllm.openai_server import import_vllm
+
+    import_vllm()
 
 
 def import_transformers() -> None:
@@ -132,7 +132,7 @@ class EarlyImports:
 
 
 def _inspect(config: Path) -> None:
-    from loader.serve.server import inspect_model
+    from loader.serve.vllm.openai_server import inspect_model
 
     inspect_model(config)
 

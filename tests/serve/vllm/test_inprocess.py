@@ -13,7 +13,7 @@ import pytest
 
 from loader.errors import ConfigError, EngineError, RequestError
 from loader.serve.transformers import TransformersModel
-from loader.serve.vllm import VLLMModel
+from loader.serve.vllm.inprocess import VLLMModel
 from loader.types import ReadyModel
 from tests.serve.test_transformers import MESSAGES, PROMPT, events_of
 
@@ -56,7 +56,7 @@ def test_the_engine_is_a_fork_of_the_process_that_has_imported_vllm(vllm_model: 
     server = psutil.Process(core.pid).parent()
     assert server is not None
     assert "forkserver" in " ".join(server.cmdline())
-    assert "loader.serve.preloaded" in " ".join(server.cmdline())
+    assert "loader.serve.vllm.preloaded" in " ".join(server.cmdline())
     (worker,) = psutil.Process(core.pid).children()
     assert worker.cmdline() == server.cmdline()
 

@@ -1,0 +1,1 @@
+"""vLLM: the only room that speaks to it."""
