@@ -13,7 +13,8 @@ from typing import Protocol, Self
 from loader.errors import FormatError, TransientError
 from loader.fetch.arrivals import Arrivals
 from loader.retry import ask_again
-from loader.stores.base import ObjectInfo, Store
+from loader.stores.base import Store
+from loader.stores.objects import ObjectInfo
 from loader.types import Artifact, Checkpoint
 from loader.weights.consolidate.files import LocalFile, RangeFile, choose_copy
 from loader.weights.consolidate.places import weight_folders

@@ -20,7 +20,7 @@ from loader.rangefiles import ArrivingFile, RemoteFile, ShardFiles
 from loader.ready import make_ready
 from loader.settings import Settings
 from loader.sources import SHARDED, Report, log_progress
-from loader.stores.base import ObjectInfo
+from loader.stores.objects import ObjectInfo
 from loader.timeline import Open, Timeline
 from loader.types import Artifact, Checkpoint, Manifest, ReadyModel, Snapshot
 from loader.weights.consolidate.places import weight_folders

@@ -30,7 +30,8 @@ from loader.fetch.plan import guided_bytes
 from loader.fetch.progress import Progress
 from loader.fetch.stopping import StoppedError, check_stop
 from loader.retry import pause_s, retrying
-from loader.stores.base import Asked, ByteStream, ObjectInfo, Store
+from loader.stores.base import Asked, ByteStream, Store
+from loader.stores.objects import ObjectInfo
 from loader.types import Artifact, FetchedFile
 
 _FIRST_BYTES = 16 << 10  # of a file of unknown size: about what a new connection brings at once

@@ -33,7 +33,8 @@ from loader.fetch.plan import (
 from loader.fetch.stopping import StoppedError
 from loader.fetch.sums import Check
 from loader.fetch.verify import check_structure, proved_ranges
-from loader.stores.base import Asked, ByteStream, ObjectInfo
+from loader.stores.base import Asked, ByteStream
+from loader.stores.objects import ObjectInfo
 from loader.types import Artifact, FetchedFile
 
 LARGE_BYTES = 1 << 20  # smaller files come first, and several at a time

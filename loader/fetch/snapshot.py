@@ -32,7 +32,8 @@ from loader.fetch.transfer import Limits
 from loader.fetch.verify import Verify, is_intact
 from loader.fetch.way import check_way
 from loader.retry import ask_again
-from loader.stores.base import ObjectInfo, Store
+from loader.stores.base import Store
+from loader.stores.objects import ObjectInfo
 from loader.threads import map_on_threads
 from loader.types import Artifact, Manifest, Snapshot
 

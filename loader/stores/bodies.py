@@ -17,10 +17,10 @@ from typing import Protocol
 
 from loader.errors import FetchError, TransientError
 from loader.stores.answers import Answer, AnswerError
-from loader.stores.base import ObjectInfo
 from loader.stores.connections import Connection
 from loader.stores.meanings import translate
 from loader.stores.messages import Origin
+from loader.stores.objects import ObjectInfo
 from loader.stores.sockets import PlainSocket
 
 _FAR_S = 0.005  # from a request to its answer: nearer ones are not worth asking ahead of

@@ -12,7 +12,7 @@ import binascii
 import re
 from collections.abc import Iterable, Mapping
 
-from loader.stores.base import Algorithm, Checksum
+from loader.stores.objects import Algorithm, Checksum
 
 _ETAG = re.compile(r'"?(?P<md5>[0-9a-f]{32})(?:-(?P<parts>[1-9]\d{0,4}))?"?')
 _AMZ = "x-amz-checksum-"

@@ -20,8 +20,9 @@ from loader.errors import (
     LoaderError,
     TransientError,
 )
-from loader.stores.base import ByteStream, Checksum, ObjectInfo, Unasked
+from loader.stores.base import ByteStream, Unasked
 from loader.stores.layout import StoredFile
+from loader.stores.objects import Checksum, ObjectInfo
 from loader.types import Artifact
 
 _CHUNK_BYTES = 4 << 20

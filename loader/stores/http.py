@@ -26,7 +26,6 @@ from loader.errors import (
 )
 from loader.stores.addresses import is_link_local
 from loader.stores.answers import Answer, AnswerError
-from loader.stores.base import ObjectInfo
 from loader.stores.bodies import Asked, HttpStream, Sent, drop
 from loader.stores.connections import Connection, connect
 from loader.stores.meanings import (
@@ -43,6 +42,7 @@ from loader.stores.messages import (
     range_headers,
     write_message,
 )
+from loader.stores.objects import ObjectInfo
 from loader.stores.proxies import Proxies, open_tunnel
 from loader.stores.sockets import PlainSocket, shake_hands
 from loader.stores.trust import Trust

@@ -13,9 +13,9 @@ import time
 
 from loader.errors import ChangedError, FetchError, TransientError
 from loader.stores.answers import Answer, AnswerError, UnansweredError, read_length
-from loader.stores.base import ObjectInfo, is_same_version
 from loader.stores.checksums import read_checksums
 from loader.stores.expiry import refused
+from loader.stores.objects import ObjectInfo, is_same_version
 from loader.stores.proxies import Proxy, refused_by_proxy
 
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from loader.errors import FetchError
 from loader.stores.answers import request_head
-from loader.stores.base import ObjectInfo
+from loader.stores.objects import ObjectInfo
 from loader.stores.proxies import Proxy
 
 

@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 
 from loader.credentials import S3Credentials, Secret
 from loader.errors import ExpiredError, FetchError, LoaderError, TransientError
-from loader.stores.base import ByteStream, ObjectInfo, Unasked
+from loader.stores.base import ByteStream, Unasked
 from loader.stores.bodies import Asked, HttpStream
 from loader.stores.http import HttpClient
 from loader.stores.layout import StoredFile
+from loader.stores.objects import ObjectInfo
 from loader.stores.presigned import ask_url_next, first_byte, open_url
 from loader.stores.s3_errors import refusals_translated, translate_error
 from loader.types import Artifact

@@ -11,12 +11,13 @@ from pathlib import Path
 from loader.errors import ConfigError, ExpiredError, FetchError, ListingError
 from loader.retry import ask_again
 from loader.settings import Settings
-from loader.stores.base import Asked, ByteStream, ObjectInfo, Store
+from loader.stores.base import Asked, ByteStream, Store
 from loader.stores.baseten import NAME as BASETEN
 from loader.stores.baseten import Api, JobFiles
 from loader.stores.fs import FsspecStore
 from loader.stores.http import HttpClient, HttpOptions
 from loader.stores.layout import Tree, list_folder, list_jobs
+from loader.stores.objects import ObjectInfo
 from loader.stores.presigned import FileListing, PresignedStore, UrlListing
 from loader.stores.s3 import SCHEME as S3
 from loader.stores.s3 import S3Options, S3Store

@@ -15,9 +15,9 @@ from loader.errors import FetchError
 from loader.fetch.plan import DoneRange
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.fetch.sums import Check, choose_check, usual_part_bytes
-from loader.stores.base import Algorithm, Checksum, ObjectInfo
 from loader.stores.bodies import Asked, HttpStream
 from loader.stores.http import HttpClient
+from loader.stores.objects import Algorithm, Checksum, ObjectInfo
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest
 from tests.fetch.test_transfer import ended_after

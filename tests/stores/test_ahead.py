@@ -14,9 +14,9 @@ import trustme
 
 from loader.errors import ChangedError, DeniedError, FetchError, TransientError
 from loader.stores import bodies, http
-from loader.stores.base import ObjectInfo
 from loader.stores.bodies import Asked, HttpStream
 from loader.stores.http import HttpClient, HttpOptions
+from loader.stores.objects import ObjectInfo
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact
 from tests.origin import (

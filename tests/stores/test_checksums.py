@@ -6,8 +6,8 @@ import base64
 
 import pytest
 
-from loader.stores.base import Checksum
 from loader.stores.checksums import etag_checksum, read_checksums
+from loader.stores.objects import Checksum
 
 MD5 = "9e107d9d372bb6826bd81d3542a419d6"
 CRC = base64.b64encode(bytes(range(8))).decode()

@@ -12,7 +12,7 @@ import pytest
 
 from loader.errors import ChangedError, FetchError, LoaderError, TransientError
 from loader.resolve.manifest import resolve
-from loader.stores.base import Checksum, ObjectInfo
+from loader.stores.objects import Checksum, ObjectInfo
 from loader.stores.sources import Stores
 from loader.types import Artifact, ArtifactReference, TrainingCheckpoints
 from tests.origin import FaultyOrigin

@@ -16,7 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from loader import boot
 from loader.errors import ChangedError, ConfigError, DeniedError, FetchError, TransientError
 from loader.settings import Settings
-from loader.stores.base import Checksum
+from loader.stores.objects import Checksum
 from loader.stores.sources import Stores
 from loader.types import Artifact
 

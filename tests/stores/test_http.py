@@ -14,9 +14,9 @@ import pytest
 import trustme
 
 from loader.errors import ChangedError, ExpiredError, FetchError, TransientError
-from loader.stores.base import Checksum, ObjectInfo
 from loader.stores.bodies import HttpStream
 from loader.stores.http import HttpClient, HttpOptions
+from loader.stores.objects import Checksum, ObjectInfo
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact
 from tests.origin import (

@@ -17,9 +17,9 @@ import pytest
 from loader.errors import ConfigError, FetchError, ListingError, TransientError
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.settings import Settings
-from loader.stores.base import Checksum
 from loader.stores.bodies import HttpStream
 from loader.stores.http import HttpClient
+from loader.stores.objects import Checksum
 from loader.stores.sources import Stores
 from loader.types import Manifest
 from tests.stores import moto
