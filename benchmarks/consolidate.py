@@ -46,8 +46,8 @@ _PODLOADER = (
     "import torch, transformers\n"
     "from transformers import LlamaForCausalLM\n"
     "from pathlib import Path\n"
-    "from loader.weights.consolidate.consolidation import consolidate\n"
-    "from loader.weights.consolidate.places import find_sharded",
+    "from loader.weights.formats.consolidation import consolidate\n"
+    "from loader.weights.formats.places import find_sharded",
     "folders = sorted(Path({job!r}).glob('rank-*/checkpoint-10'))\n"
     "consolidate(find_sharded(folders), Path({output!r}), dtype={dtype!r})",
 )

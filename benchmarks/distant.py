@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from loader.fetch.snapshot import FetchOptions, fetch
-from loader.stores.http import HttpClient, HttpOptions
+from loader.http.client import HttpClient, HttpOptions
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest
 

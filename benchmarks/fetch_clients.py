@@ -112,7 +112,7 @@ def floor(job: dict[str, Any]) -> None:
 
 def podloader(job: dict[str, Any]) -> None:
     from loader.fetch.snapshot import FetchOptions, fetch
-    from loader.stores.http import HttpClient, HttpOptions
+    from loader.http.client import HttpClient, HttpOptions
     from loader.stores.presigned import PresignedStore
     from loader.types import Artifact, Manifest
 

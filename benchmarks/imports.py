@@ -22,7 +22,7 @@ from loader.demo.origin import Origin
 _RUN = """
 import json, subprocess, sys, threading, time
 from loader import boot
-from loader.settings import Settings
+from loader.config.settings import Settings
 config, beside = sys.argv[1:]
 settings = Settings.load(config)
 

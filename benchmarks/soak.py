@@ -34,9 +34,9 @@ import yaml
 from loader.errors import ChangedError, FetchError, LoaderError, TransientError
 from loader.fetch.progress import Progress
 from loader.fetch.snapshot import FetchOptions, fetch
-from loader.stores.bodies import Asked, HttpStream
-from loader.stores.http import HttpClient, HttpOptions
-from loader.stores.objects import ObjectInfo
+from loader.http.body import Asked, HttpStream
+from loader.http.client import HttpClient, HttpOptions
+from loader.http.objects import ObjectInfo
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest
 from tests.origin import (

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loader.checkpoints import fetch_checkpoints as fetch_checkpoints
-    from loader.hook import TrussModel as TrussModel
+    from loader.pod.live_adapters import LiveAdapters as LiveAdapters
     from loader.serve.vllm.inprocess import VLLMModel as VLLMModel
+    from loader.truss.checkpoints import fetch_checkpoints as fetch_checkpoints
+    from loader.truss.hook import TrussModel as TrussModel
 
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "TrussModel": "loader.hook",
+    "LiveAdapters": "loader.pod.live_adapters",
+    "TrussModel": "loader.truss.hook",
     "VLLMModel": "loader.serve.vllm.inprocess",
-    "fetch_checkpoints": "loader.checkpoints",
+    "fetch_checkpoints": "loader.truss.checkpoints",
 }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loader.config.settings import Settings
 from loader.errors import ConfigError
 from loader.fetch.files import is_case_sensitive
 from loader.fetch.progress import Progress
@@ -15,8 +16,7 @@ from loader.fetch.sizes import ask_sizes
 from loader.fetch.snapshot import FetchOptions, fetch, read_artifact
 from loader.fetch.spans import SpanProgress
 from loader.resolve.manifest import check_index, resolve
-from loader.settings import Settings
-from loader.stores.sources import Stores
+from loader.stores.registry import Stores
 from loader.timeline import Timeline
 from loader.types import (
     ArtifactReference,
@@ -51,9 +51,9 @@ def prepare(
         LoaderError: see ``loader.errors``.
     """
     from loader.fetch.background import SplitFetch
-    from loader.overlap import find_late, prepare_while_fetching
-    from loader.ready import make_ready  # fetch and plan do without these
-    from loader.shards import find_shards, prepare_from_shards
+    from loader.prepare.overlap import find_late, prepare_while_fetching
+    from loader.prepare.ready import make_ready  # fetch and plan do without these
+    from loader.prepare.shards import find_shards, prepare_from_shards
     from loader.weights.inspect import find_checkpoints
 
     timeline = timeline or Timeline()
@@ -178,7 +178,7 @@ def _leave_out(settings: Settings, manifest: Manifest) -> Manifest:
     """Return *manifest* without what serving will not use, where the settings ask for that."""
     if not settings.weights_only_fetch:
         return manifest
-    from loader.weights.consolidate.serving import serving_files
+    from loader.weights.formats.serving import serving_files
 
     needed = serving_files(
         (artifact.path for artifact in manifest.files),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loader.stores.http import HttpClient, HttpOptions
+from loader.http.client import HttpClient, HttpOptions
 from loader.stores.presigned import PresignedStore
 from tests.origin import FaultyOrigin, serving
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loader import boot
+from loader.config.settings import Settings
 from loader.errors import (
     AdapterError,
     CheckpointError,
@@ -21,7 +22,6 @@ from loader.errors import (
     ResolveError,
 )
 from loader.serve.model import base_name
-from loader.settings import Settings
 from loader.timeline import Timeline
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin, status, write_listing

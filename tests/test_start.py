@@ -46,7 +46,7 @@ _LATE = {
     "transformers",
     "vllm",
     "loader.adapters",
-    "loader.ready",
+    "loader.prepare.ready",
     "loader.serve",
     "loader.weights.inspect",
 }
@@ -71,9 +71,9 @@ def test_the_first_request_waits_for_nothing_that_is_needed_later(
     arguments = [sys.executable, "-c", _RUN, command, str(path)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=60)
     loaded = set(done.stdout.split())
-    assert "loader.stores.http" in loaded, done.stderr
+    assert "loader.http.client" in loaded, done.stderr
     # These decide what is fetched, and of what versions a made model tells.
-    own = {"loader.adapters", "loader.ready", "loader.weights.inspect"}
+    own = {"loader.adapters", "loader.prepare.ready", "loader.weights.inspect"}
     own |= {"importlib.metadata", "email"}
     early = loaded & (_LATE - own if command == "prepare" else _LATE)
     assert not early, sorted(early)

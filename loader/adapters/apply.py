@@ -15,9 +15,9 @@ from itertools import zip_longest
 
 import torch
 
+from loader.adapters.edit_plan import MergePlan
 from loader.adapters.edits import Edit, Replace
 from loader.adapters.fold import Exact, Scratch, fold_all, make_fold, needs_whole
-from loader.adapters.plan import MergePlan
 from loader.errors import AdapterError
 from loader.weights.header import TensorInfo
 from loader.weights.readers import TORCH_DTYPES, Reader

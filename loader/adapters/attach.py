@@ -23,24 +23,24 @@ from pathlib import Path
 from typing import Literal
 
 from loader.adapters.config import read_adapter_config
-from loader.adapters.draft import Base, check_base_folder
+from loader.adapters.edit_plan import MergePlan, plan_merge
 from loader.adapters.edits import Replace
 from loader.adapters.effect import check_effect
-from loader.adapters.plan import MergePlan, plan_merge
+from loader.adapters.plan_builder import Base, check_base_folder
+from loader.adapters.problems import run_all
 from loader.adapters.surroundings import write_tokenizer
-from loader.adapters.together import run_all
 from loader.errors import AdapterError
 from loader.types import ReadyModel, ServedAdapter
 from loader.weights.header import TensorInfo
 from loader.weights.inspect import read_json
-from loader.weights.listing import (
+from loader.weights.quantised import find_packed, plain_dtype, plain_tensors
+from loader.weights.stored import (
     StoredTensor,
     find_weight_files,
     list_tensors,
     read_bytes,
     refuse_pickle,
 )
-from loader.weights.quantised import find_packed, plain_dtype, plain_tensors
 
 Policy = Literal["auto", "attach", "merge"]
 # vllm/config/lora.py, MaxLoRARanks; 1 is there since 0.33 only.

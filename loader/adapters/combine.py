@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from loader.adapters.edit_plan import MergePlan
 from loader.adapters.edits import CombinedLowRank, Edit, ExpertLowRank, LowRank, Replace
-from loader.adapters.plan import MergePlan
 from loader.errors import AdapterError
 
 Combination = Literal["linear", "cat"]

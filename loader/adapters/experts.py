@@ -7,10 +7,10 @@ PEFT wraps a module once for each of its parameters, so the tensors of all but t
 
 from __future__ import annotations
 
-from loader.adapters.draft import Draft
 from loader.adapters.edits import ExpertLowRank
 from loader.adapters.names import count_experts, find_experts, find_tensor
 from loader.adapters.parts import ModuleParts
+from loader.adapters.plan_builder import Draft
 
 # The order in which every transformers 5 experts module declares its parameters.
 _DECLARED = ("gate_up_proj", "up_proj", "down_proj")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loader.weights.listing import StoredTensor
+from loader.weights.stored import StoredTensor
 
 
 @dataclass(frozen=True, slots=True)

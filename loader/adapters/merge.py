@@ -32,15 +32,15 @@ from loader.adapters.combine import (
     scale_plan,
 )
 from loader.adapters.config import AdapterConfig, read_adapter_config
-from loader.adapters.draft import Base, check_base_folder
+from loader.adapters.edit_plan import MergePlan, plan_merge
 from loader.adapters.edits import Edit, LowRank, Replace, ReplaceRows
 from loader.adapters.effect import check_effect
 from loader.adapters.fold import Exact
 from loader.adapters.incoming import IncomingWeights
 from loader.adapters.names import find_embedding
-from loader.adapters.plan import MergePlan, plan_merge
+from loader.adapters.plan_builder import Base, check_base_folder
+from loader.adapters.problems import run_all
 from loader.adapters.surroundings import list_surroundings, write_config
-from loader.adapters.together import run_all
 from loader.errors import AdapterError, CheckpointError, UnsupportedError
 from loader.types import ReadyModel
 from loader.weights.dequantise import DequantisedReader

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from loader.adapters.draft import Draft
 from loader.adapters.edits import Factored, Multiply
 from loader.adapters.parts import ModuleParts
+from loader.adapters.plan_builder import Draft
 
 _METHODS = {"hada_": "LOHA", "lokr_": "LOKR", "vera_": "VERA"}
 

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loader.cli.arguments import parse
 from loader.cli.ending import ending
+from loader.cli.parser import parse
 from loader.cli.report import errors_shown, say, set_up_logging, write_json
 
 if TYPE_CHECKING:
     from loader.adapters.combine import Combination
     from loader.adapters.fold import Exact
-    from loader.settings import Settings
+    from loader.config.settings import Settings
 
 Words = list[str] | None
 
@@ -43,7 +43,7 @@ def fetch(config: Path, artifacts: Words, set_: Words, as_json: bool) -> None:
     """Download the files into the config's download_folder."""
     with errors_shown(as_json):
         from loader import boot
-        from loader.cli.progress import choose_progress
+        from loader.cli.display import choose_progress
 
         snapshot = boot.fetch_files(_settings(config, artifacts, set_), choose_progress())
 
@@ -61,8 +61,8 @@ def prepare(
     """Fetch, consolidate, attach or merge; print the model that is ready."""
     with errors_shown(as_json):
         from loader import boot
+        from loader.cli.display import choose_progress
         from loader.cli.documents import ready_document
-        from loader.cli.progress import choose_progress
         from loader.cli.tables import show_ready
         from loader.cli.timelines import timeline_kept
 
@@ -96,8 +96,8 @@ def inspect(source: str, set_: Words, as_json: bool) -> None:
     with errors_shown(as_json):
         from loader.cli.documents import checkpoints_document
         from loader.cli.tables import show_checkpoints
-        from loader.remote import inspect_source
-        from loader.settings import Settings
+        from loader.config.settings import Settings
+        from loader.prepare.remote import inspect_source
 
         checkpoints = inspect_source(source, Settings.without_config(_overrides(set_)))
         show_checkpoints(checkpoints)
@@ -142,14 +142,14 @@ def consolidate(
 ) -> None:
     """Make one Hugging Face folder of weights that are sharded over ranks."""
     with errors_shown(as_json):
-        from loader.weights.consolidate.learning import learning_names
+        from loader.weights.formats.learning import learning_names
 
         with learning_names() as learn:
             from loader.cli.documents import consolidated_document
             from loader.cli.tables import show_consolidated
-            from loader.sources import log_progress
-            from loader.weights.consolidate.consolidation import consolidate as consolidate_folders
-            from loader.weights.consolidate.places import find_sharded
+            from loader.prepare.consolidated import log_progress
+            from loader.weights.formats.consolidation import consolidate as consolidate_folders
+            from loader.weights.formats.places import find_sharded
             from loader.weights.inspect import open_checkpoint
 
             sharded, report = find_sharded(source), log_progress()
@@ -165,7 +165,7 @@ def consolidate(
 def demo(folder: Path) -> None:
     """Do the whole job with a tiny model, trained on the spot."""
     with errors_shown(False):
-        from loader.cli.progress import choose_progress
+        from loader.cli.display import choose_progress
         from loader.cli.tables import show_timeline
         from loader.demo.run import run
 
@@ -174,7 +174,7 @@ def demo(folder: Path) -> None:
 
 def truss_init(**given: Any) -> None:
     """Make the Truss that serves a training job's checkpoints."""
-    from loader.cli.truss import Options, init
+    from loader.cli.scaffold import Options, init
 
     init(Options(**given))
 
@@ -202,7 +202,7 @@ def main() -> None:
 
 
 def _settings(config: Path, artifacts: Words, given: Words) -> Settings:
-    from loader.settings import Settings
+    from loader.config.settings import Settings
 
     overrides = _overrides(given) | ({"artifacts": tuple(artifacts)} if artifacts else {})
     return Settings.load(config, overrides=overrides)
@@ -210,8 +210,8 @@ def _settings(config: Path, artifacts: Words, given: Words) -> Settings:
 
 def _overrides(given: Words) -> dict[str, Any]:
     """Return what ``--set`` gave."""
+    from loader.config.settings import parse_value, setting_names, suggest
     from loader.errors import ConfigError
-    from loader.settings import parse_value, setting_names, suggest
 
     overrides: dict[str, Any] = {}
     for text in given or ():

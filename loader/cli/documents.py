@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loader.types import Artifact, Checkpoint, Manifest, ReadyModel, Snapshot
-from loader.weights.consolidate.serving import serving_files
+from loader.weights.formats.serving import serving_files
 
 
 def plan_document(manifest: Manifest, folder: Path, free_bytes: int) -> dict[str, object]:

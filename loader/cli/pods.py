@@ -15,7 +15,7 @@ from loader.pod.signals import StopSignal
 from loader.timeline import Timeline
 
 if TYPE_CHECKING:
-    from loader.settings import Settings
+    from loader.config.settings import Settings
 
 
 def run_pod(
@@ -46,7 +46,7 @@ def _run(
     timeline_file: Path | None,
 ) -> int:
     # Not before the port answers: these import rich.
-    from loader.cli.progress import choose_progress
+    from loader.cli.display import choose_progress
     from loader.cli.timelines import timeline_kept
 
     try:

@@ -11,7 +11,7 @@ from loader.fetch.progress import show_bytes
 from loader.status.table import timeline_lines
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, Manifest, ReadyModel, Snapshot
-from loader.weights.consolidate.serving import serving_files
+from loader.weights.formats.serving import serving_files
 
 _SHOWN = 50
 _WOULD = {

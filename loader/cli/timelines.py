@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loader.cli.report import say
 from loader.cli.tables import show_timeline
-from loader.settings import traces_exporter
+from loader.config.settings import traces_exporter
 from loader.status.trace import write_timeline
 from loader.status.tracing import exporting
 from loader.timeline import Timeline

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from loader import boot
+from loader.config.settings import Settings
 from loader.demo.origin import PROJECT, Origin
 from loader.demo.train import BASE_JOB, BASE_STEPS, QUESTIONS, TUNED_JOB, TUNED_STEPS
-from loader.settings import Settings
 from loader.timeline import Timeline
 
 if TYPE_CHECKING:

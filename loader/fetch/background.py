@@ -14,8 +14,8 @@ from loader.fetch.files import places, read_record
 from loader.fetch.progress import Progress
 from loader.fetch.snapshot import FetchOptions, ask_version, fetch
 from loader.fetch.spans import SpanProgress
+from loader.http.objects import ObjectInfo
 from loader.stores.base import Store
-from loader.stores.objects import ObjectInfo
 from loader.threads import map_on_threads
 from loader.timeline import Timeline
 from loader.types import Artifact, Manifest, Snapshot

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from loader.fetch.crc import crc64nvme
+from loader.fetch.missing_ranges import DoneRange, Range
 from loader.fetch.part import PartFile
-from loader.fetch.plan import DoneRange, Range
 from loader.fetch.sums import Tally
 from loader.stores.base import Asked, ByteStream
 

@@ -16,8 +16,8 @@ from loader.fetch.part import PartFile
 from loader.fetch.progress import Progress, show_bytes
 from loader.fetch.transfer import Events, Limits, transfer
 from loader.fetch.verify import Verify, is_intact
+from loader.http.objects import ObjectInfo, is_same_version
 from loader.stores.base import Asked, ByteStream, Store
-from loader.stores.objects import ObjectInfo, is_same_version
 from loader.types import Artifact
 
 _log = logging.getLogger("podloader")

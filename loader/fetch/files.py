@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loader.errors import DiskError
-from loader.fetch.plan import DoneRange
+from loader.fetch.missing_ranges import DoneRange
 from loader.types import Artifact
 
 STATE = ".podloader"

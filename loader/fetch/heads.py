@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loader.errors import TransientError
+from loader.http.objects import ObjectInfo
 from loader.retry import ask_again
 from loader.stores.base import Store
-from loader.stores.objects import ObjectInfo
 from loader.types import Artifact
 
 _FIRST_BYTES = 1 << 16  # holds the header of most safetensors files

@@ -23,15 +23,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loader.errors import LoaderError, TransientError
+from loader.fetch.missing_ranges import guided_bytes
 from loader.fetch.opener import FAR_S, Opener, Task
 from loader.fetch.pace import FIRST, Pace
 from loader.fetch.part import PartFile
-from loader.fetch.plan import guided_bytes
 from loader.fetch.progress import Progress
 from loader.fetch.stopping import StoppedError, check_stop
+from loader.http.objects import ObjectInfo
 from loader.retry import pause_s, retrying
 from loader.stores.base import Asked, ByteStream, Store
-from loader.stores.objects import ObjectInfo
 from loader.types import Artifact, FetchedFile
 
 _FIRST_BYTES = 16 << 10  # of a file of unknown size: about what a new connection brings at once

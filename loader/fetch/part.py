@@ -22,7 +22,7 @@ from loader.fetch.files import (
     write_journal,
     write_record,
 )
-from loader.fetch.plan import (
+from loader.fetch.missing_ranges import (
     DoneRange,
     Range,
     combine,
@@ -33,8 +33,8 @@ from loader.fetch.plan import (
 from loader.fetch.stopping import StoppedError
 from loader.fetch.sums import Check
 from loader.fetch.verify import check_structure, proved_ranges
+from loader.http.objects import ObjectInfo
 from loader.stores.base import Asked, ByteStream
-from loader.stores.objects import ObjectInfo
 from loader.types import Artifact, FetchedFile
 
 LARGE_BYTES = 1 << 20  # smaller files come first, and several at a time

@@ -18,8 +18,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from loader.fetch.claim import Ahead, Claim
+from loader.fetch.missing_ranges import Range, guided_bytes, unit_end
 from loader.fetch.part import PartFile
-from loader.fetch.plan import Range, guided_bytes, unit_end
 from loader.stores.base import Asked, Opened
 
 _SLOW_S = 0.25  # what a claim would still take, for its rest to be shared

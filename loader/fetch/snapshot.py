@@ -25,20 +25,20 @@ from loader.fetch.files import (
 from loader.fetch.opening import Hooks, Opening
 from loader.fetch.pace import FIRST, Pace
 from loader.fetch.part import LARGE_BYTES, PartFile, fetched_file
+from loader.fetch.path_check import check_way
 from loader.fetch.progress import LogProgress, Progress, show_bytes
 from loader.fetch.stopping import check_stop
 from loader.fetch.sums import choose_check
 from loader.fetch.transfer import Limits
 from loader.fetch.verify import Verify, is_intact
-from loader.fetch.way import check_way
+from loader.http.objects import ObjectInfo
 from loader.retry import ask_again
 from loader.stores.base import Store
-from loader.stores.objects import ObjectInfo
 from loader.threads import map_on_threads
 from loader.types import Artifact, Manifest, Snapshot
 
 if TYPE_CHECKING:
-    from loader.settings import Settings
+    from loader.config.settings import Settings
 
 _SMALL_BYTES = 256 << 20
 _log = logging.getLogger("podloader")

@@ -26,8 +26,8 @@ from loader.fetch.crc import (
     crc32c,
     crc64nvme,
 )
-from loader.fetch.plan import DoneRange
-from loader.stores.objects import Algorithm, Checksum, ObjectInfo
+from loader.fetch.missing_ranges import DoneRange
+from loader.http.objects import Algorithm, Checksum, ObjectInfo
 
 _MOST_UNIT_BYTES = 64 << 20  # what one connection brings alone
 _FEWEST_PARTS = 32  # by which the size of a part is known well enough

@@ -10,7 +10,7 @@ from typing import Literal
 
 from loader.fetch.crc import crc64nvme
 from loader.fetch.files import Record
-from loader.fetch.plan import DoneRange, combine, missing_ranges
+from loader.fetch.missing_ranges import DoneRange, combine, missing_ranges
 from loader.fetch.sums import Sum, Tally
 from loader.weights.header import read_header
 

@@ -27,13 +27,13 @@ from loader.fetch.progress import Progress
 from loader.pod.address import serving_address
 from loader.pod.engine import EngineGone, EngineLoaded, EngineProcess
 from loader.pod.signals import Signals, StopSignal, reap_orphans
-from loader.status.server import BootServer, listen, server_tls
+from loader.status.boot_server import BootServer, listen, server_tls
 from loader.status.state import BootState
 from loader.timeline import Timeline
 from loader.types import ReadyModel
 
 if TYPE_CHECKING:
-    from loader.settings import Settings
+    from loader.config.settings import Settings
 
 _KILL_AFTER_S = 5.0  # past drain_timeout_s
 _DRAIN_S = 20.0
@@ -165,7 +165,7 @@ class Pod:
     ) -> None:
         try:
             from loader import boot
-            from loader.live import live_environment
+            from loader.pod.live_adapters import live_environment
 
             settings = load_settings()
             self.holds = settings.on_failure == "hold"

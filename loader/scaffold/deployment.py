@@ -10,14 +10,14 @@ from typing import Literal
 
 from loader.adapters.attach import LORA_RANKS, name_adapters, smallest_limit
 from loader.adapters.config import AdapterConfig, parse_adapter_config
+from loader.config.truss_config import DOWNLOAD_FOLDER
 from loader.errors import AdapterError, ConfigError
-from loader.scaffold.base import describe_base, named_base
+from loader.scaffold.base_model import describe_base, named_base
 from loader.scaffold.gpus import Load, Placement, place
 from loader.scaffold.size import ModelSize, size_of
 from loader.scaffold.survey import Found
 from loader.serve.vllm.arguments import serve_arguments
 from loader.stores.hub import REPO_ID
-from loader.truss_config import DOWNLOAD_FOLDER
 from loader.types import Kind, ReadyModel, ServedAdapter
 
 Task = Literal["chat", "embeddings", "transcription"]

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from loader.config.settings import Settings
 from loader.errors import ConfigError, FetchError, ListingError, ResolveError
-from loader.remote import read_checkpoints
+from loader.prepare.remote import read_checkpoints
 from loader.resolve.manifest import check_count, check_names
-from loader.settings import Settings
 from loader.stores.base import Store
-from loader.stores.sources import Stores
+from loader.stores.registry import Stores
 from loader.types import Artifact, Checkpoint, Kind, Listing
 from loader.weights.inspect import ADAPTER_CONFIG, INDEXES, read_json
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from loader.fetch.progress import Progress
-from loader.imports import importing
+from loader.import_lock import importing
 from loader.serve.vllm.forkserver import start_forkserver
 from loader.timeline import Timeline
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from loader.stores.objects import ObjectInfo
+from loader.http.objects import ObjectInfo
 from loader.types import Artifact
 
 

@@ -19,11 +19,11 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from loader.credentials import Secret
+from loader.config.credentials import Secret
 from loader.errors import ConfigError, DeniedError, FetchError, ListingError
+from loader.http.body import HttpStream
+from loader.http.client import HttpClient
 from loader.retry import ask_again
-from loader.stores.bodies import HttpStream
-from loader.stores.http import HttpClient
 from loader.stores.listing import parse_entries
 from loader.types import Artifact, Listing
 

@@ -20,9 +20,9 @@ from loader.errors import (
     LoaderError,
     TransientError,
 )
+from loader.http.objects import Checksum, ObjectInfo
 from loader.stores.base import ByteStream, Unasked
-from loader.stores.layout import StoredFile
-from loader.stores.objects import Checksum, ObjectInfo
+from loader.stores.job_folders import StoredFile
 from loader.types import Artifact
 
 _CHUNK_BYTES = 4 << 20

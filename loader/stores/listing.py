@@ -20,7 +20,7 @@ from typing import TypeGuard
 from urllib.parse import urlsplit
 
 from loader.errors import ListingError
-from loader.stores.addresses import is_link_local
+from loader.http.addresses import is_link_local
 from loader.types import JOB_ID, Artifact, Listing
 
 _LISTS = ("checkpoint_artifacts", "presigned_urls")

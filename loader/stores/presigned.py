@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from loader.errors import DeniedError, ExpiredError, FetchError, ListingError, LoaderError
+from loader.http.body import Asked, HttpStream
+from loader.http.client import HttpClient
+from loader.http.objects import ObjectInfo
 from loader.stores.base import ByteStream
-from loader.stores.bodies import Asked, HttpStream
-from loader.stores.http import HttpClient
 from loader.stores.listing import parse_listings
-from loader.stores.objects import ObjectInfo
 from loader.stores.urls import SignedUrls
 from loader.types import Artifact, Listing
 

@@ -17,13 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loader.credentials import S3Credentials, Secret
+from loader.config.credentials import S3Credentials, Secret
 from loader.errors import ExpiredError, FetchError, LoaderError, TransientError
+from loader.http.body import Asked, HttpStream
+from loader.http.client import HttpClient
+from loader.http.objects import ObjectInfo
 from loader.stores.base import ByteStream, Unasked
-from loader.stores.bodies import Asked, HttpStream
-from loader.stores.http import HttpClient
-from loader.stores.layout import StoredFile
-from loader.stores.objects import ObjectInfo
+from loader.stores.job_folders import StoredFile
 from loader.stores.presigned import ask_url_next, first_byte, open_url
 from loader.stores.s3_errors import refusals_translated, translate_error
 from loader.types import Artifact

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from loader.errors import LoaderError
-from loader.stores.expiry import expiry
+from loader.http.expiry import expiry
 from loader.types import Artifact, Listing
 
 _AHEAD_S = 60.0  # so long before its end a URL is not begun with any more

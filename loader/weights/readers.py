@@ -18,7 +18,7 @@ import torch
 
 from loader.errors import FormatError
 from loader.weights.header import TensorInfo
-from loader.weights.listing import StoredTensor, find_weight_files, list_tensors, refuse_pickle
+from loader.weights.stored import StoredTensor, find_weight_files, list_tensors, refuse_pickle
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {

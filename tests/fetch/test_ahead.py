@@ -16,9 +16,9 @@ from loader.fetch import schedule
 from loader.fetch.files import lock_part, places
 from loader.fetch.part import PartFile
 from loader.fetch.snapshot import FetchOptions, fetch
-from loader.stores import bodies
+from loader.http import body as bodies
+from loader.http.objects import ObjectInfo
 from loader.stores.base import Unasked
-from loader.stores.objects import ObjectInfo
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest
 from tests.origin import FaultyHandler, FaultyOrigin, act, status

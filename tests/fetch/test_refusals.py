@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from loader.config.settings import Settings
 from loader.errors import ChangedError, DeniedError, ExpiredError, FetchError
 from loader.fetch.snapshot import FetchOptions, fetch
-from loader.settings import Settings
 from loader.stores.presigned import PresignedStore
-from loader.stores.sources import Stores
+from loader.stores.registry import Stores
 from loader.types import Artifact, Manifest
 from tests.origin import (
     Fault,

@@ -29,7 +29,7 @@ from loader.fetch.files import places
 from loader.fetch.part import PartFile
 from loader.fetch.snapshot import FetchOptions, fetch, read_artifact
 from loader.fetch.stopping import StoppedError
-from loader.stores.objects import ObjectInfo
+from loader.http.objects import ObjectInfo
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest, Snapshot
 from tests.fetch.test_transfer import Noted

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from loader import boot
+from loader.config.settings import Settings
 from loader.errors import FetchError
-from loader.settings import Settings
 from loader.timeline import Timeline
 from tests import origin as faults
 from tests.origin import FaultyOrigin, serving, write_listing

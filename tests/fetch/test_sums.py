@@ -12,12 +12,12 @@ import pytest
 from awscrt.checksums import crc32c, crc64nvme
 
 from loader.errors import FetchError
-from loader.fetch.plan import DoneRange
+from loader.fetch.missing_ranges import DoneRange
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.fetch.sums import Check, choose_check, usual_part_bytes
-from loader.stores.bodies import Asked, HttpStream
-from loader.stores.http import HttpClient
-from loader.stores.objects import Algorithm, Checksum, ObjectInfo
+from loader.http.body import Asked, HttpStream
+from loader.http.client import HttpClient
+from loader.http.objects import Algorithm, Checksum, ObjectInfo
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest
 from tests.fetch.test_transfer import ended_after

@@ -13,7 +13,7 @@ from loader.errors import DiskError, TransientError
 from loader.fetch import schedule, transfer
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.fetch.stopping import StoppedError
-from loader.stores.http import HttpClient, HttpOptions
+from loader.http.client import HttpClient, HttpOptions
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest, Snapshot
 from tests.origin import Fault, FaultyHandler, FaultyOrigin, act, slow, status

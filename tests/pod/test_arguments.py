@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from loader.config.settings import Settings
 from loader.errors import ConfigError
 from loader.pod.pod import vllm_arguments
 from loader.serve.vllm.arguments import parse_arguments
 from loader.serve.vllm.openai_server import check_mode
-from loader.settings import Settings
 from loader.types import ReadyModel, ServedAdapter
 
 PLAIN = ReadyModel(Path("/m/base"), (), None, Path("/m/tokenizer"), {})

@@ -17,14 +17,14 @@ import yaml
 from truss.base.truss_config import TrussConfig
 
 from loader import boot
+from loader.config.settings import Settings
 from loader.demo.origin import PROJECT
 from loader.errors import AdapterError, ConfigError, ListingError, ResolveError
 from loader.scaffold.choice import choose
 from loader.scaffold.deployment import Deployment, Secret, Wishes, decide
+from loader.scaffold.folder import write_truss
 from loader.scaffold.survey import Found, survey
-from loader.scaffold.truss import write_truss
 from loader.serve.vllm.arguments import parse_arguments
-from loader.settings import Settings
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin, serving, write_listing
 from tests.other_models import tiny_embedder, tiny_whisper
@@ -294,7 +294,7 @@ def test_nothing_half_written_stays(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("loader.scaffold.truss.shutil.copyfile", full)
+    monkeypatch.setattr("loader.scaffold.folder.shutil.copyfile", full)
     for output in ("out", "new"):
         with pytest.raises(Exception, match="could not be written") as error:
             write_truss(deployment, [jobs.listing("lora")], tmp_path / output, overwrite=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from loader.fetch.progress import LogProgress
-from loader.imports import importing
+from loader.import_lock import importing
 from loader.serve.early_imports import EarlyImports
 from loader.timeline import Timeline
-from loader.weights.consolidate.expected import read_model_names
+from loader.weights.formats.expected import read_model_names
 from tests.models import tiny_llama
 
 _WHILE_S = 0.2

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from loader.settings import traces_exporter
+from loader.config.settings import traces_exporter
 from loader.status.tracing import exporting
 from loader.timeline import Timeline
 

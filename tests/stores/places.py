@@ -10,8 +10,8 @@ from typing import Any
 
 import fsspec
 
-from loader.settings import Settings
-from loader.stores.sources import Stores
+from loader.config.settings import Settings
+from loader.stores.registry import Stores
 from loader.types import Artifact, Listing
 from tests.origin import FaultyOrigin, write_listing
 from tests.stores import moto

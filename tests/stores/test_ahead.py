@@ -13,10 +13,11 @@ import pytest
 import trustme
 
 from loader.errors import ChangedError, DeniedError, FetchError, TransientError
-from loader.stores import bodies, http
-from loader.stores.bodies import Asked, HttpStream
-from loader.stores.http import HttpClient, HttpOptions
-from loader.stores.objects import ObjectInfo
+from loader.http import body as bodies
+from loader.http import client as http
+from loader.http.body import Asked, HttpStream
+from loader.http.client import HttpClient, HttpOptions
+from loader.http.objects import ObjectInfo
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact
 from tests.origin import (

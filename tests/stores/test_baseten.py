@@ -9,9 +9,9 @@ from contextlib import closing
 import pytest
 
 from loader import boot
+from loader.config.settings import Settings
 from loader.errors import ConfigError, DeniedError, FetchError, ListingError, TransientError
-from loader.settings import Settings
-from loader.stores.sources import Stores
+from loader.stores.registry import Stores
 from loader.types import Listing
 from tests.origin import FaultyOrigin
 from tests.stores.api import KEY, Api

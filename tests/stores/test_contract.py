@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from loader.errors import ChangedError, FetchError, LoaderError, TransientError
+from loader.http.objects import Checksum, ObjectInfo
 from loader.resolve.manifest import resolve
-from loader.stores.objects import Checksum, ObjectInfo
-from loader.stores.sources import Stores
+from loader.stores.registry import Stores
 from loader.types import Artifact, ArtifactReference, TrainingCheckpoints
 from tests.origin import FaultyOrigin
 from tests.stores.api import Api

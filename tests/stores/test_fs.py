@@ -14,10 +14,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from loader import boot
+from loader.config.settings import Settings
 from loader.errors import ChangedError, ConfigError, DeniedError, FetchError, TransientError
-from loader.settings import Settings
-from loader.stores.objects import Checksum
-from loader.stores.sources import Stores
+from loader.http.objects import Checksum
+from loader.stores.registry import Stores
 from loader.types import Artifact
 
 

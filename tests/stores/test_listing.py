@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from loader.config.settings import Settings
 from loader.errors import ListingError
-from loader.settings import Settings
 from loader.stores.listing import parse_listings
-from loader.stores.sources import Stores
+from loader.stores.registry import Stores
 from tests.origin import FaultyOrigin, status, write_listing
 
 ENTRY = {"url": "https://h/x?Signature=S3CR3T", "relative_file_name": "a b+c.txt", "node_rank": 1}

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
+from loader.config.settings import Settings
 from loader.errors import ConfigError, FetchError, ListingError, TransientError
 from loader.fetch.snapshot import FetchOptions, fetch
-from loader.settings import Settings
-from loader.stores.bodies import HttpStream
-from loader.stores.http import HttpClient
-from loader.stores.objects import Checksum
-from loader.stores.sources import Stores
+from loader.http.body import HttpStream
+from loader.http.client import HttpClient
+from loader.http.objects import Checksum
+from loader.stores.registry import Stores
 from loader.types import Manifest
 from tests.stores import moto
 
@@ -339,8 +339,8 @@ def test_no_secret_in_a_log(
 def test_boto3_is_not_imported_for_other_sources(tmp_path: Path) -> None:
     (tmp_path / "l.json").write_text('{"job": {"id": "j"}, "checkpoint_artifacts": []}')
     script = (
-        "import sys\nfrom loader.settings import Settings\n"
-        "from loader.stores.sources import Stores\n"
+        "import sys\nfrom loader.config.settings import Settings\n"
+        "from loader.stores.registry import Stores\n"
         f"Stores(Settings.without_config()).read_listings({str(tmp_path / 'l.json')!r})\n"
         "print({'boto3', 'botocore', 'fsspec'} & set(sys.modules))"
     )

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import trustme
 
+from loader.config.settings import Settings
 from loader.errors import (
     ChangedError,
     ConfigError,
@@ -22,10 +23,9 @@ from loader.errors import (
     TransientError,
 )
 from loader.fetch.snapshot import FetchOptions, fetch
-from loader.settings import Settings
-from loader.stores import bodies
-from loader.stores.bodies import HttpStream
-from loader.stores.sources import Stores
+from loader.http import body as bodies
+from loader.http.body import HttpStream
+from loader.stores.registry import Stores
 from loader.types import Artifact, Manifest
 from tests.stores import moto
 from tests.stores.front import Front, Refusal

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from loader.config.settings import Settings
 from loader.errors import ExpiredError, FetchError, ListingError, TransientError
 from loader.fetch.snapshot import FetchOptions, fetch
-from loader.settings import Settings
 from loader.stores.base import ByteStream
-from loader.stores.sources import Stores
+from loader.stores.registry import Stores
 from loader.stores.urls import ReadSource, SignedUrls
 from loader.types import Artifact, Listing, Manifest
 from tests.origin import Fault, FaultyHandler, FaultyOrigin, act, answer, status, write_listing

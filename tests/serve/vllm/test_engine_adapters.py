@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from loader.errors import AdapterError, EngineError, RequestError
-from loader.live import LiveAdapters
+from loader.pod.live_adapters import LiveAdapters
 from loader.serve.vllm.engine_adapters import public_name
 from loader.serve.vllm.inprocess import VLLMModel
 from loader.types import ReadyModel, ServedAdapter

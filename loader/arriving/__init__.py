@@ -1,0 +1,1 @@
+"""Files that are not here yet: at the origin, or on their way."""

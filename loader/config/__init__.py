@@ -1,0 +1,1 @@
+"""What a person sets: Truss config, settings, credentials. Only here the environment is read."""

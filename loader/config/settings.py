@@ -1,0 +1,386 @@
+"""What the user asked for: one Truss ``config.yaml``, ``PODLOADER_*`` over it, arguments over both.
+
+The only place that reads the environment. Secrets are looked up by name and kept as ``Secret``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from msgspec import Meta
+
+from loader.config.credentials import (
+    S3Credentials,
+    Secret,
+    Secrets,
+    find_s3_credentials,
+    find_secret,
+)
+from loader.config.truss_config import (
+    DOWNLOAD_FOLDER,
+    mapping_at,
+    read_config,
+    training_checkpoints,
+)
+from loader.config.values import Bytes, Words, read_value, show_bytes, show_value
+from loader.errors import ConfigError
+from loader.types import CONFIG_VARIABLE, JOB_ID, TrainingCheckpoints
+
+CHECKPOINT_SCHEME = "checkpoint:"
+_PREFIX = "PODLOADER_"
+_SECTION = "model_metadata.podloader"
+_JSON = {"engine_args": '{"max_model_len": 4096}', "storage_options": '{"gs": {"token": "anon"}}'}
+_CHECKPOINT = re.compile(rf"{CHECKPOINT_SCHEME}{JOB_ID.pattern}/rank-[^/]+(/.*)?")
+_OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_OTLP_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+_OUTSIDE = {"training", "hf_token", "api_key", "s3"}
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointName:
+    """A folder of a training job: ``name`` is ``rank-<N>/<folder>``, without a slash at its end."""
+
+    job: str
+    name: str
+
+
+def _setting(default: Any, *, description: str, repr: bool = True) -> Any:  # noqa: A002 - as field's
+    """Return a field of ``Settings`` with its line of the README's table."""
+    metadata = {"description": description}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata, repr=repr)
+    return field(default=default, metadata=metadata, repr=repr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """podloader's own settings, the training checkpoints they are about, and the secrets."""
+
+    training: TrainingCheckpoints
+    hf_token: Secret | None = None
+    api_key: Secret | None = None
+    s3: S3Credentials = S3Credentials()
+
+    artifacts: Words = _setting(
+        (),
+        repr=False,
+        description="Where the artifacts are: listing JSON files (paths or URLs), "
+        "`s3://bucket/prefix`, `baseten` (its REST API), or a URL that fsspec knows.",
+    )
+    base_model: str | None = _setting(
+        None,
+        description="The model that adapters were trained over: a local folder, a Hugging Face id, "
+        "`checkpoint:<job>/rank-<N>/<folder>/`, or a folder's URL such as `s3://bucket/model`. "
+        "Default: what the adapter's config names.",
+    )
+    base_revision: str | None = _setting(
+        None, description="Branch, tag or commit of a Hugging Face base model."
+    )
+    adapter_policy: Literal["auto", "attach", "merge"] = _setting(
+        "auto",
+        description="`attach`: the engine serves adapters by name. `merge`: one adapter is folded "
+        "into the base's weights. `auto`: whichever makes the faster server (see Adapters).",
+    )
+    adapter_jobs: Words = _setting(
+        (),
+        description="Jobs whose adapters a request to the server may name as `<job>/<checkpoint>`; "
+        "they are fetched on first use.",
+    )
+    exact: Literal["float32", "peft"] = _setting(
+        "float32",
+        description="How merged weights are rounded: once, from float32, or wherever PEFT rounds, "
+        "which gives the bits of its `merge_and_unload`.",
+    )
+    dequantise: bool = _setting(
+        False,
+        description="Merge into a quantised base (FP8, compressed-tensors with scales, "
+        "bitsandbytes) by writing all weights in full precision; without it, that is an error.",
+    )
+    canary: bool = _setting(
+        True,
+        description="Before the model counts as ready, every attached adapter has to answer a "
+        "prompt unlike its base; one that does not stops the start.",
+    )
+    engine: Literal["vllm", "transformers"] = _setting(
+        "vllm", description="What answers: vLLM, or transformers + PEFT for smoke tests."
+    )
+    engine_args: dict[str, Any] = _setting(
+        {},
+        repr=False,
+        description="Arguments of the engine, named as vLLM's `AsyncEngineArgs` names them.",
+    )
+    served_model_name: str | None = _setting(
+        None, description="The name requests give the model. Default: the job id or base model."
+    )
+    concurrency: Annotated[int, Meta(ge=1, le=256)] = _setting(
+        16,
+        description="The most connections that download at the same time; fewer where more bring "
+        "nothing.",
+    )
+    range_size: Annotated[Bytes, Meta(ge=2**16)] = _setting(
+        16 * 2**20,
+        description="The least that is asked for of a large file, such as `16MiB`; proved and "
+        "resumed alone.",
+    )
+    cache_folder: Path | None = _setting(
+        None,
+        description="Where merged and consolidated models are kept. Default: `.podloader` in the "
+        "download folder.",
+    )
+    weights_only_fetch: bool = _setting(
+        False,
+        description="Fetch only what serving uses: no optimizer, scheduler and RNG state, and of "
+        "weights sharded over ranks only the bytes of the model itself.",
+    )
+    consolidate_dtype: Literal["float32", "float16", "bfloat16"] | None = _setting(
+        None,
+        description="What weights sharded over ranks are written as when they are consolidated. "
+        "Default: as they were trained.",
+    )
+    verify: Literal["size", "sample", "full"] = _setting(
+        "sample",
+        description="What a file that an earlier start fetched has to prove: its size and time "
+        "stamp, the digests of a few ranges as well, or the digest of every byte. `full` "
+        "also compares what the origin says of large new files, see How it fails.",
+    )
+    allow_pickle: bool = _setting(
+        False, description="Read `.bin` and `.pt` weights, restricted to tensors."
+    )
+    trust_remote_code: bool = _setting(
+        False, description="Let transformers and vLLM run code that lies in the checkpoint."
+    )
+    ca_bundle: Path | None = _setting(
+        None, description="PEM file of certificates to trust besides the system's."
+    )
+    connect_timeout_s: Annotated[float, Meta(gt=0)] = _setting(
+        10.0, description="Limit for opening a connection."
+    )
+    stall_timeout_s: Annotated[float, Meta(gt=0)] = _setting(
+        30.0, description="A connection that brings no byte for so long is given up."
+    )
+    s3_endpoint_url: Annotated[str, Meta(pattern="^https?://")] | None = _setting(
+        None,
+        description="The service behind `s3://`. Default: `AWS_ENDPOINT_URL_S3`, "
+        "`AWS_ENDPOINT_URL`, AWS's own.",
+    )
+    storage_options: dict[str, dict[str, Any]] = _setting(
+        {},
+        repr=False,
+        description="Options of fsspec's drivers by scheme, such as `{gs: {token: anon}}`.",
+    )
+    api_url: Annotated[str, Meta(pattern="^https?://")] = _setting(
+        "https://api.baseten.co",
+        description="Where the REST API is that `baseten` asks.",
+    )
+    allow_local_urls: bool = _setting(
+        False,
+        description="Let a listing lead to `file://` URLs and link-local addresses, where clouds "
+        "keep credentials.",
+    )
+    retries: Annotated[int, Meta(ge=0, le=100)] = _setting(
+        6, description="Further tries of one range after a passing failure."
+    )
+    drain_timeout_s: Annotated[float, Meta(ge=0)] = _setting(
+        20.0,
+        description="What `serve` gives requests under way after SIGTERM or SIGINT; 5 s later the "
+        "pod has ended, whatever hangs.",
+    )
+    on_failure: Literal["exit", "hold"] = _setting(
+        "exit",
+        description="When `serve` cannot start: `exit` with the documented code, or `hold` and "
+        "answer `/health` with the reason until a signal comes.",
+    )
+
+    @property
+    def base_checkpoint(self) -> CheckpointName | None:
+        """The base model, where it is another training checkpoint."""
+        if self.base_model is None or not self.base_model.startswith(CHECKPOINT_SCHEME):
+            return None
+        job, _, name = self.base_model.removeprefix(CHECKPOINT_SCHEME).partition("/")
+        return CheckpointName(job, name.rstrip("/"))
+
+    @classmethod
+    def load(
+        cls,
+        config: Path | str | Mapping[str, Any],
+        *,
+        overrides: Mapping[str, Any] | None = None,
+        secrets: Secrets | None = None,
+    ) -> Settings:
+        """Return the settings of a Truss config, given as a file or as its contents.
+
+        ``overrides`` win over ``PODLOADER_*``, which win over the config. ``secrets`` are Truss's.
+
+        Raises:
+            ConfigError: naming every key that is wrong.
+        """
+        where, document = read_config(config)
+        section = mapping_at(document, "model_metadata.podloader", where)
+        if hidden := sorted(_OUTSIDE & set(section)):
+            raise ConfigError(
+                f"not a setting of {_SECTION}: {', '.join(hidden)}",
+                where=where,
+                next_step="put secrets into Truss's secrets, training_checkpoints at the top level",
+            )
+        values = {**section, **_environment(where), **(overrides or {})}
+        return cls._build(where, values, training_checkpoints(document, where), secrets)
+
+    @classmethod
+    def without_config(
+        cls, overrides: Mapping[str, Any] | None = None, *, secrets: Secrets | None = None
+    ) -> Settings:
+        """Return the settings for a command that asks for no training checkpoints.
+
+        Raises:
+            ConfigError: naming every ``PODLOADER_*`` variable or override that is wrong.
+        """
+        where = "the environment"
+        values = {**_environment(where), **(overrides or {})}
+        nothing = TrainingCheckpoints(Path(DOWNLOAD_FOLDER), ())
+        return cls._build(where, values, nothing, secrets)
+
+    @classmethod
+    def _build(
+        cls,
+        where: str,
+        values: Mapping[str, Any],
+        training: TrainingCheckpoints,
+        secrets: Secrets | None,
+    ) -> Settings:
+        kinds = get_type_hints(cls, include_extras=True)
+        found: dict[str, Any] = {}
+        problems: list[str] = []
+        for name, value in values.items():
+            if name not in setting_names():
+                problems.append(suggest(name, setting_names()))
+                continue
+            try:
+                found[name] = read_value(value, kinds[name])
+                if name == "base_model":
+                    _check_base(found[name])
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+        if problems:
+            raise ConfigError(
+                f"settings that are wrong in {_SECTION} or {_PREFIX}* variables",
+                where=where,
+                problems=problems,
+                next_step="correct them; the README's table lists every setting",
+            )
+        return cls(
+            training=training,
+            hf_token=find_secret("hf_access_token", ("HF_TOKEN",), secrets),
+            api_key=find_secret("baseten_api_key", ("BASETEN_API_KEY",), secrets),
+            s3=find_s3_credentials(secrets),
+            **found,
+        )
+
+    def variables(self) -> dict[str, str]:
+        """Return the ``PODLOADER_*`` variables that lead to these settings, whatever the config.
+
+        There may be signed URLs among them, but no secrets.
+        """
+        given = {name: getattr(self, name) for name in setting_names()}
+        return {
+            _PREFIX + name.upper(): str(value)
+            if isinstance(value, str | Path)
+            else show_value(value)
+            for name, value in given.items()
+            if value is not None
+        }
+
+
+def setting_names() -> tuple[str, ...]:
+    """Return the names that may stand in ``model_metadata.podloader``, in the table's order."""
+    return tuple(_settings())
+
+
+def settings_table() -> str:
+    """Return the documented settings as a Markdown table."""
+    rows = ["| setting | variable | default | what it does |", "|---|---|---|---|"]
+    for name, one in _settings().items():
+        default = _default(one)
+        shown = show_bytes(default) if name == "range_size" else show_value(default)
+        told = one.metadata["description"]
+        rows.append(f"| `{name}` | `{_PREFIX}{name.upper()}` | `{shown}` | {told} |")
+    return "\n".join(rows)
+
+
+def setting_defaults() -> dict[str, Any]:
+    """Return what each setting is where nobody says otherwise."""
+    return {name: _default(one) for name, one in _settings().items()}
+
+
+def _settings() -> dict[str, Field[Any]]:
+    return {one.name: one for one in fields(Settings) if one.name not in _OUTSIDE}
+
+
+def _default(one: Field[Any]) -> Any:
+    return one.default_factory() if callable(one.default_factory) else one.default
+
+
+def _check_base(value: str | None) -> None:
+    if value is not None and value.startswith(CHECKPOINT_SCHEME):
+        if not _CHECKPOINT.fullmatch(value):
+            raise ValueError("expected checkpoint:<job>/rank-<N>/<folder>/")
+    elif value == "":
+        raise ValueError("expected a folder, a Hugging Face id or checkpoint:...")
+
+
+def traces_exporter() -> str | None:
+    """Return the OpenTelemetry exporter that the usual ``OTEL_*`` variables ask for, if any."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    chosen = os.environ.get("OTEL_TRACES_EXPORTER", "").partition(",")[0].strip()
+    endpoint = any(os.environ.get(name) for name in _OTLP_ENDPOINTS)
+    if chosen == "none" or not (chosen or endpoint):
+        return None
+    if chosen in ("", "otlp"):
+        protocol = next(filter(None, map(os.environ.get, _OTLP_PROTOCOLS)), "http/protobuf")
+        return "otlp_proto_grpc" if protocol == "grpc" else "otlp_proto_http"
+    return chosen
+
+
+def _environment(where: str) -> dict[str, Any]:
+    known = {_PREFIX + name.upper() for name in setting_names()}
+    given = [name for name in os.environ if name.upper().startswith(_PREFIX)]
+    given = [name for name in given if name != CONFIG_VARIABLE]
+    if unknown := sorted(name for name in given if name.upper() not in known):
+        raise ConfigError(
+            f"{_PREFIX}* variables that are no settings",
+            where="the environment",
+            problems=[suggest(name, sorted(known)) for name in unknown],
+            next_step="correct or unset them",
+        )
+    named = {name.upper().removeprefix(_PREFIX).lower(): os.environ[name] for name in given}
+    return {name: parse_value(name, text, _PREFIX + name.upper()) for name, text in named.items()}
+
+
+def parse_value(name: str, text: str, where: str = "") -> object:
+    """Return what *text* means for the setting *name*: JSON for mappings, else text.
+
+    Raises:
+        ConfigError: it is not JSON; *where* it stands is for the message.
+    """
+    if name not in _JSON:
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ConfigError(
+            f"{name} is not JSON", where=where, expected=f"like {_JSON[name]}"
+        ) from None
+
+
+def suggest(name: str, known: tuple[str, ...] | list[str]) -> str:
+    """Return that *name* is no setting, and the nearest that is."""
+    import difflib  # only mistakes need it
+
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"{name!r} is not a setting" + (f"; did you mean {near[0]!r}?" if near else "")

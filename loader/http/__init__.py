@@ -1,0 +1,1 @@
+"""One HTTP client: requests, responses, connections, TLS, proxies, and what their failures mean."""

@@ -1,0 +1,216 @@
+"""Answers on their way: bodies, and requests whose answer is taken later.
+
+A request may be sent on a connection while the body before it still comes (HTTP/1.1 pipelining,
+one deep), so that its answer follows that body at once. RFC 9112, 9.3.2: an origin answers in
+turn. Where it does not, or the connection ends, the request is asked anew on another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from loader.errors import FetchError, TransientError
+from loader.http.connection import Connection
+from loader.http.objects import ObjectInfo
+from loader.http.request import Origin
+from loader.http.response import Answer, AnswerError
+from loader.http.sockets import PlainSocket
+from loader.http.statuses import translate
+
+_FAR_S = 0.005  # from a request to its answer: nearer ones are not worth asking ahead of
+_READ_S = 0.02  # what a read takes, see ``sockets``
+
+
+@dataclass(slots=True)
+class Sent:
+    """A request that is on its way, on a connection that was made for it or kept from another.
+
+    ``is_next``: it was sent while the body before it came.
+    """
+
+    connection: Connection
+    origin: Origin
+    url: str = field(repr=False)
+    message: bytes = field(repr=False)
+    is_kept: bool
+    is_next: bool = False
+    at: float = 0.0
+
+
+class Asked:
+    """A request whose answer is taken later. Take it or close it, on any thread.
+
+    ``stream`` waits for the answer and returns its body. Raises as ``HttpClient.get`` does.
+    """
+
+    def __init__(self, take: Callable[[Sent | None], HttpStream], sent: Sent) -> None:
+        self.stream: Callable[[], HttpStream] = lambda: take(self._take_sent())
+        self._sent = sent
+        self._lock = threading.Lock()
+        self._is_turn = not sent.is_next  # the connection has no body before the answer
+        self._is_lost = False
+
+    def abort(self) -> None:
+        """Make a wait for the answer, in another thread, fail now."""
+        if self._is_turn:
+            shut(self._sent.connection.sock)
+
+    def close(self) -> None:
+        """Drop the connection: the answer is not wanted any more."""
+        with self._lock:
+            self._is_lost = True
+            if self._is_turn:
+                self._sent.connection.close()
+
+    def come(self, *, in_turn: bool) -> None:
+        """Note that the body before it has ended; *in_turn*: it was read to its last byte."""
+        with self._lock:
+            self._is_turn = True
+            self._is_lost |= not in_turn
+            if self._is_lost:
+                self._sent.connection.close()
+
+    def _take_sent(self) -> Sent | None:
+        """Return what was sent, None where no answer is to be had by it."""
+        with self._lock:
+            self._is_lost |= not self._is_turn
+            return None if self._is_lost else self._sent
+
+
+class Keeper(Protocol):
+    """Whom a body gives its connection back to."""
+
+    def give_back(self, origin: Origin, connection: Connection) -> None:
+        """Keep a connection whose last body was read to its end."""
+
+    def latency_s(self, origin: Origin) -> float:
+        """Return the shortest time that an answer took, 0 where none is to be asked for ahead."""
+
+    def distrust(self, origin: Origin) -> None:
+        """Ask nothing ahead of it any more."""
+
+
+class HttpStream:
+    """One response body; see ``ByteStream``."""
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        origin: Origin,
+        connection: Connection,
+        answer: Answer,
+        info: ObjectInfo,
+        url: str,
+    ) -> None:
+        self._keeper = keeper
+        self._origin = origin
+        self._connection = connection
+        self._answer = answer
+        self._url = url
+        self._began = time.monotonic()
+        self._next: Asked | None = None
+        self.info = info
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Put what has arrived into *buffer* and return the count, 0 at the body's end."""
+        answer = self._answer
+        try:
+            count = answer.readinto(buffer)
+        except (OSError, AnswerError) as error:
+            self._blame()
+            raise translate(error, self._url) from None
+        if not count and answer.left:
+            self._blame()
+            raise TransientError(
+                "the body ended before its length",
+                where=self._url,
+                got=f"{answer.left} bytes too few",
+            )
+        return count
+
+    def is_ending(self, wanted: int) -> bool:
+        """Return whether the next request, sent now, would be answered at this body's end.
+
+        *wanted* bytes will be read. Only once, and where that is worth it: the way is far, and the
+        connection will bear another request.
+        """
+        length, left = self._answer.length, self._answer.left
+        if self._next is not None or self._answer.will_close or self._answer.is_ahead:
+            return False
+        if not length or not left or left != wanted:
+            return False
+        latency_s = self._keeper.latency_s(self._origin)
+        spent_s = time.monotonic() - self._began
+        return latency_s >= _FAR_S and left * spent_s <= (length - left) * (latency_s + _READ_S)
+
+    def send_next(self, origin: Origin, url: str, message: bytes) -> Sent | None:
+        """Send the next request on this connection; None where it leads elsewhere, or has ended.
+
+        What is returned is to become an ``Asked`` that ``follow_with`` is told of.
+        """
+        if origin != self._origin or self._next is not None:
+            return None
+        try:
+            self._connection.sock.sendall(message)
+        except OSError:  # what is left of the body will tell
+            return None
+        return Sent(self._connection, origin, url, message, is_kept=True, is_next=True)
+
+    def follow_with(self, asked: Asked) -> None:
+        """Let *asked* have the connection when this body has ended."""
+        self._next = asked
+
+    def read_all(self, limit_bytes: int) -> bytes:
+        """Return the whole body.
+
+        Raises:
+            FetchError: it is longer than *limit_bytes*.
+        """
+        try:
+            body = self._answer.read(limit_bytes + 1)
+        except (OSError, AnswerError) as error:
+            raise translate(error, self._url) from None
+        if len(body) > limit_bytes:
+            raise FetchError(
+                "the answer is too long", where=self._url, expected=f"at most {limit_bytes} bytes"
+            )
+        return body
+
+    def close(self) -> None:
+        """Give the connection back where the body was read to its end, else drop it."""
+        whole = self._answer.left == 0
+        self._answer.close()
+        following, self._next = self._next, None
+        if following is not None:
+            following.come(in_turn=whole)
+        elif whole and not self._answer.will_close:
+            self._keeper.give_back(self._origin, self._connection)
+        else:
+            self._connection.close()
+
+    def abort(self) -> None:
+        """Make a read that waits in another thread fail now."""
+        shut(self._connection.sock)
+
+    def _blame(self) -> None:
+        """A body that breaks off behind a request that was sent ahead may do so because of it."""
+        if self._next is not None:
+            self._keeper.distrust(self._origin)
+
+
+def shut(sock: PlainSocket) -> None:
+    """End a connection that another thread may wait in."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def drop(connection: Connection, answer: Answer) -> None:
+    """Close both: the socket stays open as long as either is."""
+    answer.close()
+    connection.close()

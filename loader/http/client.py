@@ -1,0 +1,325 @@
+"""A thin HTTP/1.1 client: ranges read straight into the caller's buffer.
+
+urllib3 and requests copy every byte through Python objects on the way; here ``answers`` reads
+heads, and the body comes from the socket (see ``sockets``). Keep-alive connections, proxies from
+the environment as everywhere, redirects by hand.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from loader.errors import (
+    ChangedError,
+    DeniedError,
+    ExpiredError,
+    FetchError,
+    TransientError,
+)
+from loader.http.addresses import is_link_local
+from loader.http.body import Asked, HttpStream, Sent, drop
+from loader.http.connection import Connection, connect
+from loader.http.objects import ObjectInfo
+from loader.http.proxies import Proxies, open_tunnel
+from loader.http.request import (
+    Origin,
+    Request,
+    place,
+    range_headers,
+    write_message,
+)
+from loader.http.response import Answer, AnswerError
+from loader.http.sockets import PlainSocket, shake_hands
+from loader.http.statuses import (
+    check_status,
+    check_version,
+    leads_here,
+    object_info,
+    translate,
+)
+from loader.http.trust import Trust
+
+_REDIRECTS = {301, 302, 303, 307, 308}
+_SITE = re.compile(r"https?://[^/?#]+(?=/)")
+_NEXT_S = 2.0  # for the answer to a request that was sent ahead, from the end of the body before it
+_STALE = (ConnectionError, ssl.SSLEOFError)
+
+
+@dataclass(frozen=True, slots=True)
+class HttpOptions:
+    """Limits of a connection. ``ca_bundle`` is trusted besides the system's certificates.
+
+    ``link_local``: whether a URL or a redirect may lead to the machine's own link.
+    """
+
+    connect_timeout_s: float = 10.0
+    stall_timeout_s: float = 30.0
+    ca_bundle: Path | None = None
+    link_local: bool = False
+
+
+class HttpClient:
+    """A pool of connections. Every method may be called from any thread."""
+
+    def __init__(self, options: HttpOptions) -> None:
+        self._options = options
+        self._trust = Trust(options.ca_bundle)
+        self._idle: dict[Origin, list[Connection]] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        self._proxies = Proxies()
+        self._origins: dict[str, Origin] = {}  # by the URLs' beginning
+        self._latency_s: dict[Origin, float] = {}  # the shortest so far
+        self._alone: set[Origin] = set()  # that are asked nothing ahead
+
+    def get(
+        self,
+        url: str,
+        *,
+        span: tuple[int, int] | None = None,
+        version: ObjectInfo | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> HttpStream:
+        """Return the body of *url*, of the bytes ``[start, end)`` where *span* is given.
+
+        *headers* go to the host of *url* alone: a redirect to another one loses them.
+
+        Raises:
+            ChangedError: the object is not *version* any more.
+            DeniedError: the origin refuses access.
+            ExpiredError: the signature of *url* is no longer honoured.
+            FetchError: another refusal that asking again does not cure.
+            TransientError: everything else.
+        """
+        return self._ask(Request("GET", headers or {}), url, span, version)
+
+    def ask(
+        self, url: str, *, span: tuple[int, int], headers: Mapping[str, str] | None = None
+    ) -> Asked:
+        """Send what ``get`` sends, and leave the answer for later. Raises as it does."""
+        request = Request("GET", {**range_headers(span, None), **(headers or {})})
+        sent = self._send(request, url)
+        return Asked(lambda sent: self._ask(request, url, span, None, sent), sent)
+
+    def ask_next(
+        self, stream: HttpStream, url: str, *, span: tuple[int, int], version: ObjectInfo | None
+    ) -> Asked | None:
+        """Send what ``get`` sends on *stream*'s connection, to be answered behind its body.
+
+        None where that cannot be, or has failed with this origin before. A request that is not
+        answered as it should be, behind another one, is asked once more, alone.
+        """
+        origin, target = self._place(url)
+        if origin in self._alone:
+            return None
+        request = Request("GET", {})
+        head = Request("GET", range_headers(span, version))
+        sent = stream.send_next(origin, url, write_message(head, origin, target, url))
+        if sent is None:
+            return None
+
+        def take(sent: Sent | None) -> HttpStream:
+            try:
+                return self._ask(request, url, span, version, sent)
+            except (TransientError, DeniedError, ExpiredError, ChangedError):
+                raise
+            except FetchError:
+                if sent is None:
+                    raise
+                self.distrust(origin)
+            return self._ask(request, url, span, version)
+
+        asked = Asked(take, sent)
+        stream.follow_with(asked)
+        return asked
+
+    def head(self, url: str, *, headers: Mapping[str, str] | None = None) -> ObjectInfo:
+        """Return what *url* is, without its body. Raises as ``get`` does."""
+        stream = self._ask(Request("HEAD", headers or {}), url, None, None)
+        stream.close()
+        return replace(stream.info, ranges=True)
+
+    def post(self, url: str, body: bytes, *, headers: Mapping[str, str]) -> HttpStream:
+        """Return what *url* answers to *body*. Raises as ``get`` does."""
+        return self._ask(Request("POST", headers, body), url, None, None)
+
+    def _ask(
+        self,
+        request: Request,
+        url: str,
+        span: tuple[int, int] | None,
+        version: ObjectInfo | None,
+        sent: Sent | None = None,
+    ) -> HttpStream:
+        """Return the body of *url*, by the request that was *sent* already or by one sent here."""
+        first, common = url, range_headers(span, version)
+        whole = Request(request.method, {**common, **request.headers}, request.body)
+        for _ in range(6):
+            sent = sent or self._send(whole, url)
+            connection, answer = self._receive(sent, request.method)
+            if answer.status not in _REDIRECTS or request.body is not None:
+                break
+            target = answer.fields.get("location")
+            drop(connection, answer)
+            if not target:
+                raise FetchError("a redirect that leads nowhere", where=url)
+            url, sent = _follow(url, target), None
+            if _split(url)[:2] != _split(first)[:2]:
+                whole = Request(request.method, common)
+        else:
+            raise FetchError("more than 5 redirects", where=url)
+        try:
+            check_status(url, answer, span, version)
+            sized = span is not None or request.method == "HEAD"
+            info = object_info(url, answer, span, sized=sized)
+            check_version(url, info, version)
+        except BaseException:
+            drop(connection, answer)
+            raise
+        return HttpStream(self, sent.origin, connection, answer, info, url)
+
+    def close(self) -> None:
+        """Close every idle connection."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, {}
+        for connections in idle.values():
+            for connection in connections:
+                connection.close()
+
+    def give_back(self, origin: Origin, connection: Connection) -> None:
+        """Keep a connection whose last body was read to its end."""
+        with self._lock:
+            if not self._closed:
+                self._idle.setdefault(origin, []).append(connection)
+                return
+        connection.close()
+
+    def latency_s(self, origin: Origin) -> float:
+        """Return the shortest time that an answer took, 0 where none is to be asked for ahead."""
+        return 0.0 if origin in self._alone else self._latency_s.get(origin, 0.0)
+
+    def distrust(self, origin: Origin) -> None:
+        """Ask nothing ahead of it any more."""
+        self._alone.add(origin)
+
+    def _send(self, request: Request, url: str) -> Sent:
+        origin, target = self._place(url)
+        message = write_message(request, origin, target, url)
+        with self._lock:
+            idle = self._idle.get(origin)
+            kept = idle.pop() if idle else None
+        if kept is not None:
+            # The origin may have closed it meanwhile: that is no failure, and asked anew at once.
+            try:
+                kept.sock.sendall(message)
+                return Sent(kept, origin, url, message, is_kept=True, at=time.monotonic())
+            except _STALE:
+                kept.close()
+            except BaseException as error:
+                kept.close()
+                raise translate(error, url) from None
+        return self._send_anew(origin, url, message)
+
+    def _send_anew(self, origin: Origin, url: str, message: bytes) -> Sent:
+        connection: Connection | None = None
+        try:
+            try:
+                connection = self._connect(origin)
+            except ssl.SSLCertVerificationError:
+                if not self._trust.widen():
+                    raise
+                connection = self._connect(origin)
+            connection.sock.settimeout(self._options.stall_timeout_s)
+            self._check_peer(connection.sock, origin, url)
+            connection.sock.sendall(message)
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            raise translate(error, url, origin.proxy) from None
+        return Sent(connection, origin, url, message, is_kept=False, at=time.monotonic())
+
+    def _receive(self, sent: Sent, method: str) -> tuple[Connection, Answer]:
+        stall_s = self._options.stall_timeout_s
+        try:
+            if sent.is_next:
+                sent.connection.sock.settimeout(min(_NEXT_S, stall_s))
+            answer = Answer(sent.connection.inbox, method)
+            if sent.is_next:
+                sent.connection.sock.settimeout(stall_s)
+            else:
+                taken_s = time.monotonic() - sent.at
+                known_s = self._latency_s.get(sent.origin, taken_s)
+                self._latency_s[sent.origin] = min(known_s, taken_s)
+            return sent.connection, answer
+        except BaseException as error:
+            sent.connection.close()
+            if sent.is_next and isinstance(error, OSError | AnswerError):
+                self.distrust(sent.origin)
+            elif not sent.is_kept or not isinstance(error, _STALE):
+                raise translate(error, sent.url) from None
+        anew = self._send_anew(sent.origin, sent.url, sent.message)
+        return self._receive(anew, method)
+
+    def _place(self, url: str) -> tuple[Origin, str]:
+        """Return where a connection leads, and the target of the request there."""
+        match = _SITE.match(url)
+        if match is None:
+            parts = _split(url)
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            return self._origin(parts, url), target
+        origin = self._origins.get(match[0])
+        if origin is None:
+            origin = self._origins[match[0]] = self._origin(_split(url), url)
+        return origin, url[match.end() :].partition("#")[0]
+
+    def _origin(self, parts: SplitResult, url: str) -> Origin:
+        try:
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError:
+            port = 0
+        if parts.scheme not in ("http", "https") or not parts.hostname or not port:
+            raise FetchError("not an http(s) URL", where=url)
+        if not self._options.link_local and is_link_local(parts.hostname):
+            raise leads_here(url)
+        proxy = self._proxies.find(parts.scheme, parts.hostname, port)
+        return Origin(parts.scheme, parts.hostname, port, proxy)
+
+    def _check_peer(self, connected: PlainSocket, origin: Origin, url: str) -> None:
+        """Refuse a name that was resolved to the machine's own link, before anything is sent."""
+        if not self._options.link_local and origin.proxy is None:
+            address = str(connected.getpeername()[0])
+            if is_link_local(address):
+                raise leads_here(url)
+
+    def _connect(self, origin: Origin) -> Connection:
+        first = origin.proxy or origin
+        timeout_s = self._options.connect_timeout_s
+        if origin.scheme == "http":
+            return connect(first.host, first.port, timeout_s)
+        proxy = origin.proxy
+        tunnel = partial(open_tunnel, proxy=proxy, to=place(origin)) if proxy else None
+        secure = partial(shake_hands, context=self._trust.context(), host=origin.host)
+        return connect(first.host, first.port, timeout_s, tunnel, secure)
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # its text may show a password
+        raise FetchError("not an http(s) URL", where=url) from None
+
+
+def _follow(url: str, target: str) -> str:
+    try:
+        return urljoin(url, target)
+    except ValueError:
+        raise FetchError("a redirect to what is no URL", where=url) from None

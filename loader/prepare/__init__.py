@@ -1,0 +1,1 @@
+"""From checkpoints to a ReadyModel: whole, checked, attached or merged."""

@@ -1,0 +1,269 @@
+"""Adapters and their base -> ReadyModel: checked by headers, fetched, then attached or merged.
+
+::
+
+    <cache folder>/
+      merge-<digest>/               a merged model; the digest is of what it was made from
+      attach-<digest>/              a tokenizer, where neither the base's nor an adapter's will do
+      .merging.<random>.partial/    merged while its base arrives, which has no digest yet
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from loader.adapters.attach import Decision, NamedAdapter, attach, check_all, decide, name_adapters
+from loader.adapters.incoming import IncomingWeights
+from loader.adapters.plan_builder import Base
+from loader.arriving.late import LateWeights
+from loader.config.settings import Settings
+from loader.errors import AdapterError
+from loader.fetch.progress import Progress
+from loader.prepare.bases import (
+    LateBase,
+    check_weights,
+    fetch_hub_weights,
+    find_base,
+    is_on_hub,
+    opened_base,
+    read_hub_weights,
+)
+from loader.prepare.consolidated import (
+    BaseModel,
+    Source,
+    cache_folder,
+    find_sources,
+    give_name,
+    output_folder,
+)
+from loader.stores.registry import is_remote
+from loader.timeline import Timeline
+from loader.types import Checkpoint, ReadyModel, Snapshot
+from loader.weights.header import TensorInfo
+from loader.weights.inspect import read_json
+from loader.weights.publishing import check_room, scratch_folder, sweep
+from loader.weights.quantised import (
+    Packed,
+    check_dequantisable,
+    plain_dtype,
+    plain_tensors,
+    quantisation_of,
+)
+
+_CONFIG = "config.json"
+_MERGING = "merging"
+_log = logging.getLogger("podloader")
+
+
+def make_adapted(
+    settings: Settings,
+    base: Source | None,
+    sources: Sequence[Source],
+    timeline: Timeline,
+    late: LateWeights | None,
+    progress: Progress | None = None,
+) -> ReadyModel:
+    """Return *base*, else the model that the settings or the adapters name, with *sources*.
+
+    With ``late``, the weights of *base* are still at the origin. *progress* is told of the download
+    of a base that is not *base*.
+
+    Raises:
+        AdapterError: adapters that do not fit the base or each other.
+        LoaderError: the base is not to be had, or the disk refused.
+    """
+    named = name_adapters([(source.job, Path(source.place)) for source in sources])
+    adapters = [
+        NamedAdapter(n.name, s.checkpoint.path) for n, s in zip(named, sources, strict=True)
+    ]
+    name = "" if base else settings.base_model or _named_base(sources)
+    comes_along = base is not None or is_remote(name)
+    decision = decide(settings.adapter_policy, adapters, base_is_fetched=comes_along)
+    _log.info("adapters: %s", decision.why)
+    if base is not None:
+        check_weights(settings, base.checkpoint)
+    job = _Job(settings, adapters, decision, timeline, progress)
+    sweep(job.cache, _MERGING)
+    with contextlib.ExitStack() as stack:
+        if base is None:
+            taken = _take_named(job, name, stack)
+        elif late is None:
+            taken = _Taken(_identify(base))
+        else:
+            coming = LateBase(base.checkpoint.path, late, partial(_identify_late, base.checkpoint))
+            taken = _take_late(job, coming, stack)
+        made_from = job.describe(taken.base, sources)
+        output = output_folder(settings, decision.mode, made_from)
+        if taken.merged is not None:
+            path = give_name(taken.merged.path, output)
+            ready = replace(taken.merged, path=path, tokenizer=path)
+        else:
+            with timeline.stage(decision.mode):
+                if decision.mode == "attach":
+                    ready = attach(taken.base.path, adapters, output)
+                else:
+                    ready = _merge(job, taken.base.path, output)
+    provenance = ready.provenance | {"why": decision.why, "made_from": made_from}
+    if decision.mode == "merge":
+        provenance["name"] = adapters[0].name
+    return replace(ready, provenance=provenance)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is to be done with which adapters."""
+
+    settings: Settings
+    adapters: Sequence[NamedAdapter]
+    decision: Decision
+    timeline: Timeline
+    progress: Progress | None
+
+    @property
+    def cache(self) -> Path:
+        return cache_folder(self.settings)
+
+    @property
+    def is_merge(self) -> bool:
+        return self.decision.mode == "merge"
+
+    def tell_config(self, folder: Path) -> None:
+        """Tell that the base's small files are in *folder*, its weights not yet."""
+        if self.progress:
+            self.progress.found_config(folder / _CONFIG)
+
+    def describe(self, base: BaseModel, sources: Sequence[Source]) -> dict[str, object]:
+        """Return what the outcome is made from."""
+        made_from: dict[str, object] = {
+            "mode": self.decision.mode,
+            "base": base.identity,
+            "adapters": {
+                a.name: dict(s.files) for a, s in zip(self.adapters, sources, strict=True)
+            },
+        }
+        if self.is_merge:
+            exact, dequantise = self.settings.exact, self.settings.dequantise
+            made_from |= {"exact": exact, "dequantise": dequantise}
+        return made_from
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """The base, whole, and what was merged while it arrived."""
+
+    base: BaseModel
+    merged: ReadyModel | None = None
+
+
+def _identify(base: Source) -> BaseModel:
+    return BaseModel(base.checkpoint.path, {"checkpoint": dict(base.files)})
+
+
+def _identify_late(checkpoint: Checkpoint, snapshot: Snapshot) -> BaseModel:
+    (source,) = find_sources(snapshot, [checkpoint])
+    return _identify(source)
+
+
+def _take_named(job: _Job, name: str, stack: contextlib.ExitStack) -> _Taken:
+    """Return the base called *name*."""
+    settings, timeline, progress = job.settings, job.timeline, job.progress
+    with timeline.stage("base model"):
+        if not is_remote(name) or Path(name).expanduser().is_dir():
+            base = find_base(settings, name, timeline, progress)
+            if is_on_hub(base):
+                job.tell_config(base.path)
+                _check_on_hub(job, name, base)
+                base = fetch_hub_weights(settings, base, timeline, progress)
+            return _Taken(base)
+        found = stack.enter_context(opened_base(settings, name, timeline, progress))
+    job.tell_config(found.path)
+    return _Taken(found) if isinstance(found, BaseModel) else _take_late(job, found, stack)
+
+
+def _check_on_hub(job: _Job, name: str, small: BaseModel) -> None:
+    config = read_json(small.path / _CONFIG)
+    weights = read_hub_weights(job.settings, small)
+    if weights is None:
+        return
+    plain = _check_fit(job, name, config, weights.tensors, weights.find_packed(config))
+    if job.is_merge:
+        sizes = [
+            sum(t.size_bytes for t in tensors.values()) for tensors in (weights.tensors, plain)
+        ]
+        check_room(zip((small.path, job.cache), sizes, strict=True))
+
+
+def _check_fit(
+    job: _Job,
+    where: str,
+    config: Mapping[str, object],
+    tensors: Mapping[str, TensorInfo],
+    packed: Mapping[str, Packed] | None,
+) -> Mapping[str, TensorInfo]:
+    """Check the adapters against headers; return the tensors as what they stand for.
+
+    ``packed`` is None where it is not known yet which of them stand for what.
+    """
+    if job.is_merge and quantisation_of(config) is not None:
+        check_dequantisable(where, config, packed, asked_for=job.settings.dequantise)
+    if packed is None:
+        return tensors
+    plain = plain_tensors(tensors, packed, plain_dtype(config))
+    check_all(job.adapters, Base(plain, config), allow_pickle=job.settings.allow_pickle)
+    return plain
+
+
+def _take_late(job: _Job, coming: LateBase, stack: contextlib.ExitStack) -> _Taken:
+    """Return a base that is fetched when the adapters have proved to fit; merged where they are."""
+    config = read_json(coming.path / _CONFIG)
+    with job.timeline.stage("fit"):
+        packed = coming.weights.find_packed(config)
+        plain = _check_fit(job, str(coming.path), config, coming.weights.tensors, packed)
+    if job.is_merge:
+        made_bytes = sum(info.size_bytes for info in plain.values())
+        check_room([(coming.path, coming.weights.missing_bytes), (job.cache, made_bytes)])
+    with coming.weights.fetching() as arriving:
+        merged = None
+        if job.is_merge and not packed:
+            folder = stack.enter_context(scratch_folder(job.cache, _MERGING))
+            with job.timeline.stage("merge"):
+                merged = _merge(job, coming.path, folder / "model", arriving.weights)
+        return _Taken(coming.identify(arriving.wait()), merged)
+
+
+def _merge(
+    job: _Job, base: Path, output: Path, incoming: IncomingWeights | None = None
+) -> ReadyModel:
+    from loader.adapters.merge import WeightedAdapter, merge  # torch
+
+    if output.is_dir():  # published whole, and its name is the digest of what it was made from
+        _log.info("the merged model is here already: %s", output)
+        return ReadyModel(output, (), None, output, {})
+    return merge(
+        base,
+        [WeightedAdapter(adapter.folder) for adapter in job.adapters],
+        output,
+        exact=job.settings.exact,
+        dequantise=job.settings.dequantise,
+        allow_pickle=job.settings.allow_pickle,
+        incoming=incoming,
+    )
+
+
+def _named_base(sources: Sequence[Source]) -> str:
+    """Return the one base that all adapters' configs name."""
+    named = {str(s.checkpoint.detail.get("base_model") or ""): s.place for s in sources}
+    if len(named) > 1 or "" in named:
+        raise AdapterError(
+            "the adapters do not name one base model",
+            problems=[
+                f"{place}: {base or 'no base_model_name_or_path'}" for base, place in named.items()
+            ],
+            next_step="set base_model",
+        )
+    return next(iter(named))

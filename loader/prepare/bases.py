@@ -1,0 +1,282 @@
+"""A base model by its name -> a folder on this disk: a local one, one behind a URL, or the Hub's.
+
+::
+
+    <cache folder>/bases/<name>-<digest of the URL>/rank-0/…     the files that an engine needs
+
+The cache folder is ``.podloader/models`` of the download folder where none is set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loader.arriving.late import LateWeights, read_late
+from loader.config.settings import Settings
+from loader.errors import AdapterError, ConfigError, FetchError, FormatError, redact
+from loader.fetch.background import SplitFetch, are_here
+from loader.fetch.progress import Progress
+from loader.fetch.snapshot import FetchOptions, fetch
+from loader.fetch.spans import SpanProgress
+from loader.prepare.consolidated import BaseModel, cache_folder
+from loader.resolve.manifest import check_names
+from loader.stores.hub import REPO_ID, HubModel, fetch_model
+from loader.stores.model_files import side_files, weight_files
+from loader.stores.registry import Stores, is_remote
+from loader.timeline import Timeline
+from loader.types import JOB_ID, Artifact, Checkpoint, Kind, Manifest, Snapshot
+from loader.weights.header import TensorInfo
+from loader.weights.inspect import is_safetensors, open_checkpoint
+from loader.weights.quantised import Packed, find_packed, is_description
+
+_SMALL, _WHOLE = "download of small files", "download of the base"
+_HUB = "hub"  # of an identity: the model's name there
+
+
+@dataclass(frozen=True, slots=True)
+class LateBase:
+    """A base whose weights are not here, its small files in *path*.
+
+    ``identify`` returns what it is, from the snapshot of all of it.
+    """
+
+    path: Path
+    weights: LateWeights
+    identify: Callable[[Snapshot], BaseModel]
+
+
+def find_base(
+    settings: Settings, name: str, timeline: Timeline, progress: Progress | None = None
+) -> BaseModel:
+    """Return the base called *name*: a local folder, else the small files of one elsewhere.
+
+    Raises:
+        AdapterError: *name* is nothing of that sort.
+        ConfigError: no full model, or it is not to be had.
+        FetchError: it cannot be fetched.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        checkpoint = open_checkpoint(folder)
+        if checkpoint.kind is not Kind.FULL:
+            raise not_a_base(str(folder), checkpoint.kind.value)
+        check_weights(settings, checkpoint)
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+        return BaseModel(folder.resolve(), {"folder": str(folder.resolve()), "files": stats})
+    if is_remote(name):
+        with SpanProgress(progress, timeline, _SMALL) as watched:
+            return fetch_base(settings, name, watched, weights=False)
+    if not REPO_ID.fullmatch(name):
+        raise AdapterError(
+            "the base model is not there",
+            where=name,
+            expected="a folder on this machine, a folder's URL or a Hugging Face id",
+            next_step="set base_model to where the base model lies now",
+        )
+    with SpanProgress(progress, timeline, _SMALL) as watched:
+        model = _fetch_from_hub(settings, name, settings.base_revision, "small files", watched)
+    return BaseModel(model.path, {_HUB: name, "commit": model.commit})
+
+
+def fetch_hub_weights(
+    settings: Settings, small: BaseModel, timeline: Timeline, progress: Progress | None = None
+) -> BaseModel:
+    """Return the model of the Hub whose *small* files are here, whole.
+
+    Raises:
+        ConfigError: no right to read it.
+        FetchError: it cannot be fetched, or has no weights.
+    """
+    name, commit = str(small.identity[_HUB]), str(small.identity["commit"])
+    with SpanProgress(progress, timeline, _WHOLE) as watched:
+        _fetch_from_hub(settings, name, commit, "weights", watched)
+    return small
+
+
+def _fetch_from_hub(
+    settings: Settings,
+    name: str,
+    revision: str | None,
+    only: Literal["small files", "weights"],
+    watched: SpanProgress,
+) -> HubModel:
+    return fetch_model(
+        name,
+        revision,
+        told=watched,
+        token=_hub_token(settings),
+        allow_pickle=settings.allow_pickle,
+        concurrency=settings.concurrency,
+        only=only,
+        prove=settings.verify == "full",
+    )
+
+
+def not_a_base(where: str, got: str) -> ConfigError:
+    """Return the error for a base that is no full model."""
+    return ConfigError(
+        "the base model is no full model",
+        where=where,
+        expected="a full Hugging Face model",
+        got=got,
+        next_step="correct base_model",
+    )
+
+
+def check_weights(settings: Settings, checkpoint: Checkpoint) -> None:
+    """Raise FormatError where weights are pickled and pickles are not allowed."""
+    if checkpoint.detail.get("format") == "bin" and not settings.allow_pickle:
+        raise FormatError(
+            "the weights are pickled",
+            where=str(checkpoint.path),
+            expected="safetensors",
+            got=".bin files",
+            next_step="save them as safetensors, or set allow_pickle to read tensors from them",
+        )
+
+
+def is_on_hub(base: BaseModel) -> bool:
+    """Return whether *base* is huggingface-hub's."""
+    return _HUB in base.identity
+
+
+@dataclass(frozen=True, slots=True)
+class HubWeights:
+    """The weights of a model on the Hub, which are not here.
+
+    ``texts`` are the descriptions among them, None where the Hub does not give those by themselves.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    texts: Mapping[str, bytes] | None
+
+    def find_packed(self, config: Mapping[str, object]) -> Mapping[str, Packed] | None:
+        """Return every quantised weight by the name that it had; None where that is not known.
+
+        Raises:
+            FormatError: a description that cannot be understood.
+        """
+        return (
+            None
+            if self.texts is None
+            else find_packed(config, self.tensors, self.texts.__getitem__)
+        )
+
+
+def read_hub_weights(settings: Settings, small: BaseModel) -> HubWeights | None:
+    """Return what a model on the Hub is made of, by its headers, its weights not being here.
+
+    None where *small*, what is here of it, has weights, or where the Hub cannot tell.
+
+    Raises:
+        FetchError: the Hub refuses.
+        TransientError: the Hub did not answer.
+    """
+    from loader.stores.hub_headers import read_tensors, read_values
+
+    if any(small.path.glob("*.safetensors")):
+        return None
+    name, commit = str(small.identity[_HUB]), str(small.identity["commit"])
+    token = _hub_token(settings)
+    tensors = read_tensors(name, commit, token=token)
+    if tensors is None:
+        return None
+    described = {tensor: t for tensor, t in tensors.items() if is_description(tensor)}
+    return HubWeights(
+        {n: TensorInfo(n, t.dtype, t.shape, t.start, t.end) for n, t in tensors.items()},
+        read_values(name, commit, described, token=token) if described else {},
+    )
+
+
+def _hub_token(settings: Settings) -> str | None:
+    return settings.hf_token.value if settings.hf_token else None
+
+
+def fetch_base(
+    settings: Settings, url: str, progress: Progress | None = None, *, weights: bool = True
+) -> BaseModel:
+    """Return the model in the folder at *url*, such as ``s3://bucket/model``; *weights* if wanted.
+
+    Raises:
+        ConfigError: no such sort of place, or a package or credentials are missing.
+        FetchError: it cannot be fetched, or has no weights.
+    """
+    with contextlib.closing(Stores(settings)) as stores:
+        files = _find_files(settings, stores, url, weights=weights)
+        snapshot = fetch(files.manifest, files.root, stores, FetchOptions.of(settings), progress)
+    return files.identify(snapshot)
+
+
+@contextlib.contextmanager
+def opened_base(
+    settings: Settings, url: str, timeline: Timeline, progress: Progress | None = None
+) -> Iterator[BaseModel | LateBase]:
+    """Give the model in the folder at *url*, for the length of the block.
+
+    It is whole where an earlier run fetched it, or where its weights are pickled.
+
+    Raises:
+        ConfigError: no such sort of place, or a package or credentials are missing.
+        FetchError: it cannot be fetched, or has no weights.
+    """
+    with contextlib.closing(Stores(settings)) as stores:
+        files = _find_files(settings, stores, url, weights=True)
+        options = FetchOptions.of(settings)
+        late = tuple(a for a in files.manifest.files if is_safetensors(a.relative_file_name))
+        if not late or are_here(late, files.root):
+            with SpanProgress(progress, timeline, _WHOLE) as watched:
+                snapshot = fetch(files.manifest, files.root, stores, options, watched)
+            yield files.identify(snapshot)
+            return
+        parts = SplitFetch.split(files.manifest, late, files.root, stores, options, progress)
+        first = parts.fetch_early(timeline, _SMALL)
+        yield LateBase(files.folder, read_late(parts, first, timeline), files.identify)
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What an engine needs of the folder at *url*, and where it goes."""
+
+    url: str
+    name: str
+    root: Path
+    manifest: Manifest
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.name / "rank-0"
+
+    def identify(self, snapshot: Snapshot) -> BaseModel:
+        digests = {file.path.partition("/rank-0/")[2]: file.digest for file in snapshot.files}
+        return BaseModel(self.folder, {"url": redact(self.url), "files": digests})
+
+
+def _find_files(settings: Settings, stores: Stores, url: str, *, weights: bool) -> _Files:
+    root = cache_folder(settings) / "bases"
+    last = url.rstrip("/").rpartition("/")[2]
+    digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
+    name = f"{last if JOB_ID.fullmatch(last) else 'base'}-{digest}"
+    listing = stores.read_folder(url, name)
+    names = [artifact.relative_file_name for artifact in listing.artifacts]
+    chosen = set(side_files(names))
+    if weights:
+        wanted = weight_files(names, allow_pickle=settings.allow_pickle)
+        if not wanted:
+            raise FetchError(
+                "the base model has no safetensors weights",
+                where=url,
+                got=", ".join(sorted(names)[:10]),
+                next_step="give the folder that save_pretrained wrote, or set allow_pickle to "
+                "read .bin files",
+            )
+        chosen |= set(wanted)
+    files: list[Artifact] = [a for a in listing.artifacts if a.relative_file_name in chosen]
+    check_names(files)
+    manifest = Manifest(tuple(sorted(files, key=lambda a: a.path)))
+    return _Files(url, name, root, manifest)

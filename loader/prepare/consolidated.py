@@ -1,0 +1,248 @@
+"""A snapshot's checkpoints, each whole: those sharded over ranks are consolidated on the way.
+
+::
+
+    <cache folder>/
+      consolidate-<digest>/               a Hugging Face model, or a PEFT adapter
+      .consolidate-<digest>.<plan>.partial/   the same while its bytes come by ranges; kept if that
+                                          ends before its time, and gone on with
+      .consolidating.<random>.partial/    the same while its files arrive, whose digests come last
+
+The digest is of what it was made from; a folder that is there is complete and is taken as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+from loader.config.settings import Settings
+from loader.fetch.crc import crc64nvme
+from loader.fetch.files import STATE
+from loader.fetch.progress import show_bytes
+from loader.timeline import Timeline
+from loader.types import Checkpoint, Kind, Snapshot
+from loader.weights.formats.learning import learning_names
+from loader.weights.formats.places import has_config, home_folders
+from loader.weights.formats.rank_files import Files
+from loader.weights.formats.serving import serving_files
+from loader.weights.inspect import open_checkpoint
+from loader.weights.publishing import disk_error, scratch_folder, sweep
+
+SHARDED = frozenset({Kind.DCP, Kind.ZERO, Kind.RANK_SHARDS})
+_EVERY_S = 5.0
+_MODE, _COMING = "consolidate", "consolidating"
+_log = logging.getLogger("podloader")
+
+Report = Callable[[int, int], None]  # told of bytes done, and of bytes in all
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A base model on this disk, or only its small files, and what tells it from any other."""
+
+    path: Path
+    identity: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint that is no longer sharded, and where it comes from.
+
+    ``place`` is ``<job>/rank-<N>/<folder>``, ``places`` are those of all ranks, ``kind`` what it
+    was, ``files`` the digest of every file by path.
+    """
+
+    checkpoint: Checkpoint
+    kind: Kind
+    place: str
+    places: frozenset[str]
+    files: Mapping[str, str]
+
+    @property
+    def job(self) -> str:
+        """The training job."""
+        return self.place.partition("/")[0]
+
+
+class LateShards(Protocol):
+    """Weight shards that are not on this disk: they stay at the origin, or are on their way."""
+
+    @property
+    def identities(self) -> Mapping[str, str] | None:
+        """What tells each shard from other versions, by path; None where digests come later."""
+
+    @property
+    def can_be_resumed(self) -> bool:
+        """Whether what an earlier run read of them is known to be of the same version."""
+
+    def opened(
+        self, checkpoint: Checkpoint
+    ) -> contextlib.AbstractContextManager[tuple[Files, Report]]:
+        """Give the files of *checkpoint*, and what is to be told how far it has come."""
+
+    def wait(self) -> Snapshot:
+        """Return the snapshot of all that is fetched, when it is."""
+
+
+def find_sources(
+    snapshot: Snapshot,
+    checkpoints: Sequence[Checkpoint],
+    identities: Mapping[str, str] | None = None,
+) -> tuple[Source, ...]:
+    """Return *checkpoints*, those of *snapshot*, with the place and the digests of each.
+
+    *identities* stand for the digests of files that are not in the snapshot, by path.
+    """
+    known = {file.path: file.digest for file in snapshot.files} | dict(identities or {})
+    found = []
+    for checkpoint in checkpoints:
+        place = _relative(checkpoint.path, snapshot)
+        homes = [place]
+        if checkpoint.kind in SHARDED:
+            homes += [_relative(folder, snapshot) for folder in home_folders(checkpoint)]
+        files = {
+            path: digest
+            for path, digest in known.items()
+            if _holds(homes, path, deep=checkpoint.kind in SHARDED)
+        }
+        if checkpoint.kind in SHARDED:
+            needed = serving_files(files)
+            files = {path: digest for path, digest in files.items() if path in needed}
+        found.append(
+            Source(checkpoint, checkpoint.kind, place, frozenset(homes), MappingProxyType(files))
+        )
+    return tuple(found)
+
+
+def make_whole(
+    source: Source,
+    settings: Settings,
+    timeline: Timeline,
+    find_base: Callable[[], BaseModel | None],
+    shards: LateShards | None = None,
+) -> Source:
+    """Return *source*, consolidated where it is sharded.
+
+    ``find_base`` is asked for the small files of the base model where no rank has a config.
+
+    Raises:
+        CheckpointError: see ``loader.weights.formats.consolidation.consolidate``.
+    """
+    if source.checkpoint.kind not in SHARDED:
+        return source
+    base = None if has_config(source.checkpoint) else find_base()
+    is_coming = shards is not None and shards.identities is None
+    cache = cache_folder(settings)
+    sweep(cache, _COMING)
+    with contextlib.ExitStack() as stack:
+        if is_coming:
+            output = stack.enter_context(scratch_folder(cache, _COMING)) / "model"
+        else:
+            output = _named(source, base, settings)
+        with timeline.stage("consolidate"):
+            if output.is_dir():
+                _log.info("the consolidated checkpoint is here already: %s", output)
+            else:
+                sweep(cache, f"{_MODE}-*", but=output.name)
+                _consolidate(source.checkpoint, output, base, settings, shards)
+        if shards is not None and is_coming:
+            (source,) = find_sources(shards.wait(), [source.checkpoint])
+            output = give_name(output, _named(source, base, settings))
+    return replace(source, checkpoint=open_checkpoint(output))
+
+
+def _consolidate(
+    checkpoint: Checkpoint,
+    output: Path,
+    base: BaseModel | None,
+    settings: Settings,
+    shards: LateShards | None,
+) -> None:
+    with contextlib.ExitStack() as stack:
+        learn = stack.enter_context(learning_names())
+        files, report = None, log_progress()
+        if shards is not None:
+            files, report = stack.enter_context(shards.opened(checkpoint))
+
+        from loader.weights.formats.consolidation import consolidate  # torch
+
+        consolidate(
+            checkpoint,
+            output,
+            files=files,
+            base=base.path if base else None,
+            dtype=settings.consolidate_dtype,
+            on_progress=report,
+            learn=learn,
+            # What goes by ranges from the origin is nowhere on this disk but in what is written.
+            digest=crc64nvme if shards is not None and shards.can_be_resumed else None,
+        )
+
+
+def _named(source: Source, base: BaseModel | None, settings: Settings) -> Path:
+    made_from = {
+        "mode": _MODE,
+        "files": dict(source.files),
+        "base": dict(base.identity) if base else None,
+        "dtype": settings.consolidate_dtype,
+    }
+    return output_folder(settings, _MODE, made_from)
+
+
+def give_name(folder: Path, name: Path) -> Path:
+    """Return *name*, where *folder* lies now; one that is there already is the same and stays.
+
+    Raises:
+        DiskError: the disk refused.
+    """
+    try:
+        name.exists() or folder.rename(name)
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise disk_error(name, error) from error
+    return name
+
+
+def output_folder(settings: Settings, mode: str, made_from: Mapping[str, object]) -> Path:
+    """Return the folder for what is made, named by the digest of what it is made from."""
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder(settings) / f"{mode}-{key}"
+
+
+def cache_folder(settings: Settings) -> Path:
+    """Return where merged and consolidated models are kept."""
+    cache = settings.cache_folder or settings.training.download_folder / STATE / "models"
+    return cache.absolute()
+
+
+def log_progress() -> Report:
+    """Return what logs a line every few seconds: bytes done and bytes in all."""
+    last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _EVERY_S:
+            last = time.monotonic()
+            _log.info("consolidated %s of %s", show_bytes(done), show_bytes(total))
+
+    return report
+
+
+def _relative(folder: Path, snapshot: Snapshot) -> str:
+    return folder.relative_to(snapshot.root).as_posix()
+
+
+def _holds(folders: Sequence[str], path: str, *, deep: bool) -> bool:
+    if not deep:
+        return path.rpartition("/")[0] in folders
+    return any(path.startswith(f"{folder}/") for folder in folders)

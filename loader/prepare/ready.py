@@ -1,0 +1,169 @@
+"""Checkpoints on disk -> ReadyModel: which one is the base, and what happens to the adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from loader.arriving.late import LateWeights
+from loader.config.settings import Settings
+from loader.errors import CheckpointError
+from loader.fetch.progress import Progress
+from loader.prepare.adapted import make_adapted
+from loader.prepare.bases import check_weights, find_base, not_a_base
+from loader.prepare.consolidated import BaseModel, LateShards, Source, find_sources, make_whole
+from loader.timeline import Timeline
+from loader.types import Checkpoint, Kind, ReadyModel, Snapshot
+from loader.weights.formats.parallel import refuse_ranks
+
+_SERVED = (Kind.FULL, Kind.WHISPER)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+_HEARING = ("preprocessor_config.json", "processor_config.json")  # how a Whisper hears
+
+
+def make_ready(
+    settings: Settings,
+    snapshot: Snapshot,
+    checkpoints: Sequence[Checkpoint],
+    timeline: Timeline,
+    late: LateWeights | None = None,
+    shards: LateShards | None = None,
+    progress: Progress | None = None,
+) -> ReadyModel:
+    """Return the model that *checkpoints*, those of *snapshot*, make up.
+
+    With ``late``, the snapshot lacks the weights of the base: they are fetched when it is known
+    that the adapters fit, and merged into while they arrive. With ``shards`` it lacks weights that
+    are sharded over ranks: they are read from there. *progress* is told of the download of a base
+    that is no checkpoint.
+
+    Raises:
+        CheckpointError: nothing to serve, or too much.
+        AdapterError: adapters that do not fit their base or each other.
+    """
+    found = find_sources(snapshot, checkpoints, shards.identities if shards else None)
+    _refuse_unservable(found)
+
+    def find_small_files() -> BaseModel | None:
+        return _find_small_files(settings, found, timeline)
+
+    if late is not None and any(s.kind is Kind.RANK_SHARDS for s in found):
+        with late.fetching() as arriving:  # consolidated they are the base, not as they arrive
+            snapshot = arriving.wait()
+        return make_ready(settings, snapshot, checkpoints, timeline, progress=progress)
+    sources = [make_whole(source, settings, timeline, find_small_files, shards) for source in found]
+    base = _base_source(settings, sources)
+    rest = [s for s in sources if s is not base]
+    adapters = [s for s in rest if s.checkpoint.kind is Kind.ADAPTER]
+    models = [s for s in rest if s.checkpoint.kind in _SERVED]
+    if adapters and models:
+        raise CheckpointError(
+            "full models and adapters together",
+            problems=[f"{s.checkpoint.kind}: {s.place}" for s in rest],
+            next_step="leave one sort out of the paths, or name the model the adapters were "
+            f"trained over: base_model: checkpoint:{models[0].place}/",
+        )
+    if not adapters:
+        models = [*models, *([base] if base else [])]
+        return _whole_model(settings, models, timeline, progress)
+    return make_adapted(settings, base, adapters, timeline, late, progress)
+
+
+def _refuse_unservable(sources: Sequence[Source]) -> None:
+    for source in sources:
+        checkpoint = source.checkpoint
+        if checkpoint.kind is Kind.UNKNOWN:
+            found = checkpoint.detail.get("found")
+            raise CheckpointError(
+                "no checkpoint that podloader knows",
+                where=source.place,
+                expected=str(checkpoint.detail.get("lacks", "a model or an adapter")),
+                got=", ".join(map(str, found[:8])) if isinstance(found, list) else "nothing",
+                next_step="choose the checkpoint's whole folder in paths, with / at its end",
+            )
+        if checkpoint.kind is Kind.MEGATRON:
+            raise refuse_ranks(checkpoint)
+        missing = checkpoint.detail.get("missing")
+        if missing and checkpoint.kind is not Kind.RANK_SHARDS:  # there, tensors are named
+            raise CheckpointError(
+                "shards are missing from the checkpoint",
+                where=source.place,
+                problems=[str(name) for name in missing] if isinstance(missing, list) else (),
+                next_step="widen the pattern until it takes every shard",
+            )
+
+
+def _base_source(settings: Settings, sources: Sequence[Source]) -> Source | None:
+    """Return the checkpoint that ``base_model: checkpoint:…`` names, if it names one."""
+    name = settings.base_checkpoint
+    if name is None:
+        return None
+    place = f"{name.job}/{name.name}"
+    for source in sources:
+        if place in source.places:
+            if source.checkpoint.kind is Kind.FULL:
+                return source
+            raise not_a_base(place, source.checkpoint.kind.value)
+    raise not_a_base(place, "no checkpoint")
+
+
+def _whole_model(
+    settings: Settings, models: Sequence[Source], timeline: Timeline, progress: Progress | None
+) -> ReadyModel:
+    if len(models) != 1:
+        raise CheckpointError(
+            f"{len(models)} full models, where one is served",
+            problems=[model.place for model in models],
+            next_step="narrow artifact_references[].paths to one of them",
+        )
+    model = models[0]
+    path = model.checkpoint.path
+    check_weights(settings, model.checkpoint)
+    tokenizer = path
+    if not _has_tokenizer(tokenizer) and settings.base_model and not settings.base_checkpoint:
+        tokenizer = find_base(settings, settings.base_model, timeline, progress).path
+    if not _has_tokenizer(tokenizer):
+        raise CheckpointError(
+            "the model came without a tokenizer",
+            where=model.place,
+            expected=" or ".join(_TOKENIZERS),
+            next_step="set base_model to the model it was trained from: its tokenizer is taken",
+        )
+    if model.checkpoint.kind is Kind.WHISPER and not _has_any(path, _HEARING):
+        raise CheckpointError(
+            "the Whisper model came without its feature extractor",
+            where=model.place,
+            expected=" or ".join(_HEARING),
+            next_step="save the processor beside the model in the training job",
+        )
+    provenance: dict[str, object] = {
+        "kind": model.kind.value,
+        "checkpoint": model.place,
+        "files": dict(model.files),
+    }
+    return ReadyModel(path, (), None, tokenizer, provenance)
+
+
+def _find_small_files(
+    settings: Settings, sources: Sequence[Source], timeline: Timeline
+) -> BaseModel | None:
+    """Return where the base model's config and tokenizer lie, None where no base is named.
+
+    Shards may be on their way meanwhile: what they are told to counts one download at a time.
+    """
+    if settings.base_model is None:
+        return None
+    if (name := settings.base_checkpoint) is None:
+        return find_base(settings, settings.base_model, timeline)
+    for source in sources:
+        if f"{name.job}/{name.name}" in source.places:
+            return BaseModel(source.checkpoint.path, {"checkpoint": dict(source.files)})
+    return None
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return _has_any(folder, _TOKENIZERS)
+
+
+def _has_any(folder: Path, names: Sequence[str]) -> bool:
+    return any((folder / name).is_file() for name in names)

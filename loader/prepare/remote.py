@@ -1,0 +1,71 @@
+"""What is a checkpoint that was not downloaded: its names, and the few small files that tell."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from loader.config.settings import Settings
+from loader.fetch.snapshot import read_artifact
+from loader.resolve.manifest import check_count, check_names
+from loader.stores.base import Store
+from loader.stores.registry import Stores, is_remote
+from loader.types import Artifact, Checkpoint, Listing
+from loader.weights.inspect import find_checkpoints, open_checkpoint
+
+_TELLING = ("/config.json", "/adapter_config.json", ".index.json", "/latest")
+
+
+def inspect_source(source: str, settings: Settings | None = None) -> tuple[Checkpoint, ...]:
+    """Return the checkpoints in a folder, or behind a listing or another source of artifacts.
+
+    Of a source, only small files that tell the kind are read; paths are ``<job>/rank-<N>/…``.
+
+    Raises:
+        CheckpointError: there is no such folder.
+        ListingError: not a listing.
+        FetchError: the source refuses or does not answer.
+        FormatError: a config or an index is malformed.
+    """
+    path = Path(source)
+    if not is_remote(source) and not path.is_file():
+        found = find_checkpoints(path) if path.is_dir() else ()
+        return found or (open_checkpoint(path),)
+    store = Stores(settings or Settings.without_config())
+    try:
+        listings = store.read_listings(source)
+        for listing in listings:
+            check_count(listing)
+            check_names(listing.artifacts)
+        with tempfile.TemporaryDirectory(prefix="podloader-") as folder:
+            root = Path(folder)
+            found = read_checkpoints(listings, store, root)
+            return tuple(replace(c, path=c.path.relative_to(root)) for c in found)
+    finally:
+        store.close()
+
+
+def read_checkpoints(
+    listings: Sequence[Listing], store: Store, root: Path
+) -> tuple[Checkpoint, ...]:
+    """Return the checkpoints behind *listings*, their small telling files put below *root*.
+
+    Raises:
+        FetchError: one of these files cannot be read.
+        FormatError: a config or an index is malformed.
+    """
+    names = []
+    for artifact in (a for listing in listings for a in listing.artifacts):
+        names.append(artifact.path)
+        if artifact.name.endswith(_TELLING):
+            _put(artifact, root, store)
+    return find_checkpoints(root, names)
+
+
+def _put(artifact: Artifact, root: Path, store: Store) -> None:
+    text = read_artifact(artifact, root, store)
+    place = root / artifact.path
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(text)

@@ -1,0 +1,191 @@
+"""Which store a source is: a listing's path or URL, ``s3://``, ``baseten``, or a URL for fsspec."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from loader.config.settings import Settings
+from loader.errors import ConfigError, ExpiredError, FetchError, ListingError
+from loader.http.client import HttpClient, HttpOptions
+from loader.http.objects import ObjectInfo
+from loader.retry import ask_again
+from loader.stores.base import Asked, ByteStream, Store
+from loader.stores.baseten import NAME as BASETEN
+from loader.stores.baseten import Api, JobFiles
+from loader.stores.fs import FsspecStore
+from loader.stores.job_folders import Tree, list_folder, list_jobs
+from loader.stores.presigned import FileListing, PresignedStore, UrlListing
+from loader.stores.s3 import SCHEME as S3
+from loader.stores.s3 import S3Options, S3Store
+from loader.stores.urls import ListingSource, ReadSource, SignedUrls
+from loader.types import Artifact, Listing
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]*:(//|:)", re.IGNORECASE)  # fsspec chains schemes by ::
+_WEB = ("http://", "https://")
+
+
+def is_remote(source: str) -> bool:
+    """Return whether *source* is a URL or ``baseten``, not a path of this machine."""
+    return bool(_URL.match(source)) or source == BASETEN or source.startswith(f"{BASETEN}:")
+
+
+class Stores:
+    """Every store that the settings make possible, as one ``Store``: the URL's scheme chooses.
+
+    *on_renewal* is called whenever listings were read again because their URLs end.
+    """
+
+    def __init__(self, settings: Settings, on_renewal: Callable[[], object] | None = None) -> None:
+        self._settings = settings
+        self._on_renewal = on_renewal
+        options = HttpOptions(
+            connect_timeout_s=settings.connect_timeout_s,
+            stall_timeout_s=settings.stall_timeout_s,
+            ca_bundle=settings.ca_bundle,
+            link_local=settings.allow_local_urls,
+        )
+        self._client = HttpClient(options)
+        # What the user names leads where the user likes; what a listing names does not.
+        self._trusted = HttpClient(replace(options, link_local=True))
+        self._read: list[ReadSource] = []
+        self._signed = PresignedStore(self._client)
+        self._s3 = S3Store(self._trusted, _s3_options(settings))
+        self._fs = FsspecStore(settings.storage_options)
+
+    def read_listings(
+        self, source: str, jobs: Sequence[str] = (), *, loops: Collection[str] = ()
+    ) -> tuple[Listing, ...]:
+        """Return the listings of *jobs* at *source*, of every job there where none is named.
+
+        *loops*: those of them that are Loops checkpoints.
+
+        Raises:
+            ConfigError: no such sort of source, no key for it, or a package is missing.
+            ListingError: it cannot be read, or there is no listing.
+            FetchError: the place refuses or does not answer.
+        """
+        if source == BASETEN or source.startswith(f"{BASETEN}:"):
+            return self._read_baseten(source, jobs, loops)
+        if not is_remote(source):
+            return self._keep(FileListing(Path(source), local_urls=self._local))
+        if source.lower().startswith(_WEB):
+            scheme, _, rest = source.partition(":")
+            return self._read_url(f"{scheme.lower()}:{rest}")
+        tree, root = self._tree(source)
+        return list_jobs(tree, root, jobs)
+
+    def read_folder(self, url: str, name: str) -> Listing:
+        """Return the files below *url*, a model's folder, as rank 0 of a job called *name*.
+
+        Raises:
+            ConfigError: no such sort of source, or a package is missing.
+            FetchError: the place refuses or does not answer, or there is no file.
+        """
+        tree, root = self._tree(url)
+        listing = list_folder(tree, root, name)
+        if not listing.artifacts:
+            raise FetchError("no files there", where=url, next_step="correct the URL")
+        return listing
+
+    def stat(self, artifact: Artifact) -> ObjectInfo:
+        """Return size and version. Raises as ``Store.stat`` does."""
+        return self._store(artifact).stat(artifact)
+
+    def open_first(self, artifact: Artifact, end: int) -> ByteStream:
+        """Return the bytes ``[0, end)`` of the version there is. Raises as ``Store.open_first``."""
+        return self._store(artifact).open_first(artifact, end)
+
+    def ask_first(self, artifact: Artifact, end: int) -> Asked:
+        """Ask what ``open_first`` asks, and leave the answer. Raises as ``Store.ask_first``."""
+        return self._store(artifact).ask_first(artifact, end)
+
+    def ask_next(
+        self,
+        stream: ByteStream,
+        artifact: Artifact,
+        start: int,
+        end: int,
+        version: ObjectInfo | None,
+    ) -> Asked | None:
+        """Ask for bytes on the connection of *stream*. See ``Store.ask_next``."""
+        return self._store(artifact).ask_next(stream, artifact, start, end, version)
+
+    def open_range(
+        self, artifact: Artifact, start: int, end: int, version: ObjectInfo
+    ) -> ByteStream:
+        """Return the bytes ``[start, end)`` of *version*. Raises as ``Store.open_range`` does."""
+        return self._store(artifact).open_range(artifact, start, end, version)
+
+    def close(self) -> None:
+        """Drop every connection."""
+        for store in (self._signed, self._s3, self._fs):
+            store.close()
+
+    @property
+    def _local(self) -> bool:
+        return self._settings.allow_local_urls
+
+    def _store(self, artifact: Artifact) -> Store:
+        if artifact.url.startswith(_WEB):
+            return self._signed
+        return self._s3 if artifact.url.startswith(S3) else self._fs
+
+    def _tree(self, url: str) -> tuple[Tree, str]:
+        if url.startswith(S3):
+            root = url.removeprefix(S3).strip("/")
+            if not root:
+                raise ConfigError("s3:// without a bucket", expected="s3://<bucket>/<prefix>")
+            return self._s3, root
+        if "::" in url:
+            raise ConfigError("chained URLs of fsspec are not supported", where=url)
+        tree = self._fs.tree(url)
+        return tree, tree.path(url)
+
+    def _read_baseten(
+        self, source: str, jobs: Sequence[str], loops: Collection[str]
+    ) -> tuple[Listing, ...]:
+        _, _, named = source.partition(":")
+        wanted = (named,) if named else tuple(jobs)
+        if not wanted:
+            raise ConfigError("which training job?", where=source, expected=f"{BASETEN}:<job id>")
+        settings = self._settings
+        api = Api(self._trusted, settings.api_url, settings.api_key, settings.retries)
+        sources = (JobFiles(api, job, loops=job in loops) for job in wanted)
+        return tuple(listing for source in sources for listing in self._keep(source))
+
+    def _read_url(self, url: str) -> tuple[Listing, ...]:
+        """Read a listing behind a URL, whose failures are the listing's."""
+        listing = UrlListing(url, self._trusted, local_urls=self._local)
+        try:
+            return ask_again(partial(self._keep, listing), self._settings.retries)
+        except FetchError as error:
+            raise ListingError(
+                f"the listing cannot be fetched: {error.what}",
+                where=url,
+                got=error.got,
+                next_step="get a new URL of the listing"
+                if isinstance(error, ExpiredError)
+                else error.next_step or "check the URL, and that this machine can reach it",
+            ) from None
+
+    def _keep(self, source: ListingSource) -> tuple[Listing, ...]:
+        """Return what *source* has, and remember it: its URLs may have to be signed anew."""
+        listings = source.read()
+        self._read.append(ReadSource(source, listings))
+        self._signed = PresignedStore(self._client, SignedUrls(self._read, self._on_renewal))
+        return listings
+
+
+def _s3_options(settings: Settings) -> S3Options:
+    return S3Options(
+        endpoint_url=settings.s3_endpoint_url,
+        credentials=settings.s3,
+        ca_bundle=settings.ca_bundle,
+        connect_timeout_s=settings.connect_timeout_s,
+        read_timeout_s=settings.stall_timeout_s,
+        retries=settings.retries,
+    )

@@ -1,0 +1,38 @@
+"""The small files that a server needs beside the weights, from whichever rank has them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from loader.weights.formats.places import CONFIG
+from loader.weights.formats.serving import is_sidecar
+from loader.weights.inspect import read_json
+
+
+def find_sidecars(folders: Sequence[Path]) -> Mapping[str, Path]:
+    """Return name -> file of configs, tokenizer and chat templates; the first folder's counts."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*")) if folder.is_dir() else ():
+            if path.is_file() and is_sidecar(path.name):
+                found.setdefault(path.name, path)
+    return MappingProxyType(found)
+
+
+def write_sidecars(sidecars: Mapping[str, Path], folder: Path, *, dtype: str | None) -> None:
+    """Copy *sidecars* into *folder*; config.json says *dtype* ("bfloat16"), what is stored.
+
+    Raises:
+        FormatError: config.json is malformed.
+    """
+    for name, path in sidecars.items():
+        shutil.copyfile(path, folder / name)
+    if dtype and CONFIG in sidecars:
+        config = read_json(sidecars[CONFIG])
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / CONFIG).write_text(text, encoding="utf-8")

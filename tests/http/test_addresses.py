@@ -1,0 +1,57 @@
+"""The machine's own link, however it is written."""
+
+from __future__ import annotations
+
+import pytest
+
+from loader.http.addresses import is_link_local
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "169.254.169.254",
+        "169.254.170.2",
+        "0xA9FEA9FE",
+        "2852039166",
+        "0251.0376.0251.0376",
+        "fe80::1",
+        "[fe80::1]",
+        "fe80::1%eth0",
+        "::ffff:169.254.169.254",
+        "fe80::1%25eth0",
+        "::169.254.169.254",
+        "64:ff9b::a9fe:a9fe",
+        "2002:a9fe:a9fe::1",
+        "169。254。169。254",
+        "①⑥⑨.254.169.254",
+        "169%2E254.169.254",
+        "fd00:ec2::254",
+        "fd00:ec2::23",
+        "fd20:ce::254",
+        "168.63.129.16",
+        "100.100.100.200",
+        "metadata.google.internal.",
+        "Metadata",
+    ],
+)
+def test_link_local(host: str) -> None:
+    assert is_link_local(host)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1",
+        "::1",
+        "localhost",
+        "10.0.0.1",
+        "a.example",
+        "é.example",
+        "x" * 70 + "é",
+        "%",
+        "",
+    ],
+)
+def test_elsewhere(host: str) -> None:
+    assert not is_link_local(host)

@@ -1,0 +1,266 @@
+"""Sockets against real peers that are fast, slow, silent or gone; TLS in both ways to read it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import os
+import socket
+import ssl
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import trustme
+
+from loader.http import openssl, sockets
+from loader.http.sockets import BufferedTlsSocket, PlainSocket, TlsSocket, shake_hands
+
+CONTENT = os.urandom(1 << 20) * 8
+MEBIBYTE = 1 << 20
+Talk = Callable[[socket.socket], None]
+
+
+@pytest.mark.parametrize(("threads", "size"), [(16, 256 << 10), (128, 64 << 10), (5000, 16 << 10)])
+def test_many_threads_share_a_bound(
+    monkeypatch: pytest.MonkeyPatch, threads: int, size: int
+) -> None:
+    monkeypatch.setattr(threading, "active_count", lambda: threads)
+    assert len(sockets._ciphertext_buffer()) == size
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+class Peer:
+    """Connects to a server that says *talk* to whoever comes."""
+
+    def __init__(self, kind: str, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kind = kind
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE  # as most servers' default
+        authority.issue_cert("127.0.0.1").configure_cert(self._context)
+        self._trusting = ssl.create_default_context()
+        authority.configure_trust(self._trusting)
+        self._ends = contextlib.ExitStack()
+        if kind == "buffered":
+            monkeypatch.setattr(openssl, "attach", lambda tls, fd: None)
+
+    def connect(self, talk: Talk, timeout_s: float = 5.0) -> PlainSocket:
+        """Return the socket of a client whom the server greets with *talk*."""
+        listener = self._ends.enter_context(socket.create_server(("127.0.0.1", 0)))
+        thread = threading.Thread(target=self._serve, args=(listener, talk), daemon=True)
+        thread.start()
+        address = listener.getsockname()
+        plain = socket.create_connection(address, timeout=timeout_s)
+        if self.kind == "plain":
+            sock = PlainSocket(plain)
+        else:
+            sock = shake_hands(plain, self._trusting, "127.0.0.1")
+            assert isinstance(sock, TlsSocket if self.kind == "tls" else BufferedTlsSocket)
+        self._ends.callback(sock.close)
+        return sock
+
+    def close(self) -> None:
+        """Close all."""
+        self._ends.close()
+
+    def _serve(self, listener: socket.socket, talk: Talk) -> None:
+        with contextlib.suppress(OSError):
+            accepted, _ = listener.accept()
+            if self.kind == "plain":
+                spoken: socket.socket = accepted
+            else:
+                spoken = self._context.wrap_socket(accepted, server_side=True)
+            with spoken:
+                talk(spoken)
+
+
+@pytest.fixture(params=["plain", "tls", "buffered"])
+def peer(
+    request: pytest.FixtureRequest, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Peer]:
+    made = Peer(request.param, authority, monkeypatch)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def tls_peer(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
+    made = Peer("tls", authority, monkeypatch)
+    yield made
+    made.close()
+
+
+def receive(sock: PlainSocket, count: int, buffer: memoryview) -> list[int]:
+    """Return how many bytes each read put into *buffer*, up to *count* or the end."""
+    reads: list[int] = []
+    digest = hashlib.sha256()
+    while sum(reads) < count and (got := sock.recv_into(buffer[: count - sum(reads)])):
+        digest.update(buffer[:got])
+        reads.append(got)
+    assert digest.digest() == hashlib.sha256(CONTENT[: sum(reads)]).digest()
+    return reads
+
+
+def test_a_fast_peers_bytes_come_in_whole_buffers(peer: Peer) -> None:
+    def talk(end: socket.socket) -> None:
+        for place in range(0, len(CONTENT), 128 << 10):
+            end.sendall(CONTENT[place : place + (128 << 10)])
+            time.sleep(0.001)
+
+    sock = peer.connect(talk)
+    reads = receive(sock, len(CONTENT), memoryview(bytearray(MEBIBYTE)))
+    assert sum(reads) == len(CONTENT)
+    if peer.kind != "buffered":
+        whole = MEBIBYTE if peer.kind == "plain" else MEBIBYTE // 2
+        assert sum(1 for count in reads if count == whole) >= 3, reads
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel counts a thread's pauses")
+def test_a_thread_sleeps_until_a_whole_buffer_has_come(
+    authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    def talk(end: socket.socket) -> None:
+        for place in range(0, len(CONTENT), 16 << 10):
+            end.sendall(CONTENT[place : place + (16 << 10)])
+            time.sleep(0.0002)
+
+    peer = Peer("plain", authority, monkeypatch)
+    sock = peer.connect(talk)
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+    receive(sock, len(CONTENT), memoryview(bytearray(MEBIBYTE)))
+    pauses = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before
+    assert pauses < len(CONTENT) // (16 << 10) // 4
+    peer.close()
+
+
+def test_a_slow_peers_bytes_are_taken_as_they_come(peer: Peer) -> None:
+    def talk(end: socket.socket) -> None:
+        end.sendall(CONTENT[: 4 * MEBIBYTE])
+        for piece in range(10):
+            time.sleep(0.7 if piece < 2 else 0.15)
+            end.sendall(CONTENT[:100])
+
+    sock = peer.connect(talk)
+    buffer = memoryview(bytearray(MEBIBYTE))
+    receive(sock, 4 * MEBIBYTE, buffer)
+    counts = [sock.recv_into(buffer)]  # the one that found out how slow it is now
+    while sum(counts) < 1000:
+        counts.append(sock.recv_into(buffer))
+    assert len(counts) >= 7, counts
+
+
+def test_what_came_before_a_silence_is_not_lost(peer: Peer) -> None:
+    release = threading.Event()
+
+    def talk(end: socket.socket) -> None:
+        end.sendall(CONTENT[: 5 * MEBIBYTE + 12345])
+        release.wait(10)
+
+    sock = peer.connect(talk)
+    sock.settimeout(0.8)
+    buffer = memoryview(bytearray(MEBIBYTE))
+    receive(sock, 5 * MEBIBYTE + 12345, buffer)
+    with pytest.raises(TimeoutError):
+        sock.recv_into(buffer)
+    release.set()
+
+
+def test_a_silence_is_waited_out(peer: Peer) -> None:
+    def talk(end: socket.socket) -> None:
+        end.sendall(CONTENT[: 5 * MEBIBYTE + 12345])
+        time.sleep(1.5)
+        end.sendall(CONTENT[5 * MEBIBYTE + 12345 :])
+
+    sock = peer.connect(talk)
+    reads = receive(sock, len(CONTENT), memoryview(bytearray(MEBIBYTE)))
+    assert sum(reads) == len(CONTENT)
+
+
+def test_a_read_that_waits_for_a_whole_buffer_is_ended_from_outside(peer: Peer) -> None:
+    release = threading.Event()
+
+    def talk(end: socket.socket) -> None:
+        end.sendall(CONTENT[: 5 * MEBIBYTE + 12345])
+        release.wait(10)
+
+    sock = peer.connect(talk, timeout_s=60)
+    timer = threading.Timer(0.5, sock.shutdown, (socket.SHUT_RDWR,))
+    timer.start()
+    began = time.monotonic()
+    reads = receive(sock, len(CONTENT), memoryview(bytearray(MEBIBYTE)))
+    assert sum(reads) == 5 * MEBIBYTE + 12345
+    assert time.monotonic() - began < 5
+    release.set()
+
+
+def test_a_reset_in_the_midst(peer: Peer) -> None:
+    def talk(end: socket.socket) -> None:
+        end.sendall(CONTENT[: 3 * MEBIBYTE])
+        time.sleep(0.5)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        socket.socket.close(end)
+
+    sock = peer.connect(talk)
+    reads: list[int] = []
+    with contextlib.suppress(ConnectionResetError):  # or an end that comes too early
+        reads += receive(sock, len(CONTENT), memoryview(bytearray(MEBIBYTE)))
+    assert sum(reads) <= 3 * MEBIBYTE
+
+
+def test_a_peer_that_does_not_shake_hands(authority: trustme.CA) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        plain = socket.create_connection(listener.getsockname(), timeout=0.3)
+        with plain, pytest.raises(TimeoutError):
+            shake_hands(plain, ssl.create_default_context(), "127.0.0.1")
+
+
+def test_the_cheapest_of_the_allowed_ciphers_comes_first(tls_peer: Peer) -> None:
+    sock = tls_peer.connect(lambda end: end.sendall(CONTENT))
+    assert isinstance(sock, TlsSocket)
+    cipher = sock._tls.cipher()
+    assert cipher is not None
+    assert cipher[0] == "TLS_AES_128_GCM_SHA256"
+
+
+def test_a_closed_connection_writes_nothing_more(tls_peer: Peer) -> None:
+    sock = tls_peer.connect(lambda end: end.sendall(CONTENT))
+    receive(sock, MEBIBYTE, memoryview(bytearray(MEBIBYTE)))
+    fd = sock._sock.fileno()
+    sock.close()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert fd in (ours.fileno(), theirs.fileno()), "the descriptor is taken again"
+        del sock
+        tls_peer.close()
+        gc.collect()
+        for end in (ours, theirs):
+            end.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                end.recv(1)
+
+
+@pytest.mark.parametrize("field", ["_PYTHONS", "_HEAD_BYTES", "OPENSSL_VERSION_NUMBER"])
+def test_what_is_not_as_known_is_left_alone(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    openssl._library.cache_clear()
+    if field == "OPENSSL_VERSION_NUMBER":
+        monkeypatch.setattr(ssl, field, 0x10101000)
+    else:
+        monkeypatch.setattr(openssl, field, {"_PYTHONS": ((2, 7), (3, 0))}.get(field, 24))
+    tls = ssl.create_default_context().wrap_bio(
+        ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname="127.0.0.1"
+    )
+    with socket.socket() as sock:
+        assert openssl.attach(tls, sock.fileno()) is None
+        with pytest.raises(ssl.SSLWantReadError):
+            tls.do_handshake()
+    openssl._library.cache_clear()

@@ -1,0 +1,118 @@
+"""Hugging Face shards spread over ranks, as a job that saves on every node would upload them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loader.errors import CheckpointError, FormatError
+from loader.types import Kind
+from loader.weights.formats import slabs
+from loader.weights.formats.consolidation import consolidate
+from loader.weights.formats.rank_files import LocalFile
+from tests.models import tiny_llama
+from tests.weights.formats.conftest import assert_same, found, tensors_of
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Path:
+    """A model in shards, dealt out to two nodes; config on one, index on the other."""
+    whole = tiny_llama(tmp_path / "whole", max_shard_size="300KB")
+    shards = sorted(whole.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    folders = [tmp_path / f"case/rank-{rank}/checkpoint-10" for rank in (0, 1)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    for number, path in enumerate(shards):
+        path.rename(folders[number % 2] / path.name)
+    (whole / INDEX).rename(folders[1] / INDEX)
+    for path in whole.iterdir():
+        path.rename(folders[0] / path.name)
+    return tmp_path / "case"
+
+
+def wanted(case: Path) -> dict[str, torch.Tensor]:
+    files = case.glob("rank-*/checkpoint-10/model-*.safetensors")
+    return {name: tensor for path in files for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("index", ["on another rank", "on none"])
+def test_the_shards_of_two_nodes(case: Path, index: str, tmp_path: Path) -> None:
+    if index == "on none":
+        (case / "rank-1/checkpoint-10" / INDEX).unlink()
+    checkpoint = found(case)
+    assert checkpoint.kind is Kind.RANK_SHARDS
+    out = consolidate(checkpoint, tmp_path / "out", max_shard_bytes=400_000)
+    assert_same(tensors_of(out), wanted(case))
+    assert json.loads((out / INDEX).read_text())["weight_map"].keys() == wanted(case).keys()
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_a_missing_shard_is_named_by_its_tensors(case: Path, tmp_path: Path) -> None:
+    path = sorted(case.glob("rank-1/checkpoint-10/model-*"))[0]
+    lost = sorted(load_file(path))
+    path.unlink()
+    with pytest.raises(CheckpointError, match="no rank's folder holds") as error:
+        consolidate(found(case), tmp_path / "out")
+    assert sorted(error.value.problems) == [f"{name}: no rank has {path.name}" for name in lost]
+
+
+def test_a_missing_shard_without_an_index(case: Path, tmp_path: Path) -> None:
+    path = sorted(case.glob("rank-1/checkpoint-10/model-*"))[0]
+    path.unlink()
+    (case / "rank-1/checkpoint-10" / INDEX).unlink()
+    with pytest.raises(CheckpointError, match="no rank's folder holds") as error:
+        consolidate(found(case), tmp_path / "out")
+    assert error.value.problems == (f"no rank has {path.name}",)
+
+
+def test_a_shard_that_is_cut_short(case: Path, tmp_path: Path) -> None:
+    path = sorted(case.glob("rank-1/checkpoint-10/model-*"))[0]
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 10)
+    with pytest.raises(FormatError, match="lies about its tensors") as error:
+        consolidate(found(case), tmp_path / "out")
+    assert path.name in error.value.where
+
+
+def test_a_tensor_that_two_shards_hold(case: Path, tmp_path: Path) -> None:
+    first, second = sorted(case.glob("rank-0/checkpoint-10/model-*"))[:2]
+    second.write_bytes(first.read_bytes())
+    (case / "rank-1/checkpoint-10" / INDEX).unlink()
+    with pytest.raises(FormatError, match="stored twice") as error:
+        consolidate(found(case), tmp_path / "out")
+    assert f": again in {second.name}" in error.value.problems[0]
+
+
+@pytest.mark.parametrize("block_bytes", [slabs.BLOCK_BYTES, 3000])
+def test_pickled_shards_are_read_without_torch(
+    case: Path, block_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader makes descriptions of tensors; strides of a transposed one are followed."""
+    monkeypatch.setattr(slabs, "BLOCK_BYTES", block_bytes)
+    everything = wanted(case)
+    read_into, read = LocalFile.read_into, 0
+
+    def counted(self: LocalFile, start: int, buffer: memoryview) -> None:
+        nonlocal read
+        read += len(buffer)
+        read_into(self, start, buffer)
+
+    monkeypatch.setattr(LocalFile, "read_into", counted)
+    (case / "rank-1/checkpoint-10" / INDEX).unlink()
+    for path in list(case.glob("rank-*/checkpoint-10/model-*")):
+        name = path.name.replace("model", "pytorch_model").replace("safetensors", "bin")
+        tensors = load_file(path)
+        turned = {k: v.t().contiguous().t() if v.ndim == 2 else v for k, v in tensors.items()}
+        torch.save(turned, path.with_name(name))
+        path.unlink()
+    out = consolidate(found(case), tmp_path / "out")
+    assert_same(tensors_of(out), everything)
+    # Each is read once, in however many slabs it is written; directories and pickles come on top.
+    assert read < 1.1 * sum(tensor.nbytes for tensor in everything.values())
