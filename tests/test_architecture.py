@@ -10,25 +10,8 @@ from pathlib import Path
 
 import pytest
 
-LOADER = Path(__file__).parent.parent / "loader"
+from tests.house import LAYERS, LOADER, draw_map, shown_map
 
-# A room may import what stands below it, and itself.
-LAYERS = [
-    {"errors"},
-    {"types", "timeline", "retry", "threads", "import_lock"},
-    {"config"},
-    {"http"},
-    {"resolve", "stores", "weights"},
-    {"fetch", "adapters"},
-    {"arriving"},
-    {"status"},
-    {"serve"},
-    {"prepare"},
-    {"boot"},
-    {"truss", "demo", "pod", "scaffold"},
-    {"cli"},
-    {"__main__"},
-]
 OWNERS = {
     "torch": {"weights", "adapters", "serve", "demo"},
     "transformers": {"weights", "serve", "demo"},
@@ -122,3 +105,12 @@ def test_nothing_heavy_comes_with_the_front_rooms(module: str) -> None:
 
 def test_the_command_line_waits_for_no_room() -> None:
     assert not loaded_by("import loader.cli") & {"pydantic", "pydantic_settings", "awscrt", "yaml"}
+
+
+def test_the_map_is_the_house() -> None:
+    assert shown_map() == draw_map(), "`python -m tests.house` draws it anew"
+
+
+def test_no_two_files_bear_one_name() -> None:
+    names = [path.name for path in modules() if path.name != "__init__.py"]
+    assert sorted(names) == sorted(set(names))

@@ -1,1 +1,1 @@
-"""Engines that answer OpenAI requests. The only room that names vLLM."""
+"""Engines that answer OpenAI requests. vLLM has a room of its own."""

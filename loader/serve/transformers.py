@@ -20,7 +20,7 @@ from loader.serve.canary import PROMPT, Said, distance, refuse_silent
 from loader.serve.generation import Completion, LoadedModel, generate, prompt_logprobs
 from loader.serve.model import base_name, ready_folder
 from loader.serve.prompts import encode_prompts
-from loader.serve.request import check_request
+from loader.serve.request_body import check_request
 from loader.serve.sampling import Sampling, read_sampling
 from loader.types import ReadyModel
 

@@ -1,1 +1,1 @@
-"""Where artifacts and base models lie. The only network code; foreign errors end here."""
+"""Where artifacts and base models lie: presigned URLs, S3, Baseten, file systems, the Hub."""

@@ -21,7 +21,7 @@ from loader.config.settings import Settings, traces_exporter
 from loader.errors import RequestError
 from loader.fetch.progress import LogProgress
 from loader.serve.model import ServedModel
-from loader.serve.request import PROMPTS, check_prompt
+from loader.serve.request_body import PROMPTS, check_prompt
 from loader.status.table import timeline_lines
 from loader.status.tracing import exporting
 from loader.timeline import Timeline

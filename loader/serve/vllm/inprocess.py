@@ -14,7 +14,7 @@ from typing import Any
 from loader.errors import EngineError, LoaderError, RequestError
 from loader.serve.canary import Said, canary_body, check_adapters, read_said
 from loader.serve.model import base_name, ready_folder
-from loader.serve.request import PROMPTS, check_request
+from loader.serve.request_body import PROMPTS, check_request
 from loader.serve.vllm.arguments import (
     adapter_room,
     check_engine_args,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loader.errors import RequestError
-from loader.serve.request import PROMPTS, check_prompt, check_request
+from loader.serve.request_body import PROMPTS, check_prompt, check_request
 
 
 @pytest.mark.parametrize(
