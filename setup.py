@@ -1,7 +1,7 @@
 """What setuptools cannot read from pyproject.toml: the compiled part belongs to no Python.
 
-``ctypes`` loads it, so one file serves every version, and the wheel's tag says so. Where no compiler
-is at hand it is left out, and the wheel is for any machine.
+``ctypes`` loads it, so one file serves every version, and the wheel's tag says so. Where no
+compiler is at hand it is left out, and the wheel is for any machine.
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-LIBRARY = Path("loader", "adapters", "_lowrank.so")
+LIBRARY = "loader.adapters._lowrank"
+
+
+def library_file(name: str) -> Path:
+    """Return where a module of this name lies, without a suffix of one Python's."""
+    return Path(*name.split(".")).with_suffix(".so")
 
 
 class BuildLibrary(build_ext):
@@ -20,7 +25,7 @@ class BuildLibrary(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         """Return the same name for every version of Python."""
-        return str(LIBRARY)
+        return str(library_file(fullname))
 
 
 class Wheel(bdist_wheel):
@@ -28,7 +33,7 @@ class Wheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         """Return the tag of what was built."""
-        built = Path(self.bdist_dir, LIBRARY).is_file()
+        built = Path(self.bdist_dir, library_file(LIBRARY)).is_file()
         self.root_is_pure = not built
         return "py3", "none", super().get_tag()[2] if built else "any"
 
@@ -37,7 +42,7 @@ setup(
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
     ext_modules=[
         Extension(
-            "loader.adapters._lowrank",
+            LIBRARY,
             sources=["loader/adapters/lowrank.c"],
             depends=["loader/adapters/lowrank_tiles.h"],
             extra_compile_args=["-O3", "-ffp-contract=fast"],

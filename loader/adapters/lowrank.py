@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
 import torch
 
+LIBRARY = Path(__file__).with_name("_lowrank.so")  # one for every Python: see setup.py
 _LEAST_ROWS = 6
 
 
@@ -75,11 +75,10 @@ class Kernel:
 
 @functools.cache
 def find_kernel() -> Kernel | None:
-    """Return the kernel for this processor; None: not built, or the processor is another."""
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_lowrank{suffix}")
-        if path.is_file():
-            library = ctypes.CDLL(str(path))
-            lanes = int(library.low_rank_lanes())
-            return Kernel(library, lanes) if lanes else None
-    return None
+    """Return the kernel for this processor; None: not built, or for another processor."""
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError:
+        return None
+    lanes = int(library.low_rank_lanes())
+    return Kernel(library, lanes) if lanes else None
