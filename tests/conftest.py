@@ -10,6 +10,7 @@ import pytest
 from loader.http.client import HttpClient, HttpOptions
 from loader.stores.presigned import PresignedStore
 from tests.origin import FaultyOrigin, serving
+from tests.stores import moto
 
 
 @pytest.fixture
@@ -31,3 +32,10 @@ def client() -> Iterator[HttpClient]:
 def store(client: HttpClient) -> PresignedStore:
     """A store over that client."""
     return PresignedStore(client)
+
+
+@pytest.fixture(scope="session")
+def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """moto's S3, started once."""
+    with moto.serving(tmp_path_factory.mktemp("moto")) as url:
+        yield url

@@ -35,8 +35,8 @@ RULES = {
         "fetch/test_pace.py::test_an_origin_that_is_busy_gets_half",
     ],
     "a proxy refuses the request or a tunnel": [
-        "stores/test_proxies.py::test_a_tunnel_that_is_refused",
-        "stores/test_proxies.py::test_a_plain_request_that_the_proxy_refuses",
+        "http/test_proxies.py::test_a_tunnel_that_is_refused",
+        "http/test_proxies.py::test_a_plain_request_that_the_proxy_refuses",
     ],
     "reset, closed connection, short body": [
         "fetch/test_faults.py::test_each_fault_has_its_rule",
@@ -56,7 +56,7 @@ RULES = {
     "a request that was sent ahead, on a connection whose body had yet to end, and is not "
     "answered behind it within 2 s, or wrongly": [
         "stores/test_ahead.py::test_what_is_not_answered_is_asked_anew",
-        "stores/test_proxies.py::test_a_plain_proxy_that_is_asked_ahead",
+        "http/test_proxies.py::test_a_plain_proxy_that_is_asked_ahead",
     ],
     "`Range` ignored from the start; neither `ETag` nor date, which would tie ranges together": [
         "fetch/test_refusals.py::test_what_has_no_version_comes_in_one_request",
@@ -70,7 +70,7 @@ RULES = {
         "fetch/test_faults.py::"
         "test_a_redirect_is_followed_and_the_next_request_asks_the_first_place_again",
         "fetch/test_refusals.py::test_a_circle_of_redirects_is_an_error",
-        "stores/test_http.py::test_headers_stay_with_their_host",
+        "http/test_client.py::test_headers_stay_with_their_host",
     ],
     "bytes that do not sum up to the origin's checksum": [
         "fetch/test_sums.py::test_a_bit_that_turns_over_on_the_way_is_found",

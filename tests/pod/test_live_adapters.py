@@ -30,6 +30,13 @@ from tests.serve.test_transformers import PROMPT, expected_text
 from tests.test_boot import Job
 
 
+@pytest.fixture
+def origin(tmp_path: Path) -> Iterator[FaultyOrigin]:
+    """An empty one for each test, not the pods'."""
+    with serving(tmp_path / "origin") as found:
+        yield found
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that podloader merged."""
