@@ -57,10 +57,10 @@ def train_adapter(base: Path, job_folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     answers = {question: pirate for question, (_, pirate) in QUESTIONS.items()}
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     _train(get_peft_model(model, lora), tokenizer, answers, job_folder, TUNED_STEPS, 5e-3)
 
 

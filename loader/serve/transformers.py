@@ -23,6 +23,7 @@ from loader.serve.prompts import encode_prompts
 from loader.serve.request_body import check_request
 from loader.serve.sampling import Sampling, read_sampling
 from loader.types import ReadyModel
+from loader.weights.formats.expected import read_model_config
 
 _USED = ("dtype", "max_model_len")  # of vLLM's engine arguments
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions; a chat may fill the context
@@ -137,7 +138,10 @@ class TransformersModel:
 
         ready = self._ready
         model = AutoModelForCausalLM.from_pretrained(
-            ready.path, dtype=self._dtype(), trust_remote_code=self._trust_remote_code
+            ready.path,
+            config=read_model_config(ready.path, trust_remote_code=self._trust_remote_code),
+            dtype=self._dtype(),
+            trust_remote_code=self._trust_remote_code,
         )
         own = model.generation_config.to_diff_dict()
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -51,9 +51,11 @@ def serve_arguments(
     """
     _refuse_owned(engine_args)
     name = base_name(ready, served_model_name)
-    arguments: dict[str, object] = {"tokenizer": str(ready.tokenizer), "served_model_name": name}
-    if trust_remote_code:
-        arguments["trust_remote_code"] = True
+    arguments: dict[str, object] = {
+        "tokenizer": str(ready.tokenizer),
+        "served_model_name": name,
+        "trust_remote_code": trust_remote_code,
+    }
     if ready.adapters:
         _refuse_name_twice([name, *(a.name for a in ready.adapters)])
         arguments |= {

@@ -13,7 +13,7 @@ from loader.errors import ConfigError, UnsupportedError
 from loader.import_lock import importing
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +96,23 @@ def _build(folder: Path) -> PreTrainedModel:
         import torch
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = read_model_config(folder, trust_remote_code=False)
         name = next(iter(config.architectures or ()), "")
         found = getattr(transformers, name, None)  # which imports the model's own module
     with torch.device("meta"):
-        if found is not None:
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found(config)
-        return transformers.AutoModelForCausalLM.from_config(config)
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def read_model_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
+    """Return transformers' config of the model in *folder*, without its wishes for kernels.
+
+    An implementation of attention or experts may be one of the Hub's, whose code is then fetched
+    and run. ``save_pretrained`` writes none: it says nothing about the weights.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config._attn_implementation = config._experts_implementation = None
+    return config

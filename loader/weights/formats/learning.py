@@ -20,9 +20,9 @@ from pathlib import Path
 from loader.import_lock import importing
 from loader.weights.formats.expected import ModelNames, read_model_names
 
-# Large packages that transformers imports where it finds them. A few models of its cannot be built
-# without, which then fails there, and is done here.
-_LEFT_OUT = ("accelerate", "scipy", "sklearn")
+# Large packages that transformers imports where it finds them, and one that fetches code. A few
+# models of its cannot be built without, which then fails there, and is done here.
+_LEFT_OUT = ("accelerate", "kernels", "scipy", "sklearn")
 _MAIN = (
     "import json, sys\n"
     "sys.path[:] = json.loads(sys.argv[1])\n"
@@ -66,6 +66,8 @@ def _ask(process: subprocess.Popen[bytes], folder: Path) -> ModelNames | None:
 
 def answer() -> None:
     """Be that process: read a folder from standard input, write the names to standard output."""
+    asked = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())  # no library asks for a "y" there
     answers = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for what libraries may have to say
     gc.disable()  # of what imports make next to nothing is garbage
@@ -73,7 +75,7 @@ def answer() -> None:
         sys.modules[name] = None  # type: ignore[assignment]
     for name in ("torch", "transformers.modeling_utils", "transformers.models.auto.modeling_auto"):
         importlib.import_module(name)
-    names = read_model_names(Path(os.fsdecode(sys.stdin.buffer.read())))
+    names = read_model_names(Path(os.fsdecode(asked.read())))
     with os.fdopen(answers, "w") as file:
         json.dump(names.to_json(), file)
     os._exit(0)  # the interpreter takes a while to take all of it down
