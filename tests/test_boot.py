@@ -144,12 +144,19 @@ def test_a_base_that_is_a_checkpoint_too(job: Job, base: Path, adapter: Path) ->
 
 def test_the_base_that_the_adapter_names(job: Job, base: Path, adapter: Path) -> None:
     place = job.put(adapter, "checkpoint-10")
-    assert boot.prepare(job.settings("rank-0/")).path == base
-    config = json.loads((place / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "/mnt/gone/away/base"
-    (place / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(AdapterError, match="not there"):
+    trusted = job.settings("rank-0/", trusted_folders=[str(base.parent)])
+    assert boot.prepare(trusted).path == base
+    with pytest.raises(AdapterError, match="only you may choose"):
         boot.prepare(job.settings("rank-0/"))
+    config = json.loads((place / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = (
+        f"http://127.0.0.1:{job.origin.server_address[1]}/meta-data/"
+    )
+    (place / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="only you may choose") as caught:
+        boot.prepare(job.settings("rank-0/", allow_local_urls=True))
+    assert "base_model" in caught.value.next_step
+    assert not [path for path, _ in job.origin.requests if "meta-data" in path]
 
 
 def test_a_base_of_other_shapes(job: Job, adapter: Path, tmp_path: Path) -> None:

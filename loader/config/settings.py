@@ -183,6 +183,11 @@ class Settings:
         description="Let a listing lead to `file://` URLs and link-local addresses, where clouds "
         "keep credentials.",
     )
+    trusted_folders: Words = _setting(
+        (),
+        description="Folders that what was fetched may lead to, such as the local base that an "
+        "adapter's config names; besides them only the download and the cache folder.",
+    )
     retries: Annotated[int, Meta(ge=0, le=100)] = _setting(
         6, description="Further tries of one range after a passing failure."
     )

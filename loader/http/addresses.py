@@ -7,21 +7,33 @@ import ipaddress
 import socket
 from urllib.parse import unquote
 
-# Metadata services outside the link-local networks: by name; over IPv6, of AWS, EKS and Google
-# Cloud; of Alibaba Cloud and Azure.
-_NAMES = {"metadata.google.internal", "metadata.goog", "metadata", "instance-data"}
+# Metadata services outside the link-local networks: by name; over IPv6, of AWS, EKS, Google Cloud,
+# Oracle and Scaleway; of Alibaba Cloud, Azure and Oracle.
+_NAMES = {
+    "metadata.google.internal",
+    "metadata.goog",
+    "metadata",
+    "instance-data",
+    "instance-data.ec2.internal",
+}
 _ADDRESSES = {
     ipaddress.ip_address(text)
     for text in (
         "fd00:ec2::254",
         "fd00:ec2::23",
         "fd20:ce::254",
+        "fd00:c1::a9fe:a9fe",
+        "fd00:42::42",
         "100.100.100.200",
         "168.63.129.16",
+        "192.0.0.192",
     )
 }
-# RFC 6052 and RFC 4291, 2.5.5.1: an IPv4 address in the last 32 bits.
-_WITH_IPV4 = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "::/96")))
+# An IPv4 address in the last 32 bits: RFC 6052, RFC 8215, RFC 2765 and RFC 4291, 2.5.5.1.
+_WITH_IPV4 = tuple(
+    map(ipaddress.IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/48", "::ffff:0:0:0/96", "::/96"))
+)
+_ISATAP = (0x00005EFE, 0x02005EFE)  # RFC 5214, 6.1: before the IPv4 address in any network
 
 
 def is_link_local(host: str) -> bool:
@@ -35,6 +47,7 @@ def is_link_local(host: str) -> bool:
     host = host.rstrip(".").lower()
     if host in _NAMES:
         return True
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -42,12 +55,18 @@ def is_link_local(host: str) -> bool:
             address = ipaddress.ip_address(socket.inet_aton(host))  # such as 0xA9FEA9FE
         except (OSError, UnicodeError):
             return False
+    found = [address]
     if isinstance(address, ipaddress.IPv6Address):
-        address = _ipv4_in(address) or address
-    return address.is_link_local or address in _ADDRESSES
+        found += _ipv4_in(address)
+    return any(one.is_link_local or one in _ADDRESSES for one in found)
 
 
-def _ipv4_in(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    if any(address in network for network in _WITH_IPV4):
-        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    return address.ipv4_mapped or address.sixtofour
+def _ipv4_in(address: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
+    """Return the IPv4 addresses that a translator or a tunnel may take *address* for."""
+    found = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+    last = int(address) & 0xFFFFFFFF
+    if any(address in network for network in _WITH_IPV4) or (
+        int(address) >> 32 & 0xFFFFFFFF in _ISATAP
+    ):
+        found.append(ipaddress.IPv4Address(last))
+    return [one for one in found if one is not None]

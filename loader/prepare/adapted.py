@@ -22,7 +22,6 @@ from loader.adapters.incoming import IncomingWeights
 from loader.adapters.plan_builder import Base
 from loader.arriving.late import LateWeights
 from loader.config.settings import Settings
-from loader.errors import AdapterError
 from loader.fetch.progress import Progress
 from loader.prepare.bases import (
     LateBase,
@@ -41,6 +40,7 @@ from loader.prepare.consolidated import (
     give_name,
     output_folder,
 )
+from loader.prepare.named_base import named_base
 from loader.stores.registry import is_remote
 from loader.timeline import Timeline
 from loader.types import Checkpoint, ReadyModel, Snapshot
@@ -81,7 +81,11 @@ def make_adapted(
     adapters = [
         NamedAdapter(n.name, s.checkpoint.path) for n, s in zip(named, sources, strict=True)
     ]
-    name = "" if base else settings.base_model or _named_base(sources)
+    name = settings.base_model or ""
+    if base is None and not name:
+        bases = {s.place: s.checkpoint.detail.get("base_model") for s in sources}
+        chosen = named_base(bases, settings)
+        name, settings = chosen.name, chosen.over(settings)
     comes_along = base is not None or is_remote(name)
     decision = decide(settings.adapter_policy, adapters, base_is_fetched=comes_along)
     _log.info("adapters: %s", decision.why)
@@ -253,17 +257,3 @@ def _merge(
         allow_pickle=job.settings.allow_pickle,
         incoming=incoming,
     )
-
-
-def _named_base(sources: Sequence[Source]) -> str:
-    """Return the one base that all adapters' configs name."""
-    named = {str(s.checkpoint.detail.get("base_model") or ""): s.place for s in sources}
-    if len(named) > 1 or "" in named:
-        raise AdapterError(
-            "the adapters do not name one base model",
-            problems=[
-                f"{place}: {base or 'no base_model_name_or_path'}" for base, place in named.items()
-            ],
-            next_step="set base_model",
-        )
-    return next(iter(named))

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loader.errors import ConfigError, FetchError
+from loader.errors import AdapterError, ConfigError, FetchError
+from loader.prepare.named_base import named_base
 from loader.scaffold.survey import Found
 from loader.stores.hub import REPO_ID, describe_model
 from loader.weights.inspect import read_json
@@ -36,22 +37,20 @@ class Base:
     came_from: str
 
 
-def named_base(adapters: Sequence[Found], asked: str | None) -> str:
+def choose_base(adapters: Sequence[Found], asked: str | None) -> str:
     """Return *asked*, else the one base model that all adapters' configs name.
 
     Raises:
-        ConfigError: they name none, or several.
+        ConfigError: they name none, several, or one that only a person may choose.
     """
     if asked:
         return asked
-    named = {f.path: str(f.config.get("base_model_name_or_path") or "") for f in adapters}
-    if len(set(named.values())) > 1 or "" in named.values():
+    try:
+        return named_base({f.path: f.config.get("base_model_name_or_path") for f in adapters}).name
+    except AdapterError as error:
         raise ConfigError(
-            "the adapters do not name one base model",
-            problems=[f"{path}: {name or 'none'}" for path, name in named.items()],
-            next_step="give --base-model",
-        )
-    return next(iter(named.values()))
+            error.what, problems=error.problems, next_step="give --base-model"
+        ) from None
 
 
 def describe_base(name: str) -> Base:

@@ -12,7 +12,7 @@ from loader.adapters.attach import LORA_RANKS, name_adapters, smallest_limit
 from loader.adapters.config import AdapterConfig, parse_adapter_config
 from loader.config.truss_config import DOWNLOAD_FOLDER
 from loader.errors import AdapterError, ConfigError
-from loader.scaffold.base_model import describe_base, named_base
+from loader.scaffold.base_model import choose_base, describe_base
 from loader.scaffold.gpus import Load, Placement, place
 from loader.scaffold.size import ModelSize, size_of
 from loader.scaffold.survey import Found
@@ -99,7 +99,7 @@ def decide(chosen: Sequence[Found], wishes: Wishes) -> Deployment:
     chosen = tuple(sorted(chosen, key=lambda f: (f.job, f.name, f.rank)))
     first = chosen[0]
     adapters = [f for f in chosen if f.kind is Kind.ADAPTER]
-    base_model = named_base(adapters, wishes.base_model) if adapters else wishes.base_model
+    base_model = choose_base(adapters, wishes.base_model) if adapters else wishes.base_model
     size = _size(first, base_model)
     task = _task(first)
     tokens = _tokens(task, size, wishes.max_model_len)

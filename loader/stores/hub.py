@@ -19,7 +19,10 @@ from loader.stores.model_files import side_files, weight_files
 
 _CONFIG, _SINGLE = "config.json", "model.safetensors"
 _ANSWER_S = 10
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# huggingface_hub/utils/_validators.py, ``validate_repo_id``.
+REPO_ID = re.compile(
+    r"(?=.{1,96}$)(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII
+)
 
 
 @dataclass(frozen=True, slots=True)

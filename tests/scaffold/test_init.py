@@ -70,9 +70,15 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
         yield Jobs(origin, folder)
 
 
+def over(jobs: Jobs, **wishes: Any) -> Wishes:
+    """Return the *wishes* of a person whose base is local, which no adapter may choose."""
+    return Wishes(**{"base_model": str(jobs.base)} | wishes)
+
+
 def make(jobs: Jobs, job: str, output: Path, *names: str, **wishes: Any) -> Deployment:
     """Write a Truss of *job*'s checkpoints and return what was decided."""
-    deployment = decide(choose(jobs.find(job), names or ["latest"]), Wishes(**wishes))
+    wished = over(jobs, **wishes) if job in ("lora", "dora") else Wishes(**wishes)
+    deployment = decide(choose(jobs.find(job), names or ["latest"]), wished)
     write_truss(deployment, [jobs.listing(job)], output)
     return deployment
 
@@ -180,7 +186,7 @@ def test_what_cannot_be_attached_is_merged_alone(jobs: Jobs, tmp_path: Path) -> 
     assert "--enable-lora" not in deployment.command
     chosen = choose(jobs.find("dora", "lora"), ["dora/checkpoint-1", "lora/checkpoint-9"])
     with pytest.raises(AdapterError, match="cannot attach") as error:
-        decide(chosen, Wishes())
+        decide(chosen, over(jobs))
     assert "DoRA" in error.value.problems[0]
 
 
@@ -188,7 +194,7 @@ def test_all_secrets_and_variables_are_kept(jobs: Jobs, tmp_path: Path) -> None:
     secrets = (Secret("hf_access_token", "HF_TOKEN"), Secret("wandb"), Secret("key", "API_KEY"))
     environment = {"A": "b c", "N": "1"}
     deployment = decide(
-        choose(jobs.find("lora"), ["latest"]), Wishes(secrets=secrets, environment=environment)
+        choose(jobs.find("lora"), ["latest"]), over(jobs, secrets=secrets, environment=environment)
     )
     write_truss(deployment, [jobs.listing("lora")], tmp_path / "out")
     config, _ = read(tmp_path / "out")
@@ -211,7 +217,7 @@ def test_all_secrets_and_variables_are_kept(jobs: Jobs, tmp_path: Path) -> None:
 )
 def test_secrets_that_the_source_needs(jobs: Jobs, source: str, names: list[str]) -> None:
     chosen = choose(jobs.find("lora"), ["latest"])
-    assert [s.name for s in decide(chosen, Wishes(sources=(source,))).secrets] == names
+    assert [s.name for s in decide(chosen, over(jobs, sources=(source,))).secrets] == names
 
 
 def test_a_base_of_the_hub_needs_its_token(
@@ -228,17 +234,17 @@ def test_a_base_of_the_hub_needs_its_token(
 
 
 def test_gpus_without_bfloat16_get_float16(jobs: Jobs) -> None:
-    deployment = decide(choose(jobs.find("lora"), ["latest"]), Wishes(accelerator="T4"))
+    deployment = decide(choose(jobs.find("lora"), ["latest"]), over(jobs, accelerator="T4"))
     assert deployment.engine_args["dtype"] == "float16"
 
 
 def test_lengths_and_names_that_are_refused(jobs: Jobs) -> None:
     chosen = choose(jobs.find("lora"), ["latest"])
     with pytest.raises(ConfigError, match="length") as error:
-        decide(chosen, Wishes(max_model_len=257))
+        decide(chosen, over(jobs, max_model_len=257))
     assert "256" in error.value.expected
     with pytest.raises(ConfigError, match="name"):
-        decide(chosen, Wishes(model_name="a b/c"))
+        decide(chosen, over(jobs, model_name="a b/c"))
 
 
 def test_a_listing_without_checkpoints(jobs: Jobs) -> None:
@@ -317,7 +323,8 @@ def test_nothing_half_written_stays(
     ],
 )
 def test_vllms_own_parser_reads_the_arguments(jobs: Jobs, job: str, names: list[str]) -> None:
-    deployment = decide(choose(jobs.find(job), names), Wishes())
+    wishes = over(jobs) if job in ("lora", "dora") else Wishes()
+    deployment = decide(choose(jobs.find(job), names), wishes)
     args = parse_arguments((*deployment.command, "--port", "8000"))
     assert args.served_model_name == [deployment.served_model_name]
     assert args.tensor_parallel_size == 1
@@ -329,7 +336,9 @@ def command(*arguments: str) -> list[str]:
 
 
 def test_the_command_where_there_is_no_terminal(jobs: Jobs, tmp_path: Path) -> None:
-    arguments = ["--artifacts", jobs.listing("lora"), "--output", str(tmp_path / "out"), "--json"]
+    base = ["--base-model", str(jobs.base)]
+    arguments = ["--artifacts", jobs.listing("lora"), *base, "--output", str(tmp_path / "out")]
+    arguments.append("--json")
     done = subprocess.run(
         command(*arguments, "--secret", "A=b", "--env", "C=d", "--name", "mine"),
         capture_output=True,
@@ -369,7 +378,8 @@ def in_a_terminal(arguments: list[str], typed: str) -> str:
 
 
 def test_a_person_is_asked(jobs: Jobs, tmp_path: Path) -> None:
-    arguments = ["--artifacts", jobs.listing("lora"), "--output", str(tmp_path / "out")]
+    base = ["--base-model", str(jobs.base)]
+    arguments = ["--artifacts", jobs.listing("lora"), *base, "--output", str(tmp_path / "out")]
     shown = in_a_terminal(arguments, "7\n1,2\n\n128\nH100\n")
     assert "numbers from 1 to 2" in shown
     assert "lora/rank-0/checkpoint-100  (adapter)" in shown
@@ -404,7 +414,7 @@ def test_a_job_among_several(jobs: Jobs, tmp_path: Path) -> None:
 
 def test_another_source_than_a_listing(jobs: Jobs, tmp_path: Path) -> None:
     source = f"file://{jobs.origin.root}/training_projects/{PROJECT}"
-    deployment = decide(choose(survey([source], ["lora"]), ["latest"]), Wishes())
+    deployment = decide(choose(survey([source], ["lora"]), ["latest"]), over(jobs))
     assert deployment.chosen[0].path == "lora/rank-0/checkpoint-100"
     write_truss(deployment, [source], tmp_path / "out")
     assert read(tmp_path / "out")[1].artifacts == (source,)
