@@ -6,10 +6,13 @@ import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Literal
 
 from loader.errors import redact
 
 JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # matched whole: it becomes a folder's name
+
+Algorithm = Literal["crc64nvme", "crc32c", "crc32", "sha256", "sha1", "md5"]
 
 # Names the Truss config to processes of vLLM's, which have no command line of ours.
 CONFIG_VARIABLE = "PODLOADER_CONFIG"
@@ -36,10 +39,29 @@ class TrainingCheckpoints:
 
 
 @dataclass(frozen=True, slots=True)
+class Checksum:
+    """What the origin says that the object's bytes sum up to, as big-endian bytes.
+
+    ``parts`` is 0 where ``digest`` is of the bytes themselves. Else the object was uploaded in so
+    many parts and ``digest`` is of the parts' digests, one behind the other; ``part_bytes`` is the
+    size of every part but the last, where the origin tells it. ``guessed``: nobody declares it; it
+    is taken from an ETag that has the form of an MD5. ``said_by`` is the file that declares it.
+    """
+
+    algorithm: Algorithm
+    digest: bytes
+    parts: int = 0
+    part_bytes: int | None = None
+    guessed: bool = field(default=False, compare=False)
+    said_by: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Artifact:
     """One file of a listing. ``size_bytes`` is None where the listing has none.
 
     ``name`` is ``rank-<node_rank>/<relative_file_name>``, ``path`` is ``<job>/<name>``.
+    ``checksums`` are what a manifest of sums in the listing declares of its bytes.
     """
 
     job: str
@@ -47,6 +69,7 @@ class Artifact:
     relative_file_name: str
     url: str = field(repr=False)
     size_bytes: int | None = None
+    checksums: tuple[Checksum, ...] = field(default=(), repr=False, compare=False)
 
     # What patterns are matched against, and the place below the download folder. Listings are
     # long, so both are made once.

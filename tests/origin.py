@@ -9,7 +9,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,8 @@ class FaultyOrigin(Origin):
     def __init__(self, root: Path, **options: float) -> None:
         self.requests: list[tuple[str, str]] = []
         self.faults: dict[str, list[Fault]] = {}
+        self.headers: Callable[[str], Mapping[str, str]] = lambda path: {}
+        """What is told of a file besides, or in the place of, what the demo's origin tells."""
         self.lock = threading.Lock()
         self.bytes_sent = 0
         super().__init__(root, handler=FaultyHandler, **options)
@@ -70,6 +72,7 @@ class FaultyHandler(Handler):
     flipped: int | None = None
     chunk_pause_s: float = 0.0
     pause: tuple[int, float] | None = None
+    told: Mapping[str, str] = {}
 
     def send_object(self, fd: int) -> None:
         """Meet the fault, or answer."""
@@ -79,9 +82,23 @@ class FaultyHandler(Handler):
         with self.server.lock:
             self.server.requests.append((path, self.headers.get("Range", "")))
         self.cut_after, self.flipped, self.chunk_pause_s, self.pause = None, None, 0.0, None
+        self.told = dict(self.server.headers(path))
+        if (tag := self.told.get("ETag")) and self.headers.get("If-Match", tag) == tag:
+            del self.headers["If-Match"]  # the file's own is another
         fault = self.server.take_fault(path)
         if fault is None or not fault(self):
             super().send_object(fd)
+
+    def send_header(self, keyword: str, value: str) -> None:
+        """Send it, unless something else is to be told."""
+        if keyword not in self.told:
+            super().send_header(keyword, value)
+
+    def end_headers(self) -> None:
+        """Send what is to be told besides."""
+        for keyword, value in self.told.items():
+            super().send_header(keyword, value)
+        super().end_headers()
 
     def send_bytes(self, fd: int, start: int, end: int) -> None:
         """Send, slowly or not to the end where a fault says so."""

@@ -12,7 +12,8 @@ from typing import Self
 from loader.fetch.arrivals import Arrivals
 from loader.fetch.files import places, read_record
 from loader.fetch.progress import Progress
-from loader.fetch.snapshot import FetchOptions, ask_version, fetch
+from loader.fetch.sizes import ask_version
+from loader.fetch.snapshot import FetchOptions, fetch
 from loader.fetch.spans import SpanProgress
 from loader.http.objects import ObjectInfo
 from loader.stores.base import Store

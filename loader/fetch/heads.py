@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loader.errors import TransientError
+from loader.fetch.sizes import check_size
 from loader.http.objects import ObjectInfo
 from loader.retry import ask_again
 from loader.stores.base import Store
@@ -32,7 +33,7 @@ def read_head(
     """
 
     def read() -> Head:
-        info = store.stat(artifact)
+        info = check_size(artifact, store.stat(artifact), store)
         head = _read(artifact, store, info, Head(b"", info.size_bytes), _FIRST_BYTES)
         return _read(artifact, store, info, head, needed(head))
 

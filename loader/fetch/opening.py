@@ -28,6 +28,7 @@ from loader.fetch.opener import FAR_S, Opener, Task
 from loader.fetch.pace import FIRST, Pace
 from loader.fetch.part import PartFile
 from loader.fetch.progress import Progress
+from loader.fetch.sizes import check_size
 from loader.fetch.stopping import StoppedError, check_stop
 from loader.http.objects import ObjectInfo
 from loader.retry import pause_s, retrying
@@ -132,8 +133,8 @@ class Opening:
                 except TransientError as error:
                     self._tell(task, error)
                     raise
-                part.see(stream.info)
                 part.opened = stream, task.end
+                part.see(check_size(part.artifact, stream.info, self._store))
 
     def ask_next(self, stream: ByteStream, part: PartFile) -> Asked | None:
         """Ask for that beginning on the connection of *stream*, whose end is near.
@@ -210,7 +211,7 @@ class Opening:
         opener.watch(stream, task.attempt)
         part: PartFile | None = None
         try:
-            part = self._part(task, stream.info)
+            part = self._part(task, check_size(task.artifact, stream.info, self._store))
             if task.large:
                 part.opened = stream, task.end
             elif stream.info.size_bytes <= task.end:

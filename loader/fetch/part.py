@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from loader.errors import FormatError, TransientError
+from loader.errors import DiskError, FormatError, TransientError
 from loader.fetch.crc import crc64nvme
 from loader.fetch.files import (
     Places,
@@ -22,6 +22,7 @@ from loader.fetch.files import (
     write_journal,
     write_record,
 )
+from loader.fetch.guesses import Guesses
 from loader.fetch.missing_ranges import (
     DoneRange,
     Range,
@@ -33,7 +34,7 @@ from loader.fetch.missing_ranges import (
 from loader.fetch.stopping import StoppedError
 from loader.fetch.sums import Check
 from loader.fetch.verify import check_structure, proved_ranges
-from loader.http.objects import ObjectInfo
+from loader.http.objects import Checksum, ObjectInfo
 from loader.stores.base import Asked, ByteStream
 from loader.types import Artifact, FetchedFile
 
@@ -61,13 +62,15 @@ class PartFile:
         info: ObjectInfo,
         place: Places,
         boot_id: str,
-        choose: Callable[[ObjectInfo], Check | None] = lambda info: None,
+        choose: Callable[[ObjectInfo, Artifact], Check | None] = lambda info, artifact: None,
         *,
+        guesses: Guesses | None = None,
         journaled: bool = True,
         tell: Tell = lambda path, part, start, end: None,
     ) -> None:
         self.artifact = artifact
         self._choose = choose
+        self._guesses = guesses
         self._set_info(info)
         self._journaled = journaled
         self._tell = tell
@@ -276,7 +279,7 @@ class PartFile:
         if info.version is None:  # ranges that nothing ties together might be of two versions
             info = replace(info, ranges=False)
         self.info = info
-        self.check = self._choose(info)
+        self.check = self._choose(info, self.artifact)
         self.sum = self.check.new_sum(info.size_bytes) if self.check is not None else None
 
     def _prepare(self) -> None:
@@ -303,17 +306,36 @@ class PartFile:
         if self.check is None or self.sum is None:
             return
         found = self.sum.result(have)
-        if found is None and self.fetched_bytes < self.info.size_bytes:
+        if found is None and (self.check.rereads or self.fetched_bytes < self.info.size_bytes):
             # An earlier run left ranges behind holes, where no hash could go on.
-            again = self.check.new_sum(self.info.size_bytes)
-            proved_ranges(self.place.part, have, again)
+            again = self.check.sum_again(self.info.size_bytes)
+            if len(proved_ranges(self.place.part, have, again)) < len(have):
+                self._drop_part()
+                raise DiskError(
+                    "the disk does not give back what was written",
+                    where=self.place.part,
+                    next_step="run again; a second time means that the disk is failing",
+                )
             found = again.result(have)
-        if found is None or found == self.check.checksum.digest:
+        if found is None or self._is_right(self.check.checksum, found, have):
             return
         # Nobody can say which of the bytes are wrong: they all come again.
+        self._drop_part()
+        raise self.check.differs(found, self.artifact.source)
+
+    def _drop_part(self) -> None:
         for path in (self.place.journal, self.place.part):
             remove(path)
-        raise self.check.differs(found, self.artifact.source)
+
+    def _is_right(self, wanted: Checksum, found: bytes, have: tuple[DoneRange, ...]) -> bool:
+        """Return whether the bytes sum up, or are right although a guess of their sum is not."""
+        fits, guesses = found == wanted.digest, self._guesses
+        if not wanted.guessed or guesses is None:
+            return fits
+        if fits:
+            guesses.note_fit(self.artifact, wanted)
+            return True
+        return guesses.is_refuted(self.artifact, self.place, self.info, wanted, combine(have))
 
     def _adopt(self) -> FetchedFile | None:
         """Return the final file where an earlier run was killed between its name and record."""

@@ -22,13 +22,15 @@ from loader.fetch.files import (
     places,
     read_record,
 )
+from loader.fetch.guesses import Guesses
 from loader.fetch.opening import Hooks, Opening
 from loader.fetch.pace import FIRST, Pace
 from loader.fetch.part import LARGE_BYTES, PartFile, fetched_file
 from loader.fetch.path_check import check_way
 from loader.fetch.progress import LogProgress, Progress, show_bytes
+from loader.fetch.sizes import ask_version
 from loader.fetch.stopping import check_stop
-from loader.fetch.sums import choose_check
+from loader.fetch.sums import Check, choose_check
 from loader.fetch.transfer import Limits
 from loader.fetch.verify import Verify, is_intact
 from loader.http.objects import ObjectInfo
@@ -126,12 +128,17 @@ def _fetch(
             arrivals.arrive(fetched_file(artifact, reused[artifact.path], reused=True))
 
     full = options.verify == "full"
-    choose = partial(choose_check, range_bytes=options.range_bytes, full=full)
+    guesses = Guesses(store, options.retries, arrivals.stop)
+
+    def choose(info: ObjectInfo, artifact: Artifact) -> Check | None:
+        return choose_check(info, options.range_bytes, full=full, declared=artifact.checksums)
 
     def make(artifact: Artifact, info: ObjectInfo) -> PartFile:
         large = info.size_bytes > min(options.range_bytes, LARGE_BYTES)
         place, tell = at[artifact], arrivals.advance
-        return PartFile(artifact, info, place, boot, choose, journaled=large, tell=tell)
+        return PartFile(
+            artifact, info, place, boot, choose, guesses=guesses, journaled=large, tell=tell
+        )
 
     limits = Limits(options.concurrency, options.retries, options.deadline_s, options.range_bytes)
     download = Download(root, limits, options.verify, seen, progress, arrivals)
@@ -229,12 +236,3 @@ def _ask(
             silent[0].what,
         )
     return dict(zip(kept, infos, strict=True))
-
-
-def ask_version(artifact: Artifact, store: Store, retries: int) -> ObjectInfo:
-    """Return which version of the object lies at the origin now.
-
-    Raises:
-        FetchError: the origin does not tell.
-    """
-    return ask_again(partial(store.stat, artifact), retries)

@@ -6,7 +6,8 @@ whole combines from those of any ranges. A hash (MD5, SHA) goes on byte by byte:
 another one takes over its rest, or a later run goes on with it, the hash goes on as well. A hash
 of a larger whole has to wait for all of its bytes in order, on one connection: it is compared where
 every proof is asked for, and so is the hash of an upload's parts whose size can only be guessed.
-Else such a file is as sure as its version and its transport make it.
+Else such a file is as sure as its version and its transport make it. What a manifest beside the
+files declares is always compared: where nothing cheaper is there, by a second read.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 from loader.errors import FetchError
@@ -77,19 +78,28 @@ class Sum(Protocol):
 class Check:
     """One sum to be compared. ``unit_bytes`` come by one connection; None: by any ranges.
 
-    ``guessed``: the origin did not tell how large the upload's parts were.
+    ``guessed``: the origin did not tell how large the upload's parts were. ``rereads``: the sum is
+    taken of the file when all of it is here.
     """
 
     checksum: Checksum
     unit_bytes: int | None
     guessed: bool = False
+    rereads: bool = False
 
     def new_sum(self, size_bytes: int) -> Sum:
         """Return the sum of a file of which nothing is here."""
         algorithm = self.checksum.algorithm
         if self.unit_bytes is not None:
             return _Units(self.checksum, self.unit_bytes, size_bytes)
+        if self.rereads:
+            return _Later()
         return _Known(algorithm) if algorithm == "crc64nvme" else _Combined(algorithm)
+
+    def sum_again(self, size_bytes: int) -> Sum:
+        """Return the sum of a file that is read from its first byte to its last."""
+        check = replace(self, unit_bytes=max(size_bytes, 1)) if self.rereads else self
+        return check.new_sum(size_bytes)
 
     def differs(self, found: bytes, where: str) -> FetchError:
         """Return the error for bytes that sum up to *found*, which is another sum."""
@@ -97,8 +107,11 @@ class Check:
         of = f" of {wanted.parts} parts of {self.unit_bytes} bytes" if wanted.parts else ""
         if self.guessed:
             is_it += ", or was uploaded in parts of another size: verify: sample takes it as it is"
+        says = wanted.said_by or "the origin"
+        if wanted.said_by:
+            is_it += f", or {says} is of another version of it"
         return FetchError(
-            "the bytes do not sum up to what the origin says",
+            f"the bytes do not sum up to what {says} says",
             where=where,
             expected=f"{wanted.algorithm} {wanted.digest.hex()}{of}",
             got=found.hex(),
@@ -106,14 +119,21 @@ class Check:
         )
 
 
-def choose_check(info: ObjectInfo, range_bytes: int, *, full: bool = False) -> Check | None:
+def choose_check(
+    info: ObjectInfo,
+    range_bytes: int,
+    *,
+    full: bool = False,
+    declared: Sequence[Checksum] = (),
+) -> Check | None:
     """Return the cheapest sum that can be taken of an object, None where there is none.
 
-    *full*: one connection may bring a unit of any size, and parts may be of a size that is usual.
+    *declared*: what a manifest says of it, which goes before what the origin says. *full*: one
+    connection may bring a unit of any size, and parts may be of a size that is usual.
     """
     most_bytes = max(_MOST_UNIT_BYTES, range_bytes, info.size_bytes if full else 0)
     for algorithm in _CHEAPEST:
-        for checksum in info.checksums:
+        for checksum in declared or info.checksums:
             if checksum.algorithm != algorithm:
                 continue
             if not checksum.parts and algorithm in _COMBINE:
@@ -125,6 +145,8 @@ def choose_check(info: ObjectInfo, range_bytes: int, *, full: bool = False) -> C
                 unit_bytes = usual_part_bytes(info.size_bytes, checksum.parts)
             if unit_bytes and (unit_bytes <= most_bytes or not info.ranges):
                 return Check(checksum, unit_bytes, guessed)
+            if declared:
+                return Check(checksum, None, rereads=True)
     return None
 
 
@@ -169,6 +191,17 @@ class _NoTally:
 
     def mark(self) -> None:
         """Do nothing."""
+
+
+class _Later:
+    """A sum that has to wait until the whole file is here."""
+
+    def tally(self, place: int) -> Tally:
+        """Return one that does nothing."""
+        return _NoTally()
+
+    def result(self, have: Sequence[DoneRange]) -> None:
+        """Return None."""
 
 
 class _Combined:
@@ -242,6 +275,8 @@ class _Units:
         """Return the digest, None where a unit's is missing."""
         starts = range(0, max(self.size_bytes, 1), self.unit_bytes)
         digests = [self._digests[start] for start in starts if start in self._digests]
+        if not self.size_bytes:  # no byte was ever put through a tally
+            digests = [_hasher(self.algorithm).digest()]
         if len(digests) != len(starts) or len(starts) != max(self._parts, 1):
             return None
         if not self._parts:

@@ -1,8 +1,9 @@
-"""What an answer's headers say about the object's bytes: ETags that are an MD5, S3's checksums.
+"""What an answer's headers say about the object's bytes: sums that are declared, and ETags that
+look like an MD5.
 
 Sources: Amazon S3 user guide, "Checking object integrity" and "Common response headers"; Google
 Cloud Storage, ``x-goog-hash``; Azure Blob Storage, ``x-ms-blob-content-md5``; RFC 9530,
-``Repr-Digest``.
+``Repr-Digest`` and ``Content-Digest``; RFC 3230, ``Digest``; RFC 1864, ``Content-MD5``.
 """
 
 from __future__ import annotations
@@ -11,12 +12,25 @@ import base64
 import binascii
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from loader.http.objects import Algorithm, Checksum
 
 _ETAG = re.compile(r'"?(?P<md5>[0-9a-f]{32})(?:-(?P<parts>[1-9]\d{0,4}))?"?')
 _AMZ = "x-amz-checksum-"
-_TELLING = ("x-amz-", "x-goog-", "x-ms-blob-content-md5", "repr-digest")  # beside the ETag
+_PARTS = re.compile(r'"?.+-(?P<parts>[1-9]\d{0,4})"?')  # of an ETag, whatever is before them
+_COUNT = re.compile(r"[1-9]\d{0,4}")
+_TELLING = (  # beside the ETag
+    "x-amz-",
+    "x-goog-",
+    "x-ms-blob-content-md5",
+    "repr-digest",
+    "digest",
+    "content-digest",
+    "content-md5",
+)
+_OF_PARTS = ("sha256", "sha1")  # of an upload in parts, S3 has no such sum of the whole
+_HASHES = {"sha": "sha1"}  # as RFC 3230 calls it
 _SIZES: Mapping[Algorithm, int] = {
     "crc64nvme": 8,
     "crc32c": 4,
@@ -32,30 +46,30 @@ def read_checksums(headers: Iterable[tuple[str, str]]) -> tuple[Checksum, ...]:
     fields = {name.lower(): value.strip() for name, value in headers}
     if not any(name.startswith(_TELLING) for name in fields):
         return ()
-    found = [_amz(algorithm, fields.get(_AMZ + algorithm, "")) for algorithm in _SIZES]
-    found.append(_etag(fields))
+    found = [_amz(fields, algorithm) for algorithm in _SIZES]
     # Decompressed on the way out: the sums are of the bytes as they are stored.
     if fields.get("x-goog-stored-content-encoding", "identity") == "identity":
-        found += [
-            _plain(name, value)
-            for name, _, value in map(_halves, fields.get("x-goog-hash", "").split(","))
-        ]
+        found += _listed(fields, "x-goog-hash")
     found.append(_plain("md5", fields.get("x-ms-blob-content-md5", "")))
-    for part in fields.get("repr-digest", "").split(","):
-        name, _, value = _halves(part)
-        found.append(_plain(name.replace("-", ""), value.strip(":")))
+    found += _listed(fields, "repr-digest") + _listed(fields, "digest")
+    if "content-range" not in fields:  # else they are of these bytes alone
+        found += _listed(fields, "content-digest")
+        found.append(_plain("md5", fields.get("content-md5", "")))
+    found.append(_etag(fields))  # what is declared goes before what is guessed
     return tuple(dict.fromkeys(checksum for checksum in found if checksum is not None))
 
 
 def etag_checksum(etag: str) -> Checksum | None:
     """Return the MD5 that S3 puts into the ETag of an object that no key of its own encrypts.
 
-    ``"<md5>"``, or ``"<md5 of the parts' md5s>-<parts>"`` after a multipart upload.
+    ``"<md5>"``, or ``"<md5 of the parts' md5s>-<parts>"`` after a multipart upload. It is a guess:
+    services that speak S3's language put other things of that form there.
     """
     match = _ETAG.fullmatch(etag)
     if match is None:
         return None
-    return Checksum("md5", bytes.fromhex(match["md5"]), int(match["parts"] or 0))
+    digest, parts = bytes.fromhex(match["md5"]), int(match["parts"] or 0)
+    return Checksum("md5", digest, parts, guessed=True)
 
 
 def _etag(fields: Mapping[str, str]) -> Checksum | None:
@@ -70,13 +84,36 @@ def _etag(fields: Mapping[str, str]) -> Checksum | None:
     return etag_checksum(fields.get("etag", ""))
 
 
-def _amz(algorithm: Algorithm, value: str) -> Checksum | None:
-    """``<base64>``, with ``-<parts>`` behind it where it is a checksum of the parts' checksums."""
-    text, dash, parts = value.partition("-")
+def _amz(fields: Mapping[str, str], algorithm: Algorithm) -> Checksum | None:
+    """``<base64>``, with ``-<parts>`` behind it where it is a checksum of the parts' checksums.
+
+    Services leave those out at times. It is of the whole where the type says so, where the
+    algorithm allows nothing else, or where nothing speaks of parts.
+    """
+    text, _, suffix = fields.get(_AMZ + algorithm, "").partition("-")
     checksum = _plain(algorithm, text)
-    if checksum is None or not dash:
-        return checksum
-    return Checksum(algorithm, checksum.digest, int(parts)) if parts.isdecimal() else None
+    if checksum is None:
+        return None
+    tag = _PARTS.fullmatch(fields.get("etag", ""))
+    told = fields.get("x-amz-mp-parts-count", "") or (tag["parts"] if tag else "")
+    kind = fields.get(_AMZ + "type", "").upper()
+    if kind == "FULL_OBJECT" or algorithm == "crc64nvme":
+        return checksum if not suffix else None
+    is_composite = suffix or kind == "COMPOSITE" or algorithm in _OF_PARTS
+    if not suffix and not told:
+        return checksum if kind != "COMPOSITE" else None
+    parts = suffix or told
+    return replace(checksum, parts=int(parts)) if is_composite and _COUNT.fullmatch(parts) else None
+
+
+def _listed(fields: Mapping[str, str], name: str) -> list[Checksum | None]:
+    """``<algorithm>=<base64>, …``, the base64 between colons where the RFC wants them."""
+    found = []
+    for entry in fields.get(name, "").split(","):
+        algorithm, _, value = entry.strip().partition("=")
+        algorithm = algorithm.lower().replace("-", "")
+        found.append(_plain(_HASHES.get(algorithm, algorithm), value.strip(":")))
+    return found
 
 
 def _plain(name: str, value: str) -> Checksum | None:
@@ -90,7 +127,3 @@ def _plain(name: str, value: str) -> Checksum | None:
                 return None
             return Checksum(algorithm, digest) if len(digest) == size_bytes else None
     return None
-
-
-def _halves(text: str) -> tuple[str, str, str]:
-    return text.strip().partition("=")

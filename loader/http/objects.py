@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-Algorithm = Literal["crc64nvme", "crc32c", "crc32", "sha256", "sha1", "md5"]
+from loader.types import Algorithm, Checksum
 
+__all__ = ["Algorithm", "Checksum", "ObjectInfo", "is_same_version"]
 
-@dataclass(frozen=True, slots=True)
-class Checksum:
-    """What the origin says that the object's bytes sum up to, as big-endian bytes.
-
-    ``parts`` is 0 where ``digest`` is of the bytes themselves. Else the object was uploaded in so
-    many parts and ``digest`` is of the parts' digests, one behind the other; ``part_bytes`` is the
-    size of every part but the last, where the origin tells it.
-    """
-
-    algorithm: Algorithm
-    digest: bytes
-    parts: int = 0
-    part_bytes: int | None = None
+_STRONG = ('"', "etag=", "ETag=", "generation=")  # the latter as fsspec's drivers call them
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +23,11 @@ class ObjectInfo:
     version: str | None = None
     ranges: bool = True
     checksums: tuple[Checksum, ...] = ()
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether its version stands for its bytes: a strong ETag (RFC 9110, 8.8.3), no date."""
+        return self.version is not None and self.version.startswith(_STRONG)
 
 
 def is_same_version(one: str, other: str) -> bool:

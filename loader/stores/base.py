@@ -128,5 +128,13 @@ class Store(Protocol):
             TransientError: asking again may help.
         """
 
+    def listed_size(self, artifact: Artifact) -> int | None:
+        """Return the size that its listing has now, read again; None where that cannot be, or has
+        none.
+
+        Raises:
+            LoaderError: the listing cannot be read now.
+        """
+
     def close(self) -> None:
         """Drop every connection."""

@@ -72,6 +72,9 @@ class FsspecStore:
         system, path = self._place(artifact.url)
         return FsspecStream(system, path, artifact.url, start, end, version)
 
+    def listed_size(self, artifact: Artifact) -> None:
+        """Return None: whoever lists its folders can list them again."""
+
     def close(self) -> None:
         """Do nothing: drivers keep their sessions."""
 

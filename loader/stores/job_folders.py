@@ -12,7 +12,7 @@ The root may be any folder on the way down.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +51,17 @@ class Tree(Protocol):
 
     def url(self, path: str) -> str:
         """Return how an artifact at *path* is named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """Listings that are made by looking at a place's folders: a ``ListingSource``."""
+
+    read: Callable[[], tuple[Listing, ...]]
+
+    def has_news(self) -> bool:
+        """Return True: files may have changed."""
+        return True
 
 
 def list_jobs(tree: Tree, root: str, jobs: Sequence[str]) -> tuple[Listing, ...]:

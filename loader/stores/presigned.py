@@ -75,6 +75,10 @@ class PresignedStore:
             artifact, lambda url: open_url(self._client, url, start, end, version)
         )
 
+    def listed_size(self, artifact: Artifact) -> int | None:
+        """Return the size that its listing has now. Raises as ``Store.listed_size`` does."""
+        return self._urls.listed_size(artifact)
+
     def close(self) -> None:
         """Drop every connection."""
         self._client.close()

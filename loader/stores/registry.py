@@ -17,7 +17,7 @@ from loader.stores.base import Asked, ByteStream, Store
 from loader.stores.baseten import NAME as BASETEN
 from loader.stores.baseten import Api, JobFiles
 from loader.stores.fs import FsspecStore
-from loader.stores.job_folders import Tree, list_folder, list_jobs
+from loader.stores.job_folders import Listed, Tree, list_folder, list_jobs
 from loader.stores.presigned import FileListing, PresignedStore, UrlListing
 from loader.stores.s3 import SCHEME as S3
 from loader.stores.s3 import S3Options, S3Store
@@ -76,7 +76,7 @@ class Stores:
             scheme, _, rest = source.partition(":")
             return self._read_url(f"{scheme.lower()}:{rest}")
         tree, root = self._tree(source)
-        return list_jobs(tree, root, jobs)
+        return self._keep(Listed(partial(list_jobs, tree, root, jobs)))
 
     def read_folder(self, url: str, name: str) -> Listing:
         """Return the files below *url*, a model's folder, as rank 0 of a job called *name*.
@@ -86,7 +86,7 @@ class Stores:
             FetchError: the place refuses or does not answer, or there is no file.
         """
         tree, root = self._tree(url)
-        listing = list_folder(tree, root, name)
+        (listing,) = self._keep(Listed(lambda: (list_folder(tree, root, name),)))
         if not listing.artifacts:
             raise FetchError("no files there", where=url, next_step="correct the URL")
         return listing
@@ -119,6 +119,10 @@ class Stores:
     ) -> ByteStream:
         """Return the bytes ``[start, end)`` of *version*. Raises as ``Store.open_range`` does."""
         return self._store(artifact).open_range(artifact, start, end, version)
+
+    def listed_size(self, artifact: Artifact) -> int | None:
+        """Return the size that its listing has now. Raises as ``Store.listed_size`` does."""
+        return self._signed.listed_size(artifact)
 
     def close(self) -> None:
         """Drop every connection."""

@@ -1,4 +1,6 @@
-"""The newest signed URL of every artifact: read again from its source when the old one ends."""
+"""The newest entry of every artifact: read again from its source when the signed URL ends, or when
+the size is not the origin's.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ class SignedUrls:
             (one.source, frozenset(listing.job for listing in one.listings)) for one in sources
         ]
         self._lock = threading.Lock()
-        self._newer: dict[str, str] = {}  # by the artifact's path; empty until one is renewed
+        self._newer: dict[str, Artifact] = {}  # by its path; empty until one is renewed
+        self._sized: set[str] = set()  # jobs that were listed again for a size
         self._ends_s: dict[str, float] = {}  # epoch seconds, by URL
         self._quiet_until = 0.0
 
@@ -87,8 +90,21 @@ class SignedUrls:
             url = self._newest(artifact)
         return url if url != refused else None
 
+    def listed_size(self, artifact: Artifact) -> int | None:
+        """Return the size in its listing, read again, once; None where that cannot be or has none.
+
+        Raises:
+            LoaderError: the source cannot be read now.
+        """
+        with self._lock:
+            if artifact.job not in self._sized:
+                self._read_again(artifact.job, "a size is another than the origin's")
+                self._sized.add(artifact.job)
+            newest = self._newer.get(artifact.path)
+        return newest.size_bytes if newest is not None else None
+
     def _newest(self, artifact: Artifact) -> str:
-        return self._newer.get(artifact.path, artifact.url)
+        return self._newer.get(artifact.path, artifact).url
 
     def _ends_soon(self, url: str) -> bool:
         ends_s = self._ends_s.get(url)
@@ -97,14 +113,14 @@ class SignedUrls:
             ends_s = self._ends_s[url] = ends.timestamp() if ends else math.inf
         return ends_s - time.time() < _AHEAD_S
 
-    def _read_again(self, job: str) -> None:
+    def _read_again(self, job: str, why: str = "its signed URLs end") -> None:
         sources = [source for source, jobs in self._sources if job in jobs and source.has_news()]
-        newer: dict[str, str] = {}
+        newer: dict[str, Artifact] = {}
         for source in sources:
             for listing in source.read():
-                newer.update((artifact.path, artifact.url) for artifact in listing.artifacts)
+                newer.update((artifact.path, artifact) for artifact in listing.artifacts)
         if newer:
-            _log.info("the listing of %s was read again: its signed URLs end", job)
+            _log.info("the listing of %s was read again: %s", job, why)
             self._newer = {**self._newer, **newer}
             self._ends_s.clear()
             self._on_renewal()

@@ -104,17 +104,6 @@ def test_however_many_connections_are_allowed(
     check(tmp_path, *sizes)
 
 
-def test_a_listing_that_is_wrong_about_the_size_does_no_harm(
-    origin: FaultyOrigin, store: PresignedStore, tmp_path: Path
-) -> None:
-    manifest = manifest_of(origin, 1000, 8192, told=True)
-    for name in ("1000.bin", "8192.bin"):
-        origin.put(name, CONTENT[:5000])
-    fetch(manifest, tmp_path, store, OPTIONS)
-    for file in manifest.files:
-        assert (tmp_path / file.path).read_bytes() == CONTENT[:5000]
-
-
 def test_faults_are_cured_and_told(
     origin: FaultyOrigin, store: PresignedStore, tmp_path: Path
 ) -> None:

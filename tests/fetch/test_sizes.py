@@ -1,13 +1,21 @@
-"""Sizes that the listing lacks."""
+"""Sizes that the listing lacks, and those that are another than what comes."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
-from loader.fetch.sizes import ask_sizes
+from loader.config.settings import Settings
+from loader.errors import FetchError
+from loader.fetch.sizes import ask_sizes, ask_version
+from loader.fetch.snapshot import FetchOptions, fetch, read_artifact
 from loader.stores.presigned import PresignedStore
+from loader.stores.registry import Stores
 from loader.types import Artifact, Manifest
-from tests.origin import FaultyOrigin, status
+from tests.origin import FaultyOrigin, answer, status
 
 COUNT = 40
 
@@ -66,3 +74,87 @@ def test_an_origin_that_does_not_answer_is_not_asked_for_each(
     assert len(origin.requests) == 3
     assert told(found) == [None] * 30 + [7] + [None] * 10
     assert found.warnings[0].startswith("the sizes of 40 of 40 files are unknown, such as")
+
+
+PAGE = b"<html>sign in</html>"
+
+
+@pytest.fixture
+def stores() -> Iterator[Stores]:
+    found = Stores(Settings.without_config({"retries": 0}))
+    yield found
+    found.close()
+
+
+def write(origin: FaultyOrigin, path: Path, size: int) -> Path:
+    """Write a listing that says of each file that it has so many bytes."""
+    listing = origin.listing("job1")
+    entries = listing["checkpoint_artifacts"]
+    assert isinstance(entries, list)
+    path.write_text(
+        json.dumps(
+            listing | {"checkpoint_artifacts": [entry | {"size_bytes": size} for entry in entries]}
+        )
+    )
+    return path
+
+
+@pytest.mark.parametrize("verify", ["sample", "full"])
+@pytest.mark.parametrize("size", [5 << 30, 5 << 20, 100, len(PAGE) - 1, 0])
+def test_a_page_in_the_place_of_a_file(
+    origin: FaultyOrigin, stores: Stores, tmp_path: Path, size: int, verify: str
+) -> None:
+    origin.put("model.bin", b"")
+    origin.fail("model.bin", *[answer(200, PAGE)] * 9)
+    (listing,) = stores.read_listings(str(write(origin, tmp_path / "listing.json", size)))
+    options = FetchOptions(verify=verify)  # type: ignore[arg-type]
+    for _ in range(2):
+        with pytest.raises(FetchError, match="not of the size that the listing says") as caught:
+            fetch(Manifest(listing.artifacts), tmp_path / "files", stores, options)
+        assert caught.value.expected == f"{size} bytes, by the listing"
+        assert caught.value.got == f"{len(PAGE)} bytes, by the origin"
+        assert "get the listing again" in caught.value.next_step
+        assert not (tmp_path / "files/job1/rank-0/model.bin").exists()
+    for read in (lambda a: read_artifact(a, tmp_path, stores), lambda a: ask_version(a, stores, 0)):
+        with pytest.raises(FetchError, match="not of the size"):
+            read(listing.artifacts[0])
+
+
+def test_a_listing_that_is_older_than_its_files_is_read_once_more(
+    origin: FaultyOrigin, stores: Stores, tmp_path: Path
+) -> None:
+    for i in range(20):
+        origin.put(f"{i}.bin", bytes(300))
+    path = write(origin, tmp_path / "listing.json", 100)
+    (listing,) = stores.read_listings(str(path))
+    write(origin, path, 300)
+    fetch(Manifest(listing.artifacts), tmp_path / "files", stores)
+    assert (tmp_path / "files/job1/rank-0/7.bin").stat().st_size == 300
+    write(origin, path, 200)  # it is read again once
+    origin.put("7.bin", bytes(200))
+    with pytest.raises(FetchError, match="not of the size") as caught:
+        fetch(Manifest(listing.artifacts), tmp_path / "files", stores)
+    assert caught.value.expected == "300 bytes, by the listing, read again"
+    assert "again" not in caught.value.next_step
+
+
+def test_a_listing_that_stays_wrong_or_is_gone(
+    origin: FaultyOrigin, stores: Stores, tmp_path: Path
+) -> None:
+    origin.put("a.bin", bytes(300))
+    path = write(origin, tmp_path / "listing.json", 100)
+    (listing,) = stores.read_listings(str(path))
+    path.write_text("{}")
+    with pytest.raises(FetchError, match="not of the size") as caught:
+        fetch(Manifest(listing.artifacts), tmp_path / "files", stores)
+    assert caught.value.problems == ("reading the listing again failed: not an artifact listing",)
+
+
+def test_folders_are_listed_again_too(stores: Stores, tmp_path: Path) -> None:
+    file = tmp_path / "place/job1/rank-0/a.bin"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"123")
+    (listing,) = stores.read_listings((tmp_path / "place").as_uri())
+    file.write_bytes(b"12345")
+    fetch(Manifest(listing.artifacts), tmp_path / "files", stores)
+    assert (tmp_path / "files/job1/rank-0/a.bin").read_bytes() == b"12345"

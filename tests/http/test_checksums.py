@@ -10,6 +10,9 @@ from loader.http.checksums import etag_checksum, read_checksums
 from loader.http.objects import Checksum
 
 MD5 = "9e107d9d372bb6826bd81d3542a419d6"
+D4 = bytes(range(4))
+CRC32 = base64.b64encode(bytes(range(4))).decode()
+TYPE = "x-amz-checksum-type"
 CRC = base64.b64encode(bytes(range(8))).decode()
 SHA = base64.b64encode(bytes(range(32))).decode()
 S3 = ("x-amz-request-id", "1")
@@ -32,6 +35,32 @@ S3 = ("x-amz-request-id", "1")
             Checksum("md5", bytes.fromhex(MD5)),
         ),
         ([("Repr-Digest", f"sha-256=:{SHA}:")], Checksum("sha256", bytes(range(32)))),
+        ([("Content-Digest", f"sha-256=:{SHA}:")], Checksum("sha256", bytes(range(32)))),
+        ([("Digest", f"UNIXsum=7,SHA-256={SHA}")], Checksum("sha256", bytes(range(32)))),
+        (
+            [("Content-MD5", base64.b64encode(bytes.fromhex(MD5)).decode())],
+            Checksum("md5", bytes.fromhex(MD5)),
+        ),
+        # With an ETag that is no MD5 but speaks of parts.
+        *[
+            ([("x-amz-checksum-crc32", CRC32 + suffix), *more], Checksum("crc32", D4, parts))
+            for suffix, more, parts in [
+                ("", [], 0),
+                ("", [(TYPE, "FULL_OBJECT"), ("ETag", '"abc-12"')], 0),
+                ("", [(TYPE, "COMPOSITE"), ("ETag", '"abc-12"')], 12),
+                ("", [(TYPE, "COMPOSITE"), ("x-amz-mp-parts-count", "3")], 3),
+                ("-12", [(TYPE, "COMPOSITE"), ("ETag", '"abc-12"')], 12),
+                ("-12", [("ETag", '"abc"')], 12),
+            ]
+        ],
+        (
+            [("x-amz-checksum-sha256", SHA), ("ETag", '"abc-12"')],  # it can be nothing else
+            Checksum("sha256", bytes(range(32)), 12),
+        ),
+        (
+            [("x-amz-checksum-crc64nvme", CRC), ("ETag", '"abc-12"')],
+            Checksum("crc64nvme", bytes(range(8))),
+        ),
     ],
 )
 def test_what_is_said(headers: list[tuple[str, str]], expected: Checksum) -> None:
@@ -49,6 +78,13 @@ def test_what_is_said(headers: list[tuple[str, str]], expected: Checksum) -> Non
         [("x-amz-checksum-crc32c", "AAEC")],
         [("x-amz-checksum-crc32c", "not base64")],
         [("x-amz-checksum-crc32c", "AAECAw==-x")],
+        [("x-amz-checksum-crc32", CRC32), ("ETag", '"abc-12"')],  # of the parts, or of the whole
+        [("x-amz-checksum-crc32", CRC32), ("x-amz-mp-parts-count", "12")],
+        [("x-amz-checksum-crc32", CRC32), (TYPE, "COMPOSITE")],  # of how many?
+        [("x-amz-checksum-crc32", f"{CRC32}-12"), (TYPE, "FULL_OBJECT")],
+        [("x-amz-checksum-crc32", f"{CRC32}-" + "9" * 5000)],
+        [("Content-MD5", "AAECAw=="), ("Content-Range", "bytes 0-3/9")],
+        [("Content-Digest", f"sha-256=:{SHA}:"), ("Content-Range", "bytes 0-3/9")],
         [("x-goog-hash", "crc32c=AAECAw=="), ("x-goog-stored-content-encoding", "gzip")],
     ],
 )

@@ -22,6 +22,10 @@ class Front(ThreadingHTTPServer):
     def __init__(self, url: str) -> None:
         self.behind = urlsplit(url).netloc
         self.refuse: Callable[[str, str], Refusal | None] = lambda target, span: None
+        self.tag: Callable[[str], str] = lambda tag: tag
+        """What is told in the place of an ETag."""
+        self.drop = {"connection", "date"}
+        """Headers that are not passed on."""
         self.asked: list[tuple[str, str]] = []
         self.connections = 0
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -57,10 +61,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(refusal[0], {"Content-Type": "application/xml"}, body)
             return
         behind = http.client.HTTPConnection(self.server.behind)
-        behind.request(self.command, self.path, headers=dict(self.headers.items()))
+        pinned = {"if-match"} if self.server.tag('""') != '""' else set()
+        asked = {n: v for n, v in self.headers.items() if n.lower() not in pinned}
+        behind.request(self.command, self.path, headers=asked)
         answer = behind.getresponse()
         body = answer.read()
-        headers = {n: v for n, v in answer.getheaders() if n.lower() not in ("connection", "date")}
+        headers = {
+            n: v
+            for n, v in answer.getheaders()
+            if n.lower() not in {"connection", "date"} | self.server.drop
+        }
+        headers = {n: self.server.tag(v) if n.lower() == "etag" else v for n, v in headers.items()}
         self._answer(answer.status, headers, body)
         behind.close()
 
