@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -25,6 +25,7 @@ from loader.weights.formats.partitions import Run, cut_each, cut_flattened
 from loader.weights.formats.pieces import Piece, SourceTensor, find_holes
 from loader.weights.formats.rank_files import Files
 from loader.weights.formats.records import TensorRef
+from loader.weights.formats.zerochecks import check_partitions, other_run
 from loader.weights.formats.zerostates import (
     ModelStates,
     OptimStates,
@@ -47,8 +48,8 @@ class ZeroSource:
         names = [n.removeprefix(f"{tag}/") for n in files.names if n.startswith(f"{tag}/")]
         _refuse_parallel(names, tag)
         self._files, self._tag = files, tag
-        self._models = {int(m["rank"] or 0): m.string for m in map(_MODEL.match, names) if m}
-        self._optim = {int(m["rank"]): m.string for m in map(_OPTIM.match, names) if m}
+        self._models = _by_rank(filter(None, map(_MODEL.match, names)), tag)
+        self._optim = _by_rank(filter(None, map(_OPTIM.match, names)), tag)
         self._universal = {m["name"]: m.string for m in map(_UNIVERSAL.match, names) if m}
         if not self._models:
             raise CheckpointError(
@@ -91,9 +92,16 @@ class ZeroSource:
         archive = self._archive(self._universal[name])
         value = archive.value
         tensor = value.get("param") if isinstance(value, dict) else value
-        if not isinstance(tensor, TensorRef):
-            raise FormatError("an fp32.pt without its tensor", where=archive.where)
-        shape, pieces = self.shapes[name], (archive.piece(tensor),)
+        shape = self.shapes[name]
+        if not isinstance(tensor, TensorRef) or math.prod(tensor.shape) != math.prod(shape):
+            raise FormatError(
+                "an fp32.pt without its tensor",
+                where=archive.where,
+                expected=f"a tensor of {list(shape)}",
+                got=str(list(tensor.shape)) if isinstance(tensor, TensorRef) else "none",
+                next_step="convert the checkpoint again with deepspeed's ds_to_universal.py",
+            )
+        pieces = (archive.piece(tensor),)
         return SourceTensor(name, tensor.dtype, shape, tensor.shape, pieces)
 
     def _join(self, names: Sequence[str]) -> dict[str, SourceTensor]:
@@ -105,6 +113,7 @@ class ZeroSource:
         problems: list[str] = []
         if trained:
             optim = self._read_ranks(self._optim, read_optim_states, "optim_states")
+            optim = check_partitions(states, optim, self._tag)
             runs = _cut(states, optim, self._tag)
             for name in trained:
                 for run in runs.get(name, ()):
@@ -121,7 +130,7 @@ class ZeroSource:
                     if isinstance(rank_states, str):
                         problems.append(f"{_elements(name, run)}: {rank_states}")
                     else:
-                        pieces[name].append(_frozen_piece(rank_states, name, run))
+                        pieces[name].append(_frozen_piece(rank_states, name, run, states))
         if problems:
             raise _holes(self._tag, problems)
         return {name: self._flat(name, found) for name, found in pieces.items()}
@@ -168,14 +177,14 @@ def _cut(
     if first.stage == 3:
         shapes = {name: shape for group in states.groups for name, shape in group.items()}
         return cut_each(shapes, first.sizes, len(ranks))
-    groups = range(min(len(rank.groups) for rank in known))
+    groups = range(len(states.groups))
     # Partitions are of one size, but for the last rank's, whose padding may not have been saved.
     usual = [max(rank.sizes[group] for rank in known) for group in groups]
     sizes = [
         [rank.sizes[g] if isinstance(rank, OptimStates) else usual[g] for rank in ranks]
         for g in groups
     ]
-    return cut_flattened(states.groups[: len(sizes)], first.paddings, sizes)
+    return cut_flattened(states.groups, first.paddings, sizes)
 
 
 def _cut_frozen(shape: tuple[int, ...], ranks: int) -> Sequence[Run]:
@@ -183,14 +192,38 @@ def _cut_frozen(shape: tuple[int, ...], ranks: int) -> Sequence[Run]:
     return cut_each({"": shape}, [math.ceil(total / ranks)], ranks)[""]
 
 
-def _frozen_piece(states: ModelStates, name: str, run: Run) -> Piece:
+def _frozen_piece(states: ModelStates, name: str, run: Run, first: ModelStates) -> Piece:
+    """Return a rank's part of a frozen parameter, whose shape the *first* rank's states tell."""
     fragment = states.frozen.get(name)
-    if fragment is None:
+    part = math.ceil(math.prod(first.shapes[name]) / first.ranks)
+    if fragment is None or math.prod(fragment.shape) != part:
         raise FormatError(
-            "a rank without its frozen parameter", where=f"{states.archive.where}: {name}"
+            "a rank without its part of a frozen parameter",
+            where=f"{states.archive.where}: {name}",
+            expected=f"{part} elements, the parameter cut between {first.ranks} ranks",
+            got=f"{math.prod(fragment.shape)} elements" if fragment else "none",
+            next_step="leave out the files that another run wrote under this tag",
         )
     part = TensorRef(fragment.storage, fragment.dtype, fragment.offset, (run.count,), (1,))
     return states.archive.piece(part, (run.offset,))
+
+
+def _by_rank(matches: Iterable[re.Match[str]], tag: str) -> dict[int, str]:
+    """Return rank -> file.
+
+    Raises:
+        CheckpointError: two files are of one rank: an earlier run saved in another stage or dtype.
+    """
+    found: dict[int, str] = {}
+    problems = []
+    for match in matches:
+        rank = int(match["rank"] or 0)
+        if other := found.get(rank):
+            problems.append(f"rank {rank}: {other} and {match.string}")
+        found[rank] = match.string
+    if problems:
+        raise other_run(tag, problems)
+    return found
 
 
 def _elements(name: str, run: Run) -> str:

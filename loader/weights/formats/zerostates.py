@@ -42,10 +42,14 @@ class ModelStates:
 
 @dataclass(frozen=True, slots=True)
 class OptimStates:
-    """A ``…optim_states.pt``: one float32 run per parameter group; 1-D tensors."""
+    """A ``…optim_states.pt``: one float32 run per parameter group; 1-D tensors.
+
+    ``ranks`` is the count of partitions that it says there are.
+    """
 
     archive: Archive
     stage: int
+    ranks: int
     groups: tuple[TensorRef, ...]
     paddings: tuple[tuple[int, ...], ...]
 
@@ -93,7 +97,8 @@ def read_optim_states(archive: Archive) -> OptimStates:
         paddings = state.get("param_alignment_paddings") or ()
         if not isinstance(paddings, list | tuple):
             raise ValueError("param_alignment_paddings that are no lists")
-        return OptimStates(archive, stage, found, tuple(counts(p) for p in paddings))
+        ranks = _partition_count(state.get("partition_count"))
+        return OptimStates(archive, stage, ranks, found, tuple(counts(p) for p in paddings))
     except (ValueError, TypeError) as error:
         raise _malformed(archive, error) from error
 
@@ -153,6 +158,14 @@ def _stage(value: object) -> int:
     if value not in (1, 2, 3):
         raise ValueError(f"zero_stage {value!r}")
     return int(str(value))
+
+
+def _partition_count(value: object) -> int:
+    """Return the most that a group has, where each has its own: as zero_to_fp32 takes it."""
+    given = value if isinstance(value, list | tuple) else [value]
+    if not given or not all(is_count(count) and count for count in given):
+        raise ValueError(f"partition_count {value!r}")
+    return max(counts(given))
 
 
 def _mapping(value: object) -> dict[str, object]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -192,3 +194,90 @@ def test_no_tag_in_the_detail_is_an_error(zero: Path, tmp_path: Path) -> None:
     case = zero / "zero2-fp16/rank-0/checkpoint-10"
     with pytest.raises(CheckpointError, match="model states"):
         consolidate(Checkpoint(Kind.ZERO, case, {}), tmp_path / "out")
+
+
+def optimizer_file(case: Path, rank: int) -> Path:
+    (path,) = case.glob(f"rank-{rank}/checkpoint-10/global_step10/*optim*")
+    return path
+
+
+def edit_states(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    states = torch.load(path, weights_only=False)
+    change(states["optimizer_state_dict"])
+    path.unlink()
+    torch.save(states, path)
+
+
+def add_a_third_rank(case: Path) -> None:
+    path = optimizer_file(case, 1)
+    shutil.copy(path, path.with_name(path.name.replace("rank_1", "rank_2")))
+
+
+def add_another_dtype(case: Path) -> None:
+    path = optimizer_file(case, 1)
+    name = path.name.removeprefix("bf16_")
+    shutil.copy(path, path.with_name(name if name != path.name else f"bf16_{name}"))
+
+
+def count_three_partitions(case: Path) -> None:
+    for rank in (0, 1):
+        edit_states(
+            optimizer_file(case, rank),
+            lambda state: state.update(
+                partition_count=[3] * len(state["partition_count"])
+                if isinstance(state["partition_count"], list)
+                else 3
+            ),
+        )
+
+
+def shorten_groups(case: Path) -> None:
+    for rank in (0, 1):
+        edit_states(optimizer_file(case, rank), shorten)
+
+
+def shorten(state: dict[str, Any]) -> None:
+    name = "fp32_flat_groups" if "fp32_flat_groups" in state else "single_partition_of_fp32_groups"
+    state[name] = [*state[name][:-1], state[name][-1][:-8].clone()]
+
+
+@pytest.mark.parametrize(
+    "damage", [add_a_third_rank, add_another_dtype, count_three_partitions, shorten_groups]
+)
+@pytest.mark.parametrize("case", ["zero2-fp16", "zero3-bf16", "zero3-frozen"])
+def test_files_of_several_runs_are_refused_as_deepspeed_refuses(
+    zero: Path, case: str, damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    copy = copy_case(zero / case, tmp_path / "case")
+    damage(copy)
+    together = tmp_path / "together"
+    for folder in copy.glob("rank-*/checkpoint-10"):
+        shutil.copytree(folder, together, dirs_exist_ok=True)
+    with pytest.raises((ValueError, RuntimeError)):
+        get_fp32_state_dict_from_zero_checkpoint(str(together), tag="global_step10")
+    with pytest.raises(CheckpointError) as error:
+        consolidate(found(copy), tmp_path / "out", dtype="float32")
+    assert error.value.problems
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_rank_of_another_run_is_refused(zero: Path, tmp_path: Path) -> None:
+    """What DeepSpeed itself does not look at: the group sizes of other ranks than the first."""
+    copy = copy_case(zero / "zero3-bf16", tmp_path / "case")
+    edit_states(optimizer_file(copy, 1), shorten)
+    with pytest.raises(CheckpointError, match="several runs") as error:
+        consolidate(found(copy), tmp_path / "out")
+    (problem,) = error.value.problems
+    assert "rank_1_mp_rank_00_optim" in problem
+
+
+def test_a_frozen_part_of_another_run_is_refused(zero: Path, tmp_path: Path) -> None:
+    copy = copy_case(zero / "zero3-frozen", tmp_path / "case")
+    path = copy / "rank-1/checkpoint-10/global_step10/zero_pp_rank_1_mp_rank_00_model_states.pt"
+    states = torch.load(path, weights_only=False)
+    parts = states["frozen_param_fragments"]
+    parts |= {name: part[:-1].clone() for name, part in parts.items()}
+    path.unlink()
+    torch.save(states, path)
+    with pytest.raises(FormatError, match="frozen parameter"):
+        consolidate(found(copy), tmp_path / "out")
