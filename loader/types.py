@@ -147,6 +147,7 @@ class Kind(StrEnum):
     DCP = "dcp"
     ZERO = "zero"
     MEGATRON = "megatron"
+    OPTIMIZER = "optimizer"
     WHISPER = "whisper"
     UNKNOWN = "unknown"
 

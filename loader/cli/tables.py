@@ -11,6 +11,7 @@ from loader.fetch.progress import show_bytes
 from loader.status.table import timeline_lines
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, Manifest, ReadyModel, Snapshot
+from loader.weights.formats.refused import find_refusal
 from loader.weights.formats.serving import serving_files
 
 _SHOWN = 50
@@ -20,9 +21,7 @@ _WOULD = {
     Kind.RANK_SHARDS: "would be consolidated into one model or adapter, then served",
     Kind.DCP: "would be consolidated into one model or adapter, then served",
     Kind.ZERO: "would be consolidated into one model or adapter, then served",
-    Kind.MEGATRON: "would be refused: its files do not say how their tensors were cut",
     Kind.WHISPER: "would be served as it is, for transcriptions",
-    Kind.UNKNOWN: "would be refused",
 }
 
 
@@ -98,7 +97,10 @@ def show_checkpoints(checkpoints: Sequence[Checkpoint]) -> None:
         for name, value in checkpoint.detail.items():
             if value not in (None, [], {}):
                 say(f"    {name}: {_short(value)}")
-        say(f"    {_WOULD[checkpoint.kind]}")
+        refusal = find_refusal(checkpoint)
+        say(
+            f"    would be refused: {refusal.what}" if refusal else f"    {_WOULD[checkpoint.kind]}"
+        )
 
 
 def show_consolidated(sharded: Checkpoint, made: Checkpoint) -> None:

@@ -14,7 +14,7 @@ from loader.prepare.bases import check_weights, find_base, not_a_base
 from loader.prepare.consolidated import BaseModel, LateShards, Source, find_sources, make_whole
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, ReadyModel, Snapshot
-from loader.weights.formats.parallel import refuse_ranks
+from loader.weights.formats.refused import find_refusal
 
 _SERVED = (Kind.FULL, Kind.WHISPER)
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -72,17 +72,8 @@ def make_ready(
 def _refuse_unservable(sources: Sequence[Source]) -> None:
     for source in sources:
         checkpoint = source.checkpoint
-        if checkpoint.kind is Kind.UNKNOWN:
-            found = checkpoint.detail.get("found")
-            raise CheckpointError(
-                "no checkpoint that podloader knows",
-                where=source.place,
-                expected=str(checkpoint.detail.get("lacks", "a model or an adapter")),
-                got=", ".join(map(str, found[:8])) if isinstance(found, list) else "nothing",
-                next_step="choose the checkpoint's whole folder in paths, with / at its end",
-            )
-        if checkpoint.kind is Kind.MEGATRON:
-            raise refuse_ranks(checkpoint)
+        if refusal := find_refusal(checkpoint):
+            raise refusal
         missing = checkpoint.detail.get("missing")
         if missing and checkpoint.kind is not Kind.RANK_SHARDS:  # there, tensors are named
             raise CheckpointError(

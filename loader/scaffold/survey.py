@@ -15,10 +15,10 @@ from loader.resolve.manifest import check_count, check_names
 from loader.stores.base import Store
 from loader.stores.registry import Stores
 from loader.types import Artifact, Checkpoint, Kind, Listing
+from loader.weights.formats.refused import find_refusal
 from loader.weights.inspect import ADAPTER_CONFIG, INDEXES, read_json
 
 SHARDED = (Kind.RANK_SHARDS, Kind.DCP, Kind.ZERO)
-_REFUSED = (Kind.UNKNOWN, Kind.MEGATRON)
 _WEIGHTS = (".safetensors", ".bin")
 _STEP = re.compile(r"\d+")
 _MOST_STATS = 64  # weight files whose sizes are asked for one by one
@@ -79,7 +79,7 @@ def survey(sources: Sequence[str], jobs: Sequence[str] = ()) -> tuple[Found, ...
         with tempfile.TemporaryDirectory(prefix="podloader-") as folder:
             root = Path(folder)
             checkpoints = [
-                c for c in read_checkpoints(listings, store, root) if c.kind not in _REFUSED
+                c for c in read_checkpoints(listings, store, root) if find_refusal(c) is None
             ]
             known = [_describe(c, root, listings, store) for c in checkpoints]
     finally:

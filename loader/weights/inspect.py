@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 
 from loader.errors import CheckpointError, FormatError
 from loader.types import Checkpoint, Kind
+from loader.weights.frameworks import find_cut, find_optimizers, find_zero
 from loader.weights.header import read_header
 from loader.weights.index import read_weight_map
 from loader.weights.layout import Place, group_places, walk_names
@@ -24,15 +24,6 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 SINGLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SHARD = re.compile(r"^(model|pytorch_model)-(\d{5,})-of-(\d{5,})\.(safetensors|bin)$")
-_DCP = re.compile(r"\.distcp$|^shard-\d+-model-\d+-of-\d+\.safetensors$")
-_DCP_OF_PARENT = re.compile(r"^(pytorch_model_fsdp_\d+|model(_\d+)?|sharded)$")
-FSDP_WEIGHTS = "pytorch_model_fsdp.bin"  # accelerate's full state dict, on the first rank
-_OPTIMIZER = re.compile(r"^optim(izer)?(_\d+)?$")
-_ZERO = re.compile(r"mp_rank_\d+_(optim|model)_states\.pt$")
-_MEGATRON_RANK = re.compile(r"^mp_rank_\d{2,}(_\d{3})*$")
-_MEGATRON = frozenset({"model_optim_rng.pt", "model_rng.pt"})
-_ITERATION = re.compile(r"^iter_\d+$")
-_ZERO_TAG = re.compile(r"^global_step\d+(_universal)?$")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -73,21 +64,20 @@ def find_checkpoints(root: Path, names: Iterable[str] | None = None) -> tuple[Ch
     for _, group in groupby(places, key=lambda place: place.job):
         of_job = tuple(group)
         known = _find_in_job(of_job)
-        found += known or [_describe_unknown(of_job)]
+        found += known or _describe_unknown(of_job)
     return tuple(found)
 
 
 def _find_in_job(places: tuple[Place, ...]) -> list[Checkpoint]:
     by_folder = {place.relative: place for place in places}
     whole = {p.relative: c for p in places if (c := _find_adapters(p) or _find_models(p))}
-    zero = _find_zero(places, by_folder)
+    zero = find_zero(places, by_folder)
     for relative in set(zero) & set(whole):
         # ZeRO-3 without gathering leaves a model file of empty tensors beside the true weights.
         if not any(_is_hollow(c) for c in whole[relative]):
             del zero[relative]
-    others = {**_find_megatron(places, by_folder), **_find_full_states(places)}
-    others |= _find_dcp(places, by_folder)
-    sharded = {r: [c] for r, c in {**others, **zero}.items() if r in zero or r not in whole}
+    others = {r: c for r, c in find_cut(places, by_folder).items() if r not in whole}
+    sharded = {r: [c] for r, c in {**others, **zero}.items()}
     merged = {**whole, **sharded}
     return [c for relative in sorted(merged) for c in merged[relative]]
 
@@ -182,89 +172,6 @@ def _describe_model(config: Mapping[str, object], names: frozenset[str]) -> dict
     return detail
 
 
-def _find_zero(places: tuple[Place, ...], by_folder: dict[str, Place]) -> dict[str, Checkpoint]:
-    tags: dict[str, list[Place]] = {}
-    for place in places:
-        owner = by_folder.get(place.parent)
-        tagged = _ZERO_TAG.match(place.base) or (owner and "latest" in owner.names)
-        if tagged and any(_ZERO.search(name) for name in place.names):
-            tags.setdefault(place.parent, []).append(place)
-    found = {}
-    for relative, tagged_places in tags.items():
-        chosen = max(tagged_places, key=lambda p: (len(p.base), p.base))
-        owner = by_folder.get(relative)
-        latest = _read_latest(owner) if owner else None
-        chosen = next((p for p in tagged_places if p.base == latest), chosen)
-        roots = [chosen.folder(rank).parent for rank in chosen.ranks]
-        detail: dict[str, object] = {"tag": chosen.base, "folders": [str(r) for r in roots]}
-        detail["tags"] = [p.base for p in tagged_places]
-        detail["files"] = len(chosen.names)
-        found[relative] = Checkpoint(Kind.ZERO, _folder_with_config(owner, roots[0]), detail)
-    return found
-
-
-def _read_latest(owner: Place) -> str | None:
-    for rank in owner.holders("latest"):
-        return (owner.folder(rank) / "latest").read_text(encoding="utf-8").strip()
-    return None
-
-
-def _find_dcp(places: tuple[Place, ...], by_folder: dict[str, Place]) -> dict[str, Checkpoint]:
-    found = {}
-    iterations = Counter(place.parent for place in places if _ITERATION.match(place.base))
-    for place in places:
-        parts = [name for name in place.names if _DCP.search(name)]
-        if not parts or _OPTIMIZER.match(place.base):
-            continue
-        # Megatron-LM's folder of an iteration, where there is one: the config lies above it.
-        alone = _ITERATION.match(place.base) and iterations[place.parent] == 1
-        of_parent = alone or _DCP_OF_PARENT.match(place.base)
-        relative = place.parent if of_parent else place.relative
-        owner = by_folder.get(relative)
-        detail: dict[str, object] = {
-            "folders": [str(place.folder(rank)) for rank in place.ranks],
-            "files": len(parts),
-            "has_metadata": ".metadata" in place.names,
-        }
-        home = place.folder(place.ranks[0])
-        root = home if relative == place.relative else home.parent
-        found[relative] = Checkpoint(Kind.DCP, _folder_with_config(owner, root), detail)
-    return found
-
-
-def _find_full_states(places: tuple[Place, ...]) -> dict[str, Checkpoint]:
-    found = {}
-    for place in places:
-        if FSDP_WEIGHTS in place.names:
-            folders = [str(place.folder(rank)) for rank in place.ranks]
-            home = _folder_with_config(place, place.folder(place.holders(FSDP_WEIGHTS)[0]))
-            found[place.relative] = Checkpoint(Kind.RANK_SHARDS, home, {"folders": folders})
-    return found
-
-
-def _find_megatron(places: tuple[Place, ...], by_folder: dict[str, Place]) -> dict[str, Checkpoint]:
-    """Return Megatron's checkpoints of a file per model-parallel rank: known, to be refused."""
-    ranks: dict[str, list[Place]] = {}
-    for place in places:
-        if _MEGATRON_RANK.match(place.base) and place.names & _MEGATRON:
-            above = place.parent
-            inside = _ITERATION.match(above.rpartition("/")[2])
-            ranks.setdefault(above.rpartition("/")[0] if inside else above, []).append(place)
-    found = {}
-    for relative, cut in ranks.items():
-        detail: dict[str, object] = {"model_ranks": sorted({place.base for place in cut})}
-        owner = by_folder.get(relative)
-        home = cut[0].folder(cut[0].ranks[0])
-        root = home.parents[cut[0].relative.removeprefix(relative).strip("/").count("/")]
-        found[relative] = Checkpoint(Kind.MEGATRON, _folder_with_config(owner, root), detail)
-    return found
-
-
-def _folder_with_config(owner: Place | None, otherwise: Path) -> Path:
-    ranks = owner.holders("config.json") if owner else ()
-    return owner.folder(ranks[0]) if owner and ranks else otherwise
-
-
 def _is_hollow(checkpoint: Checkpoint) -> bool:
     path = checkpoint.path / SINGLE_WEIGHTS[0]
     if checkpoint.kind is not Kind.FULL or not path.is_file():
@@ -273,21 +180,25 @@ def _is_hollow(checkpoint: Checkpoint) -> bool:
     return any(0 in tensor.shape for tensor in tensors)
 
 
-def _describe_unknown(places: tuple[Place, ...]) -> Checkpoint:
+def _describe_unknown(places: tuple[Place, ...]) -> list[Checkpoint]:
     names = sorted({f"{p.relative}/{n}".lstrip("/") for p in places for n in p.names})
     kinds = {name.rpartition("/")[2] for name in names}
-    lacks = "anything that podloader knows"
     if ADAPTER_CONFIG in kinds:
         lacks = " or ".join(ADAPTER_WEIGHTS)
     elif any(name in kinds for name in ADAPTER_WEIGHTS):
         lacks = ADAPTER_CONFIG
     elif any(_is_weights(name) for name in kinds):
         lacks = "config.json"
+    elif optimizers := find_optimizers(places):
+        return optimizers
     elif "config.json" in kinds:
         lacks = " or ".join(SINGLE_WEIGHTS)
+    else:
+        lacks = "anything that podloader knows"
     detail: dict[str, object] = {"found": names[:20], "files": len(names), "lacks": lacks}
     job = places[0].job
-    return Checkpoint(Kind.UNKNOWN, places[0].root / job if job else places[0].root, detail)
+    root = places[0].root
+    return [Checkpoint(Kind.UNKNOWN, root / job if job else root, detail)]
 
 
 def read_json(path: Path) -> dict[str, object]:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from loader.errors import CheckpointError, FormatError
 from loader.types import Kind
+from loader.weights.formats.refused import find_refusal
 from loader.weights.inspect import find_checkpoints, open_checkpoint
 from tests.models import tiny_llama, train_or_draw_lora
 
@@ -165,6 +166,65 @@ def test_zero_beside_a_model_of_empty_tensors(tmp_path: Path) -> None:
     assert find_checkpoints(tmp_path)[0].kind is Kind.ZERO
     save_file({"w": torch.zeros(1)}, tmp_path / "c/model.safetensors")
     assert find_checkpoints(tmp_path)[0].kind is Kind.FULL
+
+
+@pytest.mark.parametrize("texts", [("global_step99",), ("global_step20", "global_step30")])
+def test_a_tag_that_is_missing_is_refused_with_those_that_are_there(
+    tmp_path: Path, texts: tuple[str, ...]
+) -> None:
+    for rank, text in enumerate(texts):
+        put(tmp_path, f"j/rank-{rank}/c/latest", text=text)
+    for step in (20, 30):
+        put(tmp_path, f"j/rank-0/c/global_step{step}/mp_rank_00_model_states.pt")
+    (found,) = find_checkpoints(tmp_path)
+    refusal = find_refusal(found)
+    assert refusal is not None
+    assert refusal.got == "global_step20/, global_step30/"
+    put(tmp_path, "j/rank-0/c/latest", text="global_step30")
+    for path in tmp_path.glob("j/rank-1/c/latest"):
+        path.unlink()
+    (found,) = find_checkpoints(tmp_path)
+    assert (find_refusal(found), found.detail["tag"]) == (None, "global_step30")
+
+
+def test_a_second_model_beside_the_first_is_refused_by_name(tmp_path: Path) -> None:
+    put(tmp_path, "j/rank-0/c/config.json", "j/rank-0/c/optimizer_0/__0_0.distcp")
+    for number in (0, 1):
+        put(tmp_path, f"j/rank-0/c/pytorch_model_fsdp_{number}/__0_0.distcp")
+    (found,) = find_checkpoints(tmp_path)
+    refusal = find_refusal(found)
+    assert refusal is not None
+    assert refusal.problems == ("c/pytorch_model_fsdp_0", "c/pytorch_model_fsdp_1")
+    chosen = [n for n in listed(tmp_path) if "fsdp_0" not in n]
+    (found,) = find_checkpoints(tmp_path, chosen)
+    assert find_refusal(found) is None
+    assert found.detail["folders"] == [str(tmp_path / "j/rank-0/c/pytorch_model_fsdp_1")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "optimizer_0/__0_0.distcp",
+        "optim/__0_0.distcp",
+        "optimizer.pt",
+        "distrib_optim.pt",
+    ],
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_optimizer_alone_is_named(tmp_path: Path, name: str, inside: bool) -> None:
+    put(tmp_path, name)
+    root = (tmp_path / name).parent if inside else tmp_path
+    (found,) = find_checkpoints(root)
+    assert found.kind is Kind.OPTIMIZER
+    assert "optimizer" in str(find_refusal(found))
+
+
+def test_megatron_by_rank_is_named_wherever_it_is_opened(tmp_path: Path) -> None:
+    put(tmp_path, "iter_0000010/mp_rank_00/model_optim_rng.pt")
+    for root in [tmp_path, tmp_path / "iter_0000010", tmp_path / "iter_0000010/mp_rank_00"]:
+        (found,) = find_checkpoints(root)
+        assert (found.kind, found.path) == (Kind.MEGATRON, root)
+        assert "mp_rank_00" in str(find_refusal(found))
 
 
 def test_whisper(tmp_path: Path) -> None:

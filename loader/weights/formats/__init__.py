@@ -11,7 +11,7 @@ of bytes in some file and the box of the tensor that it fills (``pieces``). What
     zero.py       DeepSpeed ZeRO 1, 2, 3 and the universal format
     megatron.py   Megatron-Core's fused and stacked tensors, as views of what dcp.py reads
     titan.py      torchtitan's and torchtune's names and order of rows, likewise
-    parallel.py   Megatron's files by rank: known, and refused
+    refused.py    what is known and not served: Megatron's files by rank, an optimizer alone
 
 A model's own names come from transformers (``expected``), in a process beside this one
 (``learning``). Pickles are read by ``unpickling``, which builds what ``allowed`` lists and nothing

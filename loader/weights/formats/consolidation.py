@@ -30,13 +30,13 @@ from loader.weights.formats.dcp import DcpSource
 from loader.weights.formats.expected import ModelNames, read_model_names
 from loader.weights.formats.hfstorage import SafetensorsStorageSource, is_storage
 from loader.weights.formats.layouts import find_view
-from loader.weights.formats.parallel import refuse_ranks
 from loader.weights.formats.pieces import SourceTensor
 from loader.weights.formats.places import CONFIG, home_folders, weight_folders
 from loader.weights.formats.rank_files import Files, LocalFiles
 from loader.weights.formats.ranks import RankShardsSource
+from loader.weights.formats.refused import find_refusal, optimizer_alone
 from loader.weights.formats.sidecars import find_sidecars, write_sidecars
-from loader.weights.formats.tensor_names import match_names
+from loader.weights.formats.tensor_names import is_of_model, match_names
 from loader.weights.formats.work import Progress, even_shard_bytes, write_all
 from loader.weights.formats.zero import ZeroSource
 from loader.weights.resuming import Digest, ResumableWriter
@@ -159,6 +159,8 @@ def plan_consolidation(
     """
     where = str(checkpoint.path)
     source = _open_source(checkpoint, files)
+    if source.shapes and not any(map(is_of_model, source.shapes)):
+        raise optimizer_alone(where, sorted(source.shapes))
     sidecars = find_sidecars(home_folders(checkpoint))
     if has_adapter(source.shapes):
         matched = match_adapter(source.shapes, sidecars, where)
@@ -176,14 +178,14 @@ def plan_consolidation(
 
 
 def _open_source(checkpoint: Checkpoint, files: Files) -> ShardedSource:
+    if refusal := find_refusal(checkpoint):
+        raise refusal
     if checkpoint.kind is Kind.DCP:
         return SafetensorsStorageSource(files) if is_storage(files) else DcpSource(files)
     if checkpoint.kind is Kind.RANK_SHARDS:
         return RankShardsSource(files)
     if checkpoint.kind is Kind.ZERO:
         return ZeroSource(files, str(checkpoint.detail.get("tag", "")))
-    if checkpoint.kind is Kind.MEGATRON:
-        raise refuse_ranks(checkpoint)
     raise UnsupportedError(
         "a checkpoint that is not sharded over ranks",
         where=str(checkpoint.path),

@@ -21,8 +21,8 @@ from loader.weights.formats.hfstorage import read_range_header
 from loader.weights.formats.pieces import Piece, SourceTensor
 from loader.weights.formats.rank_files import Files, RangeFile, read_all
 from loader.weights.formats.records import TensorRef
+from loader.weights.frameworks import FSDP_WEIGHTS
 from loader.weights.index import weight_map
-from loader.weights.inspect import FSDP_WEIGHTS
 
 MAX_INDEX_BYTES = 1 << 28
 _SAFE, _PICKLED = "safetensors", "bin"

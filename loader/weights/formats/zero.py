@@ -112,8 +112,8 @@ class ZeroSource:
         pieces: dict[str, list[Piece]] = {name: [] for name in names}
         problems: list[str] = []
         if trained:
-            optim = self._read_ranks(self._optim, read_optim_states, "optim_states")
-            optim = check_partitions(states, optim, self._tag)
+            found = self._read_ranks(self._optim, read_optim_states, "optim_states")
+            optim = check_partitions(states, found, self._tag)
             runs = _cut(states, optim, self._tag)
             for name in trained:
                 for run in runs.get(name, ()):
@@ -195,12 +195,12 @@ def _cut_frozen(shape: tuple[int, ...], ranks: int) -> Sequence[Run]:
 def _frozen_piece(states: ModelStates, name: str, run: Run, first: ModelStates) -> Piece:
     """Return a rank's part of a frozen parameter, whose shape the *first* rank's states tell."""
     fragment = states.frozen.get(name)
-    part = math.ceil(math.prod(first.shapes[name]) / first.ranks)
-    if fragment is None or math.prod(fragment.shape) != part:
+    count = math.ceil(math.prod(first.shapes[name]) / first.ranks)
+    if fragment is None or math.prod(fragment.shape) != count:
         raise FormatError(
             "a rank without its part of a frozen parameter",
             where=f"{states.archive.where}: {name}",
-            expected=f"{part} elements, the parameter cut between {first.ranks} ranks",
+            expected=f"{count} elements, the parameter cut between {first.ranks} ranks",
             got=f"{math.prod(fragment.shape)} elements" if fragment else "none",
             next_step="leave out the files that another run wrote under this tag",
         )

@@ -1,0 +1,162 @@
+"""What training frameworks leave in folders of their ranks: found by names, torch stays out.
+
+::
+
+    <checkpoint>/[pytorch_model_fsdp_0/]{.metadata, __<r>_<n>.distcp}      torch's DCP
+    <checkpoint>/{latest, <tag>/…_mp_rank_00_…_states.pt}                  DeepSpeed
+    <checkpoint>/pytorch_model_fsdp.bin                                    accelerate, all in one
+    <checkpoint>/[iter_<n>/]mp_rank_<r>/model_optim_rng.pt                 Megatron, by rank
+    <checkpoint>/[optimizer_0/]…                                           an optimizer alone
+
+What of it is not served, and why, says ``formats/refused.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from loader.types import Checkpoint, Kind
+from loader.weights.layout import Place
+
+FSDP_WEIGHTS = "pytorch_model_fsdp.bin"  # accelerate's full state dict, on the first rank
+_DCP = re.compile(r"\.distcp$|^shard-\d+-model-\d+-of-\d+\.safetensors$")
+_DCP_OF_PARENT = re.compile(r"^(pytorch_model_fsdp_\d+|model(_\d+)?|sharded)$")
+_OPTIMIZER = re.compile(r"^optim(izer)?(_\d+)?$")
+_OPTIMIZER_FILES = re.compile(
+    r"^(optimizer(_\d+)?\.(bin|pt)|distrib_optim\.pt|optim_world_size_\d+_rank_\d+\.pt)$"
+    r"|_optim_states\.pt$"
+)
+_ZERO = re.compile(r"mp_rank_\d+_(optim|model)_states\.pt$")
+_ZERO_TAG = re.compile(r"^global_step\d+(_universal)?$")
+_MEGATRON_RANK = re.compile(r"^mp_rank_\d{2,}(_\d{3})*$")
+_MEGATRON = frozenset({"model_optim_rng.pt", "model_rng.pt"})
+_ITERATION = re.compile(r"^iter_\d+$")
+
+
+def find_cut(places: Sequence[Place], by_folder: Mapping[str, Place]) -> dict[str, Checkpoint]:
+    """Return the checkpoints that are cut between ranks, by folder, but for DeepSpeed's."""
+    found = {**_find_megatron(places, by_folder), **_find_full_states(places)}
+    return found | _find_dcp(places, by_folder)
+
+
+def find_zero(places: Sequence[Place], by_folder: Mapping[str, Place]) -> dict[str, Checkpoint]:
+    """Return DeepSpeed's checkpoints by folder.
+
+    The tag is the one that ``latest`` names, there or not; without ``latest`` the highest step's.
+    """
+    tags: dict[str, list[Place]] = {}
+    for place in places:
+        owner = by_folder.get(place.parent)
+        tagged = _ZERO_TAG.match(place.base) or (owner and "latest" in owner.names)
+        if tagged and any(_ZERO.search(name) for name in place.names):
+            tags.setdefault(place.parent, []).append(place)
+    found = {}
+    for relative, tagged_places in tags.items():
+        owner = by_folder.get(relative)
+        highest = max(tagged_places, key=lambda p: (len(p.base), p.base))
+        named = _read_latest(owner) if owner else []
+        chosen = next((p for p in tagged_places if [p.base] == named), highest)
+        roots = [chosen.folder(rank).parent for rank in chosen.ranks]
+        detail: dict[str, object] = {
+            "tag": " and ".join(named) or chosen.base,
+            "folders": [str(root) for root in roots],
+            "tags": [p.base for p in tagged_places],
+            "files": len(chosen.names),
+        }
+        found[relative] = Checkpoint(Kind.ZERO, _folder_with_config(owner, roots[0]), detail)
+    return found
+
+
+def find_optimizers(places: Sequence[Place]) -> list[Checkpoint]:
+    """Return the folders that hold an optimizer's state; meant where nothing else is found."""
+    return [
+        Checkpoint(Kind.OPTIMIZER, place.folder(place.ranks[0]), {"found": sorted(place.names)[:8]})
+        for place in places
+        if _is_optimizer(place)
+        or (
+            any(map(_OPTIMIZER_FILES.search, place.names))
+            and not any(name.endswith("model_states.pt") for name in place.names)
+        )
+    ]
+
+
+def _is_optimizer(place: Place) -> bool:
+    """Return whether a folder of DCP files is called as that of an optimizer."""
+    parts = any(_DCP.search(name) for name in place.names)
+    return parts and bool(_OPTIMIZER.match(place.folder(place.ranks[0]).name))
+
+
+def _read_latest(owner: Place) -> list[str]:
+    """Return the tags that ``latest`` names on the ranks that have it: one, as it should be."""
+    texts = {
+        (owner.folder(rank) / "latest").read_text(encoding="utf-8", errors="replace").strip()
+        for rank in owner.holders("latest")
+    }
+    return sorted(texts)
+
+
+def _find_dcp(places: Sequence[Place], by_folder: Mapping[str, Place]) -> dict[str, Checkpoint]:
+    models: dict[str, list[Place]] = {}
+    iterations = Counter(place.parent for place in places if _ITERATION.match(place.base))
+    for place in places:
+        if not any(_DCP.search(name) for name in place.names) or _is_optimizer(place):
+            continue
+        # Megatron-LM's folder of an iteration, where there is one: the config lies above it.
+        alone = _ITERATION.match(place.base) and iterations[place.parent] == 1
+        of_parent = alone or _DCP_OF_PARENT.match(place.base)
+        models.setdefault(place.parent if of_parent else place.relative, []).append(place)
+    found = {}
+    for relative, of_one in models.items():
+        place = of_one[0]
+        detail: dict[str, object] = {
+            "folders": [str(place.folder(rank)) for rank in place.ranks],
+            "files": sum(bool(_DCP.search(name)) for name in place.names),
+            "has_metadata": ".metadata" in place.names,
+        }
+        if len(of_one) > 1:
+            detail["models"] = [p.relative for p in of_one]
+        home = place.folder(place.ranks[0])
+        root = home if relative == place.relative else home.parent
+        owner = by_folder.get(relative)
+        found[relative] = Checkpoint(Kind.DCP, _folder_with_config(owner, root), detail)
+    return found
+
+
+def _find_full_states(places: Sequence[Place]) -> dict[str, Checkpoint]:
+    found = {}
+    for place in places:
+        if FSDP_WEIGHTS in place.names:
+            folders = [str(place.folder(rank)) for rank in place.ranks]
+            home = _folder_with_config(place, place.folder(place.holders(FSDP_WEIGHTS)[0]))
+            found[place.relative] = Checkpoint(Kind.RANK_SHARDS, home, {"folders": folders})
+    return found
+
+
+def _find_megatron(
+    places: Sequence[Place], by_folder: Mapping[str, Place]
+) -> dict[str, Checkpoint]:
+    """Return Megatron's checkpoints of a file per model-parallel rank: known, to be refused."""
+    ranks: dict[str, list[Place]] = {}
+    for place in places:
+        if place.names & _MEGATRON:
+            above = place.parent if _MEGATRON_RANK.match(place.base) else place.relative
+            inside = _ITERATION.match(above.rpartition("/")[2])
+            ranks.setdefault(above.rpartition("/")[0] if inside else above, []).append(place)
+    found = {}
+    for relative, cut in ranks.items():
+        home = cut[0].folder(cut[0].ranks[0])
+        names = sorted({place.base or home.name for place in cut})
+        detail: dict[str, object] = {"model_ranks": names}
+        owner = by_folder.get(relative)
+        inner = cut[0].relative.removeprefix(relative).strip("/")
+        root = home.parents[inner.count("/")] if inner else home
+        found[relative] = Checkpoint(Kind.MEGATRON, _folder_with_config(owner, root), detail)
+    return found
+
+
+def _folder_with_config(owner: Place | None, otherwise: Path) -> Path:
+    ranks = owner.holders("config.json") if owner else ()
+    return owner.folder(ranks[0]) if owner and ranks else otherwise
