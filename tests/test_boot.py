@@ -78,6 +78,24 @@ def test_a_full_model(job: Job, base: Path) -> None:
     assert len(job.origin.requests) - before == len(list(base.iterdir()))
 
 
+@pytest.mark.parametrize("made", ["base", "adapter"])
+def test_nodes_with_other_weights_under_one_name(
+    job: Job, base: Path, adapter: Path, made: str
+) -> None:
+    first = job.put(base if made == "base" else adapter, "checkpoint-10")
+    second = job.put(first, "checkpoint-10", rank=1)
+    settings = job.settings("rank-*/checkpoint-10/", base_model=str(base))
+    assert boot.prepare(settings).provenance
+    (path,) = second.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(CheckpointError, match="under one name") as error:
+        boot.prepare(settings)
+    where = "job1/rank-{}/checkpoint-10/" + path.name
+    assert error.value.problems == (f"{where.format(1)} differs from {where.format(0)}",)
+    chosen = job.settings("rank-1/checkpoint-10/", base_model=str(base))
+    assert boot.prepare(chosen).provenance
+
+
 def test_an_adapter_is_attached(job: Job, base: Path, adapter: Path) -> None:
     job.put(adapter, "checkpoint-10")
     ready = boot.prepare(job.settings("rank-0/checkpoint-10/", base_model=str(base)))

@@ -46,6 +46,7 @@ class RemoteFile:
     ) -> None:
         self.where = artifact.path
         self.size_bytes = info.size_bytes
+        self.digest = _digest(info)
         self._artifact, self._store, self._info, self._retries = artifact, store, info, retries
         self._watch = watch
         self._blocks: OrderedDict[int, Future[bytes]] = OrderedDict()
@@ -123,11 +124,18 @@ class RemoteFile:
             raise TransientError("the body ended before its length", where=self._artifact.source)
 
 
+def _digest(info: ObjectInfo) -> str | None:
+    """Return what the origin says that the bytes sum up to; no version tells of other objects."""
+    sums = (f"{s.algorithm} {s.parts} {s.part_bytes} {s.digest.hex()}" for s in info.checksums)
+    return next(sums, None)
+
+
 class ArrivingFile:
     """A ``RangeFile`` that is being fetched: large reads wait for it, small ones do not."""
 
     def __init__(self, remote: RemoteFile, arrivals: Arrivals) -> None:
         self.where, self.size_bytes = remote.where, remote.size_bytes
+        self.digest = remote.digest
         self._remote, self._arrivals = remote, arrivals
         self._local: LocalFile | None = None
         self._lock = threading.Lock()
@@ -163,6 +171,7 @@ class ShardFiles:
         self, checkpoint: Checkpoint, root: Path, shards: Mapping[str, RemoteFile | ArrivingFile]
     ) -> None:
         self._files: dict[str, list[RangeFile]] = {}
+        self._chosen: dict[str, RangeFile] = {}
         for folder in weight_folders(checkpoint):
             place = PurePosixPath(folder.relative_to(root).as_posix())
             for path, file in shards.items():
@@ -183,11 +192,13 @@ class ShardFiles:
         """Return the file of that name.
 
         Raises:
-            FormatError: no folder has it, or ranks have files of different sizes under the name.
+            FormatError: no folder has it, or ranks have different files under the name.
         """
         if name not in self._files:
             raise FormatError("no rank has this file", where=name)
-        return choose_copy(name, self._files[name])
+        if name not in self._chosen:
+            self._chosen[name] = choose_copy(name, self._files[name])
+        return self._chosen[name]
 
     def __enter__(self) -> Self:
         return self

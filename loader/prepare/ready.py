@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +12,21 @@ from loader.errors import CheckpointError
 from loader.fetch.progress import Progress
 from loader.prepare.adapted import make_adapted
 from loader.prepare.bases import check_weights, find_base, not_a_base
-from loader.prepare.consolidated import BaseModel, LateShards, Source, find_sources, make_whole
+from loader.prepare.consolidated import (
+    SHARDED,
+    BaseModel,
+    LateShards,
+    Source,
+    find_sources,
+    make_whole,
+)
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, ReadyModel, Snapshot
 from loader.weights.formats.refused import find_refusal
 
 _SERVED = (Kind.FULL, Kind.WHISPER)
+_WEIGHTS = (".safetensors", ".bin")
+_RANK = re.compile(r"(?<=/)rank-\d+/")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _HEARING = ("preprocessor_config.json", "processor_config.json")  # how a Whisper hears
 
@@ -43,6 +53,7 @@ def make_ready(
     """
     found = find_sources(snapshot, checkpoints, shards.identities if shards else None)
     _refuse_unservable(found)
+    _refuse_unlike_nodes(found, snapshot)
 
     def find_small_files() -> BaseModel | None:
         return _find_small_files(settings, found, timeline)
@@ -82,6 +93,34 @@ def _refuse_unservable(sources: Sequence[Source]) -> None:
                 problems=[str(name) for name in missing] if isinstance(missing, list) else (),
                 next_step="widen the pattern until it takes every shard",
             )
+
+
+def _refuse_unlike_nodes(sources: Sequence[Source], snapshot: Snapshot) -> None:
+    """Raise CheckpointError where nodes hold other weights under the name of a whole checkpoint.
+
+    Of copies the lowest rank's is taken; sharded ones are compared as they are read.
+    """
+    digests = {file.path: file.digest for file in snapshot.files}
+    named = {file.path: (file.job, _RANK.sub("", file.path)) for file in snapshot.files}
+    taken = {path for source in sources for path in source.files}
+    copies: dict[tuple[str, str], list[str]] = {}
+    for path in named.keys() - taken:
+        copies.setdefault(named[path], []).append(path)
+    problems = []
+    for source in sources:
+        if source.kind in SHARDED:
+            continue
+        for path in source.files:
+            if not path.endswith(_WEIGHTS) or path not in named:
+                continue
+            others = [p for p in copies.get(named[path], ()) if digests[p] != digests[path]]
+            problems += [f"{other} differs from {path}" for other in sorted(others)]
+    if problems:
+        raise CheckpointError(
+            "nodes that hold other weights under one name",
+            problems=problems,
+            next_step="choose one node's in paths: rank-<N>/<checkpoint>/",
+        )
 
 
 def _base_source(settings: Settings, sources: Sequence[Source]) -> Source | None:

@@ -14,6 +14,8 @@ from typing import Protocol, Self, TypeVar
 
 from loader.errors import FormatError
 
+_COMPARED_BYTES = 8 << 20
+
 
 class RangeFile(Protocol):
     """A file of known size; ``where`` says which, for errors."""
@@ -25,6 +27,10 @@ class RangeFile(Protocol):
     @property
     def size_bytes(self) -> int:
         """Its size."""
+
+    @property
+    def digest(self) -> str | None:
+        """Text that equal bytes alone have; None where it is not known without reading them."""
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill *buffer* with the bytes from *start* on; safe from several threads at once.
@@ -69,6 +75,12 @@ class LocalFile:
         return str(self.path)
 
     @property
+    def digest(self) -> str | None:
+        """The file itself: another name of it has the same."""
+        found = self.path.stat()
+        return f"inode {found.st_dev}:{found.st_ino}"
+
+    @property
     def descriptor(self) -> int:
         """The open descriptor, for copies inside the kernel."""
         with self._lock:
@@ -102,7 +114,7 @@ class LocalFile:
 class LocalFiles:
     """``Files`` over folders of this disk, one per rank; of one name the first folder's counts.
 
-    Ranks may hold copies of one file; copies of different sizes are refused when asked for.
+    Ranks may hold copies of one file; files of other bytes are refused when asked for.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -124,7 +136,7 @@ class LocalFiles:
         """Return the file of that name.
 
         Raises:
-            FormatError: no folder has it, or ranks have files of different sizes under the name.
+            FormatError: no folder has it, or ranks have different files under the name.
         """
         if name in self._open:
             return self._open[name]
@@ -152,17 +164,37 @@ _AnyFile = TypeVar("_AnyFile", bound=RangeFile)
 def choose_copy(name: str, files: Sequence[_AnyFile]) -> _AnyFile:
     """Return the first of *files*, which several ranks have under one *name*.
 
+    All of their bytes are compared: two runs of one model write files of the same sizes.
+
     Raises:
-        FormatError: their sizes differ.
+        FormatError: they differ.
     """
-    if len({file.size_bytes for file in files}) > 1:
+    first = files[0]
+    if not all(_is_copy(first, file) for file in files[1:]):
         raise FormatError(
             "ranks have different files under one name",
             where=name,
             problems=[f"{file.where}: {file.size_bytes} bytes" for file in files],
-            next_step="leave out the ranks whose files belong to another checkpoint",
+            next_step="choose the folders of the ranks that wrote this checkpoint together, and "
+            "leave out those of another",
         )
-    return files[0]
+    return first
+
+
+def _is_copy(one: RangeFile, other: RangeFile) -> bool:
+    """Return whether two files have the same bytes; read where no digest tells."""
+    if one.size_bytes != other.size_bytes:
+        return False
+    if one.digest is not None and one.digest == other.digest:
+        return True
+    a, b = bytearray(_COMPARED_BYTES), bytearray(_COMPARED_BYTES)
+    for start in range(0, one.size_bytes, _COMPARED_BYTES):
+        count = min(_COMPARED_BYTES, one.size_bytes - start)
+        for file, buffer in ((one, a), (other, b)):
+            file.read_into(start, memoryview(buffer)[:count])
+        if a != b:
+            return False
+    return True
 
 
 def read_all(file: RangeFile, *, limit_bytes: int) -> bytes:

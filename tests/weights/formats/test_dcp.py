@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +242,17 @@ def test_progress_counts_every_byte(fsdp: Path, tmp_path: Path) -> None:
     total = sum(t.nbytes for t in load_file(fsdp / "fsdp2/full.safetensors").values())
     assert seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_nodes_that_hold_other_bytes_under_one_name(fsdp: Path, name: str, tmp_path: Path) -> None:
+    """A copy on the other node is taken for one; bytes of another run are not, size or no size."""
+    case = copy_case(fsdp / "fsdp2", tmp_path / "case")
+    first, second = (case / f"rank-{node}/checkpoint-10/{name}" for node in (0, 1))
+    shutil.copy(first, second)
+    out = consolidate(found(case), tmp_path / "out")
+    assert_same(tensors_of(out), load_file(fsdp / "fsdp2/full.safetensors"))
+    second.write_bytes(first.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(FormatError, match="under one name") as error:
+        consolidate(found(case), tmp_path / "other")
+    assert len(error.value.problems) == 2
