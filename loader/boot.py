@@ -171,7 +171,11 @@ def _resolved(settings: Settings, origin: Origin, timeline: Timeline) -> Manifes
         manifest = resolve(_wanted(settings), origin.listings, case_sensitive=sensitive)
         manifest = _leave_out(settings, manifest)
         _check_indexes(settings, manifest, origin)
-        return manifest
+        from loader.fetch.sum_manifests import declare_sums  # the first request is ahead of it
+
+        listed = (artifact for listing in origin.listings for artifact in listing.artifacts)
+        root = settings.training.download_folder
+        return replace(manifest, files=declare_sums(manifest.files, listed, root, origin.store))
 
 
 def _leave_out(settings: Settings, manifest: Manifest) -> Manifest:

@@ -162,6 +162,18 @@ def consolidate(
             write_json(consolidated_document(sharded, made))
 
 
+def sums(folder: Path, as_json: bool) -> None:
+    """Write a manifest of sums to lay beside a checkpoint."""
+    with errors_shown(as_json):
+        from loader.cli.documents import sums_document
+        from loader.fetch.sum_manifests import sum_folder
+
+        path, found = sum_folder(folder)
+        say(f"{len(found)} files in {path}")
+        if as_json:
+            write_json(sums_document(path, found))
+
+
 def demo(folder: Path) -> None:
     """Do the whole job with a tiny model, trained on the spot."""
     with errors_shown(False):
@@ -187,6 +199,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "inspect": inspect,
     "merge": merge,
     "consolidate": consolidate,
+    "sums": sums,
     "truss init": truss_init,
     "demo": demo,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from loader.resolve.sum_files import Sums
 from loader.types import Artifact, Checkpoint, Manifest, ReadyModel, Snapshot
 from loader.weights.formats.serving import serving_files
 
@@ -75,6 +76,17 @@ def ready_document(ready: ReadyModel) -> dict[str, object]:
         "adapters": [{"name": a.name, "path": str(a.path), "rank": a.rank} for a in ready.adapters],
         "max_lora_rank": ready.max_lora_rank,
         "provenance": ready.provenance,
+    }
+
+
+def sums_document(path: Path, sums: Sums) -> dict[str, object]:
+    """Return ``path`` of the manifest, and ``files``: each with the hexadecimal digests it has."""
+    return {
+        "path": str(path),
+        "files": [
+            {"path": name, **{checksum.algorithm: checksum.digest.hex() for checksum in found}}
+            for name, found in sorted(sums.items())
+        ],
     }
 
 

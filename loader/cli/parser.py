@@ -111,6 +111,10 @@ def _build() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_merge(commands)
     _add_consolidate(commands)
+    told = "Write a manifest of sums to lay beside a checkpoint; a fetch compares them."
+    sums = commands.add("sums", told)
+    sums.add_argument("folder", metavar="DIR", type=Path, help="The checkpoint's folder.")
+    _add_json(sums)
     _add_init(_Commands(commands.add("truss", "Make Trusses."), "truss "))
     demo = commands.add("demo", "Do the whole job with a tiny model, trained on the spot.")
     told = "Where the demo keeps its files."

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from loader.fetch.digests import Digests
+from loader.fetch.files import STATE, Places, Record
+from loader.fetch.missing_ranges import digest_text
 from loader.http.objects import Checksum, ObjectInfo
 from loader.types import Artifact
 
@@ -28,3 +33,16 @@ def identify(artifact: Artifact, info: ObjectInfo) -> str | None:
     if info.is_pinned:
         return f"{info.size_bytes} bytes, version {info.version} of {artifact.source}"
     return None
+
+
+def is_as_declared(artifact: Artifact, place: Places, record: Record) -> bool:
+    """Return whether a whole file, which is what *record* says, has the sums of its manifest.
+
+    Raises:
+        LoaderError: it cannot be read.
+    """
+    for checksum in artifact.checksums:
+        if checksum.algorithm == "crc64nvme":  # of which every file has one
+            return record.digest == digest_text(int.from_bytes(checksum.digest, "big"))
+    digests = Digests(Path(place.root, STATE, "digests"))
+    return all(digests.of(place.final, c.algorithm) == c.digest for c in artifact.checksums)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from loader.errors import DiskError
 from loader.fetch.arrivals import Arrivals
+from loader.fetch.declared import is_as_declared
 from loader.fetch.files import STATE, Record, boot_id, disk_errors, read_record
 from loader.fetch.pace import Pace
 from loader.fetch.part import PartFile
@@ -127,8 +128,10 @@ class Download:
         record = read_record(part.place.record)
         if record is None or record == self._seen.get(part.artifact):
             return None
-        whole = is_same(part.artifact, record, part.info) and is_intact(
-            part.place.final, record, self._verify, boot_id()
+        whole = (
+            is_same(part.artifact, record, part.info)
+            and is_intact(part.place.final, record, self._verify, boot_id())
+            and is_as_declared(part.artifact, part.place, record)
         )
         return record if whole else None
 

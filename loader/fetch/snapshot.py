@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 from loader.errors import FetchError, LoaderError, TransientError
 from loader.fetch.arrivals import Arrivals
+from loader.fetch.declared import is_as_declared
 from loader.fetch.download import Download, is_same
 from loader.fetch.files import (
     STATE,
@@ -165,6 +166,11 @@ def read_artifact(artifact: Artifact, root: Path, store: Store) -> bytes:
     record = read_record(place.record)
     if record is not None and is_intact(place.final, record, "size", boot_id()):
         return place.final.read_bytes()
+    return read_small(artifact, store)
+
+
+def read_small(artifact: Artifact, store: Store) -> bytes:
+    """Return the contents of a small file at the origin. Raises as ``read_artifact`` does."""
     info = ask_version(artifact, store, FetchOptions().retries)
     if info.size_bytes > _SMALL_BYTES:
         raise FetchError(
@@ -206,7 +212,11 @@ def _kept(
         if artifact.size_bytes not in (None, record.size_bytes):
             return False
         if is_intact(final, record, options.verify, boot):
-            return True
+            if is_as_declared(artifact, at[artifact], record):
+                return True
+            says = artifact.checksums[0].said_by
+            _log.warning("%s is not what %s says; it is fetched again", artifact.path, says)
+            return False
         if final.exists():
             _log.warning("%s is not what was fetched; it is fetched again", artifact.path)
         return False

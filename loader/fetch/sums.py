@@ -259,7 +259,7 @@ class _Units:
     def state(self, place: int) -> Hasher | None:
         """Return the hash of the unit's bytes before *place*, None where it is not known."""
         if place % self.unit_bytes == 0:
-            return _hasher(self.algorithm)
+            return new_hasher(self.algorithm)
         with self._lock:
             found = self._states.get(place)
             return found.copy() if found is not None else None
@@ -276,12 +276,12 @@ class _Units:
         starts = range(0, max(self.size_bytes, 1), self.unit_bytes)
         digests = [self._digests[start] for start in starts if start in self._digests]
         if not self.size_bytes:  # no byte was ever put through a tally
-            digests = [_hasher(self.algorithm).digest()]
+            digests = [new_hasher(self.algorithm).digest()]
         if len(digests) != len(starts) or len(starts) != max(self._parts, 1):
             return None
         if not self._parts:
             return digests[0]
-        whole = _hasher(self.algorithm)
+        whole = new_hasher(self.algorithm)
         whole.update(memoryview(b"".join(digests)))
         return whole.digest()
 
@@ -345,7 +345,8 @@ def _crc_bytes(algorithm: Algorithm) -> int:
     return 8 if algorithm == "crc64nvme" else 4
 
 
-def _hasher(algorithm: Algorithm) -> Hasher:
+def new_hasher(algorithm: Algorithm) -> Hasher:
+    """Return what sums up bytes in their order."""
     if algorithm in _CRCS:
         return _Crc(algorithm)
     return hashlib.new(algorithm, usedforsecurity=False)

@@ -23,6 +23,7 @@ from loader.fetch.background import SplitFetch, are_here
 from loader.fetch.progress import Progress
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.fetch.spans import SpanProgress
+from loader.fetch.sum_manifests import declare_sums
 from loader.prepare.consolidated import BaseModel, cache_folder
 from loader.resolve.manifest import check_names
 from loader.stores.hub import REPO_ID, HubModel, fetch_model
@@ -278,5 +279,6 @@ def _find_files(settings: Settings, stores: Stores, url: str, *, weights: bool) 
         chosen |= set(wanted)
     files: list[Artifact] = [a for a in listing.artifacts if a.relative_file_name in chosen]
     check_names(files)
-    manifest = Manifest(tuple(sorted(files, key=lambda a: a.path)))
+    declared = declare_sums(files, listing.artifacts, root, stores)
+    manifest = Manifest(tuple(sorted(declared, key=lambda a: a.path)))
     return _Files(url, name, root, manifest)

@@ -1,0 +1,122 @@
+"""Digests of files that are not ours, kept beside what tells that a file is still the same one.
+
+::
+
+    <folder>/<digest of the file's path>.json    {"path", "stamp": [size, mtime_ns, ctime_ns, inode,
+                                                 device], "sums": {"<algorithm>": "<hex>"}}
+
+A large model is read once for its digest, not at every start. ``ctime_ns`` is nobody's to set back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from loader.errors import ChangedError, DiskError
+from loader.fetch.sums import Hasher, new_hasher
+from loader.threads import map_on_threads
+from loader.types import Algorithm
+
+_CHUNK_BYTES = 1 << 20
+_THREADS = 4
+_TICK_NS = 50_000_000  # file systems' clocks are coarse: a newer file may change without a trace
+
+
+class Digests:
+    """The digests of files on this disk. Every method may be called from any thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def of(self, path: Path, algorithm: Algorithm) -> bytes:
+        """Return the digest of *path*, read where it has changed since the last time.
+
+        Raises:
+            ChangedError: it was written to meanwhile.
+            DiskError: it cannot be read.
+        """
+        try:
+            place = path.resolve(strict=True)
+            entry = self.folder / f"{hashlib.sha256(os.fsencode(place)).hexdigest()[:32]}.json"
+            with place.open("rb", buffering=0) as file:
+                stamp = _stamp(file.fileno())
+                known = _read(entry, stamp)
+                if algorithm in known:
+                    return known[algorithm]
+                if (young_ns := _TICK_NS - (time.time_ns() - max(stamp[1], stamp[2]))) > 0:
+                    time.sleep(min(young_ns, _TICK_NS) / 1e9)
+                found = _digest(file.fileno(), new_hasher(algorithm))
+                if _stamp(file.fileno()) != stamp:
+                    raise ChangedError(
+                        "a file changed while it was being read",
+                        where=str(path),
+                        next_step="run again once nothing writes to it any more",
+                    )
+        except OSError as error:
+            raise DiskError(
+                "a file cannot be read", where=str(path), got=error.strerror or ""
+            ) from None
+        _write(entry, str(place), stamp, known | {algorithm: found})
+        return found
+
+    def of_all(self, paths: Iterable[Path], algorithm: Algorithm) -> dict[Path, bytes]:
+        """Return the digest of each of *paths*. Raises as ``of`` does."""
+        files = tuple(paths)
+        found = map_on_threads(lambda path: self.of(path, algorithm), files, _THREADS)
+        return dict(zip(files, found, strict=True))
+
+
+def read_digest(path: Path, algorithms: Iterable[Algorithm]) -> dict[Algorithm, bytes]:
+    """Return digests of *path* by one read of it, nothing being kept.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    hashers = {algorithm: new_hasher(algorithm) for algorithm in algorithms}
+    with path.open("rb", buffering=0) as file:
+        _digest(file.fileno(), *hashers.values())
+    return {algorithm: hasher.digest() for algorithm, hasher in hashers.items()}
+
+
+def _digest(fd: int, *hashers: Hasher) -> bytes:
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    place = 0
+    while count := os.preadv(fd, [buffer], place):
+        for hasher in hashers:
+            hasher.update(buffer[:count])
+        place += count
+    return hashers[0].digest() if hashers else b""
+
+
+def _stamp(fd: int) -> list[int]:
+    found = os.fstat(fd)
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev]
+
+
+def _read(entry: Path, stamp: list[int]) -> dict[str, bytes]:
+    with suppress(OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        fields = json.loads(entry.read_bytes())
+        if fields["stamp"] == stamp:
+            return {name: bytes.fromhex(text) for name, text in fields["sums"].items()}
+    return {}
+
+
+def _write(entry: Path, path: str, stamp: list[int], sums: Mapping[str, bytes]) -> None:
+    """Keep it where that can be: else the file is read again the next time."""
+    fields = {
+        "path": path,
+        "stamp": stamp,
+        "sums": {name: sum_.hex() for name, sum_ in sums.items()},
+    }
+    with suppress(OSError):
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=entry.parent, suffix=".new", delete=False) as new:
+            json.dump(fields, new)
+        Path(new.name).replace(entry)

@@ -1,0 +1,122 @@
+"""Manifests of sums: read from where a listing has them, written for a folder on this disk."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from loader.errors import CheckpointError, DiskError, FetchError, FormatError
+from loader.fetch.background import are_here
+from loader.fetch.digests import read_digest
+from loader.fetch.files import STATE
+from loader.fetch.snapshot import read_small
+from loader.resolve.sum_files import (
+    OURS,
+    SUM_FILES,
+    Sums,
+    declare,
+    find_sum_files,
+    parse_sums,
+    write_sums,
+)
+from loader.stores.base import Store
+from loader.threads import map_on_threads
+from loader.types import Algorithm, Artifact, Checksum
+
+_ALGORITHMS: Sequence[Algorithm] = ("crc64nvme", "sha256")
+_THREADS = 4
+_log = logging.getLogger("podloader")
+
+
+def declare_sums(
+    files: Sequence[Artifact], listed: Iterable[Artifact], root: Path, store: Store
+) -> tuple[Artifact, ...]:
+    """Return *files* with what the manifests among the *listed* artifacts declare of them.
+
+    Raises:
+        FetchError: one cannot be read, and there is something to be fetched into *root*.
+        FormatError: one is malformed.
+        ResolveError: they contradict each other.
+    """
+    found: dict[str, Sums] = {}
+    for manifest in find_sum_files(listed, files):
+        try:
+            text = read_small(manifest, store)
+        except FetchError as error:
+            if not are_here(files, root):
+                raise
+            _log.warning("%s cannot be read: %s", manifest.path, error.what)
+            continue
+        found[manifest.path] = parse_sums(text, manifest.path)
+    return declare(files, found) if found else tuple(files)
+
+
+def sum_folder(folder: Path) -> tuple[Path, Sums]:
+    """Return the manifest of *folder*, which is written, and what it says of each file.
+
+    Raises:
+        CheckpointError: no such folder, or nothing in it.
+        FormatError: a file is not what a ``SHA256SUMS`` there says; nothing is written then.
+        DiskError: a file cannot be read, or the manifest not be written.
+    """
+    if not folder.is_dir():
+        raise CheckpointError("no such folder", where=str(folder), next_step="give a folder")
+    names = sorted(_names(folder))
+    if not names:
+        raise CheckpointError("a folder without files", where=str(folder))
+
+    def read(name: str) -> tuple[Checksum, ...]:
+        try:
+            found = read_digest(folder / name, _ALGORITHMS)
+        except OSError as error:
+            raise _refused(folder / name, error) from None
+        return tuple(Checksum(algorithm, digest) for algorithm, digest in found.items())
+
+    sums = dict(zip(names, map_on_threads(read, names, _THREADS), strict=True))
+    _compare(folder, sums)
+    path = folder / OURS
+    aside = folder / f".{OURS}.{os.getpid()}"
+    try:
+        aside.write_bytes(write_sums(sums))
+        aside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise _refused(path, error) from None
+    return path, sums
+
+
+def _names(folder: Path) -> Iterable[str]:
+    """The regular files below *folder*, but for manifests and what is hidden there."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != STATE and not name.startswith(".")]
+        for name in names:
+            path = Path(parent, name)
+            if name not in SUM_FILES and not name.startswith(".") and path.is_file():
+                yield path.relative_to(folder).as_posix()
+
+
+def _compare(folder: Path, sums: Sums) -> None:
+    """Refuse to declare what somebody else declares to be otherwise."""
+    for theirs in (name for name in SUM_FILES if name != OURS):
+        path = folder / theirs
+        if not path.is_file():
+            continue
+        told = parse_sums(path.read_bytes(), str(path))
+        differ = [name for name in sums if not set(told.get(name, ())) <= set(sums[name])]
+        if differ:
+            raise FormatError(
+                f"files that are not what {theirs} says",
+                where=str(folder),
+                problems=differ,
+                next_step=f"bring them again, or take {theirs} away where it is an older one",
+            )
+
+
+def _refused(path: Path, error: OSError) -> DiskError:
+    return DiskError(
+        "the disk refuses", where=str(path), got=error.strerror or type(error).__name__
+    )
