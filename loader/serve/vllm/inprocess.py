@@ -26,6 +26,8 @@ from loader.serve.vllm.failures import import_failure, start_failure
 from loader.serve.vllm.forkserver import METHOD, forked_engine, start_forkserver
 from loader.serve.vllm.loop import LoopThread
 from loader.serve.vllm.orphans import OrphanGuard
+from loader.serve.vllm.private import close_sockets
+from loader.serve.vllm.releases import warn_unproved
 from loader.serve.vllm.tasks import check_sound, embed, transcribe
 from loader.types import ReadyModel, ServedAdapter
 
@@ -198,6 +200,7 @@ class VLLMModel:
             import vllm  # noqa: F401
         except ImportError as error:
             raise import_failure(error) from error
+        warn_unproved()
         check_engine_args(self._engine_args)
         check_sound(self._ready.path)
         args = parse_arguments(self._arguments)
@@ -216,15 +219,14 @@ class VLLMModel:
 def _stop(running: _Running) -> None:
     running.loop.call(running.resources.aclose())
     running.loop.close()
-    # vLLM leaves its sockets' context to the garbage collector, which complains of it.
-    running.engine.engine_core.resources.ctx.destroy(linger=0)
+    close_sockets(running.engine)
     running.guard.close()
 
 
 async def _start_engine(loop: LoopThread, args: Any, served: Sequence[ServedAdapter]) -> _Running:
     from starlette.datastructures import State
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+
+    from loader.serve.vllm.private import build_async_engine_client, init_app_state
 
     async with AsyncExitStack() as stack:
         engine = await stack.enter_async_context(build_async_engine_client(args))
@@ -256,7 +258,8 @@ async def _answer_by_adapter(
 async def _answer(state: Any, body: dict[str, Any]) -> dict[str, Any] | AsyncGenerator[str, None]:
     """Return what vLLM's handler for *body* returns, on the engine's loop."""
     from pydantic import BaseModel, ValidationError
-    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+    from loader.serve.vllm.private import ErrorResponse
 
     try:
         if body.get("input") is not None:
@@ -279,8 +282,7 @@ async def _answer(state: Any, body: dict[str, Any]) -> dict[str, Any] | AsyncGen
 
 
 async def _generate(state: Any, body: dict[str, Any]) -> Any:
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from loader.serve.vllm.private import ChatCompletionRequest, CompletionRequest
 
     chat = body.get("messages") is not None
     name = "openai_serving_chat" if chat else "openai_serving_completion"
@@ -323,12 +325,10 @@ def _refuse_body(error: Any) -> RequestError:
 
 def _translate(error: Exception) -> LoaderError:
     """Return our error for one of vLLM's, by the status that its own server would answer with."""
-    from vllm.entrypoints.serve import create_error_response
-    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+    from loader.serve.vllm.private import create_error_response
 
-    info = create_error_response(error).error
-    dead = isinstance(error, (EngineDeadError, EngineGenerateError))
-    return _refuse_or_fail(info.message, 500 if dead else info.code)
+    refused = create_error_response(error)
+    return _refuse_or_fail(refused.error.message, refused.error.code)
 
 
 def _refuse_or_fail(message: str, status: int) -> LoaderError:

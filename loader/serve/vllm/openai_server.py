@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import resource
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack
@@ -17,11 +18,18 @@ from typing import Any
 
 from loader.errors import ConfigError, LoaderError
 from loader.serve.canary import Said, canary_body, check_adapters, read_said
-from loader.serve.vllm.arguments import is_cpu_build
 from loader.serve.vllm.channel import Channel
 from loader.serve.vllm.failures import start_failure
 from loader.serve.vllm.forkserver import METHOD
 from loader.serve.vllm.orphans import OrphanGuard
+from loader.serve.vllm.private import (
+    crash_code,
+    import_engine_core,
+    import_server,
+    inspect_architecture,
+    process_context,
+)
+from loader.serve.vllm.releases import is_cpu_build
 from loader.serve.vllm.tasks import check_sound
 from loader.status.replies import STATUS_PATHS, status_reply
 from loader.status.state import Boot
@@ -32,13 +40,7 @@ _CORE = "EngineCore"
 _ENGINE_DIED = 6  # as EngineError
 _PROMPT = "Hello"
 _CLOSE_S = 1
-
-
-def import_vllm() -> None:
-    """Import vLLM with its async engine and its OpenAI serving layer."""
-    import uvloop  # noqa: F401
-    import vllm.entrypoints.launchers.api_server.entry
-    import vllm.v1.engine.async_llm  # noqa: F401
+_OPEN_FILES = 65_535  # as `vllm serve` asks for
 
 
 def import_engine() -> None:
@@ -52,14 +54,8 @@ def import_engine() -> None:
         # vLLM leaves a core to its scheduler, by the environment of processes that it spawns. A
         # fork's OpenMP has read its own before, and would take every core: ten times slower.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) - 1, 1)))
-    import_vllm()
-    import vllm.v1.engine.core
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        import vllm.v1.worker.cpu_worker
-    elif current_platform.is_cuda_alike():
-        import vllm.v1.worker.gpu_worker  # noqa: F401
+    import_server()
+    import_engine_core()
     # The engine collects garbage several times while it starts: not among these objects, which all
     # stay, and whose pages a fork would have to copy for it.
     gc.freeze()
@@ -71,12 +67,10 @@ def inspect_model(config: Path) -> None:
     It imports itself once more for that, in a process that it starts. A pod's cache is empty, so
     this would come after the download. What goes wrong here, the engine's start will tell.
     """
-    from vllm.model_executor.models.registry import ModelRegistry
-
     with contextlib.suppress(Exception):
         names = read_json(config).get("architectures")
         for name in names if isinstance(names, list) else ():
-            ModelRegistry.models[name].inspect_model_cls()
+            inspect_architecture(name)
 
 
 def serve_openai(
@@ -123,15 +117,13 @@ async def _serve(
 ) -> int:
     import asyncio
 
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.launchers.app import build_app
+    from loader.serve.vllm.private import build_app, init_app_state
 
     method = os.environ[METHOD]
     async with AsyncExitStack() as stack:
         try:
             with stage("engine load"):
-                engine = await _start_engine(args, method)
-                stack.callback(engine.shutdown)
+                engine = await _start_engine(stack, args, method)
                 guard = OrphanGuard(_CORE)
                 stack.callback(guard.close)
                 tasks = await engine.get_supported_tasks()
@@ -154,37 +146,36 @@ async def _serve(
     return code
 
 
-async def _start_engine(args: Any, method: str) -> Any:
+async def _start_engine(stack: AsyncExitStack, args: Any, method: str) -> Any:
     """Return vLLM's engine, its processes started by *method*: vLLM's CPU platform would spawn."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
-    from vllm.entrypoints.launchers.launcher import validate_api_server_args
-    from vllm.reasoning import ReasoningParserManager
-    from vllm.tool_parsers import ToolParserManager
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.utils.system_utils import set_ulimit
-    from vllm.v1.engine.async_llm import AsyncLLM
+    from loader.serve.vllm.private import (
+        ReasoningParserManager,
+        ToolParserManager,
+        build_async_engine_client,
+        validate_api_server_args,
+    )
 
     if args.tool_parser_plugin:
         ToolParserManager.import_tool_parser(args.tool_parser_plugin)
     if args.reasoning_parser_plugin:
         ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
     validate_api_server_args(args)
-    set_ulimit()
-    engine_args = AsyncEngineArgs.from_cli_args(args)
-    propagate_flash_late_interaction(args, engine_args)
-    usage = UsageContext.OPENAI_API_SERVER
-    config = engine_args.create_engine_config(usage_context=usage)
-    os.environ[METHOD] = method
-    engine = AsyncLLM.from_vllm_config(
-        config,
-        usage_context=usage,
-        enable_log_requests=engine_args.enable_log_requests,
-        aggregate_engine_logging=engine_args.aggregate_engine_logging,
-        disable_log_stats=engine_args.disable_log_stats,
-    )
-    await engine.reset_mm_cache()
-    return engine
+    _allow_connections()
+
+    def make(own: Callable[[], Any]) -> Any:
+        os.environ[METHOD] = method
+        return own()
+
+    with process_context(make):
+        return await stack.enter_async_context(build_async_engine_client(args))
+
+
+def _allow_connections() -> None:
+    """Let this process have as many connections as the machine grants it, up to ``_OPEN_FILES``."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _warm_up(state: Any, args: Any, stage: Stage, canary: bool) -> None:
@@ -205,8 +196,7 @@ async def _warm_up(state: Any, args: Any, stage: Stage, canary: bool) -> None:
 
 
 async def _complete(state: Any, body: Mapping[str, Any]) -> dict[str, Any]:
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+    from loader.serve.vllm.private import CompletionRequest, ErrorResponse
 
     answer = await state.openai_serving_completion.create_completion(CompletionRequest(**body))
     if isinstance(answer, ErrorResponse):
@@ -235,9 +225,11 @@ def _go_on_telling(app: Any, boot: Boot) -> None:
 
 async def _serve_http(app: Any, listening: socket.socket, args: Any) -> Any:
     """Serve until a signal or the engine's end; return what is left to await after the engine."""
-    from vllm import envs
-    from vllm.entrypoints.launchers.launcher import serve_http
-    from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+    from loader.serve.vllm.private import (
+        VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        get_uvicorn_log_config,
+        serve_http,
+    )
 
     log_config = get_uvicorn_log_config(args)
     return await serve_http(
@@ -248,7 +240,7 @@ async def _serve_http(app: Any, listening: socket.socket, args: Any) -> Any:
         port=args.port,
         log_level=args.uvicorn_log_level,
         access_log=not args.disable_uvicorn_access_log,
-        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        timeout_keep_alive=VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
         # The engine has drained then, or was ended at its limit: no answer goes on any more.
         timeout_graceful_shutdown=_CLOSE_S,
         ssl_keyfile=args.ssl_keyfile,
@@ -264,8 +256,7 @@ async def _serve_http(app: Any, listening: socket.socket, args: Any) -> Any:
 
 def _exit_code(engine: Any) -> int:
     """Return 0 after an orderly end; after a crash what ended the engine, as a shell tells it."""
-    manager = engine.engine_core.resources.engine_manager
-    if manager is None or manager.failed_proc_name is None:
+    code = crash_code(engine)
+    if code is None:
         return 0
-    code: int = manager.finished_procs().get(manager.failed_proc_name, 1)
     return 128 - code if code < 0 else _ENGINE_DIED

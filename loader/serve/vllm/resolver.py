@@ -90,8 +90,7 @@ def check_name(name: str) -> None:
 
 def install(fetch: Fetch, root: Path) -> None:
     """Teach the vLLM of this process; a second call changes nothing."""
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-    from vllm.lora.resolver import LoRAResolverRegistry
+    from loader.serve.vllm.private import LoRAResolverRegistry, OpenAIServingModels
 
     if "podloader" in LoRAResolverRegistry.get_supported_resolvers():
         return
@@ -101,8 +100,7 @@ def install(fetch: Fetch, root: Path) -> None:
 
 
 def _make_resolver(adapters: Adapters) -> Any:
-    from vllm.lora.request import LoRARequest
-    from vllm.lora.resolver import LoRAResolver
+    from loader.serve.vllm.private import LoRARequest, LoRAResolver
 
     class CheckpointResolver(LoRAResolver):  # type: ignore[misc]
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
@@ -120,7 +118,7 @@ def _guard(models: Any, adapters: Adapters) -> None:
     load, name_of, show = models.load_lora_adapter, models.model_name, models.show_available_models
 
     async def load_checked(self: Any, request: Any, base_model_name: str | None = None) -> Any:
-        from vllm.entrypoints.serve import create_error_response
+        from loader.serve.vllm.private import create_error_response
 
         ours = {(m.name, m.path) for m in self.static_lora_modules or ()}
         if (request.lora_name, request.lora_path) in ours and not request.load_inplace:

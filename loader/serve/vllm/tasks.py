@@ -26,7 +26,8 @@ async def embed(state: Any, body: Mapping[str, Any]) -> dict[str, Any]:
         ValidationError: pydantic's, for a malformed body.
     """
     from pydantic import TypeAdapter
-    from vllm.entrypoints.pooling.embed.protocol import EmbeddingRequest
+
+    from loader.serve.vllm.private import EmbeddingRequest
 
     handler = getattr(state, "serving_embedding", None)
     if handler is None:
@@ -52,8 +53,8 @@ async def transcribe(state: Any, body: Mapping[str, Any]) -> Any:
         ValidationError: pydantic's, for a malformed body.
     """
     from fastapi import UploadFile
-    from vllm.entrypoints.speech_to_text.base.utils import read_upload_with_limit
-    from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
+
+    from loader.serve.vllm.private import TranscriptionRequest, read_upload_with_limit
 
     handler = getattr(state, "openai_serving_transcription", None)
     if handler is None:

@@ -106,6 +106,7 @@ def _import_vllm() -> None:
         EngineError: vLLM is not there or cannot be imported.
     """
     from loader.serve.vllm.failures import import_failure
+    from loader.serve.vllm.releases import warn_unproved
 
     try:
         import loader.serve.vllm.openai_server
@@ -113,6 +114,7 @@ def _import_vllm() -> None:
         loader.serve.vllm.openai_server.import_engine()
     except ImportError as error:
         raise import_failure(error) from error
+    warn_unproved()
 
 
 def _tell_failure(channel: Channel, error: LoaderError) -> None:

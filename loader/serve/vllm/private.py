@@ -1,0 +1,303 @@
+"""Every name of vLLM that podloader uses beyond ``import vllm``; no other file imports one.
+
+vLLM keeps its command line, its HTTP API and its plugin groups. The rest has no promise: it moves
+between releases, two of which come in a month. So each name stands here once, with every module
+that holds it in one of the proved releases, the newest first, and with why it is used.
+``from loader.serve.vllm.private import make_arg_parser`` finds the one of the vLLM that is here.
+
+``tests/engines`` compares these tables, and every call that the room makes of what they name, with
+the sources of each release (``make engines``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from loader.errors import EngineError
+from loader.serve.vllm.releases import PROVED, RANGE, installed_release, is_cpu_build, is_proved
+
+
+@dataclass(frozen=True, slots=True)
+class Private:
+    """A name, why it is used, and where: modules for what is imported, else ``module:class``.
+
+    ``members`` are the attributes that the room uses of it.
+    """
+
+    why: str
+    places: tuple[str, ...]
+    members: tuple[str, ...] = ()
+
+
+_LAUNCHERS = "vllm.entrypoints.launchers"
+_CLI_ARGS = ("vllm.entrypoints.common.cli_args", f"{_LAUNCHERS}.cli_args")
+_SERVING = "vllm.entrypoints.openai"
+_SPEECH = "vllm.entrypoints.speech_to_text"
+
+IMPORTED = {
+    # The parser of `vllm serve`, so that one config means one thing in a Truss and in a container.
+    "FlexibleArgumentParser": Private(
+        "reads JSON and dotted arguments", ("vllm.utils.argparse_utils",), ("error", "parse_args")
+    ),
+    "make_arg_parser": Private("knows every argument", _CLI_ARGS),
+    "validate_parsed_serve_args": Private("knows which contradict each other", _CLI_ARGS),
+    "BaseFrontendArgs": Private("the handlers' arguments, apart from the socket's", _CLI_ARGS),
+    "validate_api_server_args": Private(
+        "knows the names of parsers, before the engine starts", (f"{_LAUNCHERS}.launcher",)
+    ),
+    "ToolParserManager": Private(
+        "tool_parser_plugin; documented for plugins",
+        ("vllm.tool_parsers",),
+        ("import_tool_parser",),
+    ),
+    "ReasoningParserManager": Private(
+        "reasoning_parser_plugin; documented",
+        ("vllm.reasoning",),
+        ("import_reasoning_parser",),
+    ),
+    # The OpenAI server in parts: as a whole, `vllm serve` has no place where it would wait for the
+    # checkpoints with its imports done, or for its first answer before clients are let in.
+    "build_async_engine_client": Private(
+        "the engine, as the server starts and stops it", (f"{_LAUNCHERS}.api_server.entry",)
+    ),
+    "build_app": Private("routes and middleware", (f"{_LAUNCHERS}.app",)),
+    "init_app_state": Private("the handlers behind them", (f"{_LAUNCHERS}.api_server.app_state",)),
+    "serve_http": Private("drains requests before it ends", (f"{_LAUNCHERS}.launcher",)),
+    "get_uvicorn_log_config": Private(
+        "log_config_file and quiet endpoints", (f"{_LAUNCHERS}.utils.server_utils",)
+    ),
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": Private("a documented variable, read", ("vllm.envs",)),
+    # What the handlers take and return: `predict` calls them without a socket between.
+    "ChatCompletionRequest": Private("a body", (f"{_SERVING}.chat_completion.protocol",)),
+    "CompletionRequest": Private("a body", (f"{_SERVING}.completion.protocol",)),
+    "EmbeddingRequest": Private("a body", ("vllm.entrypoints.pooling.embed.protocol",)),
+    "TranscriptionRequest": Private("a body", (f"{_SPEECH}.transcription.protocol",)),
+    "read_upload_with_limit": Private("the limit of a sound file", (f"{_SPEECH}.base.utils",)),
+    "ErrorResponse": Private("a refusal", ("vllm.entrypoints.serve.engine.protocol",), ("error",)),
+    "create_error_response": Private(
+        "the status that an exception is answered with", ("vllm.entrypoints.serve",)
+    ),
+    # Adapters by name. The resolver and what it returns are documented for plugins; around
+    # /v1/load_lora_adapter, which takes any path of the machine, there is no hook.
+    "LoRARequest": Private("an adapter", ("vllm.lora.request",), ("lora_int_id",)),
+    "LoRAResolver": Private("fetches on first use", ("vllm.lora.resolver",), ("resolve_lora",)),
+    "LoRAResolverRegistry": Private(
+        "knows the resolvers",
+        ("vllm.lora.resolver",),
+        ("get_supported_resolvers", "register_resolver"),
+    ),
+    "LoadLoRAAdapterRequest": Private(
+        "adds an adapter",
+        ("vllm.entrypoints.serve.lora.protocol",),
+        ("load_inplace", "lora_name", "lora_path"),
+    ),
+    "OpenAIServingModels": Private(
+        "the names that requests may give",
+        (f"{_SERVING}.models.serving",),
+        (
+            "load_lora_adapter",
+            "lora_id_counter",
+            "lora_requests",
+            "model_config",
+            "model_name",
+            "show_available_models",
+            "static_lora_modules",
+        ),
+    ),
+    # Reached into from this file alone.
+    "ModelRegistry": Private(
+        "looks at an architecture while its weights are on their way",
+        ("vllm.model_executor.models.registry",),
+    ),
+    "get_mp_context": Private(
+        "how the engine's process starts: no setting forks one where vLLM would spawn it",
+        ("vllm.v1.engine.utils",),
+    ),
+    "EngineCoreProc": Private("imported before a fork", ("vllm.v1.engine.core",)),
+    "CPUWorker": Private("imported before a fork", ("vllm.v1.worker.cpu_worker",)),
+    "Worker": Private("imported before a fork", ("vllm.v1.worker.gpu_worker",)),
+}
+
+REACHED = {
+    # What vLLM hands out, by the names that the room's variables and its own attributes have.
+    "engine": Private(
+        "AsyncLLM",
+        ("vllm.v1.engine.async_llm:AsyncLLM", "vllm.engine.protocol:EngineClient"),
+        ("engine_core", "errored", "get_supported_tasks", "model_config", "remove_lora"),
+    ),
+    "engine_core": Private("", ("vllm.v1.engine.core_client:MPClient",), ("resources",)),
+    "resources": Private(
+        "", ("vllm.v1.engine.core_client:BackgroundResources",), ("ctx", "engine_manager")
+    ),
+    "engine_manager": Private(
+        "", ("vllm.v1.engine.utils:CoreEngineProcManager",), ("failed_proc_name", "finished_procs")
+    ),
+    "state": Private(
+        "the handlers of an app",
+        (
+            f"{_LAUNCHERS}.api_server.app_state:state",
+            "vllm.entrypoints.generate.api_router:state",
+            f"{_SPEECH}.factories:state",
+            "vllm.entrypoints.pooling.factories:state",
+        ),
+        (
+            "openai_serving_chat",
+            "openai_serving_completion",
+            "openai_serving_models",
+            "openai_serving_transcription",
+            "serving_embedding",
+        ),
+    ),
+    "openai_serving_chat": Private(
+        "", (f"{_SERVING}.chat_completion.serving:OpenAIServingChat",), ("create_chat_completion",)
+    ),
+    "openai_serving_completion": Private(
+        "", (f"{_SERVING}.completion.serving:OpenAIServingCompletion",), ("create_completion",)
+    ),
+    "openai_serving_transcription": Private(
+        "",
+        (f"{_SPEECH}.transcription.serving:OpenAIServingTranscription",),
+        ("create_transcription",),
+    ),
+    "serving_embedding": Private(
+        "", ("vllm.entrypoints.pooling.base.serving:PoolingBaseServing",), ("__call__",)
+    ),
+    "error": Private(
+        "", ("vllm.entrypoints.serve.engine.protocol:ErrorInfo",), ("code", "message")
+    ),
+    "card": Private("", ("vllm.entrypoints.serve.engine.protocol:ModelCard",), ("id",)),
+    "shown": Private("", ("vllm.entrypoints.serve.engine.protocol:ModelList",), ("data",)),
+    "module": Private("", (f"{_SERVING}.models.protocol:LoRAModulePath",), ("name", "path")),
+    "lora_id_counter": Private("", ("vllm.utils.counter:AtomicCounter",), ("inc",)),
+    "model_config": Private("", ("vllm.config.model:ModelConfig",), ("model",)),
+    "registry": Private("", ("vllm.model_executor.models.registry:_ModelRegistry",), ("models",)),
+    "architecture": Private(
+        "",
+        ("vllm.model_executor.models.registry:_BaseRegisteredModel",),
+        ("inspect_model_cls",),
+    ),
+    "args": Private(
+        "arguments of `vllm serve`",
+        (*(f"{module}:args" for module in _CLI_ARGS), "vllm.engine.arg_utils:args"),
+        (
+            "api_server_count",
+            "data_parallel_multi_port_external_lb",
+            "disable_uvicorn_access_log",
+            "enable_ssl_refresh",
+            "grpc",
+            "h11_max_header_count",
+            "h11_max_incomplete_event_size",
+            "headless",
+            "host",
+            "lora_modules",
+            "max_loras",
+            "model",
+            "model_tag",
+            "numa_bind",
+            "port",
+            "reasoning_parser_plugin",
+            "served_model_name",
+            "ssl_ca_certs",
+            "ssl_cert_reqs",
+            "ssl_certfile",
+            "ssl_ciphers",
+            "ssl_keyfile",
+            "tool_parser_plugin",
+            "uds",
+            "uvicorn_log_level",
+        ),
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of ``IMPORTED`` from wherever the vLLM that is here has it.
+
+    Raises:
+        EngineError: it has it nowhere.
+    """
+    if name not in IMPORTED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_module_of(name), name)
+
+
+def _module_of(name: str) -> ModuleType:
+    places = IMPORTED[name].places
+    for place in places:
+        try:
+            module = import_module(place)
+        except ModuleNotFoundError as error:
+            if not place.startswith(f"{error.name}"):
+                raise  # a package that vLLM itself needs
+            continue
+        if hasattr(module, name):
+            return module
+    raise _missing(name, places)
+
+
+def _missing(name: str, places: tuple[str, ...]) -> EngineError:
+    release = installed_release()
+    return EngineError(
+        "this vLLM lacks what podloader needs of it",
+        where=" or ".join(f"{place}.{name}" for place in places),
+        expected=f"vLLM {RANGE}, proved with {', '.join(PROVED)}",
+        got=f"vLLM {release or 'of no version'}",
+        next_step="install it anew: its files are not those of that release"
+        if is_proved(release)
+        else f"install vllm=={PROVED[-1]}",
+    )
+
+
+def import_server() -> None:
+    """Import vLLM with its async engine and its OpenAI serving layer."""
+    import uvloop  # noqa: F401
+
+    _module_of("build_async_engine_client")
+
+
+def import_engine_core() -> None:
+    """Import what the engine's processes need beyond ``import_server``."""
+    _module_of("EngineCoreProc")
+    if is_cpu_build():
+        _module_of("CPUWorker")
+    else:  # on another platform than CUDA's and ROCm's it may not even import
+        with contextlib.suppress(Exception):
+            _module_of("Worker")
+
+
+def inspect_architecture(name: str) -> None:
+    """Let vLLM find out about an architecture, and keep that in its cache."""
+    registry = __getattr__("ModelRegistry")
+    architecture = registry.models[name]
+    architecture.inspect_model_cls()
+
+
+@contextlib.contextmanager
+def process_context(make: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+    """Let vLLM start its engine in this block from ``make(own)``; *own* makes vLLM's context."""
+    module = _module_of("get_mp_context")
+    own = module.get_mp_context
+    module.get_mp_context = lambda: make(own)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.get_mp_context = own  # type: ignore[attr-defined]
+
+
+def close_sockets(engine: Any) -> None:
+    """Close what vLLM leaves to the garbage collector, which complains of it."""
+    engine.engine_core.resources.ctx.destroy(linger=0)
+
+
+def crash_code(engine: Any) -> int | None:
+    """Return the exit code of the process that ended *engine*, None after an orderly end."""
+    engine_manager = engine.engine_core.resources.engine_manager
+    if engine_manager is None or engine_manager.failed_proc_name is None:
+        return None
+    code: int = engine_manager.finished_procs().get(engine_manager.failed_proc_name, 1)
+    return code
