@@ -160,9 +160,9 @@ class EngineAdapters:
             await self._forget(own)
 
     async def _forget(self, own: str) -> None:
-        request = self._models.lora_requests.pop(own, None)
-        if request is not None:
-            await self._engine.remove_lora(request.lora_int_id)
+        loaded = self._models.lora_requests.pop(own, None)
+        if loaded is not None:
+            await self._engine.remove_lora(loaded.lora_int_id)
         self._retired.discard(own)
         _log.info("adapter %s has left the engine", own)
 

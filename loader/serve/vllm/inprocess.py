@@ -42,7 +42,7 @@ class _Running:
     loop: LoopThread
     engine: Any
     state: Any
-    resources: AsyncExitStack
+    stack: AsyncExitStack
     guard: OrphanGuard
     adapters: EngineAdapters
 
@@ -217,7 +217,7 @@ class VLLMModel:
 
 
 def _stop(running: _Running) -> None:
-    running.loop.call(running.resources.aclose())
+    running.loop.call(running.stack.aclose())
     running.loop.close()
     close_sockets(running.engine)
     running.guard.close()

@@ -181,7 +181,7 @@ def _allow_connections() -> None:
 async def _warm_up(state: Any, args: Any, stage: Stage, canary: bool) -> None:
     """Send one request through everything a client's will meet, then time a first token."""
     base = (args.served_model_name or [args.model])[0]
-    adapters = [module.name for module in args.lora_modules or ()]
+    adapters = [lora_module.name for lora_module in args.lora_modules or ()]
     with stage("warm-up"):
         await _complete(state, {"model": base, "prompt": _PROMPT, "max_tokens": 1})
     with stage("first token"):
@@ -214,8 +214,8 @@ def _go_on_telling(app: Any, boot: Boot) -> None:
 
     for path in STATUS_PATHS:
 
-        async def status(request: Request, path: str = path) -> Response:
-            told = status_reply(path, request.url.query, boot)
+        async def status(asked: Request, path: str = path) -> Response:
+            told = status_reply(path, asked.url.query, boot)
             assert told is not None
             return Response(told.body, told.status, dict(told.headers), told.content_type)
 

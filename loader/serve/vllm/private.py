@@ -26,12 +26,14 @@ from loader.serve.vllm.releases import PROVED, RANGE, installed_release, is_cpu_
 class Private:
     """A name, why it is used, and where: modules for what is imported, else ``module:class``.
 
-    ``members`` are the attributes that the room uses of it.
+    ``members`` are the attributes that the room uses of it, with their parameters where it takes
+    their place. ``patched``: the name itself is replaced in its module, which has to call it.
     """
 
     why: str
     places: tuple[str, ...]
     members: tuple[str, ...] = ()
+    patched: bool = False
 
 
 _LAUNCHERS = "vllm.entrypoints.launchers"
@@ -84,8 +86,12 @@ IMPORTED = {
     ),
     # Adapters by name. The resolver and what it returns are documented for plugins; around
     # /v1/load_lora_adapter, which takes any path of the machine, there is no hook.
-    "LoRARequest": Private("an adapter", ("vllm.lora.request",), ("lora_int_id",)),
-    "LoRAResolver": Private("fetches on first use", ("vllm.lora.resolver",), ("resolve_lora",)),
+    "LoRARequest": Private("an adapter", ("vllm.lora.request",)),
+    "LoRAResolver": Private(
+        "fetches on first use",
+        ("vllm.lora.resolver",),
+        ("resolve_lora(base_model_name, lora_name)",),
+    ),
     "LoRAResolverRegistry": Private(
         "knows the resolvers",
         ("vllm.lora.resolver",),
@@ -94,17 +100,16 @@ IMPORTED = {
     "LoadLoRAAdapterRequest": Private(
         "adds an adapter",
         ("vllm.entrypoints.serve.lora.protocol",),
-        ("load_inplace", "lora_name", "lora_path"),
     ),
     "OpenAIServingModels": Private(
         "the names that requests may give",
         (f"{_SERVING}.models.serving",),
         (
-            "load_lora_adapter",
+            "load_lora_adapter(request, base_model_name)",
             "lora_id_counter",
             "lora_requests",
             "model_config",
-            "model_name",
+            "model_name(lora_request)",
             "show_available_models",
             "static_lora_modules",
         ),
@@ -117,6 +122,7 @@ IMPORTED = {
     "get_mp_context": Private(
         "how the engine's process starts: no setting forks one where vLLM would spawn it",
         ("vllm.v1.engine.utils",),
+        patched=True,
     ),
     "EngineCoreProc": Private("imported before a fork", ("vllm.v1.engine.core",)),
     "CPUWorker": Private("imported before a fork", ("vllm.v1.worker.cpu_worker",)),
@@ -124,7 +130,8 @@ IMPORTED = {
 }
 
 REACHED = {
-    # What vLLM hands out, by the names that the room's variables and its own attributes have.
+    # What vLLM hands out, by the name that the room's variable or vLLM's own attribute has (with a
+    # dot before it where it is always an attribute).
     "engine": Private(
         "AsyncLLM",
         ("vllm.v1.engine.async_llm:AsyncLLM", "vllm.engine.protocol:EngineClient"),
@@ -167,12 +174,18 @@ REACHED = {
     "serving_embedding": Private(
         "", ("vllm.entrypoints.pooling.base.serving:PoolingBaseServing",), ("__call__",)
     ),
-    "error": Private(
+    "loaded": Private("", ("vllm.lora.request:LoRARequest",), ("lora_int_id",)),
+    ".error": Private(
         "", ("vllm.entrypoints.serve.engine.protocol:ErrorInfo",), ("code", "message")
     ),
     "card": Private("", ("vllm.entrypoints.serve.engine.protocol:ModelCard",), ("id",)),
     "shown": Private("", ("vllm.entrypoints.serve.engine.protocol:ModelList",), ("data",)),
-    "module": Private("", (f"{_SERVING}.models.protocol:LoRAModulePath",), ("name", "path")),
+    "lora_module": Private("", (f"{_SERVING}.models.protocol:LoRAModulePath",), ("name", "path")),
+    "request": Private(
+        "",
+        ("vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest",),
+        ("load_inplace", "lora_name", "lora_path"),
+    ),
     "lora_id_counter": Private("", ("vllm.utils.counter:AtomicCounter",), ("inc",)),
     "model_config": Private("", ("vllm.config.model:ModelConfig",), ("model",)),
     "registry": Private("", ("vllm.model_executor.models.registry:_ModelRegistry",), ("models",)),
@@ -212,6 +225,14 @@ REACHED = {
             "uvicorn_log_level",
         ),
     ),
+}
+
+SPOKEN = {
+    # Words that vLLM and podloader both know, and the module that says them.
+    "vllm.general_plugins": "vllm.plugins",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "vllm.envs",
+    "VLLM_WORKER_MULTIPROC_METHOD": "vllm.envs",
+    "EngineCore": "vllm.v1.engine.utils",  # begins the name of the process that holds the model
 }
 
 

@@ -113,37 +113,41 @@ def _make_resolver(adapters: Adapters) -> Any:
     return CheckpointResolver()
 
 
-def _guard(models: Any, adapters: Adapters) -> None:
+def _guard(serving: Any, adapters: Adapters) -> None:
     """Put checks and versions around the methods of vLLM's ``OpenAIServingModels``."""
-    load, name_of, show = models.load_lora_adapter, models.model_name, models.show_available_models
+    load, name_of = serving.load_lora_adapter, serving.model_name
+    show = serving.show_available_models
 
-    async def load_checked(self: Any, request: Any, base_model_name: str | None = None) -> Any:
+    async def load_checked(models: Any, request: Any, base_model_name: str | None = None) -> Any:
         from loader.serve.vllm.private import create_error_response
 
-        ours = {(m.name, m.path) for m in self.static_lora_modules or ()}
+        static = models.static_lora_modules or ()
+        ours = {(lora_module.name, lora_module.path) for lora_module in static}
         if (request.lora_name, request.lora_path) in ours and not request.load_inplace:
-            return await load(self, request, base_model_name)
+            return await load(models, request, base_model_name)
         try:
             check_name(request.lora_name)
-            path = await adapters.locate(self.model_config.model, request.lora_path)
+            path = await adapters.locate(models.model_config.model, request.lora_path)
         except LoaderError as error:
             message = "; ".join(filter(None, [error.what, error.got]))
             return create_error_response(message)
         checked = request.model_copy(update={"lora_path": str(path)})
-        if request.load_inplace and request.lora_name in self.lora_requests:
-            return await _replace(self, load, checked, base_model_name)
+        if request.load_inplace and request.lora_name in models.lora_requests:
+            return await _replace(models, load, checked, base_model_name)
         plain = checked.model_copy(update={"load_inplace": False})
-        return await load(self, plain, base_model_name)
+        return await load(models, plain, base_model_name)
 
-    async def show_public(self: Any) -> Any:
-        shown = await show(self)
+    async def show_public(models: Any) -> Any:
+        shown = await show(models)
         for card in shown.data:
             card.id = public_name(card.id)
         return shown
 
-    models.load_lora_adapter = load_checked
-    models.model_name = lambda self, lora_request=None: public_name(name_of(self, lora_request))
-    models.show_available_models = show_public
+    serving.load_lora_adapter = load_checked
+    serving.model_name = lambda models, lora_request=None: public_name(
+        name_of(models, lora_request)
+    )
+    serving.show_available_models = show_public
 
 
 async def _replace(models: Any, load: Any, request: Any, base_model_name: str | None) -> Any:

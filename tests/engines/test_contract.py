@@ -1,0 +1,112 @@
+"""Each proved release has what podloader uses; what another would lack is told by name."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from loader.serve.vllm.private import IMPORTED, REACHED, SPOKEN
+from loader.serve.vllm.releases import PROVED
+from tests.engines.contract import breaks, room_files, room_uses
+from tests.engines.sources import UnavailableError, sources_of
+
+_OF_PYDANTIC = {"model_copy"}
+_TABLES = [*IMPORTED.items(), *REACHED.items()]
+
+
+def have(release: str) -> Path:
+    try:
+        return sources_of(release)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("release", PROVED)
+def test_a_proved_release_has_all_that_is_used(release: str) -> None:
+    assert breaks(have(release)) == []
+
+
+# A file below vllm/, what stands there, what takes its place, what is to be told of it.
+_ENTRY, _OPENAI = "entrypoints", "entrypoints/openai"
+_CHANGES = [
+    (f"{_ENTRY}/common/cli_args.py", "def make_arg_parser", "def make", "make_arg_parser"),
+    (f"{_ENTRY}/common/cli_args.py", "class BaseFrontendArgs", "class Base", "BaseFrontendArgs"),
+    (f"{_ENTRY}/launchers/app.py", "def build_app", "def make_app", "build_app"),
+    (f"{_ENTRY}/launchers/launcher.py", "async def serve_http", "async def serve", "serve_http"),
+    (f"{_ENTRY}/launchers/app.py", "    model_config: ModelConfig | None = None,\n", "", "3"),
+    (f"{_ENTRY}/launchers/app.py", "    args: Namespace,", "    args, tenant,", "needs"),
+    (f"{_ENTRY}/serve/__init__.py", "create_error_response", "make", "create_error_response"),
+    (f"{_ENTRY}/serve/lora/protocol.py", "lora_path:", "path:", "lora_path"),
+    (f"{_OPENAI}/models/serving.py", "static_lora_modules", "loras", "static_lora_modules"),
+    (f"{_OPENAI}/models/serving.py", "request: LoadLoRA", "load: LoadLoRA", "other parameters"),
+    (f"{_OPENAI}/completion/serving.py", "def create_completion", "def c", "create_completion"),
+    (f"{_ENTRY}/generate/api_router.py", "state.openai_serving_chat =", "x =", "serving_chat"),
+    ("v1/engine/utils.py", "failed_proc_name", "failed_name", "failed_proc_name"),
+    ("v1/engine/utils.py", "= get_mp_context()", "= mp()", "does not call get_mp_context"),
+    ("v1/engine/utils.py", '"EngineCore', '"Core', "'EngineCore'"),
+    ("v1/engine/core_client.py", "    ctx: ", "    context: ", "ctx"),
+    ("v1/engine/async_llm.py", "def remove_lora", "def drop_lora", "remove_lora"),
+    ("lora/resolver.py", "lora_name: str", "name: str", "other parameters"),
+    ("utils/counter.py", "def inc", "def add", "inc"),
+    ("envs.py", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "VLLM_ALIVE", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"),
+    (f"{_ENTRY}/common/cli_args.py", "    uds: ", "    path: ", "args.uds"),
+]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The newest release's sources, to be changed."""
+    return Path(shutil.copytree(have(PROVED[-1]), tmp_path_factory.mktemp("vllm") / "sources"))
+
+
+@pytest.mark.parametrize(("file", "is_there", "becomes", "told"), _CHANGES, ids=lambda t: t[:24])
+def test_one_thing_renamed_is_told(
+    copy: Path, file: str, is_there: str, becomes: str, told: str
+) -> None:
+    path = copy / "vllm" / file
+    before = path.read_text(encoding="utf-8")
+    assert is_there in before
+    path.write_text(before.replace(is_there, becomes), encoding="utf-8")
+    try:
+        found = breaks(copy)
+    finally:
+        path.write_text(before, encoding="utf-8")
+    assert any(told in line for line in found), found
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+def test_a_module_that_is_gone_is_told(copy: Path, name: str) -> None:
+    gone = []
+    for place in IMPORTED[name].places:
+        stem = copy / place.replace(".", "/")
+        gone += [p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.is_file()]
+    for path in gone:
+        path.rename(path.with_suffix(".gone"))
+    try:
+        assert any(name in line for line in breaks(copy))
+    finally:
+        for path in gone:
+            path.with_suffix(".gone").rename(path)
+
+
+def test_the_tables_say_all_that_the_room_uses() -> None:
+    members = {name: {m.partition("(")[0] for m in entry.members} for name, entry in _TABLES}
+    unsaid = [use for use in room_uses() if use.member not in members[use.owner] | _OF_PYDANTIC]
+    assert unsaid == []
+
+
+def test_the_tables_say_no_more_than_the_room_uses() -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in room_files())
+    words = re.findall(r"\w+", text)
+    once = [name for name in IMPORTED if words.count(name) < 2]
+    members = {m.partition("(")[0] for _, entry in _TABLES for m in entry.members}
+    assert once + [member for member in members if words.count(member) < 2] == ["__call__"]
+
+
+def test_what_vllm_and_podloader_both_say_is_in_its_table() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in room_files()]
+    said = {word for text in texts for word in re.findall(r'"(VLLM_\w+)"', text)}
+    assert said <= SPOKEN.keys() | IMPORTED.keys()
