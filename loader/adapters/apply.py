@@ -229,7 +229,7 @@ def _merge_tensor(name: str, merging: Merging, scratch: Scratch) -> bool:
     origin = plan.origins.get(name, name)
     shape = plan.shapes.get(name, reader.tensors[origin].shape)
     dtype = TORCH_DTYPES[reader.tensors[origin].dtype]
-    folds = [make_fold(edit, merging.read, merging.exact) for edit in edits]
+    folds = [make_fold(edit, partial(_read, merging, dtype), merging.exact) for edit in edits]
     if not shape:
         scalar = reader.read(origin).reshape(1)
         value = fold_all(folds, scalar.clone(), 0, scratch)
@@ -252,6 +252,12 @@ def _merge_tensor(name: str, merging: Merging, scratch: Scratch) -> bool:
             changed = not torch.equal(before, merged[: len(before)])
         merging.writer.write_rows(name, start, merged)
     return changed
+
+
+def _read(merging: Merging, dtype: torch.dtype, part: str) -> torch.Tensor:
+    """Return a tensor of an adapter; PEFT holds it in the dtype of a base of more precision."""
+    tensor = merging.read(part)
+    return tensor.double() if dtype == torch.float64 else tensor
 
 
 def _rows_at_once(shape: tuple[int, ...]) -> int:

@@ -13,9 +13,8 @@ from loader.adapters.config import AdapterConfig
 from loader.adapters.edits import AddScaled, Edit, LowRank, Replace, ReplaceRows
 from loader.adapters.experts import plan_experts
 from loader.adapters.methods import plan_method
-from loader.adapters.names import find_embedding, is_embedding, is_head
 from loader.adapters.parts import ModuleParts, group_parts
-from loader.adapters.plan_builder import Base, Draft, Shapes
+from loader.adapters.plan_builder import Base, Draft, Place, Shapes
 from loader.errors import AdapterError
 
 
@@ -69,21 +68,27 @@ def plan_merge(config: AdapterConfig, tensors: Shapes, base: Base) -> MergePlan:
 
 def _plan_whole(draft: Draft, module: ModuleParts) -> None:
     for leaf, source in module.whole.items():
-        target = draft.find(module.module, leaf) if leaf else None
-        if target is None:
+        place = draft.find(module.module, leaf) if leaf else None
+        if place is None:
             draft.blame(f"the base has no {module.module}.{leaf}".rstrip("."), source)
             continue
-        have, got = draft.shape_of(target), draft.tensors[source].shape
+        have, got = place.shape, draft.tensors[source].shape
         if have != got:
             # Tokens were added in fine-tuning: both vocabulary tensors may grow or shrink by rows.
-            resized = (is_embedding(module.module) or is_head(module.module)) and (
-                len(got) == len(have) and got[1:] == have[1:]
-            )
-            if not resized:
+            resized = place.is_vocabulary and len(got) == len(have) and got[1:] == have[1:]
+            if not resized or place.whole is None:
                 draft.blame(f"{got}, the base has {have}", source)
                 continue
-            draft.shapes[target] = got
-        draft.add(Replace(target, source))
+            draft.shapes[place.whole] = got
+        if not _is_shared(draft, place, source):
+            draft.add(Replace("", source), place)
+
+
+def _is_shared(draft: Draft, place: Place, *names: str) -> bool:
+    """Say so, and return True, where a change of *place* would be one of several other modules."""
+    if place.shared > 1:
+        draft.blame(f"{place.name} is one tensor with {place.shared} others of the model", *names)
+    return place.shared > 1
 
 
 def _plan_parts(draft: Draft, module: ModuleParts, shared: Mapping[str, str]) -> None:
@@ -97,21 +102,21 @@ def _plan_parts(draft: Draft, module: ModuleParts, shared: Mapping[str, str]) ->
             lacks = b if a in parts else a
             draft.blame(f"{lacks} of {module.module} is missing", *parts.values())
             return
-        target = draft.find(module.module)
-        if target is None and draft.config.target_parameters:
+        place = draft.find(module.module)
+        if place is None and draft.config.target_parameters:
             plan_experts(draft, module)
-        elif target is None:
+        elif place is None:
             draft.blame(f"the base has no {module.module}.weight", *parts.values())
-        else:
-            _plan_low_rank(draft, module, target, parts[a], parts[b], a == pair[0])
+        elif not _is_shared(draft, place, *parts.values()):
+            _plan_low_rank(draft, module, place, parts[a], parts[b], a == pair[0])
     elif set(parts) - {"tokens"}:
         plan_method(draft, module, shared)
 
 
 def _plan_low_rank(
-    draft: Draft, module: ModuleParts, target: str, a: str, b: str, embedding: bool
+    draft: Draft, module: ModuleParts, place: Place, a: str, b: str, embedding: bool
 ) -> None:
-    have = draft.shape_of(target)
+    have = place.shape
     shape_a, shape_b = draft.tensors[a].shape, draft.tensors[b].shape
     names = tuple(name for part, name in module.parts.items() if part != "tokens")
     if 0 in (*shape_a, *shape_b) or len(shape_a) < 2 or len(shape_b) < 2:
@@ -125,20 +130,31 @@ def _plan_low_rank(
         draft.blame(f"ranks {shape_a[0]} and {shape_b[1]}, the config says {rank}", *names)
         return
     straight = (shape_b[0], *shape_a[1:])
-    # Of a model that is not known, the shape tells; PEFT itself goes by the class of the layer.
-    unlike = draft.config.fan_in_fan_out and have != straight
-    turned = embedding or draft.is_conv1d(module.module) or unlike
+    turned = embedding or _is_turned(draft, place, straight)
     if have != (straight[::-1] if turned else straight):
         draft.blame(f"change {straight}, the base has {have}", *names)
         return
     magnitude = module.parts.get("lora_magnitude_vector")
-    if magnitude and draft.tensors[magnitude].shape[-1] != shape_b[0]:
+    if magnitude and shape_b[0] not in draft.tensors[magnitude].shape:
         draft.blame(f"expected {shape_b[0]} values", magnitude)
     scaling = draft.config.scaling_of(key)
     rounded = embedding or is_parameter
-    draft.add(LowRank(target, a, b, scaling, turned, magnitude, rounded))
+    draft.add(LowRank("", a, b, scaling, turned, magnitude, rounded), place)
     if bias := module.parts.get("lora_B.bias"):
         _plan_lora_bias(draft, module, bias, scaling)
+
+
+def _is_turned(draft: Draft, place: Place, straight: tuple[int, ...]) -> bool:
+    """Return whether the base stores (in, out).
+
+    The class says so. Where there is none in transformers, the shape tells; a square does not, and
+    there it is what PEFT itself found out in training and wrote into the config.
+    """
+    if place.conv1d is not None:
+        return place.conv1d
+    if straight == straight[::-1]:
+        return draft.config.fan_in_fan_out
+    return place.shape == straight[::-1]
 
 
 def _is_target_parameter(config: AdapterConfig, name: str) -> bool:
@@ -146,13 +162,13 @@ def _is_target_parameter(config: AdapterConfig, name: str) -> bool:
 
 
 def _plan_lora_bias(draft: Draft, module: ModuleParts, bias: str, scaling: float) -> None:
-    target = draft.find(module.module, "bias")
-    if target is None:
+    place = draft.find(module.module, "bias")
+    if place is None:
         draft.blame(f"the base has no {module.module}.bias to take it up", bias)
-    elif draft.shape_of(target) != draft.tensors[bias].shape:
-        draft.blame(f"other shape than {target}", bias)
+    elif place.shape != draft.tensors[bias].shape:
+        draft.blame(f"other shape than {place.name}", bias)
     else:
-        draft.add(AddScaled(target, bias, scaling))
+        draft.add(AddScaled("", bias, scaling), place)
 
 
 def _plan_tokens(draft: Draft, module: ModuleParts) -> None:
@@ -162,17 +178,17 @@ def _plan_tokens(draft: Draft, module: ModuleParts) -> None:
         name = module.module
         found = next((v for k, v in found.items() if name == k or name.endswith(f".{k}")), None)
     rows = tuple(found) if isinstance(found, list) else ()
-    target = draft.find(module.module)
-    if target is None:
+    place = draft.find(module.module)
+    if place is None:
         draft.blame(f"the base has no {module.module}.weight", source)
         return
-    have = draft.shape_of(target)
+    have = place.shape
     if draft.tensors[source].shape != (len(rows), *have[1:]):
         draft.blame(f"does not fit {len(rows)} tokens and {have}", source)
     elif not all(type(row) is int and 0 <= row < have[0] for row in rows):
         draft.blame(f"token ids beyond the base's {have[0]} rows", source)
-    else:
-        draft.add(ReplaceRows(target, source, rows))
+    elif not _is_shared(draft, place, source):
+        draft.add(ReplaceRows("", source, rows), place)
 
 
 def _plan_untying(draft: Draft) -> None:
@@ -181,17 +197,17 @@ def _plan_untying(draft: Draft) -> None:
     Fine-tuning saw them apart: an edit of one did not reach the other. Trained token rows of the
     embedding, and new rows, reach both.
     """
-    tied = draft.tied_to
-    if tied is None:
+    if draft.tied is None:
         return
+    head, tied = draft.tied
     if not draft.origins:
         edits = draft.edits.get(tied, [])
         own = [e for e in edits if not isinstance(e, ReplaceRows) and not _resizes(draft, e)]
         if not own or draft.config.extra.get("ensure_weight_tying"):
             return
-        draft.origins[f"{draft.base.head_name}.weight"] = tied
-    for head in draft.origins:
-        _share_rows(draft, head, tied)
+        draft.origins[head] = tied
+    for name in draft.origins:
+        _share_rows(draft, name, tied)
 
 
 def _share_rows(draft: Draft, head: str, tied: str) -> None:
@@ -220,12 +236,11 @@ def _resizes(draft: Draft, edit: Edit) -> bool:
 
 def _check_vocabulary(draft: Draft) -> None:
     """Both vocabulary tensors must end with the same number of rows."""
-    embedding = find_embedding(draft.base.tensors)
-    head = next((n for n in draft.base.tensors if is_head(n.removesuffix(".weight"))), None)
-    head = next(iter(draft.origins), head)
-    if not draft.shapes or embedding is None or head is None:
+    if not draft.shapes or (architecture := draft.base.architecture) is None:
         return
-    rows = {name: draft.shape_of(name)[0] for name in (embedding, head)}
+    ends = [architecture.pieces.get(n or "") for n in (architecture.embedding, architecture.head)]
+    names = [pieces[0].tensor for pieces in ends if pieces]
+    rows = {name: draft.shape_of(name)[0] for name in (*names, *draft.origins)}
     if len(set(rows.values())) > 1:
         draft.problems.append(
             "; ".join(f"{name}: {count} rows" for name, count in rows.items())

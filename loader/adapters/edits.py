@@ -156,6 +156,22 @@ class Factored:
         return tuple(name for _, name in self.parts)
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """*edit* made on rows [start, end) of the target, which are its own rows from ``offset`` on."""
+
+    target: str
+    edit: LowRank | Replace | ReplaceRows | AddScaled | Multiply | Factored
+    start: int
+    end: int
+    offset: int = 0
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The adapter tensors it uses."""
+        return self.edit.inputs
+
+
 Edit = (
     LowRank
     | CombinedLowRank
@@ -165,4 +181,5 @@ Edit = (
     | AddScaled
     | Multiply
     | Factored
+    | Part
 )

@@ -23,6 +23,7 @@ from loader.adapters.edits import (
     Factored,
     LowRank,
     Multiply,
+    Part,
     Replace,
     ReplaceRows,
 )
@@ -75,6 +76,8 @@ class Fold(Protocol):
 
 def needs_whole(edit: Edit) -> bool:
     """Return whether the edit of a row depends on other rows."""
+    if isinstance(edit, Part):
+        return needs_whole(edit.edit)
     return isinstance(edit, Factored) or (
         isinstance(edit, LowRank) and edit.transposed and edit.magnitude is not None
     )
@@ -103,6 +106,8 @@ def make_fold(edit: Edit, read: Read, exact: Exact) -> Fold:
             return _fold_factors(edit, read)
         case Factored():
             return _fold_product(edit, read)
+        case Part():
+            return _fold_part(edit, make_fold(edit.edit, read, exact))
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -204,15 +209,22 @@ def _combine(edit: CombinedLowRank, read: Read) -> tuple[torch.Tensor, torch.Ten
 def _fold_dora(edit: LowRank, read: Read) -> Fold:
     """W' = m / ‖W + ΔW‖ · (W + ΔW), norms over the inputs of each output.
 
-    Source: peft ``tuners/lora/variants.py``, ``DoraLinearVariant``, ``DoraEmbeddingVariant``.
+    Source: peft ``tuners/lora/variants.py``, ``DoraLinearVariant``, ``DoraEmbeddingVariant``,
+    ``_DoraConvNdVariant``.
     """
     left, right = _factors(edit, read)
+    if left.ndim > 2 or right.ndim > 2:  # convolutions
+        left, right = left.flatten(1), right.flatten(1)
     magnitude = _wide(read(str(edit.magnitude))).flatten()
 
     def fold(rows: torch.Tensor, start: int, scratch: Scratch) -> torch.Tensor:
         part = left[start : start + len(rows)]
-        change = torch.mm(part, right).mul_(edit.scaling)
+        change = torch.mm(part, right).mul_(edit.scaling).view(rows.shape)
         changed = change.add_(rows)
+        if rows.ndim > 2:
+            norms = changed.norm(p=2, dim=tuple(range(1, rows.ndim)), keepdim=True)
+            factors = magnitude[start : start + len(rows)].view(norms.shape) / norms
+            return changed.mul(factors).to(rows.dtype)
         by_output = changed.T if edit.transposed else changed
         norm: torch.Tensor = torch.linalg.norm(by_output, dim=1)
         if edit.transposed:
@@ -269,6 +281,19 @@ def _fold_factors(edit: Multiply, read: Read) -> Fold:
             return (rows * factors).to(rows.dtype)
         part = factors[start : start + len(rows)]
         return (rows * part.view(-1, *[1] * (rows.ndim - 1))).to(rows.dtype)
+
+    return fold
+
+
+def _fold_part(edit: Part, inner: Fold) -> Fold:
+    def fold(rows: torch.Tensor, start: int, scratch: Scratch) -> torch.Tensor:
+        first, end = max(start, edit.start), min(start + len(rows), edit.end)
+        if first >= end:
+            return rows
+        part = rows[first - start : end - start]
+        part.copy_(inner(part.clone(), first - edit.start + edit.offset, scratch))
+        scratch.finite = None
+        return rows
 
     return fold
 

@@ -37,7 +37,6 @@ from loader.adapters.edits import Edit, LowRank, Replace, ReplaceRows
 from loader.adapters.effect import check_effect
 from loader.adapters.fold import Exact
 from loader.adapters.incoming import IncomingWeights
-from loader.adapters.names import find_embedding
 from loader.adapters.plan_builder import Base, check_base_folder
 from loader.adapters.problems import run_all
 from loader.adapters.surroundings import list_surroundings, write_config
@@ -290,9 +289,8 @@ def _config_changes(plan: MergePlan, base: Base) -> dict[str, object]:
         changes["quantization_config"] = None
     if plan.origins:
         changes["tie_word_embeddings"] = False
-    embedding = find_embedding(base.tensors)
-    if embedding and embedding in plan.shapes:
-        changes["vocab_size"] = plan.shapes[embedding][0]
+    if plan.shapes:  # of both vocabulary tensors, or of the one that is both
+        changes["vocab_size"] = next(iter(plan.shapes.values()))[0]
     return changes
 
 

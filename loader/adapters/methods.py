@@ -7,42 +7,42 @@ from collections.abc import Mapping
 
 from loader.adapters.edits import Factored, Multiply
 from loader.adapters.parts import ModuleParts
-from loader.adapters.plan_builder import Draft
+from loader.adapters.plan_builder import Draft, Place
 
 _METHODS = {"hada_": "LOHA", "lokr_": "LOKR", "vera_": "VERA"}
 
 
 def plan_method(draft: Draft, module: ModuleParts, shared: Mapping[str, str]) -> None:
     """Take the edits of one module into *draft*, or say why they do not fit."""
-    target = draft.find(module.module)
+    place = draft.find(module.module)
     names = tuple(module.parts.values())
-    if target is None:
-        draft.blame(f"the base has no {module.module}.weight", *names)
+    if place is None or place.shared > 1:
+        draft.blame(f"the base has no {module.module}.weight of its own", *names)
     elif "ia3_l" in module.parts:
-        _plan_ia3(draft, module, target)
+        _plan_ia3(draft, module, place)
     else:
-        _plan_factored(draft, module, target, shared)
+        _plan_factored(draft, module, place, shared)
 
 
-def _plan_ia3(draft: Draft, module: ModuleParts, target: str) -> None:
+def _plan_ia3(draft: Draft, module: ModuleParts, place: Place) -> None:
     source = module.parts["ia3_l"]
     rows, columns = (*draft.tensors[source].shape, 0, 0)[:2]
-    have = draft.shape_of(target)
-    turned = draft.is_conv1d(module.module)
+    have = place.shape
+    turned = bool(place.conv1d)
     straight = have[::-1] if turned else have
     # Source: peft tuners/ia3/layer.py: (1, in) scales what goes in, (out, 1) what comes out.
     feeds = rows == 1 and straight[1:] == (columns,)
     if not (feeds or (columns == 1 and straight[:1] == (rows,))):
         draft.blame(f"factors {(rows, columns)} for a weight of {have}", source)
         return
-    draft.add(Multiply(target, source, feeds is not turned))
+    draft.add(Multiply("", source, feeds is not turned), place)
     bias = None if feeds else draft.find(module.module, "bias")
     if bias is not None:
-        draft.add(Multiply(bias, source, False))
+        draft.add(Multiply("", source, False), bias)
 
 
 def _plan_factored(
-    draft: Draft, module: ModuleParts, target: str, shared: Mapping[str, str]
+    draft: Draft, module: ModuleParts, place: Place, shared: Mapping[str, str]
 ) -> None:
     parts = module.parts
     method = next((m for prefix, m in _METHODS.items() if prefix in next(iter(parts))), "")
@@ -51,8 +51,8 @@ def _plan_factored(
         return
     whole = dict(parts) | (dict(shared) if method == "VERA" else {})
     shapes = {part: draft.tensors[name].shape for part, name in whole.items()}
-    have = draft.shape_of(target)
-    turned = method == "VERA" and draft.is_conv1d(module.module)
+    have = place.shape
+    turned = method == "VERA" and bool(place.conv1d)
     try:
         fits = _fits(method, shapes, have[::-1] if turned else have)
     except (KeyError, IndexError):
@@ -63,7 +63,7 @@ def _plan_factored(
         return
     config = draft.config
     scaling = 1.0 if method == "VERA" else config.scaling_of(module.module)
-    draft.add(Factored(target, method, tuple(sorted(whole.items())), scaling, turned))
+    draft.add(Factored("", method, tuple(sorted(whole.items())), scaling, turned), place)
 
 
 def _fits(method: str, shapes: Mapping[str, tuple[int, ...]], have: tuple[int, ...]) -> bool:

@@ -1,62 +1,129 @@
-"""A plan while it is made: the base as its headers show it, the edits so far, what was wrong."""
+"""A plan while it is made: the base as headers and classes show it, the edits, what was wrong."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from loader.adapters.config import AdapterConfig
-from loader.adapters.edits import Edit
-from loader.adapters.names import find_embedding, find_tensor, is_head
+from loader.adapters.edits import CombinedLowRank, Edit, ExpertLowRank, LowRank, Part, Replace
 from loader.errors import AdapterError
+from loader.weights.architecture import Architecture, Piece, read_architecture
 from loader.weights.header import TensorInfo
 
 Shapes = Mapping[str, TensorInfo]
-_CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
-_CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
-# Classes of transformers that classify or embed, and have no head over the vocabulary.
-_HEADLESS = re.compile(r"(Classification|QuestionAnswering|(?<!LMHead)Model)$")
-_HEAD_NAMES = {"whisper": "proj_out", "gpt_neox": "embed_out"}
+# Families whose blocks are plain: what an adapter calls a layer is what the checkpoint calls it,
+# every one is a Linear, nothing of it is shared. They need not be asked of transformers, whose
+# import takes seconds; that all this holds is tested on its classes.
+PLAIN_FAMILIES = frozenset(
+    (
+        *("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "granite"),
+        *("olmo", "olmo2", "olmo3", "smollm3", "starcoder2", "cohere", "cohere2", "helium", "glm"),
+        *("glm4", "seed_oss", "ernie4_5", "exaone4"),
+    )
+)
+PLAIN_LAYERS = frozenset(
+    (
+        *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
+        *("gate_proj", "up_proj", "gate_up_proj", "down_proj", "c_fc", "c_proj"),
+    )
+)
+# What the same block is called in the classes that a text model may have been trained as.
+_INNER = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """A tensor that a module has at run time, and what the checkpoint holds of it.
+
+    ``conv1d``: whether it is stored (in, out), None where its class is not known. ``shared``: how
+    many more parameters of the model are the very same.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    conv1d: bool | None = False
+    is_vocabulary: bool = False
+    shared: int = 0
+
+    @property
+    def whole(self) -> str | None:
+        """The checkpoint's tensor that it is, None where it is a part of one or made of several."""
+        if len(self.pieces) != 1:
+            return None
+        (piece,) = self.pieces
+        rows = self.shape[0] if self.shape else 1
+        plain = not piece.turned and piece.expert is None and not piece.offset and not piece.start
+        return piece.tensor if plain and piece.end == rows else None
+
+
+class UnaskedError(Exception):
+    """It takes transformers' class to say."""
+
+
+@dataclass(frozen=True)
 class Base:
-    """What is known of the base before its weights are read: tensors and ``config.json``."""
+    """What is known of the base before its weights are read: tensors and ``config.json``.
+
+    With ``quick``, transformers is not asked, and what it would have to say raises UnaskedError.
+    """
 
     tensors: Shapes
     config: Mapping[str, object]
+    quick: bool = False
 
     @property
     def model_type(self) -> str:
         """The architecture's name."""
         return str(self.config.get("model_type") or "")
 
-    @property
-    def writes_text(self) -> bool:
-        """Whether the model has an output head over its vocabulary, tied or not."""
-        names = self.config.get("architectures")
-        return not (isinstance(names, list) and names and _HEADLESS.search(str(names[0])))
+    @cached_property
+    def architecture(self) -> Architecture | None:
+        """What the model's own class says, None where transformers has none."""
+        if self.quick:
+            raise UnaskedError
+        return read_architecture(self.config, self.tensors)
 
-    @property
-    def head_name(self) -> str:
-        """The module of the output head where the checkpoint holds none, being tied."""
-        embedding = find_embedding(self.tensors) or ""
-        prefix = "language_model." if embedding.startswith("language_model.") else ""
-        return f"{prefix}{_HEAD_NAMES.get(self.model_type, 'lm_head')}"
+    def find(self, module: str, leaf: str = "weight") -> Place | None:
+        """Return what ``<module>.<leaf>`` means, None when the base has nothing of that name."""
+        name = f"{module}.{leaf}"
+        if self.model_type in PLAIN_FAMILIES and module.rpartition(".")[2] in PLAIN_LAYERS:
+            return self._find_plain(name)
+        architecture = self.architecture
+        if architecture is None:
+            return self._on_disk(name, conv1d=None)
+        found = architecture.find(name)
+        if found is None:
+            return self._on_disk(name, conv1d=False)
+        owner = found.rpartition(".")[0]
+        place = Place(
+            found,
+            architecture.shapes[found],
+            architecture.pieces.get(found, ()),
+            owner in architecture.conv1d,
+            found in (architecture.embedding, architecture.head),
+            len(architecture.tied.get(found, ())),
+        )
+        whole = place.pieces[0].tensor if place.is_vocabulary and place.pieces else place.whole
+        if whole is None:
+            return place
+        shape = self.tensors[whole].shape  # which may have been resized since
+        piece = Piece(whole, 0, shape[0] if shape else 1)
+        return replace(place, shape=shape, pieces=(piece,))
 
-    @property
-    def tied_to(self) -> str | None:
-        """The embedding that is also the output head, None where the head is its own."""
-        if not self.writes_text:
+    def _find_plain(self, name: str) -> Place | None:
+        prefix = next(prefix for prefix in _INNER if name.startswith(prefix))
+        names = (name, f"model.{name.removeprefix(prefix)}")
+        return next((p for n in names if (p := self._on_disk(n, conv1d=False))), None)
+
+    def _on_disk(self, name: str, *, conv1d: bool | None) -> Place | None:
+        if name not in self.tensors:
             return None
-        text = self.config.get("text_config")
-        asked = self.config.get("tie_word_embeddings")
-        if asked is None and isinstance(text, dict):
-            asked = text.get("tie_word_embeddings")
-        has_head = any(is_head(name.removesuffix(".weight")) for name in self.tensors)
-        return find_embedding(self.tensors) if asked or not has_head else None
+        shape = self.tensors[name].shape
+        return Place(name, shape, (Piece(name, 0, shape[0] if shape else 1),), conv1d)
 
 
 def check_base_folder(base: Path, named: str | None = None) -> None:
@@ -78,7 +145,11 @@ def check_base_folder(base: Path, named: str | None = None) -> None:
 
 @dataclass(slots=True)
 class Draft:
-    """A plan while it is made, and what was found wrong so far."""
+    """A plan while it is made, and what was found wrong so far.
+
+    ``tied`` is a pair that is one tensor: the head, as the checkpoint would call it, and the
+    embedding that holds both. Set when one of them is found.
+    """
 
     config: AdapterConfig
     base: Base
@@ -88,13 +159,25 @@ class Draft:
     problems: list[str] = field(default_factory=list)
     origins: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    tied_to: str | None = field(init=False)
+    tied: tuple[str, str] | None = None
 
-    def __post_init__(self) -> None:
-        self.tied_to = self.base.tied_to  # for every module, and a search each
+    def add(self, edit: Edit, place: Place) -> None:
+        """Take *edit* of *place* into the plan, or say why it cannot be made on what is stored."""
+        if place.whole is not None:
+            self.take(replace(edit, target=place.whole))
+            return
+        if not place.pieces:
+            self.blame(f"the base stores {place.name} in a layout that is not merged", *edit.inputs)
+            return
+        for piece in place.pieces:
+            made = _cut(edit, piece, is_all=len(place.pieces) == 1)
+            if made is None:
+                self.blame(f"the base stores {place.name} in parts or turned", *edit.inputs)
+                return
+            self.take(made)
 
-    def add(self, edit: Edit) -> None:
-        """Take *edit* into the plan."""
+    def take(self, edit: Edit) -> None:
+        """Take an *edit* of a tensor of the checkpoint into the plan."""
         self.edits.setdefault(edit.target, []).append(edit)
         self.used.update(edit.inputs)
 
@@ -104,19 +187,49 @@ class Draft:
         self.used.update(names)
 
     def shape_of(self, target: str) -> tuple[int, ...]:
-        """The shape that *target* will have."""
+        """The shape that *target*, a tensor of the checkpoint, will have."""
         origin = self.origins.get(target, target)
         return self.shapes.get(target) or self.base.tensors[origin].shape
 
-    def is_conv1d(self, module: str) -> bool:
-        """Return whether *module* stores (in, out), as transformers' Conv1D does."""
-        leaf = module.rpartition(".")[2]
-        return self.base.model_type in _CONV1D_TYPES and leaf in _CONV1D_LEAVES
+    def find(self, module: str, leaf: str = "weight") -> Place | None:
+        """Return what ``<module>.<leaf>`` of the base means; an untied head becomes one."""
+        place = self.base.find(module, leaf)
+        if place is not None and place.shared:
+            place = self._find_shared(place)
+        if place is None or not (resized := self.shapes.get(place.whole or "")):
+            return place
+        return replace(place, shape=resized, pieces=(Piece(str(place.whole), 0, resized[0]),))
 
-    def find(self, module: str, leaf: str = "weight") -> str | None:
-        """Return the base's tensor that ``<module>.<leaf>`` means; an untied head becomes one."""
-        name = find_tensor(self.base.tensors, module, leaf)
-        if self.tied_to and leaf == "weight" and is_head(module):
-            name = name or f"{module}.{leaf}"
-            self.origins[name] = self.tied_to
-        return name
+    def _find_shared(self, place: Place) -> Place:
+        """Return a parameter that is another one's, too; of a pair, note which is the head."""
+        architecture = self.base.architecture
+        assert architecture is not None
+        if place.shared > 1:
+            return place
+        (other,) = architecture.tied[place.name]
+        stored = architecture.pieces.get(place.name) or architecture.pieces.get(other, ())
+        if len(stored) != 1:
+            return place
+        is_head = place.name == architecture.head or not place.pieces
+        head = architecture.stored_name(place.name if is_head else other)
+        origin = architecture.pieces.get(other, stored)[0].tensor if is_head else stored[0].tensor
+        self.tied = (head, origin)
+        if not is_head:
+            return place
+        self.origins[head] = origin
+        shape = self.shape_of(head)
+        return replace(place, shape=shape, pieces=(Piece(head, 0, shape[0]),))
+
+
+def _cut(edit: Edit, piece: Piece, *, is_all: bool) -> Edit | None:
+    """Return *edit* as it changes one *piece*, None where it cannot be cut that way."""
+    if isinstance(edit, CombinedLowRank | ExpertLowRank | Part) or piece.expert is not None:
+        return None
+    plain = isinstance(edit, LowRank) and not (edit.magnitude and edit.transposed)
+    if piece.turned:
+        if not isinstance(edit, LowRank) or edit.magnitude:
+            return None
+        return replace(edit, target=piece.tensor, transposed=not edit.transposed)
+    if not is_all and not (plain or isinstance(edit, Replace)):
+        return None
+    return Part(piece.tensor, edit, piece.start, piece.end, piece.offset)
