@@ -141,8 +141,15 @@ def list_expert_parameters(model: Any) -> list[str]:
 
 
 def save_adapter(model: Any, out: Path, **lora: Any) -> None:
-    """Save an adapter with random values over *model*."""
-    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8} | lora
+    """Save an adapter with random values over *model*.
+
+    A Linear that is the embedding as well is left out: PEFT's merge changes both, where fine-tuning
+    changed one.
+    """
+    tied = [n.removesuffix(".weight") for n in getattr(model, "all_tied_weights_keys", None) or ()]
+    if "mamba" in model.config.model_type:
+        tied += ["out_proj", "conv1d"]  # which PEFT does not take there
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "exclude_modules": tied or None} | lora
     tuned = get_peft_model(model, LoraConfig(**settings))
     torch.manual_seed(1)
     for name, parameter in tuned.named_parameters():
@@ -166,7 +173,9 @@ class Outcome:
 
 def compare(load: Any, base: Path, adapter: Path, out: Path) -> Outcome:
     """Return whether our merged model is PEFT's."""
-    model = load(base)
+    model, told = load(base, output_loading_info=True)
+    if told["missing_keys"]:
+        return Outcome("PEFT does not", f"not in the checkpoint: {told['missing_keys']}"[:100])
     untouched = states(model)
     tuned = PeftModel.from_pretrained(model, adapter)
     wanted = states(tuned.merge_and_unload())

@@ -13,6 +13,7 @@ The rule of ``auto``, which is about the faster server:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections import Counter
@@ -26,7 +27,7 @@ from loader.adapters.config import read_adapter_config
 from loader.adapters.edit_plan import MergePlan, plan_merge
 from loader.adapters.edits import Replace
 from loader.adapters.effect import check_effect
-from loader.adapters.plan_builder import Base, check_base_folder
+from loader.adapters.plan_builder import Base, UnaskedError, check_base_folder
 from loader.adapters.problems import run_all
 from loader.adapters.surroundings import write_tokenizer
 from loader.errors import AdapterError
@@ -239,14 +240,16 @@ def check_all(
 
     def check(folder: Path) -> None:
         plan = check_fit(folder, view, allow_pickle=allow_pickle)
-        if base is not None:
+        if base is not None and plan is not None:
             _check_own_embeddings(folder, plan, base)
 
     run_all(partial(check, adapter.folder) for adapter in adapters)
 
 
-def check_fit(folder: Path, base: Base, *, allow_pickle: bool = False) -> MergePlan:
+def check_fit(folder: Path, base: Base, *, allow_pickle: bool = False) -> MergePlan | None:
     """Return what the adapter in *folder* does to *base*, told from headers alone.
+
+    None where it takes transformers to say, which *base* is not to ask.
 
     Raises:
         AdapterError: tensors without a module, of other shapes, ranks that disagree, or no effect.
@@ -254,12 +257,13 @@ def check_fit(folder: Path, base: Base, *, allow_pickle: bool = False) -> MergeP
     """
     config = read_adapter_config(folder)
     shapes, read = _open_adapter(folder, allow_pickle)
-    fits, moves = (
-        partial(plan_merge, config, shapes, base),
-        partial(check_effect, folder, shapes, read),
-    )
-    plan, _ = run_all((fits, moves))
-    assert plan is not None
+
+    def fits() -> MergePlan | None:
+        with contextlib.suppress(UnaskedError):
+            return plan_merge(config, shapes, base)
+        return None
+
+    plan, _ = run_all((fits, partial(check_effect, folder, shapes, read)))
     return plan
 
 

@@ -103,7 +103,8 @@ def _plan_parts(draft: Draft, module: ModuleParts, shared: Mapping[str, str]) ->
             draft.blame(f"{lacks} of {module.module} is missing", *parts.values())
             return
         place = draft.find(module.module)
-        if place is None and draft.config.target_parameters:
+        stacked = place is None or len(place.shape) == 3
+        if stacked and draft.config.target_parameters:
             plan_experts(draft, module)
         elif place is None:
             draft.blame(f"the base has no {module.module}.weight", *parts.values())
@@ -208,6 +209,17 @@ def _plan_untying(draft: Draft) -> None:
         draft.origins[head] = tied
     for name in draft.origins:
         _share_rows(draft, name, tied)
+    _write_all_tied(draft)
+
+
+def _write_all_tied(draft: Draft) -> None:
+    """Give every other tensor that is tied a copy of its own: one flag of the config ties all."""
+    architecture = draft.base.architecture
+    assert architecture is not None
+    for name, others in architecture.tied.items():
+        stored = next((p for other in others if (p := architecture.pieces.get(other))), ())
+        if name not in architecture.pieces and len(stored) == 1:
+            draft.origins.setdefault(architecture.stored_name(name), stored[0].tensor)
 
 
 def _share_rows(draft: Draft, head: str, tied: str) -> None:

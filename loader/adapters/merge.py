@@ -229,13 +229,15 @@ def _keep_tied(plan: MergePlan, source: LocalReader) -> MergePlan:
 
     PEFT saves a tied pair twice, the LoRA of one as the transpose of the other's.
     """
-    edits, origins = dict(plan.edits), dict(plan.origins)
-    for head, embedding in plan.origins.items():
-        pairs = list(zip_longest(edits.get(head, ()), edits.get(embedding, ())))
-        if all(_is_same(ours, theirs, source) for ours, theirs in pairs):
-            edits.pop(head, None)
-            del origins[head]
-    return replace(plan, edits=edits, origins=origins)
+    pairs = [
+        pair
+        for head, embedding in plan.origins.items()
+        for pair in zip_longest(plan.edits.get(head, ()), plan.edits.get(embedding, ()))
+    ]
+    if not all(_is_same(ours, theirs, source) for ours, theirs in pairs):
+        return plan
+    edits = {target: made for target, made in plan.edits.items() if target not in plan.origins}
+    return replace(plan, edits=edits, origins={})
 
 
 def _is_same(head: Edit | None, embedding: Edit | None, source: LocalReader) -> bool:

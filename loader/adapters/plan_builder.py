@@ -52,12 +52,8 @@ class Place:
     @property
     def whole(self) -> str | None:
         """The checkpoint's tensor that it is, None where it is a part of one or made of several."""
-        if len(self.pieces) != 1:
-            return None
-        (piece,) = self.pieces
-        rows = self.shape[0] if self.shape else 1
-        plain = not piece.turned and piece.expert is None and not piece.offset and not piece.start
-        return piece.tensor if plain and piece.end == rows else None
+        whole = len(self.pieces) == 1 and self.pieces[0].is_whole
+        return self.pieces[0].tensor if whole else None
 
 
 class UnaskedError(Exception):
@@ -107,12 +103,10 @@ class Base:
             found in (architecture.embedding, architecture.head),
             len(architecture.tied.get(found, ())),
         )
-        whole = place.pieces[0].tensor if place.is_vocabulary and place.pieces else place.whole
-        if whole is None:
+        if place.whole is None:
             return place
-        shape = self.tensors[whole].shape  # which may have been resized since
-        piece = Piece(whole, 0, shape[0] if shape else 1)
-        return replace(place, shape=shape, pieces=(piece,))
+        # The tensor's own shape: a vocabulary may have been resized since.
+        return replace(place, shape=self.tensors[place.whole].shape)
 
     def _find_plain(self, name: str) -> Place | None:
         prefix = next(prefix for prefix in _INNER if name.startswith(prefix))
@@ -123,7 +117,7 @@ class Base:
         if name not in self.tensors:
             return None
         shape = self.tensors[name].shape
-        return Place(name, shape, (Piece(name, 0, shape[0] if shape else 1),), conv1d)
+        return Place(name, shape, (Piece.whole(name, shape),), conv1d)
 
 
 def check_base_folder(base: Path, named: str | None = None) -> None:
@@ -198,7 +192,7 @@ class Draft:
             place = self._find_shared(place)
         if place is None or not (resized := self.shapes.get(place.whole or "")):
             return place
-        return replace(place, shape=resized, pieces=(Piece(str(place.whole), 0, resized[0]),))
+        return replace(place, shape=resized)
 
     def _find_shared(self, place: Place) -> Place:
         """Return a parameter that is another one's, too; of a pair, note which is the head."""
@@ -218,7 +212,7 @@ class Draft:
             return place
         self.origins[head] = origin
         shape = self.shape_of(head)
-        return replace(place, shape=shape, pieces=(Piece(head, 0, shape[0]),))
+        return replace(place, shape=shape, pieces=(Piece.whole(head, shape),))
 
 
 def _cut(edit: Edit, piece: Piece, *, is_all: bool) -> Edit | None:

@@ -32,6 +32,7 @@ TOKENIZER_FILES = (
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 # Any of these alone is a tokenizer; the others only describe one.
 _VOCABULARIES = frozenset(TOKENIZER_FILES[:9]) - {"merges.txt"}
+_TIED = "tie_word_embeddings"  # each model of several heeds the one of its own config
 _WEIGHTS = (
     ".safetensors",
     ".bin",
@@ -160,8 +161,8 @@ def write_config(source: Path, target: Path, changes: Mapping[str, object]) -> N
             if isinstance(text, dict):
                 text.pop(key, None)
             continue
-        if isinstance(text, dict) and key in text:
+        if isinstance(text, dict) and (key in text or key == _TIED):
             text[key] = value
-        if not isinstance(text, dict) or key in config or key not in text:
+        if not isinstance(text, dict) or key in config or key not in text or key == _TIED:
             config[key] = value
     target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

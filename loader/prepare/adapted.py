@@ -44,6 +44,7 @@ from loader.prepare.named_base import named_base
 from loader.stores.registry import is_remote
 from loader.timeline import Timeline
 from loader.types import Checkpoint, ReadyModel, Snapshot
+from loader.weights.architecture import is_at_hand
 from loader.weights.header import TensorInfo
 from loader.weights.inspect import read_json
 from loader.weights.publishing import check_room, scratch_folder, sweep
@@ -218,7 +219,9 @@ def _check_fit(
     if packed is None:
         return tensors
     plain = plain_tensors(tensors, packed, plain_dtype(config))
-    check_all(job.adapters, Base(plain, config), allow_pickle=job.settings.allow_pickle)
+    # The download does not wait for transformers: what takes its word is checked beside it.
+    base = Base(plain, config, quick=not is_at_hand())
+    check_all(job.adapters, base, allow_pickle=job.settings.allow_pickle)
     return plain
 
 

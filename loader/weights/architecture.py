@@ -8,6 +8,7 @@ and its modules know whether they store (in, out), and which parameters are one 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -29,7 +30,8 @@ class Piece:
     """Where rows of a run-time parameter lie: rows [start, end) of *tensor* in the checkpoint.
 
     They are the parameter's rows from ``offset`` on or, with ``expert``, rows of that matrix of a
-    stack. ``turned``: the last two dimensions are exchanged.
+    stack. ``turned``: the last two dimensions are exchanged. ``is_whole``: tensor and parameter are
+    the same.
     """
 
     tensor: str
@@ -38,6 +40,12 @@ class Piece:
     offset: int = 0
     expert: int | None = None
     turned: bool = False
+    is_whole: bool = False
+
+    @classmethod
+    def whole(cls, tensor: str, shape: Shape) -> Piece:
+        """Return a parameter that is *tensor*, of *shape*."""
+        return cls(tensor, 0, shape[0] if shape else 1, is_whole=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +85,16 @@ class Architecture:
         yield self.rename(name)
         if name.startswith("model."):  # trained over the text model alone
             yield f"{self.decoder}{name.removeprefix('model')}"
+
+
+def is_at_hand() -> bool:
+    """Return whether asking takes no time: transformers is imported, and nothing else just now."""
+    if not importing.acquire(blocking=False):
+        return False
+    try:
+        return "transformers.modeling_utils" in sys.modules
+    finally:
+        importing.release()
 
 
 def read_architecture(
@@ -219,7 +237,7 @@ class _Conversions:
         for name in sorted(tensors, key=dot_natural_key):
             target, pattern = self._rename(name)
             if pattern is None:
-                found[target] = (_whole(name, tensors[name].shape),)
+                found[target] = (Piece.whole(name, tensors[name].shape),)
                 continue
             number = next(i for i, c in enumerate(self._converters) if pattern in c.source_patterns)
             gathered.setdefault((target, number), {}).setdefault(pattern, []).append(name)
@@ -263,10 +281,6 @@ class _Conversions:
                     return {}
                 return {targets[0]: (Piece(first, 0, shape[0], turned=turned),)}
         return {}
-
-
-def _whole(name: str, shape: Shape) -> Piece:
-    return Piece(name, 0, shape[0] if shape else 1)
 
 
 def _expand(patterns: Sequence[str], target: str) -> list[str]:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from loader.import_lock import importing
+from loader.weights.architecture import is_at_hand
 from loader.weights.formats.expected import ModelNames, read_model_names
 
 # Large packages that transformers imports where it finds them, and one that fetches code. A few
@@ -34,7 +34,7 @@ _MAIN = (
 @contextlib.contextmanager
 def learning_names() -> Iterator[Callable[[Path], ModelNames]]:
     """Give what does as ``read_model_names``, sooner. The block's end ends the process, too."""
-    if _is_imported():
+    if is_at_hand():
         yield read_model_names
         return
     command = [sys.executable, "-P", "-c", _MAIN, json.dumps(sys.path)]
@@ -44,15 +44,6 @@ def learning_names() -> Iterator[Callable[[Path], ModelNames]]:
             yield lambda folder: _ask(process, folder) or read_model_names(folder)
         finally:
             process.kill()
-
-
-def _is_imported() -> bool:
-    if not importing.acquire(blocking=False):
-        return False
-    try:
-        return "transformers.modeling_utils" in sys.modules
-    finally:
-        importing.release()
 
 
 def _ask(process: subprocess.Popen[bytes], folder: Path) -> ModelNames | None:

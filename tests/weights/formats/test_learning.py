@@ -42,7 +42,7 @@ MODELS: dict[str, dict[str, object]] = {
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Here transformers is imported, and nothing would have to be learned elsewhere."""
-    monkeypatch.setattr(learning, "_is_imported", lambda: False)
+    monkeypatch.setattr(learning, "is_at_hand", lambda: False)
     before = psutil.Process().children()
     yield
     assert set(psutil.Process().children()) <= set(before)
