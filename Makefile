@@ -7,7 +7,7 @@ STAMP := $(VENV)/.podloader-setup
 # Tests start many processes: where this is set, each would compile torch and transformers anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo wheel test check lint types bench clean
+.PHONY: setup demo wheel test check engines lint types bench clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,10 @@ check: lint types
 
 test: lint types
 	$(BIN)/pytest
+
+# `make engines VLLM=0.34.0` lists what a release would break; without VLLM, every proved one.
+engines: setup
+	$(BIN)/python -m tests.engines $(VLLM)
 
 clean:
 	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

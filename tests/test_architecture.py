@@ -77,6 +77,13 @@ def test_imports_point_down(path: Path) -> None:
         assert room in OWNERS.get(package, {room}), f"{room} imports {package}"
 
 
+def test_one_file_knows_the_inside_of_vllm() -> None:
+    inside = {p for p in modules() for name in imports(p) if name.startswith("vllm.")}
+    assert not inside, "it imports them by the tables of loader/serve/vllm/private.py"
+    spoken_to = {p for p in modules() if "vllm" in imports(p)}
+    assert {p.relative_to(LOADER).parts[:2] for p in spoken_to} <= {("serve", "vllm")}
+
+
 def loaded_by(code: str) -> set[str]:
     script = f"import sys\n{code}\nprint(*sys.modules)"
     found = subprocess.run(

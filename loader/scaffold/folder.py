@@ -23,9 +23,9 @@ from loader.config.settings import Settings
 from loader.config.truss_config import DOWNLOAD_FOLDER
 from loader.errors import ConfigError, DiskError
 from loader.scaffold.deployment import ENDPOINTS, Deployment, Task
+from loader.serve.vllm.releases import IMAGE
 from loader.types import Kind
 
-IMAGE = "vllm/vllm-openai:v0.32.0"
 PORT = 8000
 _STARTUP_S = 3600
 _WIDTH = 96

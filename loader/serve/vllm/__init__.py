@@ -1,1 +1,1 @@
-"""vLLM: the only room that speaks to it."""
+"""vLLM: the only room that speaks to it; all its private names are in `private`."""
