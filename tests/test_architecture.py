@@ -22,7 +22,7 @@ OWNERS = {
     "fsspec": {"stores"},
     "rich": {"cli"},
     "yaml": {"config", "demo", "scaffold"},
-    "msgspec": {"config"},
+    "msgspec": {"config", "fetch"},
     "tenacity": {"retry", "fetch"},
     "awscrt": {"fetch"},
     "starlette": {"truss", "serve"},

@@ -19,7 +19,7 @@ from loader.arriving.rangefiles import RemoteFile
 from loader.errors import ChangedError
 from loader.fetch.arrivals import Arrivals
 from loader.fetch.background import SplitFetch, join
-from loader.fetch.files import places, read_record
+from loader.fetch.files import WHOLE, places, read_record
 from loader.fetch.heads import Head, read_head
 from loader.threads import map_on_threads
 from loader.timeline import Timeline
@@ -73,7 +73,7 @@ class LateWeights:
             size = max((t.end for t in header.tensors.values()), default=0)
             with contextlib.suppress(OSError):
                 size -= Path(place.part).stat().st_blocks * 512
-            here = read_record(place.record) is not None and place.final.is_file()
+            here = read_record(place) is not None and place.size(WHOLE) is not None
             missing += 0 if here else max(0, size)
         return missing
 

@@ -101,7 +101,7 @@ class Arrivals:
         Raises:
             DiskError: it cannot be opened.
         """
-        flags = os.O_RDONLY | os.O_CLOEXEC
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         if not self.is_here(path):  # under its own name an older version may lie until then
             with contextlib.suppress(FileNotFoundError):  # renamed this very moment
                 return os.open(self._parts[path], flags)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from loader.fetch.arrivals import Arrivals
-from loader.fetch.files import places, read_record
+from loader.fetch.files import WHOLE, places, read_record
 from loader.fetch.progress import Progress
 from loader.fetch.sizes import ask_version
 from loader.fetch.snapshot import FetchOptions, fetch
@@ -136,7 +136,7 @@ def are_here(artifacts: Sequence[Artifact], root: Path) -> bool:
 
     def is_here(artifact: Artifact) -> bool:
         place = places(root.absolute(), artifact)
-        return place.final.is_file() and read_record(place.record) is not None
+        return place.size(WHOLE) is not None and read_record(place) is not None
 
     return all(map(is_here, artifacts))
 

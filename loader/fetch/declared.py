@@ -44,5 +44,5 @@ def is_as_declared(artifact: Artifact, place: Places, record: Record) -> bool:
     for checksum in artifact.checksums:
         if checksum.algorithm == "crc64nvme":  # of which every file has one
             return record.digest == digest_text(int.from_bytes(checksum.digest, "big"))
-    digests = Digests(Path(place.root, STATE, "digests"))
+    digests = Digests(Path(place.folders.root, STATE, "digests"))
     return all(digests.of(place.final, c.algorithm) == c.digest for c in artifact.checksums)

@@ -125,12 +125,12 @@ class Download:
 
     def _completed(self, part: PartFile) -> Record | None:
         """Return the record of a file that another process has completed meanwhile."""
-        record = read_record(part.place.record)
+        record = read_record(part.place)
         if record is None or record == self._seen.get(part.artifact):
             return None
         whole = (
             is_same(part.artifact, record, part.info)
-            and is_intact(part.place.final, record, self._verify, boot_id())
+            and is_intact(part.place, record, self._verify, boot_id())
             and is_as_declared(part.artifact, part.place, record)
         )
         return record if whole else None

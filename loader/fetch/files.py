@@ -23,30 +23,36 @@ import errno
 import fcntl
 import json
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from loader.errors import DiskError
+from loader.fetch.folders import Folders
 from loader.fetch.missing_ranges import DoneRange
 from loader.types import Artifact
 
 STATE = ".podloader"
 KINDS = ("part", "journal", "record")  # of an artifact's state
+WHOLE = ""  # the artifact itself
+_STATE_BYTES = 64 << 20  # of a journal or a record: 50 for each range
 _DAMAGED = (ValueError, TypeError, RecursionError)  # of what is no JSON, or not ours
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST)
+_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where the artifact ``path`` goes below ``root``, and where its state is kept.
+    """Where the artifact ``path`` goes below the root of ``folders``, and where its state is kept.
 
     Text, made when it is asked for: a checkpoint may have many thousand files, and five Paths cost
-    as much as a small file's transfer.
+    as much as a small file's transfer. A *kind* is one of ``KINDS``, or WHOLE.
     """
 
-    root: str
+    folders: Folders
     path: str
 
     @property
@@ -57,22 +63,72 @@ class Places:
     @property
     def whole(self) -> str:
         """The whole file, as text."""
-        return f"{self.root}/{self.path}"
+        return f"{self.folders.root}/{self.path}"
 
     @property
     def part(self) -> str:
         """The bytes that have arrived. Its lock is held by the process that is fetching them."""
-        return f"{self.root}/{STATE}/files/{self.path}.part"
+        return f"{self.folders.root}/{STATE}/files/{self.path}.part"
 
     @property
     def journal(self) -> str:
         """Which ranges have."""
-        return f"{self.root}/{STATE}/files/{self.path}.journal"
+        return f"{self.folders.root}/{STATE}/files/{self.path}.journal"
 
     @property
     def record(self) -> str:
         """What the whole file is."""
-        return f"{self.root}/{STATE}/files/{self.path}.record"
+        return f"{self.folders.root}/{STATE}/files/{self.path}.record"
+
+    def open(self, kind: str, flags: int = os.O_RDONLY) -> int:
+        """Return a descriptor of the file. Raises OSError, also for what is no regular file."""
+        return self.folders.open(*self.entry(kind), flags)
+
+    def create(self, kind: str, flags: int) -> int:
+        """Return a descriptor of a new file, in the place of what lies there.
+
+        A file that has another name as well keeps its bytes under that one.
+        """
+        folder, name = self.entry(kind)
+        while True:
+            try:
+                return self.folders.create(folder, name, flags)
+            except FileExistsError:
+                self.folders.remove(folder, name)
+
+    def stat(self, kind: str) -> os.stat_result | None:
+        """Return what the system says of the file, None where there is none."""
+        return self.folders.stat(*self.entry(kind))
+
+    def size(self, kind: str) -> int | None:
+        """Return the length of a regular file, None where there is none."""
+        found = self.stat(kind)
+        return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
+
+    def read(self, kind: str, most_bytes: int = _STATE_BYTES) -> bytes:
+        """Return the contents of a file of ours. Raises OSError; one of others is none."""
+        fd = self.open(kind)
+        with open(fd, "rb", buffering=0) as file:
+            found = os.fstat(fd)
+            if found.st_size > most_bytes:
+                raise OSError(errno.EFBIG, "too long for what it is to be")
+            if not self.folders.is_ours(found):
+                raise FileNotFoundError
+            return file.readall()
+
+    def remove(self, *kinds: str) -> None:
+        """Remove those of the files that there are."""
+        for kind in kinds:
+            self.folders.remove(*self.entry(kind))
+
+    def rename(self, kind: str, to_kind: str) -> None:
+        """Give a file the other's name."""
+        self.folders.rename(*self.entry(kind), *self.entry(to_kind))
+
+    def entry(self, kind: str) -> tuple[str, str]:
+        """Return the file's folder below the root, and its name."""
+        folder, _, name = self.path.rpartition("/")
+        return (f"{STATE}/files/{folder}", f"{name}.{kind}") if kind else (folder, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +146,7 @@ class Record:
 
 def places(root: Path, artifact: Artifact) -> Places:
     """Return the paths of *artifact* below *root*."""
-    return Places(str(root), artifact.path)
+    return Places(Folders(str(root)), artifact.path)
 
 
 def boot_id() -> str:
@@ -109,21 +165,20 @@ def lock_part(place: Places) -> tuple[int, bool] | None:
     then makes a new part file must not take it for his as long as the whole file is locked, because
     its record is about to be written.
     """
-    path = place.part
-    with disk_errors(path):
+    with disk_errors(place.part):
         while True:
-            fd = _open_part(path)
+            fd = _open_part(place)
             try:
                 if not _try_lock(fd, fcntl.LOCK_EX):
                     break
-                held, whole = os.fstat(fd), _stat(place.whole)
+                held, whole = os.fstat(fd), place.stat(WHOLE)
                 if whole is None and not held.st_size and held.st_nlink:
                     return fd, True  # nobody has written to it or given it the other name
-                named = _stat(path)
+                named = place.stat("part")
                 if named is None or not os.path.samestat(held, named):
                     os.close(fd)  # it was renamed or removed before it was locked
                     continue
-                if whole is not None and _is_locked(place.whole):
+                if whole is not None and _is_locked(place):
                     break
                 return fd, False
             except BaseException:
@@ -133,25 +188,25 @@ def lock_part(place: Places) -> tuple[int, bool] | None:
     return None
 
 
-def _open_part(path: str) -> int:
-    flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+def _open_part(place: Places) -> int:
+    """Return the part file's descriptor. One that others made or have is not written to."""
+    while True:
+        try:
+            return place.folders.create(*place.entry("part"), os.O_RDWR)
+        except FileExistsError:
+            found = place.stat("part")
+        if found is None:
+            continue
+        if stat.S_ISREG(found.st_mode) and (found.st_nlink > 1 or not place.folders.is_ours(found)):
+            place.remove("part")
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            return place.open("part", os.O_RDWR)
+
+
+def _is_locked(place: Places) -> bool:
     try:
-        return os.open(path, flags, 0o644)
-    except FileNotFoundError:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        return os.open(path, flags, 0o644)
-
-
-def _stat(path: str) -> os.stat_result | None:
-    try:
-        return os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-
-
-def _is_locked(path: str) -> bool:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = place.open(WHOLE)
     except OSError:
         return False
     try:
@@ -188,11 +243,11 @@ def is_case_sensitive(root: Path) -> bool:
             probe.unlink(missing_ok=True)
 
 
-def read_journal(path: str, key: dict[str, object]) -> tuple[DoneRange, ...]:
+def read_journal(place: Places, key: dict[str, object]) -> tuple[DoneRange, ...]:
     """Return the ranges that a journal of the same *key* holds; a torn last line is left out."""
     try:
-        lines = _read(path).split(b"\n")
-    except FileNotFoundError:
+        lines = place.read("journal").split(b"\n")
+    except OSError:
         return ()
     try:
         if json.loads(lines[0]) != key:
@@ -214,18 +269,24 @@ def _done_range(entry: object) -> DoneRange:
     raise ValueError("no range")
 
 
-def write_journal(path: str, key: dict[str, object], done: tuple[DoneRange, ...]) -> None:
-    """Write a journal anew, at once."""
+def write_journal(place: Places, key: dict[str, object], done: tuple[DoneRange, ...]) -> int:
+    """Write a journal anew, at once; return its descriptor, which goes on at its end."""
     lines = [json.dumps(key), *(json.dumps([r.start, r.end, r.crc]) for r in done)]
-    with disk_errors(path):
-        _write(f"{path}.new", ("\n".join(lines) + "\n").encode())
-        os.replace(f"{path}.new", path)
+    with disk_errors(place.journal):
+        fd = place.create("journal.new", os.O_WRONLY | os.O_APPEND)
+        try:
+            _write(fd, ("\n".join(lines) + "\n").encode())
+            place.rename("journal.new", "journal")
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
 
 
-def read_record(path: str) -> Record | None:
+def read_record(place: Places) -> Record | None:
     """Return the record, None where there is none that can be read."""
     try:
-        fields = json.loads(_read(path))
+        fields = json.loads(place.read("record"))
         ranges = tuple(map(_done_range, fields.pop("ranges")))
         record = Record(**fields, ranges=ranges)
     except (OSError, KeyError, AttributeError, *_DAMAGED):
@@ -234,7 +295,7 @@ def read_record(path: str) -> Record | None:
     return record if typed else None
 
 
-def write_record(path: str, record: Record) -> None:
+def write_record(place: Places, record: Record) -> None:
     """Write the record. One that is not whole is no JSON, and so no record."""
     fields = {
         "size_bytes": record.size_bytes,
@@ -245,31 +306,17 @@ def write_record(path: str, record: Record) -> None:
         "boot_id": record.boot_id,
         "ranges": [[r.start, r.end, r.crc] for r in record.ranges],
     }
-    with disk_errors(path):
-        _write(path, json.dumps(fields).encode())
+    with disk_errors(place.record):
+        fd = place.create("record", os.O_WRONLY)
+        try:
+            _write(fd, msgspec.json.encode(fields))
+        finally:
+            os.close(fd)
 
 
-def remove(path: str) -> None:
-    """Remove the file *path* where there is one."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _read(path: str) -> bytes:
-    """Return the contents of a file of states."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    with open(fd, "rb") as file:
-        return file.read()
-
-
-def _write(path: str, data: bytes) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-    fd = os.open(path, flags, 0o644)
-    try:
-        while data:
-            data = data[os.write(fd, data) :]
-    finally:
-        os.close(fd)
+def _write(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
 
 
 class disk_errors:  # noqa: N801 - as contextlib's; a generator costs more, several times per file

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from loader.errors import FetchError, LoaderError
 from loader.fetch.crc import crc64nvme
-from loader.fetch.files import Places, remove
+from loader.fetch.files import WHOLE, Places
 from loader.fetch.missing_ranges import digest_text
 from loader.fetch.stopping import check_stop
 from loader.http.objects import Checksum, ObjectInfo
@@ -62,9 +62,8 @@ class Guesses:
             origin.fits = True
             doubted, origin.doubted = origin.doubted, []
         for _, place in doubted:
-            for path in (place.record, place.whole):
-                with suppress(OSError):
-                    remove(path)
+            with suppress(OSError):
+                place.remove("record", WHOLE)
         if doubted:
             raise FetchError(
                 "the bytes of files do not sum up to their ETags, as those of others there do",

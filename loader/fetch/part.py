@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import threading
@@ -13,12 +14,12 @@ from dataclasses import replace
 from loader.errors import DiskError, FormatError, TransientError
 from loader.fetch.crc import crc64nvme
 from loader.fetch.files import (
+    WHOLE,
     Places,
     Record,
     disk_errors,
     lock_part,
     read_journal,
-    remove,
     write_journal,
     write_record,
 )
@@ -111,9 +112,10 @@ class PartFile:
     def needed_bytes(self) -> int:
         """The bytes that the disk has yet to find room for."""
         try:
-            held = os.stat(self.place.part).st_blocks * 512
+            found = self.place.stat("part")
         except OSError:
-            held = 0
+            found = None
+        held = found.st_blocks * 512 if found is not None else 0
         return max(0, self.info.size_bytes - held)
 
     def see(self, info: ObjectInfo) -> None:
@@ -159,7 +161,7 @@ class PartFile:
     def keep(self, record: Record) -> None:
         """Take the file as *record* says: it was found whole."""
         self.done = fetched_file(self.artifact, record, reused=True)
-        remove(self.place.part)
+        self.place.remove("part")
         self.close()
 
     def resume(self) -> None:
@@ -168,7 +170,7 @@ class PartFile:
         if self.is_new and self.info.size_bytes:
             self.missing = (Range(0, self.info.size_bytes),)
             return
-        self._have = list(proved_ranges(self.place.part, self._claimed(), self.sum))
+        self._have = list(proved_ranges(self.place, "part", self._claimed(), self.sum))
         self._have_bytes = sum(entry.end - entry.start for entry in self._have)
         self.missing = missing_ranges(self._have, self.info.size_bytes)
         for entry in self._have:
@@ -176,7 +178,7 @@ class PartFile:
         self.done = self._adopt()
         if self.done is not None:
             self.missing = ()
-            remove(self.place.part)
+            self.place.remove("part")
             self.close()
         elif not self.missing:
             self.publish()
@@ -227,13 +229,13 @@ class PartFile:
         if not self._is_prepared:
             self._prepare()
         place = self.place
-        part, whole = place.part, place.whole
+        assert self._fd is not None
         have = sound_ranges(self._have, self.info.size_bytes)
         self._compare_sum(have)
         try:
-            check_structure(part, self.artifact.path)
+            check_structure(self._fd, self.artifact.path)
         except FormatError as error:
-            remove(place.journal)
+            place.remove("journal")
             raise FormatError(
                 f"the origin's file is broken: {error.what}",
                 where=self.artifact.path,
@@ -242,16 +244,14 @@ class PartFile:
                 problems=error.problems,
                 next_step="wait until the training job has uploaded it whole, or leave it out",
             ) from None
-        assert self._fd is not None
-        with disk_errors(whole):
+        with disk_errors(place.whole):
             if not self.is_new:
-                remove(place.record)
-            mtime_ns = os.fstat(self._fd).st_mtime_ns
-            try:
-                os.rename(part, whole)
-            except FileNotFoundError:
-                os.makedirs(os.path.dirname(whole), exist_ok=True)
-                os.rename(part, whole)
+                place.remove("record")
+            held, named = os.fstat(self._fd), place.stat("part")
+            if named is None or not os.path.samestat(held, named):
+                raise OSError(errno.EEXIST, "another file has the part file's name")
+            place.rename("part", WHOLE)
+        mtime_ns = held.st_mtime_ns
         self.done = self._promote(have, mtime_ns)
         self.close()
 
@@ -292,9 +292,7 @@ class PartFile:
             if self._journaled or not self.is_new:
                 os.ftruncate(self._fd, self.info.size_bytes)
             if self._journaled:
-                write_journal(self.place.journal, self._key(), tuple(self._have))
-                flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-                self._journal = os.open(self.place.journal, flags)
+                self._journal = write_journal(self.place, self._key(), tuple(self._have))
             self._is_prepared = True
 
     def _check_open(self) -> None:
@@ -309,7 +307,7 @@ class PartFile:
         if found is None and (self.check.rereads or self.fetched_bytes < self.info.size_bytes):
             # An earlier run left ranges behind holes, where no hash could go on.
             again = self.check.sum_again(self.info.size_bytes)
-            if len(proved_ranges(self.place.part, have, again)) < len(have):
+            if len(proved_ranges(self.place, "part", have, again)) < len(have):
                 self._drop_part()
                 raise DiskError(
                     "the disk does not give back what was written",
@@ -324,8 +322,7 @@ class PartFile:
         raise self.check.differs(found, self.artifact.source)
 
     def _drop_part(self) -> None:
-        for path in (self.place.journal, self.place.part):
-            remove(path)
+        self.place.remove("journal", "part")
 
     def _is_right(self, wanted: Checksum, found: bytes, have: tuple[DoneRange, ...]) -> bool:
         """Return whether the bytes sum up, or are right although a guess of their sum is not."""
@@ -341,16 +338,16 @@ class PartFile:
         """Return the final file where an earlier run was killed between its name and record."""
         place = self.place
         assert self._fd is not None
-        if os.fstat(self._fd).st_size or not place.final.is_file():
+        if os.fstat(self._fd).st_size or (found := place.stat(WHOLE)) is None:
             return None
-        have = sound_ranges(read_journal(place.journal, self._key()), self.info.size_bytes)
+        have = sound_ranges(read_journal(place, self._key()), self.info.size_bytes)
         whole = sum(entry.end - entry.start for entry in have) == self.info.size_bytes
-        if not whole or place.final.stat().st_size != self.info.size_bytes:
+        if not whole or found.st_size != self.info.size_bytes:
             return None
-        if len(proved_ranges(place.final, have)) != len(have):
+        if not place.folders.is_ours(found) or len(proved_ranges(place, WHOLE, have)) != len(have):
             return None
         self._have_bytes = self.info.size_bytes
-        return self._promote(have, place.final.stat().st_mtime_ns, reused=True)
+        return self._promote(have, found.st_mtime_ns, reused=True)
 
     def _promote(
         self, have: tuple[DoneRange, ...], mtime_ns: int, *, reused: bool = False
@@ -361,17 +358,17 @@ class PartFile:
         record = Record(
             size, digest, self.artifact.source, self.info.version, mtime_ns, self._boot_id, have
         )
-        write_record(self.place.record, record)
+        write_record(self.place, record)
         if self._journaled or not self.is_new:
             with disk_errors(self.place.journal):
-                remove(self.place.journal)
+                self.place.remove("journal")
         seconds = 0.0 if reused else time.monotonic() - self._began
         return fetched_file(self.artifact, record, reused=reused, seconds=seconds)
 
     def _claimed(self) -> tuple[DoneRange, ...]:
         if not self.info.ranges or not self._journaled:
             return ()
-        return sound_ranges(read_journal(self.place.journal, self._key()), self.info.size_bytes)
+        return sound_ranges(read_journal(self.place, self._key()), self.info.size_bytes)
 
     def _key(self) -> dict[str, object]:
         """What a journal must have been written for, to be believed."""

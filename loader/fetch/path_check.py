@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loader.errors import ResolveError
 from loader.fetch.files import KINDS, STATE, disk_errors
+from loader.fetch.folders import Folders
 from loader.types import Artifact
 
 
@@ -17,12 +18,14 @@ def check_way(root: Path, artifacts: Sequence[Artifact]) -> None:
     Each folder that there is is read once: a checkpoint may have many thousand files.
 
     Raises:
-        ResolveError: symlinks, files in a folder's place, folders in a file's place; all of them.
+        ResolveError: symlinks, files in a folder's place, folders, devices and FIFOs in a file's
+            place; all of them.
     """
     wanted = _wanted_entries(artifacts)
     links: list[str] = []
     files: list[str] = []
     folders: list[str] = []
+    others: list[str] = []
     left = [""]
     while left:
         folder = left.pop()
@@ -36,15 +39,30 @@ def check_way(root: Path, artifacts: Sequence[Artifact]) -> None:
                 (left if is_folder else folders).append(f"{folder}/{entry.name}".lstrip("/"))
             elif is_folder:
                 files.append(entry.path)
+            elif not entry.is_file():
+                others.append(entry.path)
     problems = [f"{path}: a symlink" for path in sorted(links)]
     problems += [f"{path}: a file, where a folder is needed" for path in sorted(files)]
     problems += [f"{root / p}: a folder, where a file is needed" for p in sorted(folders)]
+    problems += [f"{path}: a device, a FIFO or a socket" for path in sorted(others)]
     if problems:
         raise ResolveError(
             "something lies in the way below the download folder",
             where=str(root),
             problems=problems,
             next_step="remove it, or use an empty download_folder",
+        )
+
+
+def check_still(folders: Folders) -> None:
+    """Raise ResolveError where a folder with fetched files was exchanged since it was opened."""
+    moved = [path for path in folders.moved() if path.partition("/")[0] != STATE]
+    if moved:
+        raise ResolveError(
+            "folders of the download were exchanged while it ran",
+            where=folders.root,
+            problems=moved,
+            next_step="let nobody else write to the download folder, and run again",
         )
 
 

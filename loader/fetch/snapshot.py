@@ -17,17 +17,19 @@ from loader.fetch.declared import is_as_declared
 from loader.fetch.download import Download, is_same
 from loader.fetch.files import (
     STATE,
+    WHOLE,
     Places,
     Record,
     boot_id,
     places,
     read_record,
 )
+from loader.fetch.folders import Folders
 from loader.fetch.guesses import Guesses
 from loader.fetch.opening import Hooks, Opening
 from loader.fetch.pace import FIRST, Pace
 from loader.fetch.part import LARGE_BYTES, PartFile, fetched_file
-from loader.fetch.path_check import check_way
+from loader.fetch.path_check import check_still, check_way
 from loader.fetch.progress import LogProgress, Progress, show_bytes
 from loader.fetch.sizes import ask_version
 from loader.fetch.stopping import check_stop
@@ -117,10 +119,11 @@ def _fetch(
     check_way(root, manifest.files)
     began = time.monotonic()
     boot = boot_id()
-    at = {artifact: places(root, artifact) for artifact in manifest.files}
+    folders = Folders(str(root))
+    at = {artifact: Places(folders, artifact.path) for artifact in manifest.files}
     seen = {}
     if (root / STATE).is_dir():  # else there is nothing to be looked for, file by file
-        seen = {a: r for a, place in at.items() if (r := read_record(place.record))}
+        seen = {a: r for a, place in at.items() if (r := read_record(place))}
     kept = _kept(seen, at, options, boot, arrivals.stop)
     infos = _ask(kept, store, options, arrivals.stop)
     reused = {a.path: r for a, r in kept.items() if is_same(a, r, infos[a])}
@@ -151,6 +154,7 @@ def _fetch(
     pace.begin_again(options.concurrency if opening.is_far else FIRST, time.monotonic())
     see = partial(opening.see, halt=arrivals.stop)
     download.run(parts, store, reused, pace, see, opening.ask_next)
+    check_still(folders)
     files = tuple(arrivals.file(a.path) for a in manifest.files)
     fetched_bytes = sum(part.fetched_bytes for part in parts)
     return Snapshot(root, files, time.monotonic() - began, fetched_bytes)
@@ -163,9 +167,9 @@ def read_artifact(artifact: Artifact, root: Path, store: Store) -> bytes:
         FetchError: it cannot be read, or is longer than 256 MiB.
     """
     place = places(root, artifact)
-    record = read_record(place.record)
-    if record is not None and is_intact(place.final, record, "size", boot_id()):
-        return place.final.read_bytes()
+    record = read_record(place)
+    if record is not None and is_intact(place, record, "size", boot_id()):
+        return place.read(WHOLE, _SMALL_BYTES)
     return read_small(artifact, store)
 
 
@@ -208,16 +212,16 @@ def _kept(
     """Return those files that an earlier fetch completed which are still intact."""
 
     def is_kept(artifact: Artifact) -> bool:
-        record, final = seen[artifact], at[artifact].final
+        record, place = seen[artifact], at[artifact]
         if artifact.size_bytes not in (None, record.size_bytes):
             return False
-        if is_intact(final, record, options.verify, boot):
-            if is_as_declared(artifact, at[artifact], record):
+        if is_intact(place, record, options.verify, boot):
+            if is_as_declared(artifact, place, record):
                 return True
             says = artifact.checksums[0].said_by
             _log.warning("%s is not what %s says; it is fetched again", artifact.path, says)
             return False
-        if final.exists():
+        if place.final.exists():
             _log.warning("%s is not what was fetched; it is fetched again", artifact.path)
         return False
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import stat
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Literal
 
 from loader.fetch.crc import crc64nvme
-from loader.fetch.files import Record
+from loader.fetch.files import WHOLE, Places, Record
 from loader.fetch.missing_ranges import DoneRange, combine, missing_ranges
 from loader.fetch.sums import Sum, Tally
-from loader.weights.header import read_header
+from loader.weights.header import header_length, parse_header
 
 Verify = Literal["size", "sample", "full"]
 _CHUNK_BYTES = 1 << 20
@@ -20,14 +20,14 @@ _SAMPLES = 4
 
 
 def proved_ranges(
-    path: str | Path, claimed: Iterable[DoneRange], total: Sum | None = None
+    place: Places, kind: str, claimed: Iterable[DoneRange], total: Sum | None = None
 ) -> tuple[DoneRange, ...]:
-    """Return those of the *claimed* ranges whose bytes in *path* have their CRC.
+    """Return those of the *claimed* ranges whose bytes in the file of *kind* have their CRC.
 
     They are put into *total*, too, the sum of the whole file.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = place.open(kind)
     except OSError:
         return ()
     buffer = memoryview(bytearray(_CHUNK_BYTES))
@@ -39,8 +39,8 @@ def proved_ranges(
         os.close(fd)
 
 
-def is_intact(path: Path, record: Record, verify: Verify, boot_id: str) -> bool:
-    """Return whether *path* is still what *record* says, as far as *verify* looks.
+def is_intact(place: Places, record: Record, verify: Verify, boot_id: str) -> bool:
+    """Return whether the whole file is still what *record* says, as far as *verify* looks.
 
     Everything is read where the time stamp has changed, or the machine went down since. A record
     whose ranges do not make up the file and its digest proves nothing.
@@ -48,10 +48,12 @@ def is_intact(path: Path, record: Record, verify: Verify, boot_id: str) -> bool:
     if missing_ranges(record.ranges, record.size_bytes) or combine(record.ranges) != record.digest:
         return False
     try:
-        found = path.stat(follow_symlinks=False)
+        found = place.stat(WHOLE)
     except OSError:
         return False
-    if found.st_size != record.size_bytes:
+    if found is None or not stat.S_ISREG(found.st_mode) or found.st_size != record.size_bytes:
+        return False
+    if not place.folders.is_ours(found):
         return False
     touched = found.st_mtime_ns != record.mtime_ns
     if touched or verify == "full" or (verify == "sample" and record.boot_id != boot_id):
@@ -60,13 +62,15 @@ def is_intact(path: Path, record: Record, verify: Verify, boot_id: str) -> bool:
         wanted = _sample(record.ranges)
     else:
         wanted = ()
-    return len(proved_ranges(path, wanted)) == len(wanted)
+    return len(proved_ranges(place, WHOLE, wanted)) == len(wanted)
 
 
-def check_structure(path: str, named: str) -> None:
+def check_structure(fd: int, named: str) -> None:
     """Raise FormatError where a file *named* ``.safetensors`` is not a whole one."""
     if named.endswith(".safetensors"):
-        read_header(Path(path))
+        size_bytes = os.fstat(fd).st_size
+        length = 8 + header_length(os.pread(fd, 8, 0), size_bytes, named)
+        parse_header(os.pread(fd, length, 0), size_bytes, named)
 
 
 def _sample(ranges: Sequence[DoneRange]) -> list[DoneRange]:

@@ -39,8 +39,8 @@ def test_a_part_file_that_was_removed_before_it_was_locked(
     opening = files._open_part
     removed: list[str] = []
 
-    def overtaken(path: str) -> int:
-        fd = opening(path)
+    def overtaken(place: Places) -> int:
+        fd, path = opening(place), place.part
         if not removed:
             removed.append(path)
             Path(path).unlink()
@@ -61,8 +61,8 @@ def test_a_part_file_that_got_its_name_before_it_was_locked(
     """It is the whole file now, which nobody writes to: another part file is made."""
     opening = files._open_part
 
-    def overtaken(path: str) -> int:
-        fd = opening(path)
+    def overtaken(place: Places) -> int:
+        fd, path = opening(place), place.part
         if not place.final.exists():
             Path(path).rename(place.final)
         return fd
