@@ -202,10 +202,16 @@ class CountingClient(HttpClient):
     ahead = 0
 
     def ask_next(
-        self, stream: HttpStream, url: str, *, span: tuple[int, int], version: ObjectInfo | None
+        self,
+        stream: HttpStream,
+        url: str,
+        *,
+        span: tuple[int, int],
+        version: ObjectInfo | None,
+        size_bytes: int | None = None,
     ) -> Asked | None:
         """Count, and ask."""
-        asked = super().ask_next(stream, url, span=span, version=version)
+        asked = super().ask_next(stream, url, span=span, version=version, size_bytes=size_bytes)
         CountingClient.ahead += asked is not None
         return asked
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -12,10 +14,38 @@ from tenacity.nap import sleep_using_event
 
 from loader.errors import LoaderError
 
+_PROGRESS_BYTES = 1 << 16  # a try that brought so much more was not in vain
 _FIRST_WAIT_S = 0.2
 _LONGEST_WAIT_S = 20.0
 _LONGEST_ASKED_S = 60.0
 _Out = TypeVar("_Out")
+
+
+class Tries:
+    """How many tries have been in vain: those that came no further than any before.
+
+    *place* is where the first one begins. They are over after *retries*, or when nothing has come
+    for *deadline_s*.
+    """
+
+    def __init__(self, retries: int, deadline_s: float = math.inf, place: int = 0) -> None:
+        self._retries = retries
+        self._deadline_s = deadline_s
+        self._furthest = place
+        self._in_vain = 0
+        self._since = time.monotonic()
+
+    def note(self, place: int) -> None:
+        """Take note of a try that ended at *place*."""
+        if place - self._furthest >= _PROGRESS_BYTES:
+            self._furthest, self._in_vain, self._since = place, 0, time.monotonic()
+        else:
+            self._in_vain += 1
+
+    def are_over(self, _: RetryCallState) -> bool:
+        """Return whether to give up."""
+        late = time.monotonic() - self._since > self._deadline_s
+        return late or self._in_vain > self._retries
 
 
 def retrying(

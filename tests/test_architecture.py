@@ -17,6 +17,7 @@ OWNERS = {
     "transformers": {"weights", "serve", "demo"},
     "peft": {"serve", "demo"},
     "vllm": {"serve"},
+    "httptools": {"http"},
     "huggingface_hub": {"stores"},
     "boto3": {"stores"},
     "fsspec": {"stores"},

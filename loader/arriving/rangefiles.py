@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
 from typing import Protocol, Self
 
-from loader.errors import FormatError, TransientError
+from loader.errors import FormatError
 from loader.fetch.arrivals import Arrivals
+from loader.fetch.range_read import read_range
 from loader.http.objects import ObjectInfo
-from loader.retry import ask_again
 from loader.stores.base import Store
 from loader.types import Artifact, Checkpoint
 from loader.weights.formats.places import weight_folders
@@ -97,31 +96,13 @@ class RemoteFile:
         return block.result()
 
     def _read(self, start: int, buffer: memoryview) -> None:
+        def retry(reason: str) -> None:
+            if self._watch:
+                self._watch.retry(self.where, reason)
+
         if self._watch:
             self._watch.begin(self.where)
-        done = 0
-
-        def read() -> None:
-            nonlocal done
-            try:
-                for count in self._receive(start + done, buffer[done:]):
-                    done += count
-            except TransientError as error:
-                if self._watch:
-                    self._watch.retry(self.where, error.what)
-                raise
-
-        ask_again(read, self._retries)
-
-    def _receive(self, start: int, buffer: memoryview) -> Iterator[int]:
-        """Fill *buffer* with one request, and say of each piece that came how long it was."""
-        stream = self._store.open_range(self._artifact, start, start + len(buffer), self._info)
-        with contextlib.closing(stream):
-            while buffer and (count := stream.readinto(buffer)):
-                buffer = buffer[count:]
-                yield count
-        if buffer:
-            raise TransientError("the body ended before its length", where=self._artifact.source)
+        read_range(self._artifact, self._store, self._info, start, buffer, self._retries, retry)
 
 
 def _digest(info: ObjectInfo) -> str | None:

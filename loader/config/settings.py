@@ -39,6 +39,7 @@ _JSON = {"engine_args": '{"max_model_len": 4096}', "storage_options": '{"gs": {"
 _CHECKPOINT = re.compile(rf"{CHECKPOINT_SCHEME}{JOB_ID.pattern}/rank-[^/]+(/.*)?")
 _OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _OTLP_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+_SIZES = {"range_size", "least_bytes_per_s"}
 _OUTSIDE = {"training", "hf_token", "api_key", "s3"}
 
 
@@ -159,10 +160,15 @@ class Settings:
         None, description="PEM file of certificates to trust besides the system's."
     )
     connect_timeout_s: Annotated[float, Meta(gt=0)] = _setting(
-        10.0, description="Limit for opening a connection."
+        10.0, description="Limit for opening a connection, with its TLS handshake."
     )
     stall_timeout_s: Annotated[float, Meta(gt=0)] = _setting(
-        30.0, description="A connection that brings no byte for so long is given up."
+        30.0,
+        description="Limit for an answer's head, and the longest that a body may be slow or "
+        "silent: 2 s at first, doubled each time that it is asked for again.",
+    )
+    least_bytes_per_s: Annotated[Bytes, Meta(ge=0)] = _setting(
+        4 * 2**10, description="What a connection has to bring not to count as slow."
     )
     s3_endpoint_url: Annotated[str, Meta(pattern="^https?://")] | None = _setting(
         None,
@@ -187,6 +193,9 @@ class Settings:
         (),
         description="Folders that what was fetched may lead to, such as the local base that an "
         "adapter's config names; besides them only the download and the cache folder.",
+    )
+    allow_insecure_redirects: bool = _setting(
+        False, description="Follow redirects from https to http."
     )
     retries: Annotated[int, Meta(ge=0, le=100)] = _setting(
         6, description="Further tries of one range after a passing failure."
@@ -311,7 +320,7 @@ def settings_table() -> str:
     rows = ["| setting | variable | default | what it does |", "|---|---|---|---|"]
     for name, one in _settings().items():
         default = _default(one)
-        shown = show_bytes(default) if name == "range_size" else show_value(default)
+        shown = show_bytes(default) if name in _SIZES else show_value(default)
         told = one.metadata["description"]
         rows.append(f"| `{name}` | `{_PREFIX}{name.upper()}` | `{shown}` | {told} |")
     return "\n".join(rows)

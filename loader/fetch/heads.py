@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from loader.errors import TransientError
-from loader.fetch.sizes import check_size
-from loader.http.objects import ObjectInfo
-from loader.retry import ask_again
+from loader.fetch.range_read import read_range
+from loader.fetch.sizes import ask_version
 from loader.stores.base import Store
 from loader.types import Artifact
 
@@ -32,28 +30,16 @@ def read_head(
         FetchError: they cannot be read.
     """
 
-    def read() -> Head:
-        info = check_size(artifact, store.stat(artifact), store)
-        head = _read(artifact, store, info, Head(b"", info.size_bytes), _FIRST_BYTES)
-        return _read(artifact, store, info, head, needed(head))
+    info = ask_version(artifact, store, retries)
 
-    return ask_again(read, retries)
+    def read(head: Head, end: int) -> Head:
+        """Return *head* made longer, to *end* bytes."""
+        start, end = len(head.content) if info.ranges else 0, min(end, info.size_bytes)
+        if end <= len(head.content):
+            return head
+        content = bytearray(end - start)
+        read_range(artifact, store, info, start, memoryview(content), retries)
+        return Head(head.content[:start] + bytes(content), info.size_bytes)
 
-
-def _read(artifact: Artifact, store: Store, info: ObjectInfo, head: Head, end: int) -> Head:
-    """Return *head* made longer, to *end* bytes."""
-    start = len(head.content) if info.ranges else 0
-    end = min(end, info.size_bytes)
-    if end <= len(head.content):
-        return head
-    content = bytearray(end - start)
-    rest = memoryview(content)
-    stream = store.open_range(artifact, start, end if info.ranges else info.size_bytes, info)
-    try:
-        while rest and (count := stream.readinto(rest)):
-            rest = rest[count:]
-    finally:
-        stream.close()
-    if rest:
-        raise TransientError("the body ended before its length", where=artifact.source)
-    return Head(head.content[:start] + bytes(content), info.size_bytes)
+    head = read(Head(b"", info.size_bytes), _FIRST_BYTES)
+    return read(head, needed(head))

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from loader.errors import FetchError, LoaderError, TransientError
+from loader.errors import FetchError, LoaderError
 from loader.fetch.arrivals import Arrivals
 from loader.fetch.declared import is_as_declared
 from loader.fetch.download import Download, is_same
@@ -31,13 +31,13 @@ from loader.fetch.pace import FIRST, Pace
 from loader.fetch.part import LARGE_BYTES, PartFile, fetched_file
 from loader.fetch.path_check import check_still, check_way
 from loader.fetch.progress import LogProgress, Progress, show_bytes
+from loader.fetch.range_read import read_range
 from loader.fetch.sizes import ask_version
 from loader.fetch.stopping import check_stop
 from loader.fetch.sums import Check, choose_check
 from loader.fetch.transfer import Limits
 from loader.fetch.verify import Verify, is_intact
 from loader.http.objects import ObjectInfo
-from loader.retry import ask_again
 from loader.stores.base import Store
 from loader.threads import map_on_threads
 from loader.types import Artifact, Manifest, Snapshot
@@ -183,22 +183,9 @@ def read_small(artifact: Artifact, store: Store) -> bytes:
             expected=f"at most {show_bytes(_SMALL_BYTES)}",
             got=show_bytes(info.size_bytes),
         )
-    return ask_again(partial(_read_whole, artifact, info, store), FetchOptions().retries)
-
-
-def _read_whole(artifact: Artifact, info: ObjectInfo, store: Store) -> bytes:
-    if not info.size_bytes:
-        return b""
     content = bytearray(info.size_bytes)
-    rest = memoryview(content)
-    stream = store.open_range(artifact, 0, info.size_bytes, info)
-    try:
-        while rest and (count := stream.readinto(rest)):
-            rest = rest[count:]
-    finally:
-        stream.close()
-    if rest:
-        raise TransientError("the body ended before its length", where=artifact.source)
+    if content:
+        read_range(artifact, store, info, 0, memoryview(content), FetchOptions().retries)
     return bytes(content)
 
 

@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from tenacity import RetryCallState
-
 from loader.errors import FetchError, LoaderError, TransientError
 from loader.fetch.claim import Claim
 from loader.fetch.pace import Pace
@@ -23,17 +21,14 @@ from loader.fetch.part import PartFile
 from loader.fetch.progress import Progress
 from loader.fetch.schedule import Schedule
 from loader.fetch.stopping import StoppedError
-from loader.retry import retrying
+from loader.retry import Tries, retrying
 from loader.stores.base import Asked, ByteStream, Store
 
 _BUFFER_BYTES = 3 << 19  # a larger one leaves a processor's cache, a smaller one takes more reads
 _BUFFERS_BYTES = 24 << 20  # of all threads together, somewhat more where they are very many
 _LEAST_BUFFER_BYTES = 64 << 10
-_PROGRESS_BYTES = 1 << 16  # a try that brought so much was not in vain
 _TICK_S = 0.03
 _LOOK_S = 0.1  # while a worker pauses
-_WATCH_S = 20.0  # a connection has to bring at least _SLOWEST_BYTES_S over so long
-_SLOWEST_BYTES_S = 4 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,25 +168,19 @@ class _Worker:
         self._pace = pace
         self._schedule = schedule
         self._halt = halt
-        self._in_vain = 0
-        self._progress_at = 0.0
         self.bytes = 0
 
     def run(self, claim: Claim) -> None:
         """Bring the claim's bytes into its part file; publish the file where it is whole now."""
         part = claim.part
         self._events.progress.begin_file(part.artifact.path, part.info.size_bytes, part.have_bytes)
-        self._in_vain, self._progress_at = 0, time.monotonic()
-        for attempt in retrying(self._gives_up, self._halt, partial(self._pause, claim)):
+        tries = Tries(self._limits.retries, self._limits.deadline_s, claim.place)
+        for attempt in retrying(tries.are_over, self._halt, partial(self._pause, claim)):
             with attempt:
-                self._try(claim)
+                self._try(claim, tries)
         if claim.settle():
             part.publish()
             self._events.arrived(part)
-
-    def _gives_up(self, _: RetryCallState) -> bool:
-        late = time.monotonic() - self._progress_at > self._limits.deadline_s
-        return late or self._in_vain > self._limits.retries
 
     def _pause(self, claim: Claim, seconds: float) -> None:
         """Wait, but not for what others bring meanwhile: the fetch would end no sooner."""
@@ -200,12 +189,11 @@ class _Worker:
             if self._halt.wait(min(left_s, _LOOK_S)):
                 return
 
-    def _try(self, claim: Claim) -> None:
+    def _try(self, claim: Claim, tries: Tries) -> None:
         if self._halt.is_set():
             raise StoppedError
         if not claim.part.info.ranges and claim.place > claim.start:
             self._tell(claim, -claim.restart())
-        began = claim.place
         try:
             self._receive(claim)
         except LoaderError as error:
@@ -214,10 +202,7 @@ class _Worker:
             if claim.is_over():  # taken over by another worker, which ended the stream
                 return
             self._schedule.give_back(claim)
-            if claim.place - began >= _PROGRESS_BYTES:
-                self._in_vain, self._progress_at = 0, time.monotonic()
-            else:
-                self._in_vain += 1
+            tries.note(claim.place)
             if isinstance(error, TransientError):
                 self._events.progress.retry(claim.part.artifact.path, error.what)
                 if error.busy:
@@ -242,7 +227,6 @@ class _Worker:
                 claim.stream = None
 
     def _drain(self, claim: Claim, stream: ByteStream) -> None:
-        since, brought = time.monotonic(), 0
         is_ending: Callable[[int], bool] | None = getattr(stream, "is_ending", None)
         while (wanted := claim.wanted()) > 0:
             if self._halt.is_set():
@@ -255,11 +239,6 @@ class _Worker:
                 raise claim.part.ended_early(claim.place, claim.end)
             count = claim.put(self._buffer[:count], now)
             self._tell(claim, count)
-            brought += count
-            if now - since > _WATCH_S:
-                if brought < _SLOWEST_BYTES_S * (now - since):
-                    raise _too_slow(claim, brought / (now - since))
-                since, brought = now, 0
             if is_ending is not None and is_ending(claim.end - claim.place):
                 self._ask_next(claim, stream)
 
@@ -294,15 +273,6 @@ def _buffer_bytes(count: int, most: int) -> int:
         return _BUFFER_BYTES
     share = _BUFFERS_BYTES // 2 // max(most - few, 1)
     return min(_BUFFER_BYTES, max(share, _LEAST_BUFFER_BYTES))
-
-
-def _too_slow(claim: Claim, rate: float) -> TransientError:
-    return TransientError(
-        "the connection brings next to nothing",
-        where=claim.part.artifact.source,
-        expected=f"at least {_SLOWEST_BYTES_S} bytes a second",
-        got=f"{rate:.0f}",
-    )
 
 
 def _first(failures: list[BaseException]) -> BaseException:

@@ -8,6 +8,7 @@ turn. Where it does not, or the connection ends, the request is asked anew on an
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import threading
 import time
@@ -16,14 +17,17 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from loader.errors import FetchError, TransientError
+from loader.http.codings import check_name, content_coding, decode, too_long
 from loader.http.connection import Connection
+from loader.http.grammar import AnswerError
 from loader.http.objects import ObjectInfo
-from loader.http.request import Origin
-from loader.http.response import Answer, AnswerError
+from loader.http.request import Origin, Wanted
+from loader.http.response import Answer
 from loader.http.sockets import PlainSocket
 from loader.http.statuses import translate
 
 _FAR_S = 0.005  # from a request to its answer: nearer ones are not worth asking ahead of
+_READ_BYTES = 64 << 10
 _READ_S = 0.02  # what a read takes, see ``sockets``
 
 
@@ -86,6 +90,8 @@ class Asked:
 class Keeper(Protocol):
     """Whom a body gives its connection back to."""
 
+    least_bytes_per_s: int
+
     def give_back(self, origin: Origin, connection: Connection) -> None:
         """Keep a connection whose last body was read to its end."""
 
@@ -95,36 +101,71 @@ class Keeper(Protocol):
     def distrust(self, origin: Origin) -> None:
         """Ask nothing ahead of it any more."""
 
+    def isolate(self, origin: Origin) -> None:
+        """Let each connection bear one request: it sends what nobody asked for."""
+
+    def patience_s(self, url: str) -> float:
+        """Return how long a body may be slow."""
+
+    def note_slow(self, url: str) -> None:
+        """Have more patience with *url* the next time."""
+
 
 class HttpStream:
-    """One response body; see ``ByteStream``."""
+    """One response body; see ``ByteStream``.
+
+    It has to bring the *keeper*'s least rate, of the time that is spent waiting for it. *sent* is
+    what was asked, for what of an object that is *wanted*.
+    """
 
     def __init__(
         self,
         keeper: Keeper,
-        origin: Origin,
-        connection: Connection,
+        sent: Sent,
         answer: Answer,
         info: ObjectInfo,
+        wanted: Wanted,
         url: str,
     ) -> None:
         self._keeper = keeper
-        self._origin = origin
-        self._connection = connection
+        self._origin = sent.origin
+        self._connection = sent.connection
+        self._is_first = not (sent.is_kept or sent.is_next)
         self._answer = answer
         self._url = url
         self._began = time.monotonic()
+        self._patience_s = keeper.patience_s(url)
+        self._waited_s, self._brought = 0.0, 0
         self._next: Asked | None = None
+        self._coding = content_coding(answer.fields)
+        # Where no length is told, but the size of what all of this is.
+        tells = answer.length is not None or info.ranges or not wanted.is_sized
+        self._missing = None if tells else info.size_bytes
         self.info = info
 
     def readinto(self, buffer: memoryview, /) -> int:
         """Put what has arrived into *buffer* and return the count, 0 at the body's end."""
-        answer = self._answer
+        if self._coding:
+            check_name(self._url, self._coding)
+        count = self._read(buffer[: self._missing])
+        if self._missing is not None:
+            self._missing -= count
+            self._check_whole(count)
+        return count
+
+    def _read(self, buffer: memoryview) -> int:
+        answer, sock = self._answer, self._connection.sock
+        began = time.monotonic()
+        sock.deadline = began + self._patience_s
         try:
             count = answer.readinto(buffer)
         except (OSError, AnswerError) as error:
             self._blame()
+            if isinstance(error, TimeoutError):
+                self._keeper.note_slow(self._url)
             raise translate(error, self._url) from None
+        finally:
+            sock.deadline = math.inf
         if not count and answer.left:
             self._blame()
             raise TransientError(
@@ -132,7 +173,50 @@ class HttpStream:
                 where=self._url,
                 got=f"{answer.left} bytes too few",
             )
+        self._brought += count
+        self._waited_s += time.monotonic() - began
+        if self._waited_s > self._patience_s:
+            self._check_rate()
+        if answer.left == 0 and count and not self._is_first:
+            self._check_end()
         return count
+
+    def _check_rate(self) -> None:
+        least, rate = self._keeper.least_bytes_per_s, self._brought / self._waited_s
+        if rate < least and self._answer.left != 0:
+            self._keeper.note_slow(self._url)
+            raise TransientError(
+                "the connection brings next to nothing",
+                where=self._url,
+                expected=f"at least {least} bytes a second",
+                got=f"{rate:.0f}",
+            )
+        self._waited_s, self._brought = 0.0, 0
+
+    def _check_end(self) -> None:
+        """Raise TransientError where it is not sure that this was the answer to what was asked."""
+        if self._next is None and self._connection.peek():
+            self._keeper.isolate(self._origin)
+            raise TransientError(
+                "the origin sent more answers than it was asked for", where=self._url
+            )
+
+    def _check_whole(self, count: int) -> None:
+        """Raise where a body whose end tells its length is not as long as is known otherwise."""
+        if self._missing and not count:
+            raise TransientError(
+                "the body ended before its length",
+                where=self._url,
+                got=f"{self._missing} bytes too few",
+            )
+        if not self._missing and self._read(memoryview(bytearray(1))):
+            raise FetchError(
+                "the object is longer than the listing says",
+                where=self._url,
+                expected=f"{self.info.size_bytes} bytes",
+                got="more",
+                next_step="get a new listing",
+            )
 
     def is_ending(self, wanted: int) -> bool:
         """Return whether the next request, sent now, would be answered at this body's end.
@@ -166,33 +250,41 @@ class HttpStream:
         """Let *asked* have the connection when this body has ended."""
         self._next = asked
 
+    def count(self) -> int:
+        """Read the whole body and return how long it is."""
+        buffer, total = memoryview(bytearray(_READ_BYTES)), 0
+        while count := self._read(buffer):
+            total += count
+        return total
+
     def read_all(self, limit_bytes: int) -> bytes:
-        """Return the whole body.
+        """Return the whole body, decoded.
 
         Raises:
-            FetchError: it is longer than *limit_bytes*.
+            FetchError: it is longer than *limit_bytes*, or in a coding that is not known.
+            TransientError: it did not come to its end, or too slowly.
         """
-        try:
-            body = self._answer.read(limit_bytes + 1)
-        except (OSError, AnswerError) as error:
-            raise translate(error, self._url) from None
-        if len(body) > limit_bytes:
-            raise FetchError(
-                "the answer is too long", where=self._url, expected=f"at most {limit_bytes} bytes"
-            )
-        return body
+        buffer, body = memoryview(bytearray(_READ_BYTES)), bytearray()
+        while count := self._read(buffer):
+            body += buffer[:count]
+            if len(body) > limit_bytes:
+                raise too_long(self._url, limit_bytes)
+        return decode(bytes(body), self._coding, limit_bytes, self._url)
 
     def close(self) -> None:
         """Give the connection back where the body was read to its end, else drop it."""
-        whole = self._answer.left == 0
-        self._answer.close()
+        answer, connection = self._answer, self._connection
+        whole = answer.left == 0
+        answer.close()
         following, self._next = self._next, None
         if following is not None:
             following.come(in_turn=whole)
-        elif whole and not self._answer.will_close:
-            self._keeper.give_back(self._origin, self._connection)
+        elif whole and not answer.is_ahead and not answer.will_close:
+            self._keeper.give_back(self._origin, connection)
         else:
-            self._connection.close()
+            if whole and answer.is_ahead:
+                self._keeper.isolate(self._origin)
+            connection.close()
 
     def abort(self) -> None:
         """Make a read that waits in another thread fail now."""

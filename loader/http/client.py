@@ -7,10 +7,12 @@ the environment as everywhere, redirects by hand.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,18 +29,21 @@ from loader.errors import (
 from loader.http.addresses import is_link_local
 from loader.http.body import Asked, HttpStream, Sent, drop
 from loader.http.connection import Connection, connect
+from loader.http.grammar import AnswerError
 from loader.http.objects import ObjectInfo
 from loader.http.proxies import Proxies, open_tunnel
 from loader.http.request import (
     Origin,
     Request,
+    Wanted,
     place,
     range_headers,
     write_message,
 )
-from loader.http.response import Answer, AnswerError
+from loader.http.response import Answer
 from loader.http.sockets import PlainSocket, shake_hands
 from loader.http.statuses import (
+    UnsizedError,
     check_status,
     check_version,
     leads_here,
@@ -50,20 +55,25 @@ from loader.http.trust import Trust
 _REDIRECTS = {301, 302, 303, 307, 308}
 _SITE = re.compile(r"https?://[^/?#]+(?=/)")
 _NEXT_S = 2.0  # for the answer to a request that was sent ahead, from the end of the body before it
-_STALE = (ConnectionError, ssl.SSLEOFError)
+_PATIENCE_S = 2.0  # with a body that is slow, doubled each time that the same one is
+_STALE = (ConnectionError, ssl.SSLEOFError, AnswerError)  # nothing that a new connection has to be
 
 
 @dataclass(frozen=True, slots=True)
 class HttpOptions:
     """Limits of a connection. ``ca_bundle`` is trusted besides the system's certificates.
 
-    ``link_local``: whether a URL or a redirect may lead to the machine's own link.
+    ``connect_timeout_s`` is for all of a connection's beginning, ``stall_timeout_s`` for all of an
+    answer's head, and for a body's silence. ``link_local``: whether a URL or a redirect may lead to
+    the machine's own link; ``insecure_redirects``: whether one from https may lead to http.
     """
 
     connect_timeout_s: float = 10.0
     stall_timeout_s: float = 30.0
+    least_bytes_per_s: int = 4 << 10
     ca_bundle: Path | None = None
     link_local: bool = False
+    insecure_redirects: bool = False
 
 
 class HttpClient:
@@ -79,6 +89,9 @@ class HttpClient:
         self._origins: dict[str, Origin] = {}  # by the URLs' beginning
         self._latency_s: dict[Origin, float] = {}  # the shortest so far
         self._alone: set[Origin] = set()  # that are asked nothing ahead
+        self._isolated: set[Origin] = set()  # whose connections bear one request
+        self._slow: Counter[str] = Counter()  # how often a URL's bodies were
+        self.least_bytes_per_s = options.least_bytes_per_s
 
     def get(
         self,
@@ -87,10 +100,14 @@ class HttpClient:
         span: tuple[int, int] | None = None,
         version: ObjectInfo | None = None,
         headers: Mapping[str, str] | None = None,
+        size_bytes: int | None = None,
+        is_object: bool = False,
     ) -> HttpStream:
         """Return the body of *url*, of the bytes ``[start, end)`` where *span* is given.
 
-        *headers* go to the host of *url* alone: a redirect to another one loses them.
+        *headers* go to the host of *url* alone: a redirect to another one loses them. *size_bytes*
+        is what a listing says, for origins that do not tell. *is_object*: all of an object is asked
+        for, which has a size.
 
         Raises:
             ChangedError: the object is not *version* any more.
@@ -99,18 +116,24 @@ class HttpClient:
             FetchError: another refusal that asking again does not cure.
             TransientError: everything else.
         """
-        return self._ask(Request("GET", headers or {}), url, span, version)
+        is_sized = is_object or span is not None
+        wanted = Wanted(span, version, size_bytes, is_sized)
+        return self._ask(Request("GET", headers or {}), url, wanted)
 
-    def ask(
-        self, url: str, *, span: tuple[int, int], headers: Mapping[str, str] | None = None
-    ) -> Asked:
+    def ask(self, url: str, *, span: tuple[int, int], size_bytes: int | None = None) -> Asked:
         """Send what ``get`` sends, and leave the answer for later. Raises as it does."""
-        request = Request("GET", {**range_headers(span, None), **(headers or {})})
-        sent = self._send(request, url)
-        return Asked(lambda sent: self._ask(request, url, span, None, sent), sent)
+        wanted = Wanted(span, None, size_bytes, is_sized=True)
+        sent = self._send(Request("GET", range_headers(span, None)), url)
+        return Asked(lambda sent: self._ask(Request("GET", {}), url, wanted, sent), sent)
 
     def ask_next(
-        self, stream: HttpStream, url: str, *, span: tuple[int, int], version: ObjectInfo | None
+        self,
+        stream: HttpStream,
+        url: str,
+        *,
+        span: tuple[int, int],
+        version: ObjectInfo | None,
+        size_bytes: int | None = None,
     ) -> Asked | None:
         """Send what ``get`` sends on *stream*'s connection, to be answered behind its body.
 
@@ -125,17 +148,18 @@ class HttpClient:
         sent = stream.send_next(origin, url, write_message(head, origin, target, url))
         if sent is None:
             return None
+        wanted = Wanted(span, version, size_bytes, is_sized=True)
 
         def take(sent: Sent | None) -> HttpStream:
             try:
-                return self._ask(request, url, span, version, sent)
+                return self._ask(request, url, wanted, sent)
             except (TransientError, DeniedError, ExpiredError, ChangedError):
                 raise
             except FetchError:
                 if sent is None:
                     raise
                 self.distrust(origin)
-            return self._ask(request, url, span, version)
+            return self._ask(request, url, wanted)
 
         asked = Asked(take, sent)
         stream.follow_with(asked)
@@ -143,48 +167,57 @@ class HttpClient:
 
     def head(self, url: str, *, headers: Mapping[str, str] | None = None) -> ObjectInfo:
         """Return what *url* is, without its body. Raises as ``get`` does."""
-        stream = self._ask(Request("HEAD", headers or {}), url, None, None)
+        stream = self._ask(Request("HEAD", headers or {}), url, Wanted(is_sized=True))
         stream.close()
         return replace(stream.info, ranges=True)
 
     def post(self, url: str, body: bytes, *, headers: Mapping[str, str]) -> HttpStream:
         """Return what *url* answers to *body*. Raises as ``get`` does."""
-        return self._ask(Request("POST", headers, body), url, None, None)
+        return self._ask(Request("POST", headers, body), url, Wanted())
 
     def _ask(
-        self,
-        request: Request,
-        url: str,
-        span: tuple[int, int] | None,
-        version: ObjectInfo | None,
-        sent: Sent | None = None,
+        self, request: Request, url: str, wanted: Wanted, sent: Sent | None = None
     ) -> HttpStream:
         """Return the body of *url*, by the request that was *sent* already or by one sent here."""
-        first, common = url, range_headers(span, version)
+        first, common = url, range_headers(wanted.span, wanted.version)
         whole = Request(request.method, {**common, **request.headers}, request.body)
         for _ in range(6):
-            sent = sent or self._send(whole, url)
-            connection, answer = self._receive(sent, request.method)
+            got, answer = self._receive(sent or self._send(whole, url), request.method)
             if answer.status not in _REDIRECTS or request.body is not None:
                 break
             target = answer.fields.get("location")
-            drop(connection, answer)
-            if not target:
-                raise FetchError("a redirect that leads nowhere", where=url)
-            url, sent = _follow(url, target), None
+            drop(got.connection, answer)
+            url, sent = self._follow(url, target), None
             if _split(url)[:2] != _split(first)[:2]:
                 whole = Request(request.method, common)
         else:
             raise FetchError("more than 5 redirects", where=url)
         try:
-            check_status(url, answer, span, version)
-            sized = span is not None or request.method == "HEAD"
-            info = object_info(url, answer, span, sized=sized)
-            check_version(url, info, version)
+            check_status(url, answer, wanted)
+            info = object_info(url, answer, wanted)
+            check_version(url, info, wanted.version)
+        except UnsizedError:
+            return self._ask_size(request, first, wanted, got, answer)
         except BaseException:
-            drop(connection, answer)
+            drop(got.connection, answer)
             raise
-        return HttpStream(self, sent.origin, connection, answer, info, url)
+        return HttpStream(self, got, answer, info, wanted, first)
+
+    def _ask_size(
+        self, request: Request, url: str, wanted: Wanted, got: Sent, answer: Answer
+    ) -> HttpStream:
+        """Return the body once more, when all of it has been read to find out how long it is."""
+        if request.method != "GET" or wanted.version is not None:
+            drop(got.connection, answer)
+            raise UnsizedError("the origin does not tell the object's size", where=url)
+        if answer.status != 200:  # it may tell where no range is asked for
+            drop(got.connection, answer)
+            return self._ask(request, url, replace(wanted, span=None))
+        with contextlib.closing(
+            HttpStream(self, got, answer, ObjectInfo(0), Wanted(), url)
+        ) as body:
+            size_bytes = body.count()
+        return self._ask(request, url, replace(wanted, size_bytes=size_bytes))
 
     def close(self) -> None:
         """Close every idle connection."""
@@ -198,7 +231,7 @@ class HttpClient:
     def give_back(self, origin: Origin, connection: Connection) -> None:
         """Keep a connection whose last body was read to its end."""
         with self._lock:
-            if not self._closed:
+            if not self._closed and origin not in self._isolated:
                 self._idle.setdefault(origin, []).append(connection)
                 return
         connection.close()
@@ -211,12 +244,35 @@ class HttpClient:
         """Ask nothing ahead of it any more."""
         self._alone.add(origin)
 
+    def isolate(self, origin: Origin) -> None:
+        """Let each connection bear one request: it sends what nobody asked for."""
+        self.distrust(origin)
+        self._isolated.add(origin)
+
+    def patience_s(self, url: str) -> float:
+        """Return how long a body may be slow: longer each time that it was cut off for it."""
+        return min(_PATIENCE_S * (1 << self._slow[url]), self._options.stall_timeout_s)
+
+    def note_slow(self, url: str) -> None:
+        """Have more patience with *url* the next time."""
+        self._slow[url] = min(self._slow[url] + 1, 10)
+
+    def _take_idle(self, origin: Origin) -> Connection | None:
+        """Return a connection that is open, and on which nothing came since it was given back."""
+        while True:
+            with self._lock:
+                idle = self._idle.get(origin)
+                kept = idle.pop() if idle else None
+            if kept is None or (more := kept.peek()) is None:
+                return kept
+            if more:
+                self.isolate(origin)
+            kept.close()
+
     def _send(self, request: Request, url: str) -> Sent:
         origin, target = self._place(url)
         message = write_message(request, origin, target, url)
-        with self._lock:
-            idle = self._idle.get(origin)
-            kept = idle.pop() if idle else None
+        kept = self._take_idle(origin)
         if kept is not None:
             # The origin may have closed it meanwhile: that is no failure, and asked anew at once.
             try:
@@ -247,27 +303,43 @@ class HttpClient:
             raise translate(error, url, origin.proxy) from None
         return Sent(connection, origin, url, message, is_kept=False, at=time.monotonic())
 
-    def _receive(self, sent: Sent, method: str) -> tuple[Connection, Answer]:
+    def _receive(self, sent: Sent, method: str) -> tuple[Sent, Answer]:
         stall_s = self._options.stall_timeout_s
         try:
             if sent.is_next:
                 sent.connection.sock.settimeout(min(_NEXT_S, stall_s))
-            answer = Answer(sent.connection.inbox, method)
+            answer = sent.connection.take_answer(method, sent.url)
             if sent.is_next:
                 sent.connection.sock.settimeout(stall_s)
             else:
                 taken_s = time.monotonic() - sent.at
                 known_s = self._latency_s.get(sent.origin, taken_s)
                 self._latency_s[sent.origin] = min(known_s, taken_s)
-            return sent.connection, answer
+            return sent, answer
         except BaseException as error:
             sent.connection.close()
             if sent.is_next and isinstance(error, OSError | AnswerError):
                 self.distrust(sent.origin)
             elif not sent.is_kept or not isinstance(error, _STALE):
                 raise translate(error, sent.url) from None
-        anew = self._send_anew(sent.origin, sent.url, sent.message)
-        return self._receive(anew, method)
+        return self._receive(self._send_anew(sent.origin, sent.url, sent.message), method)
+
+    def _follow(self, url: str, target: str | None) -> str:
+        if not target:
+            raise FetchError("a redirect that leads nowhere", where=url)
+        try:
+            found = urljoin(url, target)
+        except ValueError:
+            raise FetchError("a redirect to what is no URL", where=url) from None
+        is_open = url.startswith("https:") and _split(found).scheme == "http"
+        if is_open and not self._options.insecure_redirects:
+            raise FetchError(
+                "a redirect from https to http, where anybody may read and change what is sent",
+                where=url,
+                got=found,
+                next_step="have the origin redirect to https, or set allow_insecure_redirects",
+            )
+        return found
 
     def _place(self, url: str) -> tuple[Origin, str]:
         """Return where a connection leads, and the target of the request there."""
@@ -316,10 +388,3 @@ def _split(url: str) -> SplitResult:
         return urlsplit(url)
     except ValueError:  # its text may show a password
         raise FetchError("not an http(s) URL", where=url) from None
-
-
-def _follow(url: str, target: str) -> str:
-    try:
-        return urljoin(url, target)
-    except ValueError:
-        raise FetchError("a redirect to what is no URL", where=url) from None

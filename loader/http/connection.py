@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 
-from loader.http.response import Inbox
+from loader.http.grammar import AnswerError
+from loader.http.response import Answer, Inbox
 from loader.http.sockets import PlainSocket
+
+_OF_BODIES = ("content-length", "content-range", "etag", "last-modified", "content-encoding")
+
+
+class RepeatedError(AnswerError):
+    """An answer that is the one before, once more."""
 
 
 class Connection:
@@ -15,6 +23,38 @@ class Connection:
     def __init__(self, sock: PlainSocket) -> None:
         self.sock = sock
         self.inbox = Inbox(sock)
+        self._last: tuple[str, object] = ("", None)  # what was asked for, what the answer said
+
+    def peek(self) -> bytes | None:
+        """Return what has come that nobody asked for, b"" at the end, None where that is nothing.
+
+        After the former two the connection is of no use any more.
+        """
+        return b"\0" if self.inbox.held_bytes else self.sock.peek()
+
+    def take_answer(self, method: str, url: str) -> Answer:
+        """Return the next answer, which is to *url*.
+
+        The one before may come again, when this was asked for already. Then it says the same of its
+        body, which begins alike. Two files may do so as well, and nobody can tell the difference.
+
+        Raises:
+            AnswerError: it is none.
+            RepeatedError: it looks like the one before.
+            OSError: it did not come.
+        """
+        (asked, before), sample = self._last, self.inbox.sample
+        answer = Answer(self.inbox, method)
+        said = (answer.status, *map(answer.fields.get, _OF_BODIES))
+        self._last = (url, said)
+        if said == before and asked != url:
+            try:
+                if answer.begins_with(sample):
+                    raise RepeatedError("the answer before, once more")
+            except BaseException:
+                answer.close()
+                raise
+        return answer
 
     def close(self) -> None:
         """Close it, once no answer is read from it any more."""
@@ -28,19 +68,25 @@ def connect(
     tunnel: Callable[[socket.socket], None] | None = None,
     secure: Callable[[socket.socket], PlainSocket] = PlainSocket,
 ) -> Connection:
-    """Return a connection; *secure* makes it what the origin speaks.
+    """Return a connection, within *timeout_s*; *secure* makes it what the origin speaks.
 
     *tunnel* makes a proxy at *host* pass on all that comes behind it, or raises.
 
     Raises:
         OSError: that cannot be.
     """
+    until = time.monotonic() + timeout_s
+
+    def left_s() -> float:
+        return max(until - time.monotonic(), 0.001)
+
     plain = socket.create_connection((host, port), timeout_s)
     try:
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tunnel is not None:
+            plain.settimeout(left_s())
             tunnel(plain)
-            plain.settimeout(timeout_s)
+        plain.settimeout(left_s())
         return Connection(secure(plain))
     except BaseException:
         plain.close()

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
 from loader.errors import ConfigError, FetchError, TransientError
+from loader.http.grammar import AnswerError
 from loader.http.response import Answer, Inbox, request_head
 from loader.http.sockets import PlainSocket
 
@@ -79,6 +80,8 @@ def open_tunnel(connected: socket.socket, proxy: Proxy, to: str) -> None:
     connected.sendall(request_head("CONNECT", to, {"Host": to, **proxy.headers}))
     answer = Answer(Inbox(PlainSocket(connected)), "CONNECT")
     if 200 <= answer.status < 300:
+        if answer.is_ahead:
+            raise AnswerError("more than an answer to CONNECT")
         return
     got = f"HTTP {answer.status} {answer.reason}"
     if answer.status in (429, 502, 503, 504):

@@ -30,6 +30,25 @@ class Request:
     body: bytes | None = field(default=None, repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What of an object is asked for: the bytes ``[start, end)`` of a ``span``, or all.
+
+    ``version``: which one it has to be. ``size_bytes``: what a listing says, for origins that do
+    not tell. ``is_sized``: the size has to be known.
+    """
+
+    span: tuple[int, int] | None = None
+    version: ObjectInfo | None = None
+    size_bytes: int | None = None
+    is_sized: bool = False
+
+    @property
+    def known_bytes(self) -> int | None:
+        """The object's size, as far as it is known before the answer."""
+        return self.size_bytes if self.version is None else self.version.size_bytes
+
+
 def range_headers(span: tuple[int, int] | None, version: ObjectInfo | None) -> dict[str, str]:
     """Return the headers that every request has, with the range and the version that it is for."""
     # Identity: a compressed body has other offsets than the object.

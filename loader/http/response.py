@@ -1,25 +1,25 @@
 """An HTTP/1.1 exchange on one connection: the request's head, the answer's, and its body.
 
 Not http.client's: its heads go through the standard library's parser of mail, and each answer gets
-a buffered reader of its own, which costs a small file more than its bytes do.
+a buffered reader of its own, which costs a small file more than its bytes do. The grammar is
+llhttp's, see ``grammar``; a body of known length goes straight from the socket to its buffer.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Protocol
 
+from loader.http.grammar import AnswerError, Chunks, Head, frame, read_head
+
 _BYTES = 20 << 10  # of a first read: an answer's head, and a small file behind it
 _MOST_BYTES = 64 << 10  # of a head
-_MOST_HEADERS = 100
-_LONGEST_LENGTH = 20
+_MOST_INTERIM = 16  # answers of status 1xx before the real one
+_SAMPLE_BYTES = 4 << 10
 _UNSAFE = re.compile(r"[^\x21-\x7e]")  # in a request's target
 _END = re.compile(rb"\n\r?\n")  # of a head, with the last line's
-
-
-class AnswerError(Exception):
-    """What came is not what HTTP/1 has there."""
 
 
 class UnansweredError(ConnectionResetError):
@@ -28,6 +28,11 @@ class UnansweredError(ConnectionResetError):
 
 class Incoming(Protocol):
     """A socket, see ``sockets``. Who waits in it holds it: it is closed when nobody does."""
+
+    deadline: float
+
+    def begin_time(self) -> None:
+        """Let all waits from now on take no longer together than one may."""
 
     def recv_some(self, buffer: memoryview, /) -> int:
         """Put into *buffer* what has come; wait where that is nothing. 0 at the end."""
@@ -57,10 +62,14 @@ def request_head(method: str, target: str, headers: Mapping[str, str]) -> bytes:
 
 
 class Inbox:
-    """What comes in on a connection: with a head comes some of what is behind it, and is kept."""
+    """What comes in on a connection: with a head comes some of what is behind it, and is kept.
+
+    ``sample`` is what the last head's body began with.
+    """
 
     def __init__(self, sock: Incoming) -> None:
         self.sock = sock
+        self.sample = b""
         self._buffer = bytearray(_BYTES)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0  # of what is held
@@ -70,40 +79,49 @@ class Inbox:
         """How many bytes have come and were not read yet."""
         return self._end - self._start
 
-    def take_head(self) -> list[str]:
-        """Return the lines of a head, up to the empty one that ends it.
+    def take_head(self) -> bytes:
+        """Return a head, with the empty line that ends it.
 
         Raises:
-            AnswerError: it is too long.
+            AnswerError: it is longer than any.
             UnansweredError: the connection ended before it did.
         """
-        while not (match := _END.search(self._buffer, self._start, self._end)):
+        while (match := _END.search(self._buffer, self._start, self._end)) is None:
             if not self._receive():
                 raise UnansweredError("closed without an answer")
-        text = str(self._view[self._start : match.start()], "latin-1")
+        head = self._view[self._start : match.end()].tobytes()
         self._start = match.end()
-        return text.split("\n")
+        self.sample = b""
+        return head
 
-    def take_line(self) -> bytes:
-        """Return the next line, without its end.
+    def begins_with(self, sample: bytes) -> bool:
+        """Return whether *sample* comes next; wait until that is certain."""
+        while (held := self._view[self._start : self._end][: len(sample)].tobytes()) != sample:
+            if not sample.startswith(held) or not self._receive():
+                return False
+        return True
+
+    def decode(self, chunks: Chunks) -> None:
+        """Give *chunks* what comes next.
 
         Raises:
-            AnswerError: it is too long, or the connection ended before it did.
+            AnswerError: it is none of theirs, or the connection ended before they did.
         """
-        while (end := self._buffer.find(b"\n", self._start, self._end)) < 0:
-            if not self._receive():
-                raise AnswerError("ended early")
-        line = self._view[self._start : end].tobytes()
-        self._start = end + 1
-        return line.strip()
+        if not self.held_bytes and not self._receive():
+            raise AnswerError("ended early")
+        held = self._view[self._start : self._end]
+        self.sample = self.sample or held[:_SAMPLE_BYTES].tobytes()
+        self._start += chunks.feed(held)
 
     def readinto(self, buffer: memoryview) -> int:
         """Put into *buffer* what is held, or what comes next; 0 at the connection's end."""
-        count = min(self._end - self._start, len(buffer))
-        if not count:
-            return self.sock.recv_into(buffer)
-        buffer[:count] = self._view[self._start : self._start + count]
-        self._start += count
+        if count := min(self._end - self._start, len(buffer)):
+            buffer[:count] = self._view[self._start : self._start + count]
+            self._start += count
+        else:
+            count = self.sock.recv_into(buffer)
+        if not self.sample:
+            self.sample = buffer[: min(count, _SAMPLE_BYTES)].tobytes()
         return count
 
     def _receive(self) -> int:
@@ -126,10 +144,9 @@ class Inbox:
 class Answer:
     """An answer whose head has been read, and its body, which is read from here.
 
-    ``fields`` are its headers by their names in lower case. One that comes more than once has its
-    values joined by commas (RFC 9110, 5.3). ``length``: of the body, None where its end tells it;
-    ``left``: of that, what has still to be read. ``will_close``: the connection bears no other
-    request.
+    The head, and interim ones before it, have to be there within the time of one wait. ``fields``
+    are its headers, see ``Head``. ``length``: of the body, None where its end tells it; ``left``:
+    of that, what has still to be read. ``will_close``: the connection bears no other request.
 
     Raises:
         AnswerError: the head is not what HTTP/1 has there.
@@ -141,37 +158,48 @@ class Answer:
         self._is_open = True
         inbox.sock.hold()
         try:
-            self._begin(method)
+            head = self._take_head()
+            framing = frame(head, method)
         except BaseException:
             self.close()
             raise
+        self.status, self.reason, self.fields = head.status, head.reason, head.fields
+        self.length = self.left = framing.length
+        self.will_close = framing.will_close
+        self._chunks = Chunks() if framing.is_chunked else None
 
-    def _begin(self, method: str) -> None:
-        self.status = 100
-        while self.status == 100:  # an interim answer comes before the real one
-            lines = self._inbox.take_head()
-            version, self.status, self.reason = _status_line(lines[0])
-            self.fields = _fields(lines)
-        fields = self.fields
-        self._is_chunked = fields.get("transfer-encoding", "").lower() == "chunked"
-        self.length: int | None = None
-        if self.status in (204, 304) or method in ("HEAD", "CONNECT"):
-            self.length = 0
-        elif not self._is_chunked:
-            self.length = read_length(fields)
-        self.left = self.length
-        connection = fields.get("connection", "").lower()
-        self.will_close = (
-            "close" in connection
-            or (version == "HTTP/1.0" and "keep-alive" not in connection)
-            or (not self._is_chunked and self.length is None)
-        )
-        self._chunk_bytes = 0  # left of the one that is being read
+    def _take_head(self) -> Head:
+        sock = self._inbox.sock
+        sock.begin_time()
+        try:
+            for _ in range(_MOST_INTERIM):
+                head = read_head(self._inbox.take_head())
+                if head.status >= 200:
+                    return head
+        finally:
+            sock.deadline = math.inf
+        raise AnswerError("interim answers without an end")
+
+    def begins_with(self, sample: bytes) -> bool:
+        """Return whether the body begins with *sample*, or is shorter, as it comes in."""
+        if self.length is not None:
+            sample = sample[: self.length]
+        sock = self._inbox.sock
+        sock.begin_time()
+        try:
+            return self._inbox.begins_with(sample)
+        finally:
+            sock.deadline = math.inf
 
     @property
     def is_ahead(self) -> bool:
         """Whether more has come than was read."""
         return self._inbox.held_bytes > 0
+
+    @property
+    def is_chunked(self) -> bool:
+        """Whether the body says itself where it ends."""
+        return self._chunks is not None
 
     def readinto(self, buffer: memoryview) -> int:
         """Put what has come of the body into *buffer*; 0 at its end, or the connection's.
@@ -181,8 +209,8 @@ class Answer:
         """
         if self.left == 0:
             return 0
-        if self._is_chunked:
-            return self._read_chunk(buffer)
+        if self._chunks is not None:
+            return self._read_chunks(self._chunks, buffer)
         count = self._inbox.readinto(buffer[: self.left])
         if self.left is not None:
             self.left -= count
@@ -191,13 +219,15 @@ class Answer:
         return count
 
     def read(self, most_bytes: int) -> bytes:
-        """Return the body, or so much of it. Raises as ``readinto`` does."""
+        """Return the body, or so much of it, or what comes within the time of one wait.
+
+        Raises as ``readinto`` does.
+        """
         found = bytearray()
-        buffer = memoryview(bytearray(_MOST_BYTES))
-        while count := self.readinto(buffer[: most_bytes - len(found)]):
-            found += buffer[:count]
-            if len(found) == most_bytes:
-                break
+        buffer = memoryview(bytearray(most_bytes))
+        self._inbox.sock.begin_time()
+        while count := self.readinto(buffer[len(found) :]):
+            found += buffer[len(found) : len(found) + count]
         return bytes(found)
 
     def close(self) -> None:
@@ -206,56 +236,10 @@ class Answer:
             self._is_open = False
             self._inbox.sock.let_go()
 
-    def _read_chunk(self, buffer: memoryview) -> int:
-        if not self._chunk_bytes and not self._begin_chunk():
+    def _read_chunks(self, chunks: Chunks, buffer: memoryview) -> int:
+        while not chunks.content and not chunks.is_whole:
+            self._inbox.decode(chunks)
+        count = chunks.take(buffer)
+        if not count and buffer:
             self.left = 0
-            return 0
-        count = self._inbox.readinto(buffer[: self._chunk_bytes])
-        if not count:
-            raise AnswerError("ended early")
-        self._chunk_bytes -= count
-        if not self._chunk_bytes and self._inbox.take_line():
-            raise AnswerError("a chunk without an end")
         return count
-
-    def _begin_chunk(self) -> int:
-        """Return the next chunk's size; 0 at the end, behind which there may be more headers."""
-        size = self._inbox.take_line().partition(b";")[0].strip()
-        if not re.fullmatch(rb"[0-9a-fA-F]{1,15}", size):
-            raise AnswerError("a chunk without a size")
-        self._chunk_bytes = int(size, 16)
-        if not self._chunk_bytes:
-            for _ in range(_MOST_HEADERS):
-                if not self._inbox.take_line():
-                    break
-            else:
-                raise AnswerError("more headers than anybody needs")
-        return self._chunk_bytes
-
-
-def read_length(fields: Mapping[str, str]) -> int | None:
-    """Return what Content-Length says, None where that is nothing, or no length."""
-    text = fields.get("content-length", "")
-    return int(text) if text.isdecimal() and len(text) < _LONGEST_LENGTH else None
-
-
-def _status_line(line: str) -> tuple[str, int, str]:
-    version, _, rest = line.partition(" ")
-    code, _, reason = rest.strip().partition(" ")
-    if not version.startswith("HTTP/1.") or len(code) != 3 or not code.isdecimal():
-        raise AnswerError("no HTTP/1 answer")
-    return version, int(code), reason.strip()
-
-
-def _fields(lines: list[str]) -> dict[str, str]:
-    """Return the headers of a head; its first line is none."""
-    if len(lines) > _MOST_HEADERS + 1:
-        raise AnswerError("more headers than anybody needs")
-    fields: dict[str, str] = {}
-    for place in range(1, len(lines)):
-        name, colon, value = lines[place].partition(":")
-        if not colon:
-            raise AnswerError("a header without a name")
-        name, value = name.lower(), value.strip()
-        fields[name] = f"{fields[name]}, {value}" if name in fields else value
-    return fields

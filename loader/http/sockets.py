@@ -5,7 +5,8 @@ every read; and as few reads as can be, since each wakes a thread, hands the int
 round and acknowledges what it took: from a peer that is fast, a buffer is waited for as a whole,
 and the kernel wakes the thread once, when that has come (``SO_RCVLOWAT``).
 
-TLS: OpenSSL reads the socket itself and decrypts a whole buffer in one call (see ``openssl``).
+TLS: OpenSSL reads the socket itself and decrypts a whole buffer in one call (see ``openssl``). It
+does not block, since OpenSSL reads on by itself until it has a record, however slowly that comes.
 Where Python's ``ssl`` cannot be reached in that way: large reads of ciphertext, decrypted from
 memory. That yields one record of 16 KiB at a time and Python lets go of its lock around each; many
 threads that do so at once spend more on handing the lock round than on decrypting, so one thread
@@ -15,6 +16,7 @@ decrypts at a time while the others wait in ``recv``.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import select
 import socket
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from loader.http.openssl import Records
 
 _MOMENT_S = 0.02  # what comes within it is waited for
+_LONGEST_S = 3600.0
 _PATIENCE_S = 0.1  # without a byte, before a read returns fewer than it waits for
 _LEAST_BYTES = 64 << 10  # that a read waits for: a slow peer's bytes are taken as they come
 _CIPHERTEXT_BYTES = 256 << 10  # of one read: what stays in a processor's cache
@@ -43,12 +46,13 @@ class PlainSocket:
     """A connected socket.
 
     It is blocking, and the kernel limits each wait: what Python's own time limits cost is a poll
-    before every read.
+    before every read. ``deadline``, of the monotonic clock, is for all waits until it is moved.
     """
 
     _timeout_s: float | None
 
     def __init__(self, sock: socket.socket) -> None:
+        self.deadline = math.inf
         self._sock = sock
         self._holders = 0
         self._closed = False
@@ -74,24 +78,51 @@ class PlainSocket:
         """Put into *buffer* what has come; wait where that is nothing. Raises TimeoutError."""
         return int(self._wait_for(self._sock.recv_into, buffer))
 
+    def peek(self) -> bytes | None:
+        """Return one of the bytes that have come, none at the end; None where nothing has come.
+
+        After the former two the connection is of no use any more.
+        """
+        try:
+            return self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def begin_time(self, limit_s: float | None = None) -> None:
+        """Let all waits from now on take no longer together than one may, or than *limit_s*."""
+        limit_s = limit_s or self._timeout_s
+        self.deadline = time.monotonic() + limit_s if limit_s else math.inf
+
     def _fill(self, buffer: memoryview, due: int) -> int:
         """Sleep until as many as are *due* have come, or the peer pauses; take what is there."""
+        self._sleep_until(due)
+        return self.recv_some(buffer)
+
+    def _sleep_until(self, due: int) -> None:
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, due)
         self._poll.poll(_PATIENCE_S * 1000)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)  # else heads wait for it
-        return self.recv_some(buffer)
 
     def _wait_for(self, act: Callable[..., Any], *arguments: Any) -> Any:
         """Do *act*, again while the peer's silence is not too long, and return its result."""
-        until = time.monotonic() + (self._timeout_s or float("inf")) - _PATIENCE_S / 2
+        now = time.monotonic()
+        until = min(now + (self._timeout_s or math.inf), self.deadline)
+        if now > until:  # a peer that is never silent for long
+            raise TimeoutError
         while True:
             try:
                 return act(*arguments)
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                if time.monotonic() > until:
-                    raise TimeoutError from None
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+                self._await(until, for_writing=isinstance(error, ssl.SSLWantWriteError))
             except ssl.SSLSyscallError:
                 raise ConnectionResetError from None
+
+    def _await(self, until: float, *, for_writing: bool) -> None:
+        """Wait for the peer. Raises TimeoutError; here the kernel has waited already."""
+        if time.monotonic() > until - _PATIENCE_S / 2:
+            raise TimeoutError
 
     def sendall(self, data: bytes) -> None:
         """Send all of *data*."""
@@ -142,7 +173,18 @@ class TlsSocket(PlainSocket):
         super().__init__(sock)
         self._tls = tls
         self._records = records
+        self.begin_time()
         self._wait_for(tls.do_handshake)
+        self.deadline = math.inf
+
+    def settimeout(self, timeout_s: float | None) -> None:
+        """Limit each wait for the peer."""
+        self._timeout_s = timeout_s
+        self._sock.setblocking(False)
+
+    def peek(self) -> bytes | None:
+        """Do the same."""
+        return _read_one(self._tls)
 
     def recv_some(self, buffer: memoryview, /) -> int:
         """Put into *buffer* what has come; 0 where the peer has ended the connection."""
@@ -156,7 +198,20 @@ class TlsSocket(PlainSocket):
         self._wait_for(self._tls.write, data)
 
     def _fill(self, buffer: memoryview, due: int) -> int:
-        return self._records.read(buffer[: min(due, _DECRYPTED_BYTES)]) or self.recv_some(buffer)
+        buffer = buffer[: min(due, _DECRYPTED_BYTES)]
+        count = self._records.read(buffer)
+        if len(buffer) - count > _RECORD_BYTES:
+            self._sleep_until(len(buffer) - count)
+            count += self._records.read(buffer[count:])
+        return count or self.recv_some(buffer)
+
+    def _await(self, until: float, *, for_writing: bool) -> None:
+        self._poll.modify(self._sock, select.POLLOUT if for_writing else select.POLLIN)
+        left_s = until - time.monotonic()
+        ready = left_s > 0 and self._poll.poll(min(left_s, _LONGEST_S) * 1000)
+        self._poll.modify(self._sock, select.POLLIN)
+        if not ready:
+            raise TimeoutError
 
 
 class BufferedTlsSocket(PlainSocket):
@@ -173,7 +228,20 @@ class BufferedTlsSocket(PlainSocket):
         self._tls = tls
         self._incoming, self._outgoing = incoming, outgoing
         self._dry = False  # nothing left to decrypt before more is received
+        self.begin_time()
         self._handshake()
+        self.deadline = math.inf
+
+    def peek(self) -> bytes | None:
+        """Do the same."""
+        try:
+            data = self._sock.recv(_RECORD_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return _read_one(self._tls)
+        except OSError:
+            return b""
+        self._incoming.write(data)
+        return _read_one(self._tls) if data else b""
 
     def recv_into(self, buffer: memoryview, /) -> int:
         """Wait for bytes and put them into *buffer*; 0 where the peer has ended the connection."""
@@ -250,6 +318,16 @@ def shake_hands(sock: socket.socket, context: ssl.SSLContext, host: str) -> Plai
     if records is None:
         return BufferedTlsSocket(sock, tls, incoming, outgoing)
     return TlsSocket(sock, tls, records)
+
+
+def _read_one(tls: ssl.SSLObject) -> bytes | None:
+    """Return the next byte, none at the end, None where it has not come."""
+    try:
+        return tls.read(1)
+    except ssl.SSLWantReadError:  # at most a ticket for another session has come
+        return None
+    except OSError:
+        return b""
 
 
 def set_kernel_timeouts(sock: socket.socket, receive_s: float, send_s: float) -> None:

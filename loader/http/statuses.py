@@ -14,28 +14,38 @@ import time
 from loader.errors import ChangedError, FetchError, TransientError
 from loader.http.checksums import read_checksums
 from loader.http.expiry import refused
+from loader.http.grammar import AnswerError, FramingError, read_length
 from loader.http.objects import ObjectInfo, is_same_version
 from loader.http.proxies import Proxy, refused_by_proxy
-from loader.http.response import Answer, AnswerError, UnansweredError, read_length
+from loader.http.request import Wanted
+from loader.http.response import Answer, UnansweredError
 
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 _BUSY = {429, 503}
+# RFC 9110, 14.4. For an empty object some say 0--1 or the like, which no grammar has.
 _CONTENT_RANGE = re.compile(
-    r"bytes (?:(?P<start>\d{1,19})-(?P<last>\d{1,19})|\*)/(?P<total>\d{1,19}|\*)$"
+    r"bytes (?:(?P<start>[0-9]{1,19})-(?P<last>[0-9]{1,19})|\*|[0-9]-{1,2}[0-9]?(?=/0$))"
+    r"/(?P<total>[0-9]{1,19}|\*)$",
+    re.IGNORECASE,
 )
 _BODY_SHOWN = 64 * 1024
 _AUTHORITY_STEP = "set ca_bundle to the PEM file of the authority that signed it"
 _CLOCK_STEP = "check this machine's clock; if it is right, the server needs a new certificate"
-_HOST_STEP = "correct the URL's host; a proxy or a name server may lead to another one"
+_HOST_STEP = (
+    "correct the URL's host (a proxy or a name server may lead to another one), or get a "
+    "certificate that has it among its subject alternative names: a common name does not count"
+)
 _CERTIFICATE_STEPS = {9: _CLOCK_STEP, 10: _CLOCK_STEP, 62: _HOST_STEP, 64: _HOST_STEP}
 
 
-def check_status(
-    url: str, answer: Answer, span: tuple[int, int] | None, version: ObjectInfo | None
-) -> None:
+class UnsizedError(FetchError):
+    """Nothing tells how long an object is."""
+
+
+def check_status(url: str, answer: Answer, wanted: Wanted) -> None:
     """Raise the error that the answer's status stands for, if it does; see ``HttpClient.get``."""
     status = answer.status
-    if status in (200, 206) or (status == 416 and _may_be_empty(span, version)):
+    if status in (200, 206) or (status == 416 and _may_be_empty(wanted)):
         return
     if status in _TRANSIENT:
         error = TransientError(
@@ -58,13 +68,12 @@ def check_status(
     raise refused(url, status, answer.reason, body, answer.fields.get("date", ""))
 
 
-def object_info(
-    url: str, answer: Answer, span: tuple[int, int] | None, *, sized: bool
-) -> ObjectInfo:
-    """Return the version that the answer is of; *sized*: its size has to be among what it tells.
+def object_info(url: str, answer: Answer, wanted: Wanted) -> ObjectInfo:
+    """Return the version that the answer is of.
 
     Raises:
         ChangedError: the object is shorter than the span that was asked for.
+        UnsizedError: nothing tells how long it is.
         FetchError: the answer does not say what it holds, or it is another range.
     """
     fields = answer.fields
@@ -72,29 +81,34 @@ def object_info(
     version = tag if tag.startswith(('"', 'W/"')) else fields.get("last-modified")
     checksums = read_checksums(fields.items())
     if answer.status == 200:
-        length = read_length(fields)
-        if length is None and sized:
-            raise FetchError("the origin does not tell the object's size", where=url)
-        return ObjectInfo(length or 0, version, False, checksums)
-    match = _CONTENT_RANGE.match(fields.get("content-range", "").strip())
-    if answer.status == 416 and match is None:
+        size = read_length(fields)
+        size = wanted.known_bytes if size is None else size
+        if size is None and wanted.is_sized:
+            raise UnsizedError("the origin does not tell the object's size", where=url)
+        return ObjectInfo(size or 0, version, False, checksums)
+    match = _CONTENT_RANGE.match(fields.get("content-range", ""))
+    if match is not None and match["total"] == "0":
+        return ObjectInfo(0, version, True, checksums)  # whatever range of nothing that is
+    if answer.status == 416 and (match is None or match["total"] == "*"):
         return ObjectInfo(0, version)  # only an empty object has no first byte
-    if span is None or match is None or match["total"] == "*":
+    if wanted.span is None or match is None:
         raise FetchError(
             "an answer to a range that does not say what it holds",
             where=url,
             expected="Content-Range: bytes <start>-<last>/<size>",
             got=fields.get("content-range") or "no Content-Range",
         )
-    total = int(match["total"])
+    total = wanted.known_bytes if match["total"] == "*" else int(match["total"])
     if match["start"] is None:
-        if total:
-            raise _changed(url, "a range inside it is refused")
-    elif (int(match["start"]), int(match["last"]) + 1) != (span[0], min(span[1], total)):
+        raise _changed(url, "a range inside it is refused")
+    if total is None:
+        raise UnsizedError("the origin does not tell the object's size", where=url)
+    held = int(match["start"]), int(match["last"]) + 1
+    if held != (wanted.span[0], min(wanted.span[1], total)):
         raise FetchError(
             "the origin sent another range than was asked for",
             where=url,
-            expected=f"bytes {span[0]}-{span[1] - 1}",
+            expected=f"bytes {wanted.span[0]}-{wanted.span[1] - 1}",
             got=match[0],
         )
     return ObjectInfo(total, version, True, checksums)
@@ -119,9 +133,9 @@ def leads_here(url: str) -> FetchError:
     )
 
 
-def _may_be_empty(span: tuple[int, int] | None, version: ObjectInfo | None) -> bool:
+def _may_be_empty(wanted: Wanted) -> bool:
     """Only an empty object has no first bytes."""
-    return span is not None and span[0] == 0 and version is None
+    return wanted.span is not None and wanted.span[0] == 0 and wanted.version is None
 
 
 def _changed(url: str, got: str) -> ChangedError:
@@ -171,6 +185,13 @@ def translate(error: BaseException, url: str, proxy: Proxy | None = None) -> Bas
         return _passing("the connection was closed without an answer", url, got)
     if isinstance(error, OSError):
         return _passing(error.strerror or type(error).__name__, url, got)
+    if isinstance(error, FramingError):
+        return FetchError(
+            f"an answer whose end cannot be told: {error}",
+            where=url,
+            got=got,
+            next_step="tell the server's or the proxy's operator; RFC 9112, 6.3 says what is right",
+        )
     if isinstance(error, AnswerError):
         return _passing(f"not a whole HTTP answer: {error}", url, got)
     return error

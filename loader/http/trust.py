@@ -41,6 +41,7 @@ class Trust:
                 directory = _hashed_directory()
                 self._may_widen = directory is not None
                 context = ssl.create_default_context(capath=directory)
+                context.hostname_checks_common_name = False  # RFC 9110, 4.3.4
                 if self._ca_bundle:
                     _load(context, self._ca_bundle)
                 self._context = context

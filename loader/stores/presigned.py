@@ -32,7 +32,9 @@ class PresignedStore:
 
     def stat(self, artifact: Artifact) -> ObjectInfo:
         """Return size and version, by asking for the first byte."""
-        return self._with_url(artifact, lambda url: first_byte(self._client, url))
+        return self._with_url(
+            artifact, lambda url: first_byte(self._client, url, artifact.size_bytes)
+        )
 
     def open_first(self, artifact: Artifact, end: int) -> HttpStream:
         """Return the bytes ``[0, end)`` of the version there is now."""
@@ -40,11 +42,13 @@ class PresignedStore:
 
     def ask_first(self, artifact: Artifact, end: int) -> Asked:
         """Ask for the bytes ``[0, end)`` of the version there is now."""
-        url = self._urls.current(artifact)
-        asked = self._client.ask(url, span=(0, end))
-        return self._with_renewal(
-            asked, artifact, url, lambda newer: self._client.get(newer, span=(0, end))
-        )
+        url, size_bytes = self._urls.current(artifact), artifact.size_bytes
+        asked = self._client.ask(url, span=(0, end), size_bytes=size_bytes)
+
+        def again(newer: str) -> HttpStream:
+            return self._client.get(newer, span=(0, end), size_bytes=size_bytes)
+
+        return self._with_renewal(asked, artifact, url, again)
 
     def ask_next(
         self,
@@ -55,14 +59,14 @@ class PresignedStore:
         version: ObjectInfo | None,
     ) -> Asked | None:
         """Ask for bytes on the connection of *stream*; see ``Store.ask_next``."""
-        url = self._urls.current(artifact)
-        asked = ask_url_next(self._client, stream, url, start, end, version)
+        url, size_bytes = self._urls.current(artifact), artifact.size_bytes
+        asked = ask_url_next(self._client, stream, url, start, end, version, size_bytes)
         if asked is None:
             return None
 
         def again(newer: str) -> HttpStream:
             if version is None:
-                return self._client.get(newer, span=(start, end))
+                return self._client.get(newer, span=(start, end), size_bytes=size_bytes)
             return open_url(self._client, newer, start, end, version)
 
         return self._with_renewal(asked, artifact, url, again)
@@ -121,9 +125,12 @@ class PresignedStore:
         return newer
 
 
-def first_byte(client: HttpClient, url: str) -> ObjectInfo:
-    """Return what the object at *url* is, by asking for its first byte."""
-    stream = client.get(url, span=(0, 1))
+def first_byte(client: HttpClient, url: str, size_bytes: int | None = None) -> ObjectInfo:
+    """Return what the object at *url* is, by asking for its first byte.
+
+    *size_bytes* is what a listing says, for origins that do not tell.
+    """
+    stream = client.get(url, span=(0, 1), size_bytes=size_bytes)
     try:
         if stream.info.ranges:
             stream.readinto(memoryview(bytearray(1)))
@@ -139,7 +146,8 @@ def open_url(client: HttpClient, url: str, start: int, end: int, version: Object
         raise FetchError(
             "the origin does not honour ranges, so the file must be read from its start", where=url
         )
-    return _with_ranges(client.get(url, span=span, version=version), url, start, end, version)
+    stream = client.get(url, span=span, version=version, is_object=True)
+    return _with_ranges(stream, url, start, end, version)
 
 
 def ask_url_next(
@@ -149,6 +157,7 @@ def ask_url_next(
     start: int,
     end: int,
     version: ObjectInfo | None,
+    size_bytes: int | None = None,
 ) -> Asked | None:
     """Ask for what ``open_url`` returns, of any version where *version* is None, behind *stream*.
 
@@ -156,7 +165,7 @@ def ask_url_next(
     """
     if not isinstance(stream, HttpStream) or (version is not None and not version.ranges):
         return None
-    asked = client.ask_next(stream, url, span=(start, end), version=version)
+    asked = client.ask_next(stream, url, span=(start, end), version=version, size_bytes=size_bytes)
     if asked is None or version is None:
         return asked
     take = asked.stream

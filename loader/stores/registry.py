@@ -45,8 +45,10 @@ class Stores:
         options = HttpOptions(
             connect_timeout_s=settings.connect_timeout_s,
             stall_timeout_s=settings.stall_timeout_s,
+            least_bytes_per_s=settings.least_bytes_per_s,
             ca_bundle=settings.ca_bundle,
             link_local=settings.allow_local_urls,
+            insecure_redirects=settings.allow_insecure_redirects,
         )
         self._client = HttpClient(options)
         # What the user names leads where the user likes; what a listing names does not.

@@ -71,7 +71,9 @@ class S3Store:
             raise
         except FetchError:
             # A refused HEAD has no body that says why, and some services refuse every HEAD.
-            return self._with_url(artifact, lambda url: first_byte(self._client, url))
+            return self._with_url(
+                artifact, lambda url: first_byte(self._client, url, artifact.size_bytes)
+            )
 
     def open_first(self, artifact: Artifact, end: int) -> HttpStream:
         """Return the bytes ``[0, end)`` of the version there is now.
@@ -84,7 +86,9 @@ class S3Store:
             return stream
         url = self._sign(artifact, "get_object", {"ChecksumMode": "ENABLED"})
         try:
-            stream = self._client.get(url, headers=_CHECKSUMS)
+            stream = self._client.get(
+                url, headers=_CHECKSUMS, size_bytes=artifact.size_bytes, is_object=True
+            )
         except TransientError:
             raise
         except FetchError:  # some services refuse what they do not know

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from loader.errors import DiskError, TransientError
 from loader.fetch import schedule, transfer
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.fetch.stopping import StoppedError
+from loader.http import client as http
 from loader.http.client import HttpClient, HttpOptions
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest, Snapshot
@@ -187,10 +189,12 @@ def test_next_to_nothing_is_cut(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(transfer, "_WATCH_S", 0.3)
-    monkeypatch.setattr(transfer, "_SLOWEST_BYTES_S", 4 * MIB)
+    monkeypatch.setattr(http, "_PATIENCE_S", 0.3)
+    demanding = PresignedStore(HttpClient(HttpOptions(least_bytes_per_s=4 * MIB)))
     origin.fail("big.bin", act(lambda: None), slow(0.1))
-    _, noted = run(manifest, tmp_path, patient, FetchOptions(concurrency=1, range_bytes=MIB))
+    options = FetchOptions(concurrency=1, range_bytes=MIB)
+    with closing(demanding):
+        _, noted = run(manifest, tmp_path, demanding, options)
     assert "the connection brings next to nothing" in noted.retries
 
 

@@ -102,7 +102,7 @@ def test_a_change_that_the_server_overlooks(
 
 
 @pytest.mark.parametrize(
-    "content_range", ["bytes 5-14/102400", "bytes 0-9/*", "items 0-9/102400", ""]
+    "content_range", ["bytes 5-14/102400", "bytes 0-8/*", "items 0-9/102400", ""]
 )
 def test_a_range_that_was_not_asked_for(
     origin: FaultyOrigin, store: PresignedStore, artifact: Artifact, content_range: str

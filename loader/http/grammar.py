@@ -1,0 +1,193 @@
+"""The grammar of answers, which is llhttp's, and their framing, which is decided here.
+
+llhttp reads one head at a time, and chunks. What frames a body is read by RFC 9112, 6: llhttp
+refuses equal repeats of Content-Length, which RFC 9110, 8.6 permits, and hands over the body of a
+coding that it does not know. So the two headers that frame go past it under a name of no meaning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import httptools
+
+_MOST_HEADERS = 100
+_MOST_IDLE_BYTES = 64 << 10  # of chunk sizes, their extensions and trailers, without a body's byte
+_FRAMING = re.compile(rb"\n(?=-*(?:content-length|transfer-encoding):)", re.IGNORECASE)
+_MASKED = re.compile(r"-+(?:content-length|transfer-encoding)")
+_FOLD = re.compile(rb"\r\n[ \t]+")  # obsolete, and one blank to whom it is sent: RFC 9112, 5.2
+_LENGTH = re.compile(r"[0-9]{1,19}")
+_CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+_END = b"\r\n\r\n"
+
+
+class AnswerError(Exception):
+    """What came is not what HTTP/1 has there."""
+
+
+class FramingError(AnswerError):
+    """Nobody can say where the body ends; asking again brings the same."""
+
+
+@dataclass(slots=True)
+class Head:
+    """A head; ``fields`` are its headers by their names in lower case.
+
+    One that comes more than once has its values joined by commas (RFC 9110, 5.3).
+    """
+
+    version: str = ""
+    status: int = 0
+    reason: str = ""
+    fields: dict[str, str] = field(default_factory=dict)
+
+    def on_status(self, reason: bytes) -> None:
+        """Take what llhttp has read."""
+        self.reason += reason.decode("latin-1")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take what llhttp has read."""
+        key, text = name.lower().decode(), value.strip(b" \t").decode("latin-1")
+        if key[0] == "-" and _MASKED.fullmatch(key):
+            key = key[1:]
+        self.fields[key] = f"{self.fields[key]}, {text}" if key in self.fields else text
+
+    def tokens(self, name: str) -> list[str]:
+        """Return the members of a list, in lower case."""
+        text = self.fields.get(name)
+        parts = text.lower().split(",") if text else ()
+        return [token for part in parts if (token := part.strip(" \t"))]
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """Where a body ends: after ``length`` bytes, by its chunks, or (None) with the connection.
+
+    ``will_close``: the connection bears no other request.
+    """
+
+    length: int | None
+    is_chunked: bool
+    will_close: bool
+
+
+def read_head(text: bytes) -> Head:
+    """Return the head that *text* is, up to the empty line that ends it.
+
+    Raises:
+        AnswerError: it is none of HTTP/1.0 or 1.1.
+    """
+    if text.count(b"\n") > _MOST_HEADERS + 2:
+        raise AnswerError("more headers than anybody needs")
+    head = Head()
+    parser = httptools.HttpResponseParser(head)
+    text = _FRAMING.sub(b"\n-", _FOLD.sub(b" ", text))
+    try:
+        parser.feed_data(text)
+    except httptools.HttpParserUpgrade:
+        raise AnswerError("another protocol, which nobody asked for") from None
+    except httptools.HttpParserError as error:
+        raise AnswerError(str(error)) from None
+    head.version, head.status = parser.get_http_version(), parser.get_status_code()
+    if head.version not in ("1.0", "1.1") or head.status < 100:
+        raise AnswerError(f"HTTP/{head.version} {head.status:03}")
+    return head
+
+
+def frame(head: Head, method: str) -> Framing:
+    """Return where the body of the answer to a *method* ends, by RFC 9112, 6.3.
+
+    Raises:
+        FramingError: the head says so in two ways, or in one that is not known.
+    """
+    options = head.tokens("connection")
+    is_old = head.version == "1.0"
+    will_close = "close" in options or (is_old and "keep-alive" not in options)
+    length = read_length(head.fields)
+    if head.status in (204, 304) or method in ("HEAD", "CONNECT"):
+        return Framing(0, is_chunked=False, will_close=will_close)
+    coded = head.fields.get("transfer-encoding")
+    if coded is None:
+        return Framing(length, is_chunked=False, will_close=will_close or length is None)
+    if head.tokens("transfer-encoding") != ["chunked"] or is_old:
+        raise FramingError(f"Transfer-Encoding: {coded[:80]} in HTTP/{head.version}")
+    # A length beside it may be an attack on a proxy in between (RFC 9112, 6.1).
+    return Framing(None, is_chunked=True, will_close=will_close or length is not None)
+
+
+def read_length(fields: Mapping[str, str]) -> int | None:
+    """Return what Content-Length says, None where that is nothing.
+
+    Raises:
+        FramingError: it says two things, or no number.
+    """
+    text = fields.get("content-length")
+    if text is None:
+        return None
+    if "," in text and len(said := {part.strip(" \t") for part in text.split(",")}) == 1:
+        text = said.pop()
+    if not _LENGTH.fullmatch(text):
+        raise FramingError(f"Content-Length: {fields['content-length'][:80]}")
+    return int(text)
+
+
+class Chunks:
+    """A chunked body, as it comes in.
+
+    ``content`` is what was decoded and not taken yet, ``is_whole`` whether the last chunk and the
+    trailers, which mean nothing here, were there.
+    """
+
+    def __init__(self) -> None:
+        self.content = bytearray()
+        self.is_whole = False
+        self._trailers = self._idle_bytes = 0
+        self._before = b""  # the last bytes that came
+        self._parser = httptools.HttpResponseParser(self)
+        self._parser.feed_data(_CHUNKED_HEAD)
+        self._trailers = 0
+
+    def feed(self, data: memoryview) -> int:
+        """Decode *data* and return how much of it is of this body.
+
+        Raises:
+            AnswerError: it is not what chunks are.
+        """
+        text, place = self._before + bytes(data), len(self._before)
+        known = len(self.content)
+        try:
+            while place < len(text) and not self.is_whole:
+                # llhttp goes on with what is behind a body: it is never given both at once.
+                found = text.find(_END, max(place - len(_END) + 1, 0))
+                end = found + len(_END) if found >= 0 else len(text)
+                self._parser.feed_data(memoryview(text)[place:end])
+                place = end
+        except httptools.HttpParserError as error:
+            raise AnswerError(f"chunks: {error}") from None
+        self._idle_bytes = 0 if len(self.content) > known else self._idle_bytes + len(data)
+        if self._idle_bytes > _MOST_IDLE_BYTES or self._trailers > _MOST_HEADERS:
+            raise AnswerError("chunks of nothing")
+        taken = place - len(self._before)
+        self._before = text[-len(_END) + 1 :]
+        return taken
+
+    def take(self, buffer: memoryview) -> int:
+        """Put what was decoded into *buffer*, as much as there is room for."""
+        count = min(len(self.content), len(buffer))
+        buffer[:count] = self.content[:count]
+        del self.content[:count]
+        return count
+
+    def on_header(self, _name: bytes, _value: bytes) -> None:
+        """Count trailers."""
+        self._trailers += 1
+
+    def on_body(self, data: bytes) -> None:
+        """Take what llhttp has decoded."""
+        self.content += data
+
+    def on_message_complete(self) -> None:
+        """Note the end."""
+        self.is_whole = True
