@@ -37,7 +37,7 @@ _CHANGES = [
     (f"{_ENTRY}/launchers/app.py", "def build_app", "def make_app", "build_app"),
     (f"{_ENTRY}/launchers/launcher.py", "async def serve_http", "async def serve", "serve_http"),
     (f"{_ENTRY}/launchers/app.py", "    model_config: ModelConfig | None = None,\n", "", "3"),
-    (f"{_ENTRY}/launchers/app.py", "    args: Namespace,", "    args, tenant,", "needs"),
+    (f"{_ENTRY}/serve/lora/protocol.py", "    lora_path:", "    t: str\n    lora_path:", "needs t"),
     (f"{_ENTRY}/serve/__init__.py", "create_error_response", "make", "create_error_response"),
     (f"{_ENTRY}/serve/lora/protocol.py", "lora_path:", "path:", "lora_path"),
     (f"{_OPENAI}/models/serving.py", "static_lora_modules", "loras", "static_lora_modules"),
