@@ -191,6 +191,19 @@ def truss_init(**given: Any) -> None:
     init(Options(**given))
 
 
+def truss_wheel(truss: Path, as_json: bool) -> None:
+    """Put podloader's own wheel into a Truss."""
+    with errors_shown(as_json):
+        from loader.scaffold.wheel import add_wheel, lines_to_add
+
+        made = add_wheel(truss)
+        say(str(made))
+        for line in lines_to_add(truss):
+            say(line)
+        if as_json:
+            write_json({"wheel": str(made)})
+
+
 _COMMANDS: Mapping[str, Callable[..., None]] = {
     "plan": plan,
     "fetch": fetch,
@@ -201,6 +214,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "consolidate": consolidate,
     "sums": sums,
     "truss init": truss_init,
+    "truss wheel": truss_wheel,
     "demo": demo,
 }
 

@@ -115,7 +115,11 @@ def _build() -> argparse.ArgumentParser:
     sums = commands.add("sums", told)
     sums.add_argument("folder", metavar="DIR", type=Path, help="The checkpoint's folder.")
     _add_json(sums)
-    _add_init(_Commands(commands.add("truss", "Make Trusses."), "truss "))
+    trusses = _Commands(commands.add("truss", "Make Trusses."), "truss ")
+    _add_init(trusses)
+    wheel = trusses.add("wheel", "Put podloader itself into a Truss: no package index has it.")
+    wheel.add_argument("truss", metavar="TRUSS", type=Path, help="A folder with a config.yaml.")
+    _add_json(wheel)
     demo = commands.add("demo", "Do the whole job with a tiny model, trained on the spot.")
     told = "Where the demo keeps its files."
     demo.add_argument("--folder", metavar="DIR", type=Path, default=Path(".demo"), help=told)

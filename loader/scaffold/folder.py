@@ -5,6 +5,7 @@
     <output>/
         config.yaml     for people: every choice with its reason beside it
         data/*.json     the listings, where they were files
+        data/*.whl      podloader itself
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from loader.config.settings import Settings
 from loader.config.truss_config import DOWNLOAD_FOLDER
 from loader.errors import ConfigError, DiskError
 from loader.scaffold.deployment import ENDPOINTS, Deployment, Task
+from loader.scaffold.wheel import AUDIO, INSTALL, REQUIREMENTS, write_wheel
 from loader.serve.vllm.releases import IMAGE
 from loader.types import Kind
 
 PORT = 8000
-_STARTUP_S = 3600
+_STARTUP_S = 3000  # the most that the platform takes
 _WIDTH = 96
 _EXAMPLES: Mapping[Task, dict[str, object]] = {
     "chat": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64},
@@ -68,13 +70,15 @@ def write_truss(
 def render(deployment: Deployment, artifacts: Sequence[str]) -> str:
     """Return the config.yaml. The same deployment gives the same text."""
     d = deployment
-    needs = "podloader[vllm,audio]" if d.task == "transcription" else "podloader[vllm]"
+    needs = [*REQUIREMENTS, *(AUDIO if d.task == "transcription" else ())]
     metadata: dict[str, object] = {"example_model_input": _example(d)} if _EXAMPLES[d.task] else {}
     parts = [
         _comment(_heading(d)),
         _section("model_name", d.model_name),
         _section("base_image", {"image": IMAGE}),
-        _section("requirements", [needs]),
+        _comment(["Beside what the image has; podloader itself comes along in data/."]),
+        _section("requirements", needs),
+        _section("build_commands", [INSTALL]),
         _comment(["The memory of one GPU:", *d.placement.calculation]),
         _section("resources", {"accelerator": d.placement.accelerator, "use_gpu": True}),
         _section("training_checkpoints", _checkpoints(d)),
@@ -215,6 +219,7 @@ def _fill(folder: Path, text: str, listings: Mapping[str, str]) -> None:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, folder / name)
     (folder / "config.yaml").write_text(text, encoding="utf-8")
+    write_wheel(folder / "data")
 
 
 def _publish(made: Path, output: Path) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from truss.base.truss_config import TrussConfig
 
+from tests.images import Image
 from tests.pod.pods import RunningPod
 
 # In the mount namespace that is the container's: this machine's folders, the Truss's as /app as its
@@ -32,10 +31,10 @@ exec chroot "$root" "$@"
 
 
 def start_container(
-    truss: Path, folder: Path, secrets: Mapping[str, str], environment: Mapping[str, str]
+    image: Image, folder: Path, secrets: Mapping[str, str], environment: Mapping[str, str]
 ) -> RunningPod:
-    """Run the start command of the Truss in *truss* as PID 1, with values for its *secrets*."""
-    config = TrussConfig.from_yaml(truss / "config.yaml")
+    """Run the start command of *image*'s Truss as PID 1, with values for its *secrets*."""
+    config = TrussConfig.from_yaml(image.app / "config.yaml")
     server = config.docker_server
     assert server is not None
     root, mounted = folder / "root", folder / "secrets"
@@ -44,13 +43,12 @@ def start_container(
     for name in config.secrets:
         (mounted / name).write_text(secrets[name])
     start = shlex.split(str(server.start_command))  # as Truss's supervisor splits it
-    bin_folder = Path(sys.executable).parent  # where `podloader` is
     return RunningPod(
-        ["sh", "-c", _ROOT, "container", str(root), str(truss), str(mounted), *start],
+        ["sh", "-c", _ROOT, "container", str(root), str(image.app), str(mounted), *start],
         folder,
         server.server_port,
         environment={
-            "PATH": f"{bin_folder}:{os.environ['PATH']}",
+            **image.environment(),
             **config.environment_variables,
             **environment,
         },

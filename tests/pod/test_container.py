@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from openai import BadRequestError, OpenAI
 
+from tests.images import build_image
 from tests.origin import Fault, serving, slow, write_listing
 from tests.other_models import heard, tiny_whisper, tone
 from tests.pod.containers import start_container
@@ -45,7 +46,8 @@ def contained(model: Path, folder: Path, *ways: Fault) -> Iterator[RunningPod]:
         init(listing, folder / "truss")
         edit(folder / "truss/config.yaml", folder / "down")
         origin.fail("model.safetensors", *ways)
-        running = start_container(folder / "truss", folder, {"hf_access_token": _SECRET}, {})
+        image = build_image(folder / "truss", folder / "image")
+        running = start_container(image, folder, {"hf_access_token": _SECRET}, {})
         try:
             yield running
         finally:

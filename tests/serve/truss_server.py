@@ -1,4 +1,4 @@
-"""The real Truss server in a process of its own, laid out as its image would be."""
+"""The real Truss server in a process of its own, from what its image would hold."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import psutil
-import truss
 from truss.base.truss_config import TrussConfig
 
-TEMPLATES = Path(__file__).parents[2] / "truss_templates"
-_PARTS = Path(truss.__file__).parent / "templates"
+from tests.images import Image, build_image, lay_out
+
 _GRACE_S = 30
 
 
@@ -36,34 +34,24 @@ class TrussServer:
         return httpx.post(f"{self.url}/v1/models/model:predict", json=body, timeout=120)
 
 
-def lay_out(template: str, folder: Path, change: Callable[[TrussConfig], None]) -> TrussConfig:
-    """Copy a template with Truss's server around it, its config complete and changed."""
-    shutil.copytree(TEMPLATES / template, folder)
-    shutil.copytree(_PARTS / "server", folder, dirs_exist_ok=True)
-    shutil.copytree(_PARTS / "shared", folder / "_truss_shared")
-    config = TrussConfig.from_yaml(folder / "config.yaml")
-    change(config)
-    config.write_to_yaml_file(folder / "config.yaml", verbose=True)
-    return config
-
-
 @contextmanager
 def running(
-    folder: Path, environment: Mapping[str, str], ready_s: float = 300
+    image: Image, environment: Mapping[str, str], ready_s: float = 300
 ) -> Iterator[TrussServer]:
-    """Run the server in *folder* until the block ends; its process tree must end with it."""
+    """Run *image*'s server until the block ends; its process tree must end with it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = folder / "server.log"
+    log = image.app / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "main.py"],
-            cwd=folder,
+            [image.python, "main.py"],
+            cwd=image.app,
             stdout=output,
             stderr=subprocess.STDOUT,
             # HOME: Truss notes a crash there.
-            env={**os.environ, "HOME": str(folder), "INFERENCE_SERVER_PORT": str(port)}
+            env={**os.environ, "HOME": str(image.app), "INFERENCE_SERVER_PORT": str(port)}
+            | image.environment()
             | dict(environment),
         )
     server = TrussServer(f"http://127.0.0.1:{port}", log, process)
@@ -96,19 +84,20 @@ def running_template(
     Values of *secrets* stand in the config, from which only Truss's own secrets read them.
     """
 
-    def change(config: TrussConfig) -> None:
-        checkpoints = config.training_checkpoints
-        assert checkpoints is not None
-        checkpoints.download_folder = str(folder / "down")
-        del checkpoints.artifact_references[1:]
-        checkpoints.artifact_references[0].training_job_id = "job1"
-        checkpoints.artifact_references[0].paths = ["rank-0/checkpoint-*/"]
-        config.secrets.update(secrets or {})
-        shutil.copy(listing, folder / "truss" / "listing.json")
-
-    lay_out(template, folder / "truss", change)
-    environment = {"PODLOADER_ARTIFACTS": "listing.json", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    return running(folder / "truss", environment | dict(settings))
+    truss = lay_out(template, folder / "truss")
+    config = TrussConfig.from_yaml(truss / "config.yaml")
+    checkpoints = config.training_checkpoints
+    assert checkpoints is not None
+    checkpoints.download_folder = str(folder / "down")
+    del checkpoints.artifact_references[1:]
+    checkpoints.artifact_references[0].training_job_id = "job1"
+    checkpoints.artifact_references[0].paths = ["rank-0/checkpoint-*/"]
+    config.secrets.update(secrets or {})
+    config.write_to_yaml_file(truss / "config.yaml")
+    shutil.copy(listing, truss / "data" / "listing.json")
+    image = build_image(truss, folder / "image")
+    environment = {"PODLOADER_ARTIFACTS": "data/listing.json", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return running(image, environment | dict(settings))
 
 
 def _wait_until_gone(children: list[psutil.Process]) -> list[psutil.Process]:
