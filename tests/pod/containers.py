@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,9 +32,17 @@ exec chroot "$root" "$@"
 
 
 def start_container(
-    image: Image, folder: Path, secrets: Mapping[str, str], environment: Mapping[str, str]
+    image: Image,
+    folder: Path,
+    secrets: Mapping[str, str],
+    environment: Mapping[str, str],
+    *,
+    supervised: bool = False,
 ) -> RunningPod:
-    """Run the start command of *image*'s Truss as PID 1, with values for its *secrets*."""
+    """Run *image* with values for its *secrets*: its Truss's start command is PID 1.
+
+    *supervised*: PID 1 is supervisord, as in Truss's own image, but with no nginx beside it.
+    """
     config = TrussConfig.from_yaml(image.app / "config.yaml")
     server = config.docker_server
     assert server is not None
@@ -42,7 +51,11 @@ def start_container(
     mounted.mkdir()
     for name in config.secrets:
         (mounted / name).write_text(secrets[name])
-    start = shlex.split(str(server.start_command))  # as Truss's supervisor splits it
+    if supervised:
+        program = Path(sys.executable).with_name("supervisord")
+        start = [str(program), "--configuration", str(_without_nginx(image.context))]
+    else:
+        start = shlex.split(str(server.start_command))  # as Truss's supervisor splits it
     return RunningPod(
         ["sh", "-c", _ROOT, "container", str(root), str(image.app), str(mounted), *start],
         folder,
@@ -53,3 +66,12 @@ def start_container(
             **environment,
         },
     )
+
+
+def _without_nginx(context: Path) -> Path:
+    path = context / "supervisord.conf"
+    command = 'nginx -g "daemon off;"'
+    text = path.read_text()
+    assert command in text
+    path.write_text(text.replace(command, "sleep infinity"))
+    return path
