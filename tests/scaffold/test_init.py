@@ -24,6 +24,7 @@ from loader.scaffold.choice import choose
 from loader.scaffold.deployment import Deployment, Secret, Wishes, decide
 from loader.scaffold.folder import write_truss
 from loader.scaffold.survey import Found, survey
+from loader.scaffold.wheel import AUDIO, INSTALL, REQUIREMENTS
 from loader.serve.vllm.arguments import parse_arguments
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin, serving, write_listing
@@ -116,6 +117,9 @@ def test_one_adapter(jobs: Jobs, tmp_path: Path) -> None:
     assert config.docker_server is not None
     assert config.docker_server.predict_endpoint == "/v1/chat/completions"
     assert config.docker_server.readiness_endpoint == "/health"
+    assert config.requirements == [*REQUIREMENTS]
+    assert config.build_commands == [INSTALL]
+    assert [path.name for path in (tmp_path / "out/data").glob("*.whl")]
     text = (tmp_path / "out/config.yaml").read_text()
     for line in deployment.placement.calculation:
         assert f"# {line}" in text
@@ -160,7 +164,7 @@ def test_whisper(jobs: Jobs, tmp_path: Path) -> None:
     config, _ = read(tmp_path / "out")
     assert config.docker_server is not None
     assert config.docker_server.predict_endpoint == "/v1/audio/transcriptions"
-    assert config.requirements == ["podloader[vllm,audio]"]
+    assert config.requirements == [*REQUIREMENTS, *AUDIO]
 
 
 def test_embeddings(jobs: Jobs, tmp_path: Path) -> None:
@@ -267,7 +271,7 @@ def test_the_listing_goes_along_and_a_bucket_does_not(jobs: Jobs, tmp_path: Path
     assert (tmp_path / "out/data/lora.json").read_text() == given.read_text()
     write_truss(deployment, ["s3://bucket/prefix"], tmp_path / "bucket")
     assert read(tmp_path / "bucket")[1].artifacts == ("s3://bucket/prefix",)
-    assert not (tmp_path / "bucket/data").exists()
+    assert not list((tmp_path / "bucket/data").glob("*.json"))
     signed = "https://host/listing.json?Signature=hush"
     with pytest.raises(ConfigError, match="signed URL") as error:
         write_truss(deployment, [signed], tmp_path / "signed")
