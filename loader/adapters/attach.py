@@ -34,7 +34,7 @@ from loader.errors import AdapterError
 from loader.types import ReadyModel, ServedAdapter
 from loader.weights.header import TensorInfo
 from loader.weights.inspect import read_json
-from loader.weights.quantised import find_packed, plain_dtype, plain_tensors
+from loader.weights.quantised import find_packed, plain_dtype, plain_tensors, read_model_config
 from loader.weights.stored import (
     StoredTensor,
     find_weight_files,
@@ -217,7 +217,7 @@ def _list_base(base: Path, allow_pickle: bool) -> Mapping[str, TensorInfo]:
         return open_weights(base, allow_pickle=True).tensors
     stored = list_tensors(files)
     tensors = {name: tensor.info for name, tensor in stored.items()}
-    config = read_json(base / "config.json")
+    config = read_model_config(base)
     packed = find_packed(config, tensors, lambda name: read_bytes(stored[name]))
     return plain_tensors(tensors, packed, plain_dtype(config))
 

@@ -43,9 +43,16 @@ from loader.adapters.surroundings import list_surroundings, write_config
 from loader.errors import AdapterError, CheckpointError, UnsupportedError
 from loader.types import ReadyModel
 from loader.weights.dequantise import DequantisedReader
-from loader.weights.inspect import read_json
 from loader.weights.publishing import disk_error
-from loader.weights.quantised import check_dequantisable, find_packed, plain_dtype, quantisation_of
+from loader.weights.quantised import (
+    HF_QUANT_CONFIG,
+    check_dequantisable,
+    check_plain,
+    find_packed,
+    plain_dtype,
+    quantisation_of,
+    read_model_config,
+)
 from loader.weights.readers import MemoryReader, SafetensorsReader, open_weights
 from loader.weights.writer import CheckpointWriter, ShardPlan, TensorSpec, plan_shard, plan_shards
 
@@ -97,10 +104,11 @@ def merge(
             stack.enter_context(uncollected())
         configs, sources = _open_adapters(stack, adapters, allow_pickle)
         _check_mergeable(base, configs)
-        about = read_json(base / "config.json")
+        about = read_model_config(base)
         reader = _open_base(stack, base, allow_pickle, incoming)
         if quantisation_of(about) is not None:
             reader = _undo(base, reader, about, asked_for=dequantise)
+        check_plain(str(base), reader.tensors)
         view = Base(reader.tensors, about)
         plan = _plan(adapters, configs, sources, view, combine)
         _check_dtypes(base, plan, reader)
@@ -168,7 +176,7 @@ def _undo(
     """
     stored = isinstance(reader, SafetensorsReader)
     packed = find_packed(config, reader.tensors, reader.read_raw) if stored else {}
-    check_dequantisable(str(base), config, packed, asked_for=asked_for)
+    check_dequantisable(str(base), config, reader.tensors, packed, asked_for=asked_for)
     assert isinstance(reader, SafetensorsReader)
     return DequantisedReader(reader, packed, plain_dtype(config))
 
@@ -287,8 +295,6 @@ def _plan_files(reader: LocalReader, plan: MergePlan) -> tuple[ShardPlan, ...]:
 
 def _config_changes(plan: MergePlan, base: Base) -> dict[str, object]:
     changes: dict[str, object] = {}
-    if quantisation_of(base.config) is not None:
-        changes["quantization_config"] = None
     if plan.origins:
         changes["tie_word_embeddings"] = False
     if plan.shapes:  # of both vocabulary tensors, or of the one that is both
@@ -326,9 +332,9 @@ def _write_beside(
 ) -> None:
     try:
         for name, path in beside.items():
-            if name == "config.json" and changes:
+            if name == "config.json":
                 write_config(path, folder / name, changes)
-            elif name != PROVENANCE:
+            elif name not in (PROVENANCE, HF_QUANT_CONFIG):
                 shutil.copyfile(path, folder / name)
         text = json.dumps(provenance, indent=2, ensure_ascii=False) + "\n"
         (folder / PROVENANCE).write_text(text, encoding="utf-8")

@@ -14,6 +14,7 @@ from pathlib import Path
 from loader.errors import AdapterError
 from loader.weights.inspect import read_json
 from loader.weights.publishing import PartialFolder, disk_error
+from loader.weights.quantised import without_quantisation
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -146,21 +147,18 @@ def _check_alike(found: Sequence[Mapping[str, Path]], what: str) -> None:
 
 
 def write_config(source: Path, target: Path, changes: Mapping[str, object]) -> None:
-    """Write ``config.json`` with *changes*; those to keys of ``text_config`` go in there.
-
-    A key that is to become None is taken out.
+    """Write ``config.json`` of plain weights with *changes*; ``text_config`` has its own of them.
 
     Raises:
         OSError: the disk refused.
     """
-    config = read_json(source)
+    stored = read_json(source)
+    config = without_quantisation(stored)
+    if not changes and config == stored:
+        shutil.copyfile(source, target)
+        return
     text = config.get("text_config")
     for key, value in changes.items():
-        if value is None:
-            config.pop(key, None)
-            if isinstance(text, dict):
-                text.pop(key, None)
-            continue
         if isinstance(text, dict) and (key in text or key == _TIED):
             text[key] = value
         if not isinstance(text, dict) or key in config or key not in text or key == _TIED:

@@ -25,8 +25,9 @@ from loader.threads import map_on_threads
 from loader.timeline import Timeline
 from loader.types import Artifact, Snapshot
 from loader.weights.header import Header, TensorInfo, header_length, parse_header, read_header
-from loader.weights.quantised import Packed, find_packed, is_description
+from loader.weights.quantised import find_packed, is_description
 from loader.weights.stored import StoredTensor, join_headers
+from loader.weights.stored_forms import Packed
 
 _LENGTH_BYTES = 8
 

@@ -46,15 +46,15 @@ from loader.timeline import Timeline
 from loader.types import Checkpoint, ReadyModel, Snapshot
 from loader.weights.architecture import is_at_hand
 from loader.weights.header import TensorInfo
-from loader.weights.inspect import read_json
 from loader.weights.publishing import check_room, scratch_folder, sweep
 from loader.weights.quantised import (
-    Packed,
     check_dequantisable,
     plain_dtype,
     plain_tensors,
     quantisation_of,
+    read_model_config,
 )
+from loader.weights.stored_forms import Packed
 
 _CONFIG = "config.json"
 _MERGING = "merging"
@@ -191,7 +191,7 @@ def _take_named(job: _Job, name: str, stack: contextlib.ExitStack) -> _Taken:
 
 
 def _check_on_hub(job: _Job, name: str, small: BaseModel) -> None:
-    config = read_json(small.path / _CONFIG)
+    config = read_model_config(small.path)
     weights = read_hub_weights(job.settings, small)
     if weights is None:
         return
@@ -215,7 +215,8 @@ def _check_fit(
     ``packed`` is None where it is not known yet which of them stand for what.
     """
     if job.is_merge and quantisation_of(config) is not None:
-        check_dequantisable(where, config, packed, asked_for=job.settings.dequantise)
+        asked_for = job.settings.dequantise
+        check_dequantisable(where, config, tensors, packed, asked_for=asked_for)
     if packed is None:
         return tensors
     plain = plain_tensors(tensors, packed, plain_dtype(config))
@@ -227,7 +228,7 @@ def _check_fit(
 
 def _take_late(job: _Job, coming: LateBase, stack: contextlib.ExitStack) -> _Taken:
     """Return a base that is fetched when the adapters have proved to fit; merged where they are."""
-    config = read_json(coming.path / _CONFIG)
+    config = read_model_config(coming.path)
     with job.timeline.stage("fit"):
         packed = coming.weights.find_packed(config)
         plain = _check_fit(job, str(coming.path), config, coming.weights.tensors, packed)

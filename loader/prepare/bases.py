@@ -33,7 +33,8 @@ from loader.timeline import Timeline
 from loader.types import JOB_ID, Artifact, Checkpoint, Kind, Manifest, Snapshot
 from loader.weights.header import TensorInfo
 from loader.weights.inspect import is_safetensors, open_checkpoint
-from loader.weights.quantised import Packed, find_packed, is_description
+from loader.weights.quantised import find_packed, is_description
+from loader.weights.stored_forms import Packed
 
 _SMALL, _WHOLE = "download of small files", "download of the base"
 _HUB = "hub"  # of an identity: the model's name there

@@ -9,8 +9,29 @@ from types import MappingProxyType
 import torch
 
 from loader.weights.header import TensorInfo
-from loader.weights.quantised import Packed, plain_tensors
+from loader.weights.quantised import plain_tensors
 from loader.weights.readers import TORCH_DTYPES, Block, SafetensorsReader, tensor_bytes
+from loader.weights.stored_forms import Packed
+
+_EXPONENT_BIAS = 127
+_FP4_VALUES = (
+    0.0,
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    4.0,
+    6.0,
+    -0.0,
+    -0.5,
+    -1.0,
+    -1.5,
+    -2.0,
+    -3.0,
+    -4.0,
+    -6.0,
+)
 
 
 class DequantisedReader:
@@ -43,8 +64,8 @@ class DequantisedReader:
         if name not in self.derived:
             return self.plain.read_rows(name, start, end, out)
         packed = self._packed[name]
-        unpack = self._unpack_four_bits if packed.form == "four bits" else self._scale
-        return unpack(packed, start, end).to(self._dtype)
+        unpack = {"four bits": self._unpack_four_bits, "mxfp4": self._unpack_mxfp4}
+        return unpack.get(packed.form, self._scale)(packed, start, end).to(self._dtype)
 
     def read_raw(self, name: str) -> memoryview:
         """Return the tensor's bytes."""
@@ -66,28 +87,32 @@ class DequantisedReader:
     def _scale(self, packed: Packed, start: int, end: int) -> torch.Tensor:
         """W = stored · scale, the scale being of all, of each row or of each block.
 
-        Source: compressed_tensors ``quantization/lifecycle/forward.py``, ``_dequantize``;
-        bitsandbytes ``functional.py``, ``int8_vectorwise_dequant``.
+        Source: compressed_tensors ``quantization/lifecycle/forward.py``, ``_dequantize``, and
+        ``compressors/mx_utils.py``; bitsandbytes ``functional.py``, ``int8_vectorwise_dequant``.
         """
         rows = self.plain.read_rows(packed.parts["weight"], start, end).to(torch.float32)
-        scale = self._part(packed, "scale").to(torch.float32)
+        scale = self._part(packed, "scale")
+        if scale.dtype == torch.uint8:
+            scale = torch.exp2(scale.to(torch.float32) - _EXPONENT_BIAS)
+        scale = scale.to(torch.float32)
         if "SCB" in packed.parts:
             scale = scale / 127
         if "weight_zero_point" in packed.parts:
             points = self._part(packed, "weight_zero_point").to(torch.float32)
-            rows -= self._spread(points, packed, start, end)
-        return rows * self._spread(scale, packed, start, end)
+            rows -= _spread(points, packed, start, end)
+        return rows * _spread(scale, packed, start, end)
 
-    def _spread(self, values: torch.Tensor, packed: Packed, start: int, end: int) -> torch.Tensor:
-        """Return *values*, one of all, of each row or each block, for rows [start, end)."""
-        if values.numel() == 1:
-            return values.reshape(1, *[1] * (len(packed.shape) - 1))
-        if packed.block is None:
-            part = values.flatten()[start:end]
-            return part.view(-1, *[1] * (len(packed.shape) - 1))
-        height, width = packed.block
-        of_rows = values[torch.arange(start, end) // height]
-        return of_rows.repeat_interleave(width, 1)[:, : packed.shape[1]]
+    def _unpack_mxfp4(self, packed: Packed, start: int, end: int) -> torch.Tensor:
+        """W = code[nibble] · 2^exponent of its block, transposed; the low nibble comes first.
+
+        Source: transformers ``integrations/mxfp4.py``, ``convert_moe_packed_tensors``.
+        """
+        raw = self.plain.read_rows(packed.parts["weight"], start, end).to(torch.int64)
+        exponents = self.plain.read_rows(packed.parts["scale"], start, end).to(torch.int32)
+        code = torch.tensor(_FP4_VALUES)
+        values = torch.stack((code[raw & 15], code[raw >> 4]), -1).flatten(-2)
+        scaled = torch.ldexp(values, (exponents - _EXPONENT_BIAS).unsqueeze(-1))
+        return scaled.flatten(-2).transpose(-1, -2).contiguous()
 
     def _unpack_four_bits(self, packed: Packed, start: int, end: int) -> torch.Tensor:
         """W = code[nibble] · absmax of its block; the first value is in the high nibble.
@@ -104,7 +129,8 @@ class DequantisedReader:
         in_bytes = weight.size_bytes // max(1, weight.shape[0])  # of one stored row
         low = first * size // 2 // in_bytes
         high = min(-(-last * size // 2 // in_bytes), weight.shape[0])
-        raw = self.plain.read_rows(parts["weight"], low, high).flatten().to(torch.int64)
+        stored = self.plain.read_rows(parts["weight"], low, high)
+        raw = stored.flatten().view(torch.uint8).to(torch.int64)  # whatever bnb_4bit_quant_storage
         code = self._part(packed, "quant_map").to(torch.float32)
         values = torch.stack((code[raw >> 4], code[raw & 15]), 1).flatten()
         skipped = low * in_bytes * 2
@@ -124,3 +150,13 @@ class DequantisedReader:
         block = torch.arange(first, last) // int(str(state["nested_blocksize"]))
         scaled = code[found.to(torch.int64)] * outer[block]
         return scaled + float(str(state["nested_offset"]))
+
+
+def _spread(values: torch.Tensor, packed: Packed, start: int, end: int) -> torch.Tensor:
+    """Return *values*, one for each block of the weight, for its rows [start, end)."""
+    grid = [-(-size // block) for size, block in zip(packed.shape, packed.block, strict=True)]
+    found = values.reshape(grid)[torch.arange(start, end) // packed.block[0]]
+    for at, (size, block) in enumerate(zip(packed.shape, packed.block, strict=True)):
+        if at and 1 < block < size:
+            found = found.repeat_interleave(block, at).narrow(at, 0, size)
+    return found

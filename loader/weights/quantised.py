@@ -1,64 +1,77 @@
-"""Quantised checkpoints: which tensor each stored group stands for, told without its weights.
-
-::
-
-    fp8                 X.weight F8, X.weight_scale_inv: one factor per block of weight_block_size
-    compressed-tensors  X.weight F8 or I8, X.weight_scale: one factor, one per row, or per block
-                        X.weight_packed I32: several integers in one
-    bitsandbytes        X.weight U8, two values in a byte, X.weight.absmax, X.weight.quant_map,
-                        X.weight.nested_…, X.weight.quant_state.bitsandbytes__<nf4 or fp4>: JSON
-                        X.weight I8, X.SCB: 127 times one factor per row
-    gptq, awq           X.qweight I32: several integers in one
-"""
+"""Quantised checkpoints: what their configs say, and what they are as plain weights."""
 
 from __future__ import annotations
 
-import json
-import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
 
-from loader.errors import FormatError, UnsupportedError
+from loader.errors import UnsupportedError
 from loader.weights.header import TensorInfo, size_bytes
+from loader.weights.inspect import read_json
+from loader.weights.stored_forms import (
+    STATE,
+    Packed,
+    find_four_bits,
+    find_mxfp4,
+    find_scaled,
+    find_words,
+)
 
-Form = Literal["scaled", "four bits", "packed"]
-_STATE = ".quant_state.bitsandbytes__"
-_ABOUT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-_SCALED = ("F8_E4M3", "F8_E5M2", "I8")
-_SCALES = ("weight_scale_inv", "weight_scale")
-_SIDE = ("weight_zero_point", "input_scale", "activation_scale", "weight_format", "SCB")
-_PACKED_SIDE = ("scales", "qzeros", "g_idx", "weight_scale", "weight_shape", "weight_zero_point",
-                "weight_g_idx", "weight_global_scale", "input_global_scale")  # fmt: skip
+HF_QUANT_CONFIG = "hf_quant_config.json"  # ModelOpt's, beside config.json; vLLM reads it as well
+_UNDONE = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "bitsandbytes", "mxfp4")
+_KEYS = ("quantization_config", "compression_config")
+# Of an FP8 cache for keys and values; vLLM has no place for them where nothing is quantised.
+_OF_CACHE = re.compile(
+    r"\.((k|v|q|kv|prob|prob_output)_(scale|zero_point)|q\.scale|[kv]_cache\.scale)$"
+)
+# What may remain as it is where every weight has been understood.
+_PLAIN = ("F64", "F32", "F16", "BF16", "I64", "BOOL", "C64")
+_LEFT_OVER = re.compile(
+    r"(^|[._])(qweight|qzeros|g_idx|scales|blocks|SCB|absmax|quant_map|bitmask|compressed|"
+    r"row_offsets|weight_(packed|scale|scale_inv|scale_2|global_scale|zero_point|shape|g_idx)|"
+    r"proj_scale(_inv)?|(input|output|activation)_(scale|zero_point))$"
+)
 _FLOATS: Mapping[str, str] = MappingProxyType(
     {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 )
-_WORD_BITS = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """One weight as it was, and what is stored in its place.
+def read_model_config(folder: Path) -> Mapping[str, object]:
+    """Return ``config.json`` of *folder*, with the quantisation that ModelOpt describes beside it.
 
-    ``parts`` are the stored tensors by role; ``state`` is what a JSON among them says. The form
-    "packed" is known by its shape alone.
+    Raises:
+        FormatError: one of them is no JSON object.
     """
-
-    name: str
-    shape: tuple[int, ...]
-    form: Form
-    parts: Mapping[str, str]
-    block: tuple[int, int] | None = None
-    state: Mapping[str, object] = field(default_factory=dict)
+    config = read_json(folder / "config.json")
+    if quantisation_of(config) is None and (folder / HF_QUANT_CONFIG).is_file():
+        about = read_json(folder / HF_QUANT_CONFIG)
+        inner = about.get("quantization")
+        fields = inner if isinstance(inner, dict) else about
+        config["quantization_config"] = {"quant_method": "modelopt", **fields}
+    return config
 
 
 def quantisation_of(config: Mapping[str, object]) -> Mapping[str, object] | None:
-    """Return what ``config.json`` says of a quantisation; None where the weights are plain."""
-    text = config.get("text_config")
-    inner = text.get("quantization_config") if isinstance(text, dict) else None
-    found = config.get("quantization_config", inner)
-    return found if isinstance(found, dict) else None
+    """Return what ``config.json`` says of a quantisation; None where the weights are plain.
+
+    Models of several parts may say it of one of them.
+    """
+    for key in _KEYS:
+        if isinstance(found := config.get(key), dict):
+            return found
+    parts = (value for value in config.values() if isinstance(value, dict))
+    return next((found for part in parts if (found := quantisation_of(part))), None)
+
+
+def without_quantisation(config: Mapping[str, object]) -> dict[str, object]:
+    """Return *config* without what any part of it says of a quantisation."""
+    return {
+        key: without_quantisation(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _KEYS
+    }
 
 
 def plain_dtype(config: Mapping[str, object]) -> str:
@@ -83,15 +96,16 @@ def find_packed(
     Raises:
         FormatError: a description of a weight that cannot be read.
     """
-    quantisation = quantisation_of(config)
-    if quantisation is None:
+    about = quantisation_of(config)
+    if about is None:
         return {}
     found: dict[str, Packed] = {}
     for name, info in tensors.items():
         packed = (
-            _find_four_bits(name, tensors, read)
-            or _find_scaled(name, info, tensors, quantisation)
-            or _find_words(name, info, tensors, quantisation)
+            find_four_bits(name, tensors, read)
+            or find_scaled(name, info, tensors, about)
+            or find_mxfp4(name, info, tensors)
+            or find_words(name, info, tensors, about)
         )
         if packed is not None:
             found[packed.name] = packed
@@ -100,26 +114,27 @@ def find_packed(
 
 def is_description(name: str) -> bool:
     """Return whether *name* is a small tensor whose bytes ``find_packed`` reads."""
-    return _STATE in name
+    return STATE in name
 
 
 def check_dequantisable(
     where: str,
     config: Mapping[str, object],
+    tensors: Mapping[str, TensorInfo],
     packed: Mapping[str, Packed] | None,
     *,
     asked_for: bool,
 ) -> None:
     """Check that the quantised base at *where* can be merged into, as what its weights stand for.
 
-    ``packed`` is None where these are not known yet.
+    ``tensors`` are those that are stored; ``packed`` is None where these are not known yet.
 
     Raises:
         UnsupportedError: that was not asked for, or weights are in a form that is not undone here.
     """
     about = quantisation_of(config) or {}
-    method = str(about.get("quant_method", "quantization_config in config.json"))
-    if not asked_for or packed == {}:
+    method = _method(about)
+    if not asked_for:
         raise UnsupportedError(
             "a quantised base cannot take up an adapter",
             where=where,
@@ -128,109 +143,82 @@ def check_dequantisable(
             next_step="merge into the original model and quantise the result, attach instead, or "
             "set dequantise: true for a merged model in full precision",
         )
-    if strange := [name for name, found in (packed or {}).items() if found.form == "packed"]:
+    strange = [
+        f"{name}: {found.lacks}" if found.lacks else name
+        for name, found in (packed or {}).items()
+        if found.form == "packed" or found.lacks
+    ]
+    strange += _find_strange(tensors, packed) if packed is not None else []
+    if about.get("transform_config"):
+        strange.append("transform_config: rotations that the weights are to be used with")
+    if strange or method not in _UNDONE:
         raise UnsupportedError(
             f"weights of the method {method!r} are not dequantised here",
             where=where,
             problems=strange,
-            expected="FP8, compressed-tensors with scales, or bitsandbytes",
+            expected="FP8 and MXFP8 with the scales that the config describes, MXFP4 as of "
+            "gpt-oss, or bitsandbytes",
             next_step="merge into the original model and quantise the result, or attach",
         )
+
+
+def check_plain(where: str, tensors: Mapping[str, TensorInfo]) -> None:
+    """Check that *tensors*, of a model whose config names no quantisation, need none.
+
+    Raises:
+        UnsupportedError: weights in a dtype that means nothing without a scale, or their scales.
+    """
+    weights = {name for name in tensors if name.endswith(".weight")}
+    strange = [
+        f"{name}: {info.dtype}"
+        for name, info in tensors.items()
+        if info.dtype.startswith(("F8_", "F6_", "F4"))
+        or (
+            name.endswith((".weight_scale", ".weight_scale_inv"))
+            and name.removesuffix("_inv").removesuffix("_scale") in weights
+        )
+    ]
+    if strange:
+        raise UnsupportedError(
+            "quantised weights of a model whose config.json names no quantisation",
+            where=where,
+            problems=strange,
+            expected="quantization_config in config.json, or weights in full precision",
+            next_step="take config.json from where the weights come from",
+        )
+
+
+def _find_strange(tensors: Mapping[str, TensorInfo], packed: Mapping[str, Packed]) -> list[str]:
+    """Return what would remain when every weight is undone, and means nothing then."""
+    left = plain_tensors(tensors, packed, "BF16")
+    return [
+        f"{name}: {info.dtype}"
+        for name, info in left.items()
+        if name not in packed and (info.dtype not in _PLAIN or _LEFT_OVER.search(name))
+    ]
+
+
+def _method(about: Mapping[str, object]) -> str:
+    named = "compressed-tensors" if "config_groups" in about else "quantization_config"
+    return str(about.get("quant_method") or named)
 
 
 def plain_tensors(
     tensors: Mapping[str, TensorInfo], packed: Mapping[str, Packed], dtype: str
 ) -> Mapping[str, TensorInfo]:
-    """Return *tensors* with each quantised weight as it was, and nothing of its parts."""
+    """Return *tensors* with each quantised weight as it was, and nothing of its parts.
+
+    The scales of a quantised cache go with them.
+    """
     parts = {part: p for p in packed.values() for part in p.parts.values()}
     found: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         if name not in parts:
-            found[name] = info
+            if not packed or not _OF_CACHE.search(name):
+                found[name] = info
         elif parts[name].parts["weight"] == name:
             was = parts[name]
             found[was.name] = TensorInfo(
                 was.name, dtype, was.shape, 0, size_bytes(dtype, was.shape)
             )
     return MappingProxyType(found)
-
-
-def _present(
-    module: str, leaves: tuple[str, ...], tensors: Mapping[str, TensorInfo]
-) -> dict[str, str]:
-    return {leaf: f"{module}.{leaf}" for leaf in leaves if f"{module}.{leaf}" in tensors}
-
-
-def _find_four_bits(
-    name: str, tensors: Mapping[str, TensorInfo], read: Callable[[str], bytes | memoryview]
-) -> Packed | None:
-    weight, mark, _ = name.partition(_STATE)
-    if not mark or weight not in tensors:
-        return None
-    try:
-        state = json.loads(bytes(read(name)))
-        shape = tuple(int(size) for size in state["shape"])
-        float(state["blocksize"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise FormatError("a quant_state that is not bitsandbytes'", where=name) from error
-    parts = {"weight": weight, "state": name, **_present(weight, _ABOUT, tensors)}
-    if tensors[weight].size_bytes * 2 < math.prod(shape):
-        raise FormatError("a quant_state of another weight", where=name, got=str(shape))
-    return Packed(weight, shape, "four bits", parts, state=state)
-
-
-def _find_scaled(
-    name: str,
-    info: TensorInfo,
-    tensors: Mapping[str, TensorInfo],
-    quantisation: Mapping[str, object],
-) -> Packed | None:
-    module, _, leaf = name.rpartition(".")
-    if leaf != "weight" or info.dtype not in _SCALED:
-        return None
-    parts = {"weight": name, **_present(module, (*_SCALES, *_SIDE), tensors)}
-    scale = next((leaf for leaf in (*_SCALES, "SCB") if leaf in parts), None)
-    if scale is None:
-        return None
-    block = quantisation.get("weight_block_size")
-    sizes = tensors[parts[scale]].shape
-    given = (int(block[0]), int(block[1])) if isinstance(block, list) and len(block) == 2 else None
-    if len(sizes) == len(info.shape) == 2 and sizes[1] > 1:
-        given = given or (-(-info.shape[0] // sizes[0]), -(-info.shape[1] // sizes[1]))
-    else:
-        given = None
-    return Packed(name, info.shape, "scaled", {**parts, "scale": parts[scale]}, given)
-
-
-def _find_words(
-    name: str,
-    info: TensorInfo,
-    tensors: Mapping[str, TensorInfo],
-    quantisation: Mapping[str, object],
-) -> Packed | None:
-    module, _, leaf = name.rpartition(".")
-    if leaf not in ("qweight", "weight_packed") or info.dtype != "I32" or len(info.shape) != 2:
-        return None
-    rows, columns = info.shape
-    many = _WORD_BITS // max(1, _bits_of(quantisation))
-    match leaf, quantisation.get("quant_method"):
-        case "qweight", "awq":
-            shape = (columns * many, rows)
-        case "qweight", _:
-            shape = (columns, rows * many)
-        case _:
-            shape = (rows, columns * many)
-    parts = {"weight": name, **_present(module, _PACKED_SIDE, tensors)}
-    return Packed(f"{module}.weight", shape, "packed", parts)
-
-
-def _bits_of(quantisation: Mapping[str, object]) -> int:
-    for key in ("bits", "w_bit", "num_bits"):
-        if type(bits := quantisation.get(key)) is int:
-            return bits
-    groups = quantisation.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict) and type(bits := weights.get("num_bits")) is int:
-            return bits
-    return 4

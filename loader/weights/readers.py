@@ -40,6 +40,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "F8_E5M2": torch.float8_e5m2,
         "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
         "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+        "F8_E8M0": torch.float8_e8m0fnu,
     }
 )
 CODES: Mapping[torch.dtype, str] = MappingProxyType({d: code for code, d in TORCH_DTYPES.items()})

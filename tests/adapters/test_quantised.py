@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.compressors import BaseCompressor, ModelCompressor
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -19,10 +20,14 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from loader.adapters.attach import NamedAdapter, attach
 from loader.adapters.merge import WeightedAdapter, merge
 from loader.errors import AdapterError, FormatError, UnsupportedError
+from loader.weights.dequantise import DequantisedReader
+from loader.weights.quantised import check_dequantisable, find_packed
+from loader.weights.readers import SafetensorsReader, open_weights
 from tests.adapters.peft import differing, load, state
 from tests.models import tiny_llama, train_or_draw_lora
 
@@ -75,6 +80,9 @@ def check(quantised: Path, reference: Path, adapter: Path, output: Path) -> None
     merge(reference, [WeightedAdapter(adapter)], output / "plain")
     merge(quantised, [WeightedAdapter(adapter)], output / "out", dequantise=True)
     assert "quantization_config" not in json.loads((output / "out/config.json").read_text())
+    assert not (output / "out/hf_quant_config.json").exists()
+    stored = load_file(output / "out/model.safetensors")
+    assert stored.keys() == load_file(output / "plain/model.safetensors").keys()
     assert not differing(state(output / "out"), state(output / "plain"))
     with pytest.raises(UnsupportedError, match="quantised base") as error:
         merge(quantised, [WeightedAdapter(adapter)], output / "refused")
@@ -245,3 +253,215 @@ def test_a_broken_description(base: Path, adapter: Path, tmp_path: Path) -> None
     quantised = rewrite(base, tmp_path / "q", quantise, {"quant_method": "bitsandbytes"})
     with pytest.raises(FormatError, match="quant_state"):
         merge(quantised, [WeightedAdapter(adapter)], tmp_path / "out", dequantise=True)
+
+
+def with_scheme(base: Path, folder: Path, args: dict[str, Any], form: str, seen: Tensors) -> Path:
+    """Quantise with the compressor that compressed-tensors has for *form*, weight by weight.
+
+    *seen* is what it decompresses, told the config's own block.
+    """
+    weights = QuantizationArgs(symmetric=True, dynamic=False, num_bits=8, **args)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    compressor: Any = BaseCompressor.get_value_from_registry(form)
+
+    def quantise(name: str, weight: torch.Tensor) -> Tensors:
+        rows, columns = weight.shape
+        high, width = weights.block_structure or (1, weights.group_size)
+        grid = -(-rows // high), -(-columns // width)
+        padded = torch.zeros(grid[0] * high, grid[1] * width)
+        padded[:rows, :columns] = weight.float()
+        blocks = padded.view(grid[0], high, grid[1], width)
+        scale, _ = calculate_qparams(blocks.amin((1, 3)), blocks.amax((1, 3)), weights)
+        module = name.removesuffix("weight")
+        state = {"weight": weight, "weight_scale": scale.to(torch.bfloat16)}
+        stored = compressor.compress(state, scheme)
+        if weights.block_structure:
+            whole = stored["weight_scale"].repeat_interleave(high, 0).repeat_interleave(width, 1)
+            factors = whole[:rows, :columns].float()
+            seen[name] = (stored["weight"].float() * factors).to(torch.bfloat16)
+        else:
+            seen[name] = compressor.decompress(stored, scheme)["weight"].to(torch.bfloat16)
+        return {f"{module}{key}": value.contiguous() for key, value in stored.items()}
+
+    about = QuantizationConfig(
+        config_groups={"all": scheme}, ignore=["lm_head"], format=form,
+        quantization_status="compressed",
+    ).model_dump(mode="json")  # fmt: skip
+    return rewrite(base, folder, quantise, about | {"quant_method": "compressed-tensors"})
+
+
+MX = {"strategy": "group", "group_size": 32, "type": "float", "scale_dtype": torch.uint8}
+
+
+@pytest.mark.parametrize(
+    ("args", "form"),
+    [
+        (MX, "mxfp8-quantized"),
+        ({"strategy": "group", "group_size": 64, "type": "float"}, "naive-quantized"),
+        ({"strategy": "group", "group_size": 64, "type": "int"}, "naive-quantized"),
+        ({"strategy": "block", "block_structure": [48, 80], "type": "float"}, "float-quantized"),
+        ({"strategy": "block", "block_structure": [96, 96], "type": "float"}, "float-quantized"),
+    ],
+)
+def test_the_configs_own_blocks(
+    base: Path, adapter: Path, tmp_path: Path, args: dict[str, Any], form: str
+) -> None:
+    """As compressed-tensors' own library decompresses; blocks that divide no weight here, too."""
+    seen: Tensors = {}
+    quantised = with_scheme(base, tmp_path / "ct", args, form, seen)
+    check(quantised, plain(base, tmp_path / "seen", seen.__getitem__), adapter, tmp_path)
+
+
+def change(folder: Path, edit: Callable[[Tensors], Tensors], **about: Any) -> None:
+    """Write other tensors, and other fields of the quantisation, into *folder*."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(edit(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= about
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def refused(folder: Path, adapter: Path, output: Path) -> tuple[str, ...]:
+    with pytest.raises(UnsupportedError, match="not dequantised here") as error:
+        merge(folder, [WeightedAdapter(adapter)], output, dequantise=True)
+    assert "dequantise" not in error.value.next_step
+    assert not output.exists()
+    return error.value.problems
+
+
+def test_scales_that_the_config_does_not_describe(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder = with_scheme(base, tmp_path / "ct", MX, "mxfp8-quantized", {})
+    groups = {"all": {"targets": ["Linear"], "weights": {"type": "float", "group_size": 32}}}
+    change(folder, lambda tensors: tensors, config_groups=groups, format="float-quantized")
+    problems = refused(folder, adapter, tmp_path / "out")
+    assert len(problems) == 14
+    assert all("U8 scales" in problem for problem in problems)
+    groups["all"]["weights"]["group_size"] = 64
+    change(folder, lambda tensors: tensors, config_groups=groups, format="mxfp8-quantized")
+    assert len(refused(folder, adapter, tmp_path / "out")) == 14
+
+
+def without(tensors: Tensors, name: str) -> Tensors:
+    return {key: value for key, value in tensors.items() if key != name}
+
+
+Q = "model.layers.0.self_attn.q_proj"
+LEFT_OVER: dict[str, Callable[[Tensors], Tensors]] = {
+    "a weight without its scale": lambda t: without(t, f"{Q}.weight_scale"),
+    "a scale without its weight": lambda t: without(t, f"{Q}.weight"),
+    "reordered columns": lambda t: t | {f"{Q}.weight_g_idx": torch.zeros(128, dtype=torch.int32)},
+    "sparse beside it": lambda t: t | {f"{Q}.bitmask": torch.zeros(8, dtype=torch.uint8)},
+    "NVFP4 beside it": lambda t: t | {
+        "x.weight_packed": torch.zeros(8, 8, dtype=torch.uint8),
+        "x.weight_scale": torch.zeros(8, 1).to(torch.float8_e4m3fn),
+        "x.weight_global_scale": torch.ones(1),
+    },
+    "words of another method": lambda t: t | {"x.qweight": torch.zeros(8, 8, dtype=torch.int16)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LEFT_OVER)
+def test_quantised_tensors_that_nothing_explains(
+    base: Path, adapter: Path, tmp_path: Path, what: str
+) -> None:
+    folder = with_scheme(base, tmp_path / "ct", MX, "mxfp8-quantized", {})
+    change(folder, LEFT_OVER[what])
+    assert len(refused(folder, adapter, tmp_path / "out")) == 1
+
+
+def test_a_method_that_is_not_known(base: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = with_scheme(base, tmp_path / "ct", MX, "mxfp8-quantized", {})
+    change(folder, lambda tensors: tensors, quant_method="quark")
+    refused(folder, adapter, tmp_path / "out")
+
+
+def test_quantised_weights_without_a_config(base: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = with_scheme(base, tmp_path / "ct", MX, "mxfp8-quantized", {})
+    shutil.copy(base / "config.json", folder)
+    with pytest.raises(UnsupportedError, match="names no quantisation") as error:
+        merge(folder, [WeightedAdapter(adapter)], tmp_path / "out")
+    assert len(error.value.problems) == 28
+
+
+def fp8_of_modelopt(base: Path, folder: Path, seen: Tensors, *, beside: bool) -> Path:
+    """Save as ModelOpt does: a factor a weight, scales of the cache; its config *beside* or in."""
+
+    def quantise(name: str, weight: torch.Tensor) -> Tensors:
+        scale = weight.float().abs().amax() / 448
+        stored = (weight.float() / scale).to(torch.float8_e4m3fn)
+        seen[name] = (stored.float() * scale).to(torch.bfloat16)
+        module = name.removesuffix(".weight")
+        made = {name: stored, f"{name}_scale": scale, f"{module}.input_scale": torch.tensor(0.5)}
+        for kind in "kv":
+            if module.endswith(f"{kind}_proj"):
+                made[f"{module}.{kind}_scale"] = torch.tensor(1.0)
+        return made
+
+    fields = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    rewrite(base, folder, quantise, {"quant_method": "modelopt"} | fields)
+    if beside:
+        shutil.copy(base / "config.json", folder)
+    text = json.dumps({"producer": {"name": "modelopt"}, "quantization": fields})
+    (folder / "hf_quant_config.json").write_text(text)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_modelopt(base: Path, adapter: Path, tmp_path: Path, beside: bool) -> None:
+    seen: Tensors = {}
+    quantised = fp8_of_modelopt(base, tmp_path / "mo", seen, beside=beside)
+    check(quantised, plain(base, tmp_path / "seen", seen.__getitem__), adapter, tmp_path)
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32, torch.float16, torch.int8])
+def test_bitsandbytes_in_other_storage(
+    base: Path, adapter: Path, tmp_path: Path, storage: torch.dtype
+) -> None:
+    """``bnb_4bit_quant_storage``, as FSDP-QLoRA sets it: the same bytes under another dtype."""
+    seen: Tensors = {}
+    bits = four_bits("nf4", True, seen)
+
+    def quantise(name: str, weight: torch.Tensor) -> Tensors:
+        stored = bits(name, weight)
+        return stored | {name: stored[name].flatten().view(storage).view(-1, 1)}
+
+    about = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    quantised = rewrite(base, tmp_path / "bnb", quantise, about)
+    check(quantised, plain(base, tmp_path / "seen", seen.__getitem__), adapter, tmp_path)
+
+
+def test_stacked_experts_in_fp8(tmp_path: Path) -> None:
+    """A factor for each box of each expert, as transformers' own module takes them."""
+    block, shape = (32, 48), (3, 80, 100)
+    scale = torch.rand(3, 3, 3) + 0.5
+    stored = torch.randn(shape).to(torch.float8_e4m3fn)
+    save_file({"x.up": stored, "x.up_scale_inv": scale}, tmp_path / "model.safetensors")
+    about = {"quant_method": "fp8", "weight_block_size": list(block)}
+    found, rows = dequantised(tmp_path, {"quantization_config": about}, "x.up")
+    whole = scale.repeat_interleave(32, 1)[:, :80].repeat_interleave(48, 2)[:, :, :100]
+    assert found.equal((stored.float() * whole).to(torch.bfloat16))
+    assert rows.equal(found[1:3])
+
+
+def dequantised(folder: Path, config: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a weight, and two rows of it that were read alone."""
+    reader = open_weights(folder)
+    assert isinstance(reader, SafetensorsReader)
+    packed = find_packed(config, reader.tensors, reader.read_raw)
+    check_dequantisable("here", config, reader.tensors, packed, asked_for=True)
+    plain_reader = DequantisedReader(reader, packed, "BF16")
+    return plain_reader.read(name), plain_reader.read_rows(name, 1, 3)
+
+
+def test_mxfp4_as_transformers_converts_it(tmp_path: Path) -> None:
+    blocks = torch.randint(0, 256, (3, 24, 2, 16), dtype=torch.uint8)
+    scales = torch.randint(100, 140, (3, 24, 2), dtype=torch.uint8)
+    tensors = {"x.up_blocks": blocks, "x.up_scales": scales}
+    save_file(tensors, tmp_path / "model.safetensors")
+    found, rows = dequantised(tmp_path, {"quantization_config": {"quant_method": "mxfp4"}}, "x.up")
+    assert found.equal(convert_moe_packed_tensors(blocks, scales))
+    assert rows.equal(found[1:3])
