@@ -34,8 +34,9 @@ STATE = ".quant_state.bitsandbytes__"
 _ABOUT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _SCALED = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
 _SCALES = ("_scale_inv", "_scale")
-_SIDE = ("weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point", "input_scale_ub", "output_scale",
-         "activation_scale", "weight_format", "weight_shape", "SCB")  # fmt: skip
+_SIDE = ("weight_zero_point", "weight_g_idx", "weight_shape", "weight_format", "SCB",
+         "input_scale", "input_zero_point", "input_scale_ub", "output_scale",
+         "activation_scale")  # fmt: skip
 _STACKED_SIDE = ("_scale_ub", "_input_scale", "_activation_scale")
 _PACKED_SIDE = ("scales", "qzeros", "g_idx", "weight_scale", "weight_scale_2", "weight_shape",
                 "weight_zero_point", "weight_g_idx", "weight_global_scale", "input_scale",

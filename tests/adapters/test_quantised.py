@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Callable
@@ -25,10 +26,13 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from loader.adapters.attach import NamedAdapter, attach
 from loader.adapters.merge import WeightedAdapter, merge
 from loader.errors import AdapterError, FormatError, UnsupportedError
+from loader.serve.transformers import TransformersModel
+from loader.serve.vllm.inprocess import VLLMModel
 from loader.weights.dequantise import DequantisedReader
 from loader.weights.quantised import check_dequantisable, find_packed
 from loader.weights.readers import SafetensorsReader, open_weights
-from tests.adapters.peft import differing, load, state
+from tests.adapters.peft import differing, load, merged_state, state
+from tests.adapters.test_methods import build
 from tests.models import tiny_llama, train_or_draw_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the makers warn of much
@@ -333,12 +337,13 @@ def test_scales_that_the_config_does_not_describe(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     folder = with_scheme(base, tmp_path / "ct", MX, "mxfp8-quantized", {})
-    groups = {"all": {"targets": ["Linear"], "weights": {"type": "float", "group_size": 32}}}
+    weights: dict[str, Any] = {"type": "float", "group_size": 32}
+    groups = {"all": {"targets": ["Linear"], "weights": weights}}
     change(folder, lambda tensors: tensors, config_groups=groups, format="float-quantized")
     problems = refused(folder, adapter, tmp_path / "out")
     assert len(problems) == 14
     assert all("U8 scales" in problem for problem in problems)
-    groups["all"]["weights"]["group_size"] = 64
+    weights["group_size"] = 64
     change(folder, lambda tensors: tensors, config_groups=groups, format="mxfp8-quantized")
     assert len(refused(folder, adapter, tmp_path / "out")) == 14
 
@@ -465,3 +470,53 @@ def test_mxfp4_as_transformers_converts_it(tmp_path: Path) -> None:
     found, rows = dequantised(tmp_path, {"quantization_config": {"quant_method": "mxfp4"}}, "x.up")
     assert found.equal(convert_moe_packed_tensors(blocks, scales))
     assert rows.equal(found[1:3])
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [{"target_modules": ["q_proj"]}, {"target_parameters": ["experts.gate_up_proj"], "r": 2}],
+)
+def test_gpt_oss_merged_as_peft_merges_it(tmp_path: Path, targets: dict[str, Any]) -> None:
+    """Experts in MXFP4, attention in bfloat16: transformers dequantises it on a CPU."""
+    base = build("gpt_oss", tmp_path / "base")
+    adapter = train_or_draw_lora(base, tmp_path / "a", **targets)
+    tensors = load_file(base / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_blocks"] = blocks
+        tensors[f"{name}_scales"] = torch.randint(118, 122, blocks.shape[:3], dtype=torch.uint8)
+    quantised = shutil.copytree(base, tmp_path / "mxfp4")
+    save_file(tensors, quantised / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (quantised / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    merge(quantised, [WeightedAdapter(adapter)], out, exact="peft", dequantise=True)
+    assert not differing(state(out), merged_state(quantised, adapter))
+    assert differing(state(out), state(quantised))
+    with pytest.raises(UnsupportedError, match="quantised base") as error:
+        merge(quantised, [WeightedAdapter(adapter)], tmp_path / "refused")
+    assert "dequantise: true" in error.value.next_step
+
+
+@pytest.mark.engine
+async def test_vllm_serves_what_was_dequantised(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made of what had ModelOpt's config and the scales of an FP8 cache; nothing of both is left.
+
+    What comes of other methods has the same files, names, shapes and dtypes: see ``check``.
+    """
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    quantised = fp8_of_modelopt(base, tmp_path / "mo", {}, beside=True)
+    ready = merge(quantised, [WeightedAdapter(adapter)], tmp_path / "out", dequantise=True)
+    body = {"model": "base", "prompt": "what is the capital", "temperature": 0, "max_tokens": 8}
+    arguments = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True}
+    answers = []
+    for kind in (VLLMModel, TransformersModel):
+        model: Any = kind(ready, engine_args=arguments, served_model_name="base")
+        await asyncio.to_thread(model.load)
+        answers.append((await model.predict(body))["choices"][0]["text"])
+        await asyncio.to_thread(model.close)
+    assert answers[0] == answers[1]
