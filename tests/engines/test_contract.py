@@ -24,6 +24,7 @@ def have(release: str) -> Path:
         pytest.skip(str(error))
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("release", PROVED)
 def test_a_proved_release_has_all_that_is_used(release: str) -> None:
     assert breaks(have(release)) == []
@@ -62,6 +63,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(have(PROVED[-1]), tmp_path_factory.mktemp("vllm") / "sources"))
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(("file", "is_there", "becomes", "told"), _CHANGES, ids=lambda t: t[:24])
 def test_one_thing_renamed_is_told(
     copy: Path, file: str, is_there: str, becomes: str, told: str
@@ -77,6 +79,7 @@ def test_one_thing_renamed_is_told(
     assert any(told in line for line in found), found
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("name", IMPORTED)
 def test_a_module_that_is_gone_is_told(copy: Path, name: str) -> None:
     gone = []
