@@ -31,7 +31,7 @@ def identify(artifact: Artifact, info: ObjectInfo) -> str | None:
     for checksum in declared_checksums(artifact, info):
         return f"{info.size_bytes} bytes, {checksum.algorithm} {checksum.digest.hex()}"
     if info.is_pinned:
-        return f"{info.size_bytes} bytes, version {info.version} of {artifact.source}"
+        return f"{info.size_bytes} bytes of version {info.version}, {artifact.source}"
     return None
 
 

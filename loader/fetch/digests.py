@@ -15,9 +15,10 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from loader.errors import ChangedError, DiskError
 from loader.fetch.sums import Hasher, new_hasher
@@ -25,6 +26,7 @@ from loader.threads import map_on_threads
 from loader.types import Algorithm
 
 _CHUNK_BYTES = 1 << 20
+_Out = TypeVar("_Out")
 _THREADS = 4
 _TICK_NS = 50_000_000  # file systems' clocks are coarse: a newer file may change without a trace
 
@@ -68,9 +70,12 @@ class Digests:
 
     def of_all(self, paths: Iterable[Path], algorithm: Algorithm) -> dict[Path, bytes]:
         """Return the digest of each of *paths*. Raises as ``of`` does."""
+        return self.each(paths, lambda path: self.of(path, algorithm))
+
+    def each(self, paths: Iterable[Path], read: Callable[[Path], _Out]) -> dict[Path, _Out]:
+        """Return what *read* makes of each of *paths*, several at a time."""
         files = tuple(paths)
-        found = map_on_threads(lambda path: self.of(path, algorithm), files, _THREADS)
-        return dict(zip(files, found, strict=True))
+        return dict(zip(files, map_on_threads(read, files, _THREADS), strict=True))
 
 
 def read_digest(path: Path, algorithms: Iterable[Algorithm]) -> dict[Algorithm, bytes]:

@@ -28,6 +28,7 @@ from loader.prepare.bases import (
     check_weights,
     fetch_hub_weights,
     find_base,
+    identify_local,
     is_on_hub,
     opened_base,
     read_hub_weights,
@@ -39,7 +40,9 @@ from loader.prepare.consolidated import (
     find_sources,
     give_name,
     output_folder,
+    prove_kept,
 )
+from loader.prepare.inputs import UnprovedError, proving
 from loader.prepare.named_base import named_base
 from loader.stores.registry import is_remote
 from loader.timeline import Timeline
@@ -105,14 +108,15 @@ def make_adapted(
         made_from = job.describe(taken.base, sources)
         output = output_folder(settings, decision.mode, made_from)
         if taken.merged is not None:
-            path = give_name(taken.merged.path, output)
-            ready = replace(taken.merged, path=path, tokenizer=path)
+            prove_kept(settings, taken.base, *sources)
+            ready = _named(taken.merged, output)
         else:
             with timeline.stage(decision.mode):
                 if decision.mode == "attach":
+                    prove_kept(settings, *sources)
                     ready = attach(taken.base.path, adapters, output)
                 else:
-                    ready = _merge(job, taken.base.path, output)
+                    ready = _merge_proved(job, taken.base, sources, output)
     provenance = ready.provenance | {"why": decision.why, "made_from": made_from}
     if decision.mode == "merge":
         provenance["name"] = adapters[0].name
@@ -166,7 +170,7 @@ class _Taken:
 
 
 def _identify(base: Source) -> BaseModel:
-    return BaseModel(base.checkpoint.path, {"checkpoint": dict(base.files)})
+    return BaseModel(base.checkpoint.path, {"checkpoint": dict(base.files)}, base.kept)
 
 
 def _identify_late(checkpoint: Checkpoint, snapshot: Snapshot) -> BaseModel:
@@ -184,6 +188,8 @@ def _take_named(job: _Job, name: str, stack: contextlib.ExitStack) -> _Taken:
                 job.tell_config(base.path)
                 _check_on_hub(job, name, base)
                 base = fetch_hub_weights(settings, base, timeline, progress)
+            elif base.is_theirs and job.is_merge:
+                base = identify_local(settings, base.path, weights=True)
             return _Taken(base)
         found = stack.enter_context(opened_base(settings, name, timeline, progress))
     job.tell_config(found.path)
@@ -244,14 +250,42 @@ def _take_late(job: _Job, coming: LateBase, stack: contextlib.ExitStack) -> _Tak
         return _Taken(coming.identify(arriving.wait()), merged)
 
 
+def _merge_proved(
+    job: _Job, base: BaseModel, sources: Sequence[Source], output: Path
+) -> ReadyModel:
+    """Return the merged model in *output*, made there from what is proved to be its inputs."""
+    if output.is_dir():  # its name is the digest of what it was made from
+        _log.info("the merged model is here already: %s", output)
+        return ReadyModel(output, (), None, output, {})
+    check = partial(prove_kept, job.settings, base, *sources)
+    try:
+        with scratch_folder(job.cache, _MERGING) as folder, proving(check) as wait:
+            try:
+                merged = _merge(job, base.path, folder / "model")
+            finally:  # files that rotted may be why a merge fails
+                wait()
+            check()  # nor were they written to since; nothing else is read again
+            return _named(merged, output)
+    except UnprovedError:
+        if not is_on_hub(base):
+            raise
+    _log.warning("the base model is not what the Hub declares; it is fetched again")
+    fetch_hub_weights(job.settings, base, job.timeline, job.progress)
+    with scratch_folder(job.cache, _MERGING) as folder:
+        check()
+        return _named(_merge(job, base.path, folder / "model"), output)
+
+
+def _named(merged: ReadyModel, output: Path) -> ReadyModel:
+    path = give_name(merged.path, output)
+    return replace(merged, path=path, tokenizer=path)
+
+
 def _merge(
     job: _Job, base: Path, output: Path, incoming: IncomingWeights | None = None
 ) -> ReadyModel:
     from loader.adapters.merge import WeightedAdapter, merge  # torch
 
-    if output.is_dir():  # published whole, and its name is the digest of what it was made from
-        _log.info("the merged model is here already: %s", output)
-        return ReadyModel(output, (), None, output, {})
     return merge(
         base,
         [WeightedAdapter(adapter.folder) for adapter in job.adapters],

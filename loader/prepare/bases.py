@@ -24,9 +24,17 @@ from loader.fetch.progress import Progress
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.fetch.spans import SpanProgress
 from loader.fetch.sum_manifests import declare_sums
-from loader.prepare.consolidated import BaseModel, cache_folder
+from loader.prepare.consolidated import BaseModel, cache_folder, digests
+from loader.prepare.inputs import (
+    digest_texts,
+    names_in,
+    sha256_text,
+    small_names,
+    weight_names,
+)
 from loader.resolve.manifest import check_names
 from loader.stores.hub import REPO_ID, HubModel, fetch_model
+from loader.stores.hub_cache import declared_sha256
 from loader.stores.model_files import side_files, weight_files
 from loader.stores.registry import Stores, is_remote
 from loader.timeline import Timeline
@@ -68,9 +76,7 @@ def find_base(
         if checkpoint.kind is not Kind.FULL:
             raise not_a_base(str(folder), checkpoint.kind.value)
         check_weights(settings, checkpoint)
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-        return BaseModel(folder.resolve(), {"folder": str(folder.resolve()), "files": stats})
+        return identify_local(settings, folder, weights=False)
     if is_remote(name):
         with SpanProgress(progress, timeline, _SMALL) as watched:
             return fetch_base(settings, name, watched, weights=False)
@@ -83,7 +89,38 @@ def find_base(
         )
     with SpanProgress(progress, timeline, _SMALL) as watched:
         model = _fetch_from_hub(settings, name, settings.base_revision, "small files", watched)
-    return BaseModel(model.path, {_HUB: name, "commit": model.commit})
+    return _identify_cached(settings, model.path, {_HUB: name, "commit": model.commit})
+
+
+def identify_local(settings: Settings, folder: Path, *, weights: bool) -> BaseModel:
+    """Return the model in *folder*, a person's own, by our digests; of its *weights* if wanted.
+
+    Raises:
+        ChangedError: it is being written to.
+        DiskError: a file cannot be read.
+    """
+    folder = folder.resolve()
+    names = names_in(folder)
+    chosen = [*small_names(names), *(weight_names(names) if weights else ())]
+    found = digest_texts(digests(settings), folder, chosen)
+    kept = {folder / name: digest for name, digest in found.items()}
+    return BaseModel(folder, {"files": found}, kept, is_theirs=True)
+
+
+def _identify_cached(
+    settings: Settings, folder: Path, named: Mapping[str, object], *, weights: bool = False
+) -> BaseModel:
+    """Return the model in *folder* of huggingface-hub's cache, by the Hub's SHA-256 of each file.
+
+    What has none is digested here.
+    """
+    names = names_in(folder)
+    chosen = [*small_names(names), *(weight_names(names) if weights else ())]
+    declared = {n: sha for n in chosen if (sha := declared_sha256(folder / n)) is not None}
+    kept = {folder / name: sha256_text(sha) for name, sha in declared.items()}
+    own = digest_texts(digests(settings), folder, [n for n in chosen if n not in declared])
+    files = own | {path.name: text for path, text in kept.items()}
+    return BaseModel(folder, {**named, "files": files}, kept)
 
 
 def fetch_hub_weights(
@@ -98,7 +135,8 @@ def fetch_hub_weights(
     name, commit = str(small.identity[_HUB]), str(small.identity["commit"])
     with SpanProgress(progress, timeline, _WHOLE) as watched:
         _fetch_from_hub(settings, name, commit, "weights", watched)
-    return small
+    named = {_HUB: name, "commit": commit}
+    return _identify_cached(settings, small.path, named, weights=True)
 
 
 def _fetch_from_hub(
@@ -255,8 +293,9 @@ class _Files:
         return self.root / self.name / "rank-0"
 
     def identify(self, snapshot: Snapshot) -> BaseModel:
-        digests = {file.path.partition("/rank-0/")[2]: file.digest for file in snapshot.files}
-        return BaseModel(self.folder, {"url": redact(self.url), "files": digests})
+        found = {file.path.partition("/rank-0/")[2]: file.digest for file in snapshot.files}
+        kept = {snapshot.root / file.path: file.digest for file in snapshot.files if file.reused}
+        return BaseModel(self.folder, {"url": redact(self.url), "files": found}, kept)
 
 
 def _find_files(settings: Settings, stores: Stores, url: str, *, weights: bool) -> _Files:

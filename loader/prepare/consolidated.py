@@ -3,12 +3,14 @@
 ::
 
     <cache folder>/
+      digests/                            of files that are not ours, see ``loader.fetch.digests``
       consolidate-<digest>/               a Hugging Face model, or a PEFT adapter
       .consolidate-<digest>.<plan>.partial/   the same while its bytes come by ranges; kept if that
                                           ends before its time, and gone on with
       .consolidating.<random>.partial/    the same while its files arrive, whose digests come last
 
-The digest is of what it was made from; a folder that is there is complete and is taken as it is.
+The digest is of what it was made from, by the digests of all files; a folder that is there is
+complete, was made from files that had them, and is taken as it is.
 """
 
 from __future__ import annotations
@@ -20,15 +22,17 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
 from loader.config.settings import Settings
 from loader.fetch.crc import crc64nvme
+from loader.fetch.digests import Digests
 from loader.fetch.files import STATE
 from loader.fetch.progress import show_bytes
+from loader.prepare.inputs import prove
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, Snapshot
 from loader.weights.formats.learning import learning_names
@@ -48,10 +52,16 @@ Report = Callable[[int, int], None]  # told of bytes done, and of bytes in all
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A base model on this disk, or only its small files, and what tells it from any other."""
+    """A base model on this disk, or only its small files, and what tells it from any other.
+
+    ``kept`` are files that this run did not bring and has yet to prove, with the digests that they
+    have to have; ``is_theirs``: they are a person's own.
+    """
 
     path: Path
     identity: Mapping[str, object]
+    kept: Mapping[Path, str] = field(default_factory=dict, compare=False)
+    is_theirs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +69,7 @@ class Source:
     """A checkpoint that is no longer sharded, and where it comes from.
 
     ``place`` is ``<job>/rank-<N>/<folder>``, ``places`` are those of all ranks, ``kind`` what it
-    was, ``files`` the digest of every file by path.
+    was, ``files`` the digest of every file by path, ``kept`` as a ``BaseModel``'s.
     """
 
     checkpoint: Checkpoint
@@ -67,6 +77,7 @@ class Source:
     place: str
     places: frozenset[str]
     files: Mapping[str, str]
+    kept: Mapping[Path, str] = field(default_factory=dict, compare=False)
 
     @property
     def job(self) -> str:
@@ -104,6 +115,7 @@ def find_sources(
     *identities* stand for the digests of files that are not in the snapshot, by path.
     """
     known = {file.path: file.digest for file in snapshot.files} | dict(identities or {})
+    reused = {file.path for file in snapshot.files if file.reused}
     found = []
     for checkpoint in checkpoints:
         place = _relative(checkpoint.path, snapshot)
@@ -119,7 +131,14 @@ def find_sources(
             needed = serving_files(files)
             files = {path: digest for path, digest in files.items() if path in needed}
         found.append(
-            Source(checkpoint, checkpoint.kind, place, frozenset(homes), MappingProxyType(files))
+            Source(
+                checkpoint,
+                checkpoint.kind,
+                place,
+                frozenset(homes),
+                MappingProxyType(files),
+                {snapshot.root / path: files[path] for path in files if path in reused},
+            )
         )
     return tuple(found)
 
@@ -154,11 +173,27 @@ def make_whole(
                 _log.info("the consolidated checkpoint is here already: %s", output)
             else:
                 sweep(cache, f"{_MODE}-*", but=output.name)
+                prove_kept(settings, source, *([base] if base else []))
                 _consolidate(source.checkpoint, output, base, settings, shards)
         if shards is not None and is_coming:
             (source,) = find_sources(shards.wait(), [source.checkpoint])
+            prove_kept(settings, source)
             output = give_name(output, _named(source, base, settings))
-    return replace(source, checkpoint=open_checkpoint(output))
+    return replace(source, checkpoint=open_checkpoint(output), kept={})
+
+
+def prove_kept(settings: Settings, *inputs: Source | BaseModel) -> None:
+    """Check what this run did not bring. Raises as ``prove`` does."""
+    if settings.verify == "full":  # which has proved all that was fetched before
+        inputs = tuple(one for one in inputs if isinstance(one, BaseModel) and one.is_theirs)
+    for one in inputs:
+        theirs = isinstance(one, BaseModel) and one.is_theirs
+        prove(digests(settings), one.kept, is_theirs=theirs)
+
+
+def digests(settings: Settings) -> Digests:
+    """Return the digests of models' files on this disk."""
+    return Digests(cache_folder(settings) / "digests")
 
 
 def _consolidate(

@@ -17,6 +17,7 @@ from loader.arriving.rangefiles import ArrivingFile, RemoteFile, ShardFiles
 from loader.config.settings import Settings
 from loader.fetch.arrivals import Arrivals
 from loader.fetch.background import SplitFetch, are_here, join
+from loader.fetch.declared import identify
 from loader.fetch.progress import LogProgress, Progress
 from loader.http.objects import ObjectInfo
 from loader.prepare.consolidated import SHARDED, Report, log_progress
@@ -48,7 +49,7 @@ def prepare_from_shards(settings: Settings, fetched: SplitFetch, timeline: Timel
     if not sharded and settings.weights_only_fetch:  # beside a model that is whole already
         return make_ready(settings, first, checkpoints, timeline, progress=told)
     versions = fetched.ask_versions()
-    if settings.weights_only_fetch and all(info.ranges for info in versions.values()):
+    if settings.weights_only_fetch and _are_pinned(fetched, versions):
         shards = LateShards(fetched, versions, first, timeline, None)
         return make_ready(settings, first, checkpoints, timeline, None, shards, told)
     with fetched.fetching_late(timeline) as arrivals:
@@ -57,6 +58,16 @@ def prepare_from_shards(settings: Settings, fetched: SplitFetch, timeline: Timel
             return make_ready(settings, first, checkpoints, timeline, None, shards, told)
         snapshot = shards.wait()
     return make_ready(settings, snapshot, checkpoints, timeline, progress=told)
+
+
+def _are_pinned(fetched: SplitFetch, versions: Mapping[str, ObjectInfo]) -> bool:
+    """Return whether ranges of the shards are known to be of one object each, and of which.
+
+    Else all of their bytes have to come, whose digests tell.
+    """
+    return all(
+        versions[a.path].ranges and identify(a, versions[a.path]) for a in fetched.late.files
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +85,13 @@ class LateShards:
         """What tells each shard from other versions, by path; None where digests come later."""
         if self.arrivals is not None:
             return None
-        return {
-            a.path: f"{info.size_bytes} bytes of version {info.version or a.source}"
-            for a in self.fetched.late.files
-            for info in [self.versions[a.path]]
-        }
+        told = ((a, identify(a, self.versions[a.path])) for a in self.fetched.late.files)
+        return {artifact.path: what for artifact, what in told if what}
 
     @property
     def can_be_resumed(self) -> bool:
         """Whether what an earlier run read of them is known to be of the same version."""
-        return self.arrivals is None and all(info.version for info in self.versions.values())
+        return self.arrivals is None and all(info.is_pinned for info in self.versions.values())
 
     @contextlib.contextmanager
     def opened(self, checkpoint: Checkpoint) -> Iterator[tuple[ShardFiles, Report]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +54,7 @@ def fetch_model(
 ) -> HubModel:
     """Return the model *repo_id*, downloaded where the cache lacks it; a part of it with *only*.
 
-    *prove*: what the cache held before has to have the Hub's SHA-256, else it comes again. *told*
+    *prove*: files have to have the SHA-256 that the Hub declares, else they come again. *told*
     is told of every file. ``HF_HOME``, ``HF_HUB_OFFLINE`` and ``HF_ENDPOINT`` are honoured by
     huggingface-hub itself.
 
@@ -63,7 +63,6 @@ def fetch_model(
         FetchError: offline and not in the cache, or only pickled weights.
         TransientError: the Hub did not answer.
     """
-    began_ns = time.time_ns()
     try:
         listed = _list_model(repo_id, revision, token)
         folder = _find_cached(repo_id, revision) if listed is None else listed.folder
@@ -73,9 +72,10 @@ def fetch_model(
         if not weights and only != "small files":
             raise _no_weights(repo_id) if listed is not None else not_here(repo_id)
         chosen = {name: sizes[name] for name in (*side, *weights)}
-        if prove:
-            drop_rotten([folder / name for name in chosen], began_ns)
-        download_files(repo_id, folder, chosen, token=token, concurrency=concurrency, told=told)
+        bring = partial(
+            download_files, repo_id, folder, chosen, token=token, concurrency=concurrency, told=told
+        )
+        _prove(folder, chosen, bring) if prove else bring()
         if listed is not None and revision != folder.name:
             _note_commit(repo_id, revision, folder, token)
     except LoaderError:
@@ -83,6 +83,28 @@ def fetch_model(
     except Exception as error:
         raise translate_error(error, repo_id, revision) from None
     return HubModel(folder, folder.name)
+
+
+def _prove(folder: Path, names: Iterable[str], bring: Callable[[], None]) -> None:
+    """Do *bring*, which brings what is missing of *names*; what is not as declared comes again.
+
+    Raises:
+        FetchError: it came wrong twice.
+    """
+    paths = [folder / name for name in names]
+    drop_rotten(paths)
+    proved = {path for path in paths if path.is_file()}
+    for _ in range(2):
+        bring()
+        rotten = drop_rotten(path for path in paths if path not in proved)
+        if not rotten:
+            return
+    raise FetchError(
+        "what the Hub sends is not what it declares",
+        where=str(folder),
+        problems=[path.name for path in rotten],
+        next_step="check what is between this machine and the Hub, such as a proxy or HF_ENDPOINT",
+    )
 
 
 def describe_model(

@@ -19,23 +19,27 @@ _THREADS = 4
 _log = logging.getLogger("podloader")
 
 
-def drop_rotten(files: Iterable[Path], before_ns: int) -> None:
-    """Remove those *files* of the cache, where they are there, that are not what the Hub gave.
+def declared_sha256(path: Path) -> str | None:
+    """Return the SHA-256 that the Hub declares of a file in the cache, None where it has none."""
+    name = path.resolve().name
+    return name if _SHA256.fullmatch(name) else None
 
-    Only what was written *before_ns* (epoch nanoseconds) is read, not what this run downloaded.
-    """
+
+def drop_rotten(files: Iterable[Path]) -> list[Path]:
+    """Remove, and return, those *files* of the cache that are not what the Hub declares."""
     links = [path for path in files if path.is_file()]
-    sound = map_on_threads(lambda path: _is_sound(path, before_ns), links, _THREADS)
-    for path, is_sound in zip(links, sound, strict=True):
-        if not is_sound:
-            _log.warning("%s is not what the Hub gave; it is fetched again", path.name)
-            path.resolve().unlink()
-            path.unlink(missing_ok=True)
+    sound = map_on_threads(_is_sound, links, _THREADS)
+    rotten = [path for path, is_sound in zip(links, sound, strict=True) if not is_sound]
+    for path in rotten:
+        _log.warning("%s is not what the Hub declares; it is fetched again", path.name)
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+    return rotten
 
 
-def _is_sound(path: Path, before_ns: int) -> bool:
-    blob = path.resolve()
-    if not _SHA256.fullmatch(blob.name) or blob.stat().st_mtime_ns >= before_ns:
+def _is_sound(path: Path) -> bool:
+    declared = declared_sha256(path)
+    if declared is None:
         return True
-    with blob.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == blob.name
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == declared

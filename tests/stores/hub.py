@@ -25,6 +25,8 @@ class Hub(ThreadingHTTPServer):
         self.pause_s = 0.0
         """What goes by between two MiB of a file."""
         self.ranges = True
+        self.flips: list[str] = []
+        """Files of which the next answer has one wrong bit."""
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -80,6 +82,10 @@ class Handler(BaseHTTPRequestHandler):
     def answer_file(self, content: bytes, headers: dict[str, str]) -> None:
         """Send a file, or the range of it that is asked for."""
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        name = self.path.rpartition("/")[2]
+        if self.command == "GET" and asked is None and name in self.server.flips:
+            self.server.flips.remove(name)
+            content = content[:-1] + bytes([content[-1] ^ 1])
         if asked is None or not self.server.ranges:
             self.answer(200, content, headers)
             return
