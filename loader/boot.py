@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loader.config.settings import Settings
-from loader.errors import ConfigError
+from loader.fetch.adoption import adopt, presence
+from loader.fetch.completed import write_completed
 from loader.fetch.files import is_case_sensitive
 from loader.fetch.progress import Progress
 from loader.fetch.sizes import ask_sizes
 from loader.fetch.snapshot import FetchOptions, fetch, read_artifact
 from loader.fetch.spans import SpanProgress
-from loader.resolve.manifest import check_index, resolve
-from loader.stores.registry import Stores
-from loader.timeline import Timeline
-from loader.types import (
-    ArtifactReference,
-    Listing,
-    Manifest,
-    ReadyModel,
-    Snapshot,
-    TrainingCheckpoints,
+from loader.prepare.artifact_sources import (
+    Origin,
+    completed_key,
+    open_origin,
+    place_downloads,
+    wanted_checkpoints,
 )
+from loader.resolve.manifest import check_index, resolve
+from loader.timeline import Timeline
+from loader.types import Artifact, Manifest, ReadyModel, Snapshot
 
 if TYPE_CHECKING:
     from loader.serve.model import ServedModel
 
 _INDEXES = (".safetensors.index.json", ".bin.index.json")
 _MOST_SIZES = 5_000  # more are not asked for one by one by ``plan``
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """The listings of every job, and the store that holds their artifacts."""
-
-    listings: tuple[Listing, ...]
-    store: Stores
 
 
 def prepare(
@@ -57,10 +48,11 @@ def prepare(
     from loader.weights.inspect import find_checkpoints
 
     timeline = timeline or Timeline()
+    settings, laid = place_downloads(settings)
     root = settings.training.download_folder
     options = FetchOptions.of(settings)
-    with open_origin(settings, timeline) as origin:
-        manifest = _resolved(settings, origin, timeline)
+    with open_origin(settings, laid, timeline) as origin:
+        manifest = _resolved(settings, origin, progress, timeline)
         if late := find_late(settings, manifest):
             parts = SplitFetch.split(manifest, late, root, origin.store, options, progress)
             return prepare_while_fetching(settings, parts, timeline)
@@ -69,6 +61,7 @@ def prepare(
             return prepare_from_shards(settings, parts, timeline)
         with SpanProgress(progress, timeline) as watched:
             snapshot = fetch(manifest, root, origin.store, options, watched)
+        write_completed(root, completed_key(settings), manifest)
     with timeline.stage("inspect"):
         checkpoints = find_checkpoints(snapshot.root, [file.path for file in snapshot.files])
     return make_ready(settings, snapshot, checkpoints, timeline, progress=progress)
@@ -123,17 +116,23 @@ def fetch_files(
 ) -> Snapshot:
     """Return the files that the config asks for, whole, below its download folder."""
     timeline = timeline or Timeline()
+    settings, laid = place_downloads(settings)
     root = settings.training.download_folder
-    with open_origin(settings, timeline) as origin:
-        manifest = _resolved(settings, origin, timeline)
+    with open_origin(settings, laid, timeline) as origin:
+        manifest = _resolved(settings, origin, progress, timeline)
         with SpanProgress(progress, timeline) as watched:
-            return fetch(manifest, root, origin.store, FetchOptions.of(settings), watched)
+            snapshot = fetch(manifest, root, origin.store, FetchOptions.of(settings), watched)
+        write_completed(root, completed_key(settings), manifest)
+        return snapshot
 
 
 def plan(settings: Settings, *, with_sizes: bool = True) -> Manifest:
     """Return what would be fetched; with sizes where the origin tells them."""
-    with open_origin(settings, Timeline(quiet=True)) as origin:
-        manifest = _leave_out(settings, resolve(_wanted(settings), origin.listings))
+    settings, laid = place_downloads(settings)
+    with open_origin(settings, laid, Timeline(quiet=True)) as origin:
+        manifest = _leave_out(settings, resolve(wanted_checkpoints(settings), origin.listings))
+        here = presence(manifest, settings.training.download_folder, laid)
+        manifest = replace(manifest, presence=here)
         asked = (*manifest.files, *manifest.left_out)
         unknown = sum(1 for artifact in asked if artifact.size_bytes is None)
         if not with_sizes or not unknown:
@@ -144,38 +143,29 @@ def plan(settings: Settings, *, with_sizes: bool = True) -> Manifest:
         return replace(manifest, warnings=(*manifest.warnings, f"sizes are unknown: {reason}"))
 
 
-@contextlib.contextmanager
-def open_origin(settings: Settings, timeline: Timeline) -> Iterator[Origin]:
-    """Give the listings and the store that the settings name, for the length of the block."""
-    if not settings.artifacts:
-        raise ConfigError(
-            "it is not said where the artifacts are",
-            expected="a listing JSON (path or URL), s3://bucket/prefix, baseten, or an fsspec URL",
-            next_step="give --artifacts SRC, or set artifacts in model_metadata.podloader",
-        )
-    references = _wanted(settings).artifact_references
-    jobs = tuple(dict.fromkeys(reference.training_job_id for reference in references))
-    loops = {reference.training_job_id for reference in references if reference.loops}
-    store = Stores(settings, on_renewal=lambda: timeline.count("refreshes"))
-    try:
-        with timeline.stage("listing"):
-            read = [store.read_listings(src, jobs, loops=loops) for src in settings.artifacts]
-        yield Origin(tuple(listing for listings in read for listing in listings), store)
-    finally:
-        store.close()
+def _resolved(
+    settings: Settings, origin: Origin, progress: Progress | None, timeline: Timeline
+) -> Manifest:
+    """Return the files that are wanted; those that lie here already are taken."""
+    root, options = settings.training.download_folder, FetchOptions.of(settings)
 
+    def adopt_files(manifest: Manifest) -> None:
+        adopt(manifest, root, origin.laid, origin.store, options, progress, timeline)
 
-def _resolved(settings: Settings, origin: Origin, timeline: Timeline) -> Manifest:
     with timeline.stage("resolve"):
-        sensitive = is_case_sensitive(settings.training.download_folder)
-        manifest = resolve(_wanted(settings), origin.listings, case_sensitive=sensitive)
+        sensitive = is_case_sensitive(root)
+        manifest = resolve(wanted_checkpoints(settings), origin.listings, case_sensitive=sensitive)
         manifest = _leave_out(settings, manifest)
-        _check_indexes(settings, manifest, origin)
+        indexes = tuple(a for a in manifest.files if a.name.endswith(_INDEXES))
+        adopt_files(Manifest(indexes))  # their origin may not give them any more
+        _check_indexes(indexes, root, origin)
         from loader.fetch.sum_manifests import declare_sums  # the first request is ahead of it
 
         listed = (artifact for listing in origin.listings for artifact in listing.artifacts)
-        root = settings.training.download_folder
-        return replace(manifest, files=declare_sums(manifest.files, listed, root, origin.store))
+        files = declare_sums(manifest.files, listed, root, origin.store)
+        manifest = replace(manifest, files=files)
+    adopt_files(manifest)
+    return manifest
 
 
 def _leave_out(settings: Settings, manifest: Manifest) -> Manifest:
@@ -195,25 +185,13 @@ def _leave_out(settings: Settings, manifest: Manifest) -> Manifest:
     )
 
 
-def _wanted(settings: Settings) -> TrainingCheckpoints:
-    """Return the config's references, and the base model's where it is a checkpoint too."""
-    base = settings.base_checkpoint
-    if base is None:
-        return settings.training
-    reference = ArtifactReference(base.job, (f"{base.name}/",))
-    references = (*settings.training.artifact_references, reference)
-    return replace(settings.training, artifact_references=references)
-
-
-def _check_indexes(settings: Settings, manifest: Manifest, origin: Origin) -> None:
+def _check_indexes(indexes: Sequence[Artifact], root: Path, origin: Origin) -> None:
     """Read every index among the files and refuse holes, before anything large is fetched."""
-    indexes = [artifact for artifact in manifest.files if artifact.name.endswith(_INDEXES)]
     if not indexes:
         return
     from loader.weights.index import shard_names
 
     listed = {artifact.path for listing in origin.listings for artifact in listing.artifacts}
     for artifact in indexes:
-        text = read_artifact(artifact, settings.training.download_folder, origin.store)
-        names = shard_names(text, artifact.path)
-        check_index(artifact.job, artifact.name, names, listed)
+        text = read_artifact(artifact, root, origin.store)
+        check_index(artifact.job, artifact.name, shard_names(text, artifact.path), listed)

@@ -3,6 +3,7 @@
 LoaderError                 base; ``exit_code`` is what the command line ends with
 ├── ConfigError        (2)  the config.yaml or a PODLOADER_* variable is wrong
 ├── ListingError       (3)  the artifact listing is missing, malformed or of another job
+│   └── UnreachableError    its place does not answer (``retryable``)
 ├── ResolveError       (3)  patterns and listing do not fit together, or a name is unsafe
 ├── FetchError         (4)  bytes could not be brought here
 │   ├── TransientError      worth asking again (``retryable``)
@@ -101,6 +102,12 @@ class ListingError(LoaderError):
     """The artifact listing is missing, malformed or of another job."""
 
     exit_code = 3
+
+
+class UnreachableError(ListingError):
+    """The place of the listing does not answer."""
+
+    retryable = True
 
 
 class ResolveError(LoaderError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -103,12 +104,14 @@ class Listing:
 class Manifest:
     """The files to fetch, sorted by path, and what a person should know about the choice.
 
-    ``left_out`` are files that the patterns ask for and serving will not use.
+    ``left_out`` are files that the patterns ask for and serving will not use. ``presence``, which
+    only a plan has: ``proved``, ``unproved`` or ``missing``, by path.
     """
 
     files: tuple[Artifact, ...]
     warnings: tuple[str, ...] = ()
     left_out: tuple[Artifact, ...] = ()
+    presence: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

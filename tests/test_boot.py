@@ -21,6 +21,7 @@ from loader.errors import (
     ListingError,
     ResolveError,
 )
+from loader.prepare.artifact_sources import open_origin, place_downloads
 from loader.serve.model import base_name
 from loader.timeline import Timeline
 from tests.models import tiny_llama, train_or_draw_lora
@@ -309,7 +310,8 @@ def test_a_listing_that_is_read_again_is_counted(job: Job) -> None:
     job.origin.put("checkpoint-5/notes.txt", b"x")
     settings = job.settings("rank-0/")
     timeline = Timeline(quiet=True)
-    with boot.open_origin(settings, timeline) as origin:
+    settings, laid = place_downloads(settings)
+    with open_origin(settings, laid, timeline) as origin:
         (artifact,) = origin.listings[0].artifacts
         assert timeline.counts == {}
         job.origin.lifetime_s += 5  # another signature

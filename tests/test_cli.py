@@ -59,6 +59,7 @@ def test_plan_json(config: Path, origin: FaultyOrigin, tmp_path: Path) -> None:
         "job": "job1",
         "rank": 0,
         "size_bytes": 100_000,
+        "presence": "missing",
     }
     assert document["total_bytes"] == 100_005
     assert document["download_folder"] == str(tmp_path / "down")

@@ -13,6 +13,7 @@ from loader.weights.formats.serving import serving_files
 def plan_document(manifest: Manifest, folder: Path, free_bytes: int) -> dict[str, object]:
     """Return ``files`` (path, job, rank, size_bytes or null), ``total_bytes`` (null: not known).
 
+    ``presence`` of a file: ``proved``, ``unproved`` (here, to be proved), ``missing``.
     ``left_out`` are files as well, asked for and not fetched; ``all_bytes`` is the sum with them,
     ``serving_bytes`` the sum of what serving uses.
     """
@@ -20,7 +21,10 @@ def plan_document(manifest: Manifest, folder: Path, free_bytes: int) -> dict[str
     needed = serving_files(artifact.path for artifact in asked)
     return {
         "download_folder": str(folder),
-        "files": [_file(artifact) for artifact in manifest.files],
+        "files": [
+            _file(artifact) | {"presence": manifest.presence.get(artifact.path)}
+            for artifact in manifest.files
+        ],
         "left_out": [_file(artifact) for artifact in manifest.left_out],
         "total_bytes": total_bytes(manifest.files),
         "all_bytes": total_bytes(asked),

@@ -15,6 +15,12 @@ from loader.weights.formats.refused import find_refusal
 from loader.weights.formats.serving import serving_files
 
 _SHOWN = 50
+_HERE = {
+    "proved": "here, proved",
+    "unproved": "here, to prove",
+    "missing": "to be fetched",
+    None: "",
+}
 _WOULD = {
     Kind.FULL: "would be served as it is",
     Kind.ADAPTER: "would be attached to its base, or merged into it",
@@ -29,7 +35,7 @@ def show_plan(manifest: Manifest, folder: Path, free_bytes: int) -> None:
     """Show the files, the sum, the free disk and the warnings."""
     for artifact in manifest.files[:_SHOWN]:
         size = "?" if artifact.size_bytes is None else show_bytes(artifact.size_bytes)
-        say(f"{size:>10}  {artifact.path}")
+        say(f"{size:>10}  {_HERE[manifest.presence.get(artifact.path)]:15}  {artifact.path}")
     if (more := len(manifest.files) - _SHOWN) > 0:
         say(f"{'':>10}  … and {more} more")
     known = [artifact.size_bytes for artifact in manifest.files if artifact.size_bytes is not None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -72,7 +73,8 @@ class Settings:
         (),
         repr=False,
         description="Where the artifacts are: listing JSON files (paths or URLs), "
-        "`s3://bucket/prefix`, `baseten` (its REST API), or a URL that fsspec knows.",
+        "`s3://bucket/prefix`, `baseten` (its REST API), a URL that fsspec knows, or `local`: what "
+        "lies in the download folder, which is taken where nothing is named, too.",
     )
     base_model: str | None = _setting(
         None,
@@ -150,6 +152,12 @@ class Settings:
         "stamp, the digests of a few ranges as well, or the digest of every byte. `full` "
         "also compares what the origin says of large new files, see How it fails.",
     )
+    accept_unwritten: bool = _setting(
+        False,
+        description="Take a file that another tool laid into the download folder although parts of "
+        "it were never written (a sparse file), where no origin can be asked whether they are "
+        "zeros.",
+    )
     allow_pickle: bool = _setting(
         False, description="Read `.bin` and `.pt` weights, restricted to tensors."
     )
@@ -210,6 +218,18 @@ class Settings:
         description="When `serve` cannot start: `exit` with the documented code, or `hold` and "
         "answer `/health` with the reason until a signal comes.",
     )
+
+    @property
+    def user_cache(self) -> Path:
+        """Where what has no folder of its own is kept: ``cache_folder``, else the user's cache."""
+        if self.cache_folder is not None:
+            return self.cache_folder
+        if home := os.environ.get("XDG_CACHE_HOME"):
+            return Path(home, "podloader")
+        try:
+            return Path("~/.cache/podloader").expanduser()
+        except RuntimeError:  # no HOME, and no entry in passwd
+            return Path(tempfile.gettempdir(), "podloader")
 
     @property
     def base_checkpoint(self) -> CheckpointName | None:

@@ -38,7 +38,7 @@ STATE = ".podloader"
 KINDS = ("part", "journal", "record")  # of an artifact's state
 WHOLE = ""  # the artifact itself
 _STATE_BYTES = 64 << 20  # of a journal or a record: 50 for each range
-_DAMAGED = (ValueError, TypeError, RecursionError)  # of what is no JSON, or not ours
+DAMAGED = (ValueError, TypeError, RecursionError)  # of what is no JSON, or not ours
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -133,7 +133,11 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a whole file is: written after the file bears its name."""
+    """What a whole file is: written after the file bears its name.
+
+    ``target``: the file that the name, a symlink, led to when it was proved. ``compared`` is False
+    where the origin could not be asked and the file was taken as it lay there.
+    """
 
     size_bytes: int
     digest: str
@@ -142,11 +146,21 @@ class Record:
     mtime_ns: int
     boot_id: str
     ranges: tuple[DoneRange, ...]
+    target: str | None = None
+    compared: bool = True
 
 
 def places(root: Path, artifact: Artifact) -> Places:
     """Return the paths of *artifact* below *root*."""
     return Places(Folders(str(root)), artifact.path)
+
+
+def whole_place(place: Places, record: Record) -> Places:
+    """Return the place of the whole file itself: where its name leads, if that is a symlink."""
+    if record.target is None or os.path.realpath(place.whole) != record.target:
+        return place
+    folder, _, name = record.target.rpartition("/")
+    return Places(Folders(folder), name)
 
 
 def boot_id() -> str:
@@ -252,11 +266,11 @@ def read_journal(place: Places, key: dict[str, object]) -> tuple[DoneRange, ...]
     try:
         if json.loads(lines[0]) != key:
             return ()
-    except _DAMAGED:
+    except DAMAGED:
         return ()
     done = []
     for line in lines[1:]:
-        with contextlib.suppress(*_DAMAGED):
+        with contextlib.suppress(*DAMAGED):
             done.append(_done_range(json.loads(line)))
     return tuple(done)
 
@@ -289,9 +303,10 @@ def read_record(place: Places) -> Record | None:
         fields = json.loads(place.read("record"))
         ranges = tuple(map(_done_range, fields.pop("ranges")))
         record = Record(**fields, ranges=ranges)
-    except (OSError, KeyError, AttributeError, *_DAMAGED):
+    except (OSError, KeyError, AttributeError, *DAMAGED):
         return None
-    typed = isinstance(record.size_bytes, int) and isinstance(record.version, str | None)
+    texts = isinstance(record.version, str | None) and isinstance(record.target, str | None)
+    typed = texts and isinstance(record.size_bytes, int)
     return record if typed else None
 
 
@@ -306,6 +321,10 @@ def write_record(place: Places, record: Record) -> None:
         "boot_id": record.boot_id,
         "ranges": [[r.start, r.end, r.crc] for r in record.ranges],
     }
+    if record.target is not None:
+        fields["target"] = record.target
+    if not record.compared:
+        fields["compared"] = False
     with disk_errors(place.record):
         fd = place.create("record", os.O_WRONLY)
         try:

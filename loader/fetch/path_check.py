@@ -21,6 +21,8 @@ def check_way(root: Path, artifacts: Sequence[Artifact]) -> None:
         ResolveError: symlinks, files in a folder's place, folders, devices and FIFOs in a file's
             place; all of them.
     """
+    if not artifacts:
+        return
     wanted = _wanted_entries(artifacts)
     links: list[str] = []
     files: list[str] = []

@@ -23,6 +23,7 @@ from loader.fetch.files import (
     boot_id,
     places,
     read_record,
+    whole_place,
 )
 from loader.fetch.folders import Folders
 from loader.fetch.guesses import Guesses
@@ -57,6 +58,7 @@ class FetchOptions:
     asked for again without any progress, for ``deadline_s`` at the most. ``range_bytes``: the least
     that is asked for of a large file, proved and resumed alone. ``verify``: what files of an
     earlier fetch have to prove; ``full``: and all that the origin says of new ones is compared.
+    ``accept_unwritten``, ``settle_s``: of files that other tools laid here, see ``adoption``.
     """
 
     concurrency: int = 16
@@ -64,6 +66,8 @@ class FetchOptions:
     deadline_s: float = 300.0
     range_bytes: int = 16 << 20
     verify: Verify = "sample"
+    accept_unwritten: bool = False
+    settle_s: float = 30.0
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -73,6 +77,8 @@ class FetchOptions:
             retries=settings.retries,
             range_bytes=int(settings.range_size),
             verify=settings.verify,
+            accept_unwritten=settings.accept_unwritten,
+            settle_s=settings.stall_timeout_s,
         )
 
 
@@ -116,7 +122,6 @@ def _fetch(
     arrivals: Arrivals,
 ) -> Snapshot:
     root = root.absolute()
-    check_way(root, manifest.files)
     began = time.monotonic()
     boot = boot_id()
     folders = Folders(str(root))
@@ -125,6 +130,7 @@ def _fetch(
     if (root / STATE).is_dir():  # else there is nothing to be looked for, file by file
         seen = {a: r for a, place in at.items() if (r := read_record(place))}
     kept = _kept(seen, at, options, boot, arrivals.stop)
+    check_way(root, [artifact for artifact in manifest.files if artifact not in kept])
     infos = _ask(kept, store, options, arrivals.stop)
     reused = {a.path: r for a, r in kept.items() if is_same(a, r, infos[a])}
     for artifact in kept:
@@ -169,7 +175,7 @@ def read_artifact(artifact: Artifact, root: Path, store: Store) -> bytes:
     place = places(root, artifact)
     record = read_record(place)
     if record is not None and is_intact(place, record, "size", boot_id()):
-        return place.read(WHOLE, _SMALL_BYTES)
+        return whole_place(place, record).read(WHOLE, _SMALL_BYTES)
     return read_small(artifact, store)
 
 

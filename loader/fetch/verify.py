@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from loader.fetch.crc import crc64nvme
-from loader.fetch.files import WHOLE, Places, Record
+from loader.fetch.files import WHOLE, Places, Record, whole_place
 from loader.fetch.missing_ranges import DoneRange, combine, missing_ranges
 from loader.fetch.sums import Sum, Tally
 from loader.weights.header import header_length, parse_header
@@ -47,6 +47,7 @@ def is_intact(place: Places, record: Record, verify: Verify, boot_id: str) -> bo
     """
     if missing_ranges(record.ranges, record.size_bytes) or combine(record.ranges) != record.digest:
         return False
+    place = whole_place(place, record)
     try:
         found = place.stat(WHOLE)
     except OSError:

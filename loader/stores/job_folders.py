@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from loader.errors import ListingError
@@ -62,6 +63,11 @@ class Listed:
     def has_news(self) -> bool:
         """Return True: files may have changed."""
         return True
+
+
+def has_ranks(folder: Path) -> bool:
+    """Return whether *folder*, on this disk, is one of a job's ranks."""
+    return folder.is_dir() and any(_RANK.fullmatch(path.name) for path in folder.iterdir())
 
 
 def list_jobs(tree: Tree, root: str, jobs: Sequence[str]) -> tuple[Listing, ...]:

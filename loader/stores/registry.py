@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from loader.config.settings import Settings
-from loader.errors import ConfigError, ExpiredError, FetchError, ListingError
+from loader.errors import ConfigError, ExpiredError, FetchError, ListingError, UnreachableError
 from loader.http.client import HttpClient, HttpOptions
 from loader.http.objects import ObjectInfo
 from loader.retry import ask_again
@@ -17,7 +17,7 @@ from loader.stores.base import Asked, ByteStream, Store
 from loader.stores.baseten import NAME as BASETEN
 from loader.stores.baseten import Api, JobFiles
 from loader.stores.fs import FsspecStore
-from loader.stores.job_folders import Listed, Tree, list_folder, list_jobs
+from loader.stores.job_folders import Listed, Tree, has_ranks, list_folder, list_jobs
 from loader.stores.presigned import FileListing, PresignedStore, UrlListing
 from loader.stores.s3 import SCHEME as S3
 from loader.stores.s3 import S3Options, S3Store
@@ -26,6 +26,7 @@ from loader.types import Artifact, Listing
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*:(//|:)", re.IGNORECASE)  # fsspec chains schemes by ::
 _WEB = ("http://", "https://")
+LOCAL = "local"  # what lies in the download folder, without any origin
 
 
 def is_remote(source: str) -> bool:
@@ -79,6 +80,22 @@ class Stores:
             return self._read_url(f"{scheme.lower()}:{rest}")
         tree, root = self._tree(source)
         return self._keep(Listed(partial(list_jobs, tree, root, jobs)))
+
+    def read_download_folder(self, folder: Path, jobs: Sequence[str]) -> tuple[Listing, ...]:
+        """Return the listings of those *jobs* of which something lies in the download *folder*.
+
+        Of a job named alone, the ranks may lie in *folder* itself.
+        """
+        places = {job: folder / job for job in jobs if has_ranks(folder / job)}
+        if len(jobs) == 1 and not places and has_ranks(folder):
+            places = {jobs[0]: folder}
+        tree = self._fs.tree("file://") if places else None
+        return tuple(
+            listing
+            for job, place in places.items()
+            if tree is not None
+            for listing in list_jobs(tree, str(place), (job,))
+        )
 
     def read_folder(self, url: str, name: str) -> Listing:
         """Return the files below *url*, a model's folder, as rank 0 of a job called *name*.
@@ -169,7 +186,8 @@ class Stores:
         try:
             return ask_again(partial(self._keep, listing), self._settings.retries)
         except FetchError as error:
-            raise ListingError(
+            kind = UnreachableError if error.retryable else ListingError
+            raise kind(
                 f"the listing cannot be fetched: {error.what}",
                 where=url,
                 got=error.got,

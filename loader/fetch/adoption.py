@@ -1,0 +1,342 @@
+"""Files that other tools laid where a fetch would put them, taken where they are proved.
+
+They may lie in ``<download_folder>/<job>/rank-<N>/…``, or in ``<download_folder>/rank-<N>/…`` where
+one job is named. Each is read once. Its size proves nothing: a tool that writes ranges leaves holes
+when it is killed. Whatever the origin tells it to sum up to is compared; where that is nothing,
+some ranges are, and all that is zeros here or was never written. A file whose origin cannot be
+asked is taken with its name and size, but not with unwritten ranges.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from loader.errors import CheckpointError, ExpiredError, FormatError
+from loader.fetch.files import (
+    Record,
+    boot_id,
+    disk_errors,
+    places,
+    read_record,
+    write_record,
+)
+from loader.fetch.folders import Folders
+from loader.fetch.missing_ranges import DoneRange, Range, combine
+from loader.fetch.progress import Progress, show_bytes
+from loader.fetch.range_read import read_range
+from loader.fetch.scan import (
+    allocated_only,
+    cut_range,
+    find_holes,
+    merge_ranges,
+    sample_ranges,
+    scan_file,
+)
+from loader.fetch.sizes import ask_version
+from loader.fetch.snapshot import FetchOptions
+from loader.fetch.spans import SpanProgress
+from loader.fetch.sums import Check, Sum, choose_check
+from loader.fetch.verify import check_structure, is_intact
+from loader.http.objects import ObjectInfo
+from loader.stores.base import Store
+from loader.threads import map_on_threads
+from loader.timeline import Timeline
+from loader.types import Artifact, Checksum, Manifest
+
+Presence = Literal["proved", "unproved", "missing"]
+_RECENT_S = 2.0  # what was written so lately may still be written to
+_LOOK_S = 0.2
+_COMPARED_BYTES = 16 << 20  # of one request
+_log = logging.getLogger("podloader")
+
+
+@dataclass(frozen=True, slots=True)
+class LaidFiles:
+    """Where other tools may have laid files. ``flat_job``: whose ranks lie in *folder* itself."""
+
+    folder: Path
+    flat_job: str | None = None
+
+    def find(self, artifact: Artifact) -> Path | None:
+        """Return where *artifact* lies, None where it does not."""
+        found = [self.folder / artifact.path]
+        if artifact.job == self.flat_job:
+            found.append(self.folder / artifact.name)
+        return next((path for path in found if os.path.lexists(path)), None)
+
+
+def adopt(
+    manifest: Manifest,
+    root: Path,
+    laid: LaidFiles,
+    store: Store,
+    options: FetchOptions,
+    progress: Progress | None,
+    timeline: Timeline,
+) -> None:
+    """Take those of *manifest*'s files that lie there, and are the origin's, into *root*.
+
+    What is taken has a record there, as if it had been fetched; what lies elsewhere, a symlink.
+
+    Raises:
+        CheckpointError: files that cannot be taken, and that there is no origin for.
+        FetchError: the origin does not answer.
+    """
+    root, found = root.absolute(), _unproved(manifest, root.absolute(), laid, options)
+    if not found:
+        return
+    with SpanProgress(progress, timeline, "adoption") as watched:
+        size_bytes = sum(path.stat().st_size for _, path in found if path.exists())
+        watched.start(len(found), size_bytes, 0)
+
+        def take(one: tuple[Artifact, Path]) -> _Candidate:
+            candidate = _Candidate(*one, laid, store, options, watched)
+            candidate.prove(root)
+            return candidate
+
+        tried = map_on_threads(take, found, options.concurrency)
+    rejected = [candidate for candidate in tried if candidate.reason]
+    for candidate in rejected:
+        _log.warning("%s is not taken: %s", candidate.path, candidate.reason)
+        places(root, candidate.artifact).remove("record")  # of when no origin could be asked
+    if alone := [c for c in rejected if not c.has_origin]:
+        raise CheckpointError(
+            "files that lie in the download folder cannot be taken",
+            where=str(laid.folder),
+            problems=[f"{candidate.path}: {candidate.reason}" for candidate in alone],
+            next_step="lay them there anew, or name an origin in artifacts that has them",
+        )
+
+
+def presence(manifest: Manifest, root: Path, laid: LaidFiles) -> Mapping[str, Presence]:
+    """Return of each file, by its path, whether it is here; only sizes and time stamps are read."""
+
+    def look(artifact: Artifact) -> Presence:
+        place = places(root.absolute(), artifact)
+        record = read_record(place)
+        if record is not None and is_intact(place, record, "size", record.boot_id):
+            return "proved"
+        path = laid.find(artifact)
+        if path is None or not path.is_file():
+            return "missing"
+        wanted = artifact.size_bytes
+        return "unproved" if wanted in (None, path.stat().st_size) else "missing"
+
+    return {artifact.path: look(artifact) for artifact in manifest.files}
+
+
+def _unproved(
+    manifest: Manifest, root: Path, laid: LaidFiles, options: FetchOptions
+) -> list[tuple[Artifact, Path]]:
+    """Return what lies here, and has no record that a fetch would believe."""
+    jobs = {artifact.job for artifact in manifest.files}
+    if not laid.flat_job and not any((laid.folder / job).is_dir() for job in jobs):
+        return []
+    found = []
+    for artifact in manifest.files:
+        path = laid.find(artifact)
+        if path is None:
+            continue
+        place = places(root, artifact)
+        record = read_record(place)
+        believed = record is not None and record.compared
+        if record is not None and artifact.url == _url(path):
+            believed = is_intact(place, record, options.verify, boot_id())
+        if not believed:
+            found.append((artifact, path))
+    return found
+
+
+def _url(path: Path) -> str:
+    """Return what the store for local files calls *path*."""
+    return f"file://{path}"
+
+
+class _RejectedError(Exception):
+    """Why a file is not taken."""
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A file that lies here, and why it is not taken, or "". ``has_origin``: it can be fetched."""
+
+    artifact: Artifact
+    path: Path
+    laid: LaidFiles
+    store: Store
+    options: FetchOptions
+    progress: Progress
+    reason: str = ""
+    has_origin: bool = True
+
+    def prove(self, root: Path) -> None:
+        """Write the record of a file that is proved."""
+        self.has_origin = self.artifact.url != _url(self.path)
+        try:
+            real = Path(os.path.realpath(self.path))
+            with _open_regular(real, self.laid.folder) as fd:
+                _wait_until_settled(fd, self.options.settle_s)
+                record = self._prove(fd)
+        except _RejectedError as error:
+            self.reason = str(error)
+            return
+        place = places(root, self.artifact)
+        if place.whole != str(real):
+            record = replace(record, target=str(real))
+        with disk_errors(place.whole):
+            if os.path.realpath(place.whole) != str(real):
+                link = Path(f"{place.part}.link")
+                for path in (link, place.final):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                link.unlink(missing_ok=True)
+                link.symlink_to(real)
+                link.replace(place.final)
+        write_record(place, record)
+        self.progress.finish_file(self.artifact.path)
+
+    def _prove(self, fd: int) -> Record:
+        before = os.fstat(fd)
+        info = self._ask_origin()
+        wanted = {self.artifact.size_bytes, info.size_bytes if info else None} - {None}
+        for size_bytes in sorted(size for size in wanted if size is not None):
+            if size_bytes != before.st_size:
+                said = f"{before.st_size} bytes, where the origin has {size_bytes}"
+                raise _RejectedError(said)
+        try:
+            check_structure(fd, self.artifact.path)
+        except FormatError as error:
+            raise _RejectedError(
+                f"{error.what} ({error.got})" if error.got else error.what
+            ) from None
+        told = (*self.artifact.checksums, *(info.checksums if info else ()))
+        checks = _checks(told, before.st_size, self.options.range_bytes)
+        sums = [check.new_sum(before.st_size) for check in checks]
+        tell = partial(self.progress.advance, path=self.artifact.path)
+        self.progress.begin_file(self.artifact.path, before.st_size, 0)
+        holes = find_holes(fd, before.st_size)
+        scan = scan_file(fd, before.st_size, sums, self.options.range_bytes, tell)
+        after = os.fstat(fd)
+        if _stamp(before) != _stamp(after):
+            raise _RejectedError("it changed while it was read")
+        unwritten = [*holes, *allocated_only(fd, scan.zeros)]
+        if _sums_agree(checks, sums, scan.ranges):
+            pass
+        elif info is None:
+            self._refuse_unwritten(unwritten)
+        else:
+            self._compare(fd, info, [*scan.zeros, *unwritten])
+        return Record(
+            before.st_size,
+            combine(scan.ranges),
+            self.artifact.source,
+            info.version if info else None,
+            before.st_mtime_ns,
+            boot_id(),
+            tuple(scan.ranges),
+            compared=info is not None or self.artifact.url == _url(self.path),
+        )
+
+    def _ask_origin(self) -> ObjectInfo | None:
+        """Return what the origin says, None where the file itself is all that there is."""
+        if not self.has_origin:
+            return None
+        try:
+            return ask_version(self.artifact, self.store, self.options.retries)
+        except ExpiredError:
+            self.has_origin = False
+            return None
+
+    def _refuse_unwritten(self, unwritten: Sequence[Range]) -> None:
+        if unwritten and not self.options.accept_unwritten:
+            size = show_bytes(sum(r.size_bytes for r in unwritten))
+            first = unwritten[0]
+            raise _RejectedError(
+                f"{size} of it were never written, the first at byte {first.start}; "
+                "accept_unwritten: true takes them for zeros"
+            )
+
+    def _compare(self, fd: int, info: ObjectInfo, suspicious: Sequence[Range]) -> None:
+        """Compare ranges with the origin's: some at random, all that is *suspicious*."""
+        if not info.ranges:
+            raise _RejectedError("the origin has no sum of it, and no ranges to compare")
+        wanted = [*sample_ranges(info.size_bytes), *merge_ranges(suspicious)]
+        for span in (piece for one in wanted for piece in cut_range(one, _COMPARED_BYTES)):
+            theirs = bytearray(span.size_bytes)
+            read_range(
+                self.artifact,
+                self.store,
+                info,
+                span.start,
+                memoryview(theirs),
+                self.options.retries,
+            )
+            if theirs != os.pread(fd, span.size_bytes, span.start):
+                said = f"its bytes {span.start} to {span.end} are not the origin's"
+                raise _RejectedError(said)
+
+
+@contextlib.contextmanager
+def _open_regular(real: Path, folder: Path) -> Iterator[int]:
+    """Give a descriptor of a file that nobody but us and root can have laid below *folder*."""
+    if not real.is_relative_to(os.path.realpath(folder)):
+        raise _RejectedError(f"it leads out of the download folder, to {real}")
+    folders = Folders(str(real.parent))
+    try:
+        fd = folders.open("", real.name, os.O_RDONLY)
+    except OSError as error:
+        raise _RejectedError(f"it cannot be opened: {error.strerror}") from None
+    try:
+        if not folders.is_ours(os.fstat(fd)):
+            raise _RejectedError("it belongs to another user, or everybody may write to it")
+        yield fd
+    except EOFError:
+        raise _RejectedError("it became shorter while it was read") from None
+    except OSError as error:
+        raise _RejectedError(f"it cannot be read: {error.strerror}") from None
+    finally:
+        os.close(fd)
+
+
+def _wait_until_settled(fd: int, limit_s: float) -> None:
+    """Wait until nothing has changed the file for a while; its own clock may not be ours."""
+    deadline = time.monotonic() + limit_s
+    seen, since = os.fstat(fd), time.monotonic()
+    if time.time() - seen.st_ctime >= _RECENT_S:
+        return
+    while time.monotonic() - since < _RECENT_S:
+        if time.monotonic() > deadline:
+            raise _RejectedError(f"it has been written to for {limit_s:.0f} s, and still is")
+        time.sleep(_LOOK_S)
+        found = os.fstat(fd)
+        if _stamp(found) != _stamp(seen):
+            seen, since = found, time.monotonic()
+
+
+def _stamp(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _checks(told: Iterable[Checksum], size_bytes: int, range_bytes: int) -> list[Check]:
+    """Return every comparison that what is *told* makes possible."""
+    single = (ObjectInfo(size_bytes, checksums=(checksum,)) for checksum in told)
+    chosen = (choose_check(one, range_bytes, full=True) for one in single)
+    return [check for check in chosen if check is not None]
+
+
+def _sums_agree(checks: Sequence[Check], sums: Sequence[Sum], ranges: Sequence[DoneRange]) -> bool:
+    """Return whether a sum proves the file; one that differs refuses it."""
+    proved = False
+    for check, one in zip(checks, sums, strict=True):
+        same = one.result(ranges) == check.checksum.digest
+        if not same and not check.guessed:
+            raise _RejectedError(f"its {check.checksum.algorithm} is not what the origin tells")
+        proved |= same
+    return proved

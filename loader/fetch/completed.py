@@ -1,0 +1,67 @@
+"""Which files a config asked for, once all of them are here: for a start without its origin.
+
+::
+
+    <download_folder>/.podloader/completed/<key>     {"files": [[job, rank, name, source, bytes] …]}
+
+It holds no signature, and proves nothing: each file has its own record.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+from loader.fetch.files import (
+    DAMAGED,
+    STATE,
+    boot_id,
+    disk_errors,
+    places,
+    read_record,
+)
+from loader.fetch.verify import is_intact
+from loader.types import Artifact, Listing, Manifest
+
+
+def write_completed(root: Path, key: str, manifest: Manifest) -> None:
+    """Remember that all files of *manifest*, which *key* stands for, are whole below *root*."""
+    files = [
+        [a.job, a.node_rank, a.relative_file_name, a.source, a.size_bytes] for a in manifest.files
+    ]
+    place = _place(root, key)
+    with disk_errors(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        aside = place.with_name(f"{key}.{os.getpid()}")
+        aside.write_text(json.dumps({"files": files}), encoding="utf-8")
+        aside.replace(place)
+
+
+def read_completed(root: Path, key: str) -> tuple[Listing, ...]:
+    """Return the listings of what *key* stands for, empty where a file of it is not here."""
+    try:
+        entries = json.loads(_place(root, key).read_bytes())["files"]
+        artifacts = [Artifact(*entry) for entry in entries]
+    except (OSError, KeyError, *DAMAGED):
+        return ()
+    if not all(_is_here(root, artifact) for artifact in artifacts):
+        return ()
+    return tuple(_by_job(artifacts))
+
+
+def _is_here(root: Path, artifact: Artifact) -> bool:
+    place = places(root.absolute(), artifact)
+    record = read_record(place)
+    return record is not None and is_intact(place, record, "size", boot_id())
+
+
+def _by_job(artifacts: list[Artifact]) -> Iterator[Listing]:
+    for job, own in groupby(sorted(artifacts, key=lambda a: a.path), key=lambda a: a.job):
+        yield Listing(job, tuple(own))
+
+
+def _place(root: Path, key: str) -> Path:
+    return root / STATE / "completed" / key

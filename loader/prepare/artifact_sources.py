@@ -1,0 +1,127 @@
+"""Where the artifacts of a config are: at an origin, in the download folder already, or both."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from loader.config.settings import Settings
+from loader.errors import ConfigError, ListingError, LoaderError, redact
+from loader.fetch.adoption import LaidFiles
+from loader.fetch.completed import read_completed
+from loader.stores.job_folders import has_ranks
+from loader.stores.registry import LOCAL, Stores
+from loader.timeline import Timeline
+from loader.types import ArtifactReference, Listing, TrainingCheckpoints
+
+_log = logging.getLogger("podloader")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The listings of every job, the store that holds their artifacts, and what lies here."""
+
+    listings: tuple[Listing, ...]
+    store: Stores
+    laid: LaidFiles
+
+
+def place_downloads(settings: Settings) -> tuple[Settings, LaidFiles]:
+    """Return the settings with a download folder to write to, and what may lie in their own.
+
+    Where that is read-only, as a mounted volume is, files of it are taken by symlinks in a folder
+    of the cache.
+    """
+    folder = settings.training.download_folder.absolute()
+    jobs = _jobs(settings)
+    laid = LaidFiles(folder, jobs[0] if len(jobs) == 1 and has_ranks(folder) else None)
+    if not folder.is_dir() or os.access(folder, os.W_OK):
+        return settings, laid
+    key = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:16]
+    training = replace(settings.training, download_folder=settings.user_cache / "downloads" / key)
+    return replace(settings, training=training), laid
+
+
+@contextlib.contextmanager
+def open_origin(settings: Settings, laid: LaidFiles, timeline: Timeline) -> Iterator[Origin]:
+    """Give the listings and the store that the settings name, for the length of the block.
+
+    Where no artifacts are named, what lies in the download folder is the listing. A place that does
+    not answer is done without where an earlier run has completed all that this config asks for.
+
+    Raises:
+        ConfigError: no artifacts are named, and none lie there.
+        ListingError, FetchError: a listing cannot be read.
+    """
+    store = Stores(settings, on_renewal=lambda: timeline.count("refreshes"))
+    try:
+        with timeline.stage("listing"):
+            try:
+                listings = _read_listings(settings, store, laid)
+            except LoaderError as error:
+                root, key = settings.training.download_folder, completed_key(settings)
+                completed = read_completed(root, key) if error.retryable else ()
+                if not completed:
+                    raise
+                _log.warning("%s; an earlier run completed all files, which are taken", error.what)
+                listings = completed
+        yield Origin(listings, store, laid)
+    finally:
+        store.close()
+
+
+def _read_listings(settings: Settings, store: Stores, laid: LaidFiles) -> tuple[Listing, ...]:
+    references = wanted_checkpoints(settings).artifact_references
+    jobs = _jobs(settings)
+    loops = {reference.training_job_id for reference in references if reference.loops}
+    found: list[Listing] = []
+    for source in settings.artifacts or (LOCAL,):
+        if source == LOCAL:
+            found += store.read_download_folder(laid.folder, jobs)
+        else:
+            found += store.read_listings(source, jobs, loops=loops)
+    if not found and not settings.artifacts:
+        raise ConfigError(
+            "it is not said where the artifacts are",
+            expected="a listing JSON (path or URL), s3://bucket/prefix, baseten, an fsspec URL, "
+            f"or the files themselves in {laid.folder}/<job>/rank-<N>/",
+            next_step="give --artifacts SRC, or set artifacts in model_metadata.podloader",
+        )
+    if not found and LOCAL in settings.artifacts:
+        raise ListingError(
+            "nothing of the jobs lies in the download folder",
+            where=str(laid.folder),
+            expected=", ".join(f"{job}/rank-<N>/…" for job in jobs),
+            next_step="lay the files there, or name an origin in artifacts",
+        )
+    return tuple(found)
+
+
+def _jobs(settings: Settings) -> tuple[str, ...]:
+    references = wanted_checkpoints(settings).artifact_references
+    return tuple(dict.fromkeys(reference.training_job_id for reference in references))
+
+
+def completed_key(settings: Settings) -> str:
+    """Return what tells this config's choice of files from others'."""
+    references = [
+        (r.training_job_id, r.paths) for r in wanted_checkpoints(settings).artifact_references
+    ]
+    sources = [redact(source) for source in settings.artifacts]
+    text = json.dumps([references, sources, settings.weights_only_fetch])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def wanted_checkpoints(settings: Settings) -> TrainingCheckpoints:
+    """Return the config's references, and the base model's where it is a checkpoint too."""
+    base = settings.base_checkpoint
+    if base is None:
+        return settings.training
+    reference = ArtifactReference(base.job, (f"{base.name}/",))
+    references = (*settings.training.artifact_references, reference)
+    return replace(settings.training, artifact_references=references)
