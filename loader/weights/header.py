@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from types import MappingProxyType
 from loader.errors import FormatError
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 64  # of what torch computes with; a product of many more is work without end
 METADATA_KEY = "__metadata__"
 
 # Bits of one element; the codes are those of safetensors 0.8.
@@ -165,7 +167,8 @@ def _read_entry(name: str, entry: object, base: int, problems: list[str]) -> Ten
         return None
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
-        problems.append(f"{name}: shape {shape!r} or data_offsets {offsets!r} is no list of counts")
+        found = f"shape {reprlib.repr(shape)} or data_offsets {reprlib.repr(offsets)}"
+        problems.append(f"{name}: {found} is no list of counts, at most {MAX_DIMENSIONS}")
         return None
     start, end = offsets
     try:
@@ -180,7 +183,9 @@ def _read_entry(name: str, entry: object, base: int, problems: list[str]) -> Ten
 
 
 def _are_counts(value: object) -> bool:
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS:
+        return False
+    return all(type(v) is int and 0 <= v < 1 << 63 for v in value)
 
 
 def _cover_problems(tensors: list[TensorInfo], data_start: int, file_bytes: int) -> list[str]:

@@ -77,6 +77,20 @@ def test_length_over_the_limit() -> None:
         parse_header(struct.pack("<Q", 1 << 60) + b"{}", 1 << 62, "x")
 
 
+@pytest.mark.parametrize("factors", [65, 240, 400_000])
+def test_more_factors_than_a_tensor_has_dimensions(factors: int) -> None:
+    found = problems({"t": one(shape=[3] * factors), "u": one(data_offsets=[3] * factors)})
+    assert len(found) < 1000
+    assert "list of counts, at most 64" in found
+    assert (
+        parse({"t": one(shape=[1] * 64, data_offsets=[0, 4])}, data=4).tensors["t"].size_bytes == 4
+    )
+
+
+def test_a_product_that_no_text_holds() -> None:
+    assert "needs" in problems({"t": one(shape=[(1 << 63) - 1] * 64)})
+
+
 def test_length_beyond_the_file() -> None:
     with pytest.raises(FormatError, match="truncated in the header"):
         parse_header(struct.pack("<Q", 100) + b"{}", 10, "x")

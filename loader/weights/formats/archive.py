@@ -27,7 +27,17 @@ from loader.weights.header import size_bytes
 
 MAX_PICKLE_BYTES = 1 << 30
 _LOCAL_HEADER_BYTES = 30
+_MOST_READ_BYTES = MAX_PICKLE_BYTES + (1 << 28)  # with the directory
 _AHEAD_BYTES = 4096
+_BROKEN = (  # what zipfile raises; RuntimeError for what is encrypted or not implemented
+    zipfile.BadZipFile,
+    struct.error,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+)
 
 
 class Archive:
@@ -51,8 +61,8 @@ class Archive:
                 self._check_sizes(view.size)
                 self._check_order(archive)
                 self.pickled = archive.read(pickle_name)
-        except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
-            raise self._broken(str(error)) from error
+        except _BROKEN as error:
+            raise self._broken(str(error) or type(error).__name__) from error
         self._starts: dict[str, int] = {}
 
     @cached_property
@@ -105,8 +115,10 @@ class Archive:
         for name, info in self._entries.items():
             if info.compress_type != zipfile.ZIP_STORED or info.header_offset > size:
                 raise self._broken(f"{name} is compressed or lies outside")
-        if self._entries[f"{self._prefix}data.pkl"].file_size > min(size, MAX_PICKLE_BYTES):
-            raise self._broken("an absurd size of data.pkl")
+        for name, most in (("data.pkl", MAX_PICKLE_BYTES), ("byteorder", 16)):
+            found = self._entries.get(f"{self._prefix}{name}")
+            if found is not None and found.file_size > min(size, most):
+                raise self._broken(f"an absurd size of {name}")
 
     def _check_order(self, archive: zipfile.ZipFile) -> None:
         name = f"{self._prefix}byteorder"
@@ -155,6 +167,7 @@ class _View(io.RawIOBase):
         self.end = min(self.end, self.file.size_bytes)
         self.size = max(0, self.end - self.start)
         self._at = 0
+        self._left = _MOST_READ_BYTES
 
     def readable(self) -> bool:
         return True
@@ -174,6 +187,9 @@ class _View(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         count = max(0, min(len(buffer), self.size - self._at))
+        self._left -= count
+        if self._left < 0:
+            raise ValueError("a directory without end")
         self.file.read_into(self.start + self._at, memoryview(buffer)[:count])
         self._at += count
         return count

@@ -19,7 +19,7 @@ from loader.errors import CheckpointError, FormatError, UnsupportedError
 from loader.weights.formats.archive import Archive
 from loader.weights.formats.pieces import Piece, SourceTensor, describe_box, find_holes
 from loader.weights.formats.rank_files import Files, read_all
-from loader.weights.formats.records import Record, TensorRef, counts, is_count
+from loader.weights.formats.records import Record, TensorRef, dimensions, is_count
 from loader.weights.formats.unpickling import unpickle
 from loader.weights.header import DTYPE_BITS
 
@@ -150,12 +150,12 @@ def _read_tensor(
         dtype = properties.get("dtype")
     if dtype not in DTYPE_BITS or not isinstance(chunks, list):
         raise ValueError("no dtype or no chunks")
-    shape = counts(entry.get("size"))
+    shape = dimensions(entry.get("size"))
     found = []
     for chunk in chunks:
         if not isinstance(chunk, Record):
             raise ValueError("a chunk that is none")
-        offsets, sizes = counts(chunk.get("offsets")), counts(chunk.get("sizes"))
+        offsets, sizes = dimensions(chunk.get("offsets")), dimensions(chunk.get("sizes"))
         place = places.get((name, offsets)) or (places.get((name, None)) if not shape else None)
         if place is None and 0 not in sizes:
             raise ValueError(f"no file is named for {describe_box(offsets, sizes)}")

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from loader.errors import CheckpointError, FormatError
 from loader.weights.formats.pieces import Piece, SourceTensor, find_holes
 from loader.weights.formats.rank_files import Files, RangeFile
-from loader.weights.formats.records import counts
+from loader.weights.formats.records import dimensions
 from loader.weights.header import Header, header_length, parse_header
 
 SHARDING_INFO = "DCP_SHARDING_INFO"
@@ -91,7 +91,7 @@ def _read_shard(file: RangeFile) -> list[tuple[str, Piece]]:
     header = read_range_header(file)
     try:
         info = json.loads(header.metadata.get(SHARDING_INFO, ""))
-        offsets = {name: counts(entry["saved_offsets"]) for name, entry in info.items()}
+        offsets = {name: dimensions(entry["saved_offsets"]) for name, entry in info.items()}
         return [
             (name, Piece(file, tensor.start, tensor.dtype, offsets[name], tensor.shape))
             for name, tensor in header.tensors.items()

@@ -15,6 +15,7 @@ from loader.weights.formats.allowed import (
     TENSORS,
     TUPLES,
 )
+from loader.weights.header import MAX_DIMENSIONS
 
 
 @dataclass(eq=False, slots=True)
@@ -105,7 +106,7 @@ def _make_tensor(name: str, args: tuple[object, ...]) -> TensorRef:
     dtype = args[6] if name.endswith("_v3") else storage.dtype
     if dtype not in DTYPES.values():
         raise ValueError("a tensor without dtype")
-    return TensorRef(storage, str(dtype), offset, counts(shape), counts(strides))
+    return TensorRef(storage, str(dtype), offset, dimensions(shape), dimensions(strides))
 
 
 def counts(value: object) -> tuple[int, ...]:
@@ -117,6 +118,17 @@ def counts(value: object) -> tuple[int, ...]:
     if not isinstance(value, tuple | list) or not all(is_count(v) for v in value):
         raise ValueError("not a list of counts")
     return tuple(value)
+
+
+def dimensions(value: object) -> tuple[int, ...]:
+    """Return *value* as ``counts`` does, one for each of a tensor's dimensions.
+
+    Raises:
+        ValueError: also where there are more of them than any tensor has.
+    """
+    if isinstance(value, tuple | list) and len(value) > MAX_DIMENSIONS:
+        raise ValueError(f"{len(value)} dimensions")
+    return counts(value)
 
 
 def is_count(value: object) -> TypeGuard[int]:

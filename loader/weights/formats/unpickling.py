@@ -1,7 +1,8 @@
 """A pickle -> plain containers, records and descriptions of tensors. No name in it is ever called.
 
 Its own small machine rather than ``pickle.Unpickler`` with a filter: that one sets attributes on
-whatever lies on its stack and allocates by a number that the file gives.
+whatever lies on its stack and allocates by a number that the file gives. What comes out is shallow,
+and as large as the file: whoever walks it needs no bounds of his own.
 
 Source of the opcodes: Python's ``pickletools``.
 """
@@ -9,13 +10,30 @@ Source of the opcodes: Python's ``pickletools``.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from loader.errors import FormatError, UnsupportedError
 from loader.weights.formats.allowed import ALLOWED, DTYPES, STORAGES
 from loader.weights.formats.records import Name, Record, StorageRef, TensorRef, is_count, make
 
 _HIGHEST_PROTOCOL = 5
+_MOST_VALUES = 1 << 26
+_MOST_DEPTH = 100
+_CONTAINERS = (Record, dict, list, tuple)  # of what may hold more of them; sets hold keys
+_MOST_IN_KEY = 1000
+_COPIES = 8  # how much larger than itself a pickle may be, read as a tree
+
+
+_BROKEN = (
+    IndexError,
+    KeyError,
+    TypeError,
+    ValueError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
+    struct.error,
+)
 
 
 class _Mark:
@@ -33,7 +51,7 @@ def unpickle(data: bytes, where: str) -> object:
         return _Machine(data, where).run()
     except (UnsupportedError, FormatError):
         raise
-    except (IndexError, KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
+    except _BROKEN as error:
         raise _broken(where, f"{type(error).__name__}: {error}") from error
 
 
@@ -46,6 +64,7 @@ class _Machine:
         self._where = where
         self._stack: list[object] = []
         self._memo: dict[int, object] = {}
+        self._made = 0
 
     def run(self) -> object:
         """Return what lies on the stack when the pickle ends."""
@@ -58,7 +77,9 @@ class _Machine:
             handler(self)
         if len(self._stack) != 1:
             raise _broken(self._where, f"{len(self._stack)} values left on the stack")
-        return self.pop()
+        value = self.pop()
+        _check_tree(value, _COPIES * self._made + 1)
+        return value
 
     def take(self, count: int) -> bytes:
         """Return the next *count* bytes."""
@@ -80,6 +101,13 @@ class _Machine:
     def push(self, value: object) -> None:
         """Put a value on the stack."""
         self._stack.append(value)
+        self.count(1)
+
+    def count(self, made: int) -> None:
+        """Note how much was made; a pickle of a few bytes may ask for any number of copies."""
+        self._made += made
+        if self._made > _MOST_VALUES:
+            raise _broken(self._where, f"more than {_MOST_VALUES} values")
 
     def pop(self) -> object:
         """Take a value from the stack; a mark is none."""
@@ -142,6 +170,7 @@ class _Machine:
         if isinstance(target, list):
             target.extend(values)
         elif isinstance(target, set):
+            _check_keys(values)
             target.update(values)
         else:
             raise _broken(self._where, f"values put into a {type(target).__name__}")
@@ -151,7 +180,9 @@ class _Machine:
         target = self._stack[-1]
         if not isinstance(target, dict) or len(values) % 2:
             raise _broken(self._where, f"items put into a {type(target).__name__}")
-        target.update(zip(values[::2], values[1::2], strict=True))
+        keys = values[::2]
+        _check_keys(keys)
+        target.update(zip(keys, values[1::2], strict=True))
 
     def build(self) -> None:
         """BUILD: the state of a record; a container's or a tensor's attributes are dropped."""
@@ -179,7 +210,46 @@ class _Machine:
         name = self.pop()
         if not isinstance(name, Name) or not isinstance(args, tuple):
             raise _broken(self._where, f"a call of a {type(name).__name__}")
+        if len(args) == 1 and isinstance(args[0], Collection):  # which is copied
+            self.count(len(args[0]))
+        elif args and isinstance(args[0], str):
+            self.count(len(args[0]) >> 3)
         self.push(make(name.text, args))
+
+
+def _check_keys(keys: list[object]) -> list[object]:
+    """Return *keys*, which are small: Python hashes tuples in tuples as deep as they go."""
+    for key in keys:
+        if type(key) is not tuple:
+            continue
+        left: list[tuple[object, ...]] = [key]
+        seen = 0
+        while left:
+            item = left.pop()
+            seen += 1 + len(item)
+            if seen > _MOST_IN_KEY:
+                raise ValueError("a key of more than a thousand values")
+            left += [one for one in item if type(one) is tuple]
+    return keys
+
+
+def _check_tree(root: object, most: int) -> None:
+    """Raise ValueError for what is deep, or refers to itself or to much again and again."""
+    left, depth, seen = [root], 0, 0
+    while left:
+        depth += 1
+        seen += len(left)
+        if depth > _MOST_DEPTH or seen > most:
+            raise ValueError("containers in containers, deeper or more often than they are made")
+        left = [inner for one in left for inner in _children(one) if type(inner) in _CONTAINERS]
+
+
+def _children(value: object) -> Iterable[object]:
+    if isinstance(value, Record):
+        return (value.args, value.state)
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
 
 
 def _broken(where: str, got: str) -> FormatError:
@@ -198,6 +268,11 @@ def _text(machine: _Machine, width: int) -> None:
 
 def _integer(machine: _Machine, count: int) -> None:
     machine.push(int.from_bytes(machine.take(count), "little", signed=True))
+
+
+def _empty_set(machine: _Machine) -> None:
+    machine.count(3)  # the largest of what a byte makes
+    machine.push(set())
 
 
 def _protocol(machine: _Machine) -> None:
@@ -229,7 +304,7 @@ _OPCODES: Mapping[bytes, Callable[[_Machine], object]] = {
     b"\x8e": lambda m: m.push(m.take(m.number(8))),
     b"]": lambda m: m.push([]),
     b"}": lambda m: m.push({}),
-    b"\x8f": lambda m: m.push(set()),
+    b"\x8f": _empty_set,
     b")": lambda m: m.push(()),
     b"a": lambda m: m.append([m.pop()]),
     b"e": lambda m: m.append(m.pop_to_mark()),
@@ -239,7 +314,7 @@ _OPCODES: Mapping[bytes, Callable[[_Machine], object]] = {
     b"\x85": lambda m: m.push(m.pop_tuple(1)),
     b"\x86": lambda m: m.push(m.pop_tuple(2)),
     b"\x87": lambda m: m.push(m.pop_tuple(3)),
-    b"\x91": lambda m: m.push(frozenset(m.pop_to_mark())),
+    b"\x91": lambda m: m.push(frozenset(_check_keys(m.pop_to_mark()))),
     b"s": lambda m: m.set_items(list(m.pop_tuple(2))),
     b"u": lambda m: m.set_items(m.pop_to_mark()),
     b"c": lambda m: m.push_name(m.line(), m.line()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import struct
 import zipfile
 from collections import OrderedDict
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from loader.errors import FormatError, LoaderError, UnsupportedError
+from loader.weights.formats import unpickling
 from loader.weights.formats.allowed import ALLOWED
 from loader.weights.formats.archive import Archive
 from loader.weights.formats.rank_files import LocalFile
@@ -95,6 +97,82 @@ def test_a_call_of_anything_else_is_refused(
 def test_malformed_pickles_are_errors_of_our_own(data: bytes) -> None:
     with pytest.raises(LoaderError):
         unpickle(data, "here")
+
+
+DEEP = 1 << 17
+LAUGHS = b"]r\x00\x00\x00\x00" + b"".join(
+    b"(" + b"j" + struct.pack("<I", n) + b"j" + struct.pack("<I", n) + b"l" + b"r"
+    + struct.pack("<I", n + 1) for n in range(64)
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b")" + b"\x85" * DEEP + b".",  # tuples in tuples
+        b"\x8f(" + b")" + b"\x85" * DEEP + b"\x90.",  # as a set's member, which is hashed
+        b"(" + b")" + b"\x85" * DEEP + b"\x91.",
+        b"})" + b"\x85" * DEEP + b"Ns.",  # as a key
+        b"]" * DEEP + b"a" * (DEEP - 1) + b".",
+        b"}" + b"Nq\x00" * 1 + b"0" + b"}" * 0 + b"(K\x00" + b"]" * 300 + b"a" * 299 + b"u.",
+        b"(" * DEEP + b".",
+        b"(" * DEEP + b"t" * DEEP + b".",
+        LAUGHS + b".",
+        b"}(" + b"K\x01" + LAUGHS + b"u.",
+        b"}" + b")" + b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(60))
+        + b"Ns.",  # a key that doubles sixty times
+        b"]q\x00h\x00a.",  # in itself
+        b"}q\x00K\x01h\x00s.",
+        b"ctorch\nSize\n(" + b"K\x01" * 9 + b"tq\x00" + b"\x85R.",
+    ],
+)  # fmt: skip
+def test_what_nests_or_repeats_without_end(data: bytes) -> None:
+    """Hashing, printing or walking it would end this process, or never end."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        value = unpickle(data, "here")
+    except FormatError:
+        value = (1,) * 9
+    assert value == (1,) * 9
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
+
+
+def test_copies_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpickling, "_MOST_VALUES", 100_000)
+    big = b"(" + b"K\x01" * 1000 + b"lq\x00"
+    again = b"ccollections\nOrderedDict\n0" + b"cbuiltins\nset\nh\x00\x85R" * 1000
+    with pytest.raises(FormatError, match="cannot be read") as caught:
+        unpickle(big + again + b"l.", "here")
+    assert "more than 100000 values" in caught.value.got
+
+
+def test_more_dimensions_than_a_tensor_has() -> None:
+    head = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\n"
+    storage = b"X\x01\0\0\x000X\x03\0\0\0cpuJ\xff\xff\xff\x7ftQK\0"
+    for count in (2, 240):
+        shape = b"(" + b"J\xff\xff\xff\x7f" * count + b"t"
+        data = head + storage + shape + shape + b"\x89NtR."
+        if count == 2:
+            assert isinstance(unpickle(data, "here"), TensorRef)
+            continue
+        with pytest.raises(FormatError, match="cannot be read"):
+            unpickle(data, "here")
+
+
+def test_entries_that_zipfile_does_not_read(tmp_path: Path) -> None:
+    """Encrypted ones, by a method that is not known, with a directory that lies."""
+    path = tmp_path / "x.pt"
+    torch.save(torch.arange(6.0), path)
+    content = path.read_bytes()
+    for place, byte in ((8, 1), (10, 99), (42, 255), (44, 255), (46 + 7, 0xFF)):
+        changed = bytearray(content)
+        at = changed.index(b"PK\x01\x02")  # of the directory
+        while at >= 0:
+            changed[at + place] = byte
+            at = changed.find(b"PK\x01\x02", at + 4)
+        path.write_bytes(changed)
+        with pytest.raises(FormatError, match="cannot be read"):
+            Archive(LocalFile(path)).value  # noqa: B018
 
 
 def test_every_cut_of_a_real_file_is_an_error_of_our_own(tmp_path: Path) -> None:
