@@ -182,6 +182,7 @@ def attach(
     configs = [read_adapter_config(adapter.folder) for adapter in adapters]
     warnings = []
     for adapter, config in zip(adapters, configs, strict=True):
+        config.check_patterns([name.rpartition(".")[0] for name in view.tensors])
         if not config.may_be_over(base):
             warnings.append(f"{adapter.name} was trained over {config.base_model}, not {base}")
             _log.warning("every shape fits, but %s", warnings[-1])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeGuard
 
+from loader.adapters.patterns import check_suffix, check_whole, matches_suffix, pattern_problem
 from loader.errors import AdapterError
 from loader.weights.inspect import ADAPTER_CONFIG, read_json
 
@@ -25,6 +27,8 @@ _FOREIGN = {
     "monteclora_config": "MonteCLoRA",
     "velora_config": "VeLoRA",
 }
+_MOST_RANK = 1 << 20
+_MOST_ALPHA = 3e38  # float32's
 MERGEABLE_TYPES = ("LORA", "LOHA", "LOKR", "IA3", "VERA")
 
 
@@ -69,6 +73,14 @@ class AdapterConfig:
     def max_rank(self) -> int:
         """The largest rank that the config names, as vLLM counts it."""
         return max([self.rank, *self.rank_pattern.values()])
+
+    def check_patterns(self, modules: Sequence[str]) -> None:
+        """Raise AdapterError where PEFT or vLLM would match *modules* with a pattern for ever."""
+        for pattern in {**self.rank_pattern, **self.alpha_pattern}:
+            check_suffix(pattern, modules)
+        for key in ("target_modules", "exclude_modules"):
+            if isinstance(whole := self.extra.get(key), str):
+                check_whole(whole, modules)
 
     def may_be_over(self, base: Path) -> bool:
         """Return whether the base that the config names, where it does, is called like *base*."""
@@ -141,16 +153,16 @@ def parse_adapter_config(values: Mapping[str, object], folder: Path) -> AdapterC
     rank = values.get("r", 8 if peft_type != "IA3" else 1)
     alpha = values.get("lora_alpha", values.get("alpha", 8))
     if peft_type in ("", *MERGEABLE_TYPES):  # to others, such as OFT, ``r`` means something else
-        if type(rank) is not int or rank <= 0:
-            problems.append(f"r: expected a positive whole number, got {rank!r}")
-        if type(alpha) not in (int, float):
-            problems.append(f"lora_alpha: expected a number, got {alpha!r}")
+        if not _is_rank(rank):
+            problems.append(f"r: expected a positive whole number, got {reprlib.repr(rank)}")
+        if _as_number(alpha) is None:
+            problems.append(f"lora_alpha: expected a number, got {reprlib.repr(alpha)}")
     config = AdapterConfig(
         folder=folder,
         peft_type=peft_type,
         base_model=_text(values.get("base_model_name_or_path")),
-        rank=rank if type(rank) is int else 1,
-        alpha=float(alpha) if isinstance(alpha, int | float) else 1.0,
+        rank=rank if _is_rank(rank) else 1,
+        alpha=_as_number(alpha) or 0.0,
         use_rslora=bool(values.get("use_rslora")),
         rank_pattern={k: int(v) for k, v in _pattern(values, "rank_pattern", problems).items()},
         alpha_pattern=_pattern(values, "alpha_pattern", problems),
@@ -179,7 +191,7 @@ def _match(pattern: Mapping[str, float], module: str, default: float) -> float:
     Source: peft ``utils/other.py``, ``get_pattern_key``; keys are regular expressions.
     """
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if matches_suffix(key, module):
             return value
     return default
 
@@ -187,17 +199,29 @@ def _match(pattern: Mapping[str, float], module: str, default: float) -> float:
 def _pattern(values: Mapping[str, object], key: str, problems: list[str]) -> dict[str, float]:
     found = values.get(key) or {}
     if not isinstance(found, dict):
-        problems.append(f"{key}: expected a map, got {found!r}")
+        problems.append(f"{key}: expected a map, got {reprlib.repr(found)}")
         return {}
     for name, value in found.items():
-        try:
-            re.compile(name)
-        except re.error as error:
-            problems.append(f"{key}: {name!r} is no regular expression: {error}")
-        wanted = int if key == "rank_pattern" else int | float
-        if not isinstance(value, wanted) or (key == "rank_pattern" and value <= 0):
-            problems.append(f"{key}: {name!r}: expected a positive number, got {value!r}")
+        if problem := pattern_problem(name):
+            problems.append(f"{key}: {reprlib.repr(name)} is {problem}")
+        is_rank = key == "rank_pattern"
+        if _as_number(value) is None or (is_rank and not _is_rank(value)):
+            problems.append(
+                f"{key}: {reprlib.repr(name)}: expected a positive number, got "
+                f"{reprlib.repr(value)}"
+            )
     return found if not problems else {}
+
+
+def _is_rank(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 < value <= _MOST_RANK
+
+
+def _as_number(value: object) -> float | None:
+    """Return a number that float32 holds, too; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) <= _MOST_ALPHA else None
 
 
 def _text(value: object) -> str | None:
