@@ -10,7 +10,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeGuard
 
-from loader.adapters.patterns import check_suffix, check_whole, matches_suffix, pattern_problem
+from loader.adapters.module_patterns import (
+    check_suffix,
+    check_whole,
+    matches_suffix,
+    pattern_problem,
+)
 from loader.errors import AdapterError
 from loader.weights.inspect import ADAPTER_CONFIG, read_json
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from peft.utils.other import get_pattern_key
 
-from loader.adapters import patterns
+from loader.adapters import module_patterns as patterns
 from loader.adapters.config import parse_adapter_config
-from loader.adapters.patterns import _PLAIN, check_whole, matches_suffix, pattern_problem
+from loader.adapters.module_patterns import _PLAIN, check_whole, matches_suffix, pattern_problem
 from loader.errors import AdapterError
 
 MODULES = [
