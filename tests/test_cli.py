@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from tests.origin import FaultyOrigin, act, slow, status, write_listing
+from tests.planted import module_names, plant, planted_and_run
 
 
 def run(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -235,3 +236,38 @@ def test_a_listing_cannot_command_a_terminal(config: Path, origin: FaultyOrigin)
         assert done.returncode == 3
         assert "checkpoint-\\x1b[2J/" in done.stderr
         assert "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [["plan"], ["fetch"], ["inspect"]])
+def test_no_file_of_the_working_folder_is_run(
+    config: Path, tmp_path: Path, command: list[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    plant(tmp_path / "mine", module_names())
+    program = Path(sys.executable).with_name("podloader")
+    target = tmp_path / ("listing.json" if command == ["inspect"] else "config.yaml")
+    done = subprocess.run(
+        [program, *command, target],
+        cwd=tmp_path / "mine",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert planted_and_run(tmp_path / "mine") == []
+
+
+def test_nor_by_python_m(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    plant(
+        tmp_path / "mine", {"torch", "json", "yaml", "argparse", "socket", "ssl", "logging", "gc"}
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "loader", "fetch", config],
+        cwd=tmp_path / "mine",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert planted_and_run(tmp_path / "mine") == []

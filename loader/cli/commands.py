@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -222,6 +223,8 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
 def main() -> None:
     """Run the command line."""
     gc.set_threshold(100_000)  # a long listing is a million small objects that all stay
+    # A process below this one, vLLM's as well, takes no file of the working folder for a module.
+    os.environ["PYTHONSAFEPATH"] = "1"
     with ending():
         given = parse(sys.argv[1:])
         set_up_logging(given.pop("verbose"))

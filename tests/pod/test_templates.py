@@ -15,6 +15,7 @@ from tests.images import build_image, lay_out
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import serving, write_listing
 from tests.other_models import heard, tiny_whisper, tone
+from tests.planted import module_names, plant, planted_and_run
 from tests.pod.containers import start_container
 from tests.pod.pods import ENGINE_ARGS, free_port, needs_namespaces
 
@@ -42,6 +43,7 @@ def started(
         shutil.copytree(checkpoint, origin.folder("job1") / "checkpoint-1")
         write_listing(origin, truss / "data" / "checkpoints.json", "job1")
         image = build_image(truss, folder / "image")
+        plant(image.app, module_names())
         secrets = {"hf_access_token": "hf_hush", "baseten_api_key": "hush"}
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **settings}
         running = start_container(image, folder, secrets, environment, supervised=True)
@@ -50,6 +52,7 @@ def started(
             with OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
                 yield client
             assert "hush" not in running.text()
+            assert planted_and_run(image.app) == []
         finally:
             running.close()
 

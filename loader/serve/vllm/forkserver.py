@@ -19,6 +19,7 @@ from typing import Any
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 _KEPT = "OMP_NUM_THREADS"  # OpenMP has read the fork server's own, see import_engine
+_SAFE_PATH = "PYTHONSAFEPATH"
 _PRELOADED = "loader.serve.vllm.preloaded"
 _lock = threading.Lock()
 _started = threading.Event()
@@ -56,8 +57,26 @@ def start_forkserver() -> None:
         if _started.is_set() or METHOD in os.environ:
             return
         multiprocessing.set_forkserver_preload([_PRELOADED])
-        forkserver.ensure_running()
+        with _safe_path():
+            forkserver.ensure_running()
         _started.set()
+
+
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """Let a process that starts in this block take no file of the working folder for a module.
+
+    What it runs later has the module path of its starter.
+    """
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = before
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.planted import plant, planted_and_run
+
 _STARTED = """
 import os
 from multiprocessing import forkserver
@@ -39,11 +41,25 @@ print(forkserver._forkserver._forkserver_pid is not None, forkserver._forkserver
 """
 
 
-def printed(path: Path, script: str, **environment: str) -> str:
+_BESIDE = """
+import os
+from loader.serve.vllm import forkserver
+
+if __name__ == "__main__":
+    forkserver._PRELOADED = "colorsys"
+    forkserver.start_forkserver()
+    process = forkserver.EngineContext().Process(target=print, args=("here",))
+    process.start()
+    process.join()
+    print(os.environ.get("PYTHONSAFEPATH"))
+"""
+
+
+def printed(path: Path, script: str, folder: Path | None = None, **environment: str) -> str:
     path.write_text(script)
     command = [sys.executable, str(path)]
     return subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True
     ).stdout
 
 
@@ -63,3 +79,11 @@ def test_vllm_s_own_variable_has_the_word(tmp_path: Path) -> None:
         "False",
         "[]",
     ]
+
+
+def test_no_file_of_the_working_folder_is_run(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    plant(tmp_path / "here", ["colorsys", "multiprocessing", "selectors", "signal", "socket"])
+    said = printed(tmp_path / "beside.py", _BESIDE, tmp_path / "here", PYTHONUNBUFFERED="1")
+    assert said.split() == ["here", "None"]
+    assert planted_and_run(tmp_path / "here") == []
