@@ -79,6 +79,13 @@ class LoaderError(Exception):
             lines.append(f"  next: {self.next_step}")
         return "\n".join(lines)
 
+    @property
+    def line(self) -> str:
+        """What went wrong in one line, for an answer to a request."""
+        named = (("where", self.where), ("expected", self.expected), ("got", self.got))
+        details = (f"{name}: {value}" for name, value in named if value)
+        return "; ".join([self.what, *details, *self.problems])
+
     def to_json(self) -> dict[str, object]:
         """Return the fields as a JSON-ready object."""
         return {

@@ -26,7 +26,7 @@ from typing import Literal
 from loader.adapters.config import read_adapter_config
 from loader.adapters.edit_plan import MergePlan, plan_merge
 from loader.adapters.edits import Replace
-from loader.adapters.effect import check_effect
+from loader.adapters.effect import check_effect, check_finite
 from loader.adapters.plan_builder import Base, UnaskedError, check_base_folder
 from loader.adapters.problems import run_all
 from loader.adapters.surroundings import write_tokenizer
@@ -264,7 +264,8 @@ def check_fit(folder: Path, base: Base, *, allow_pickle: bool = False) -> MergeP
             return plan_merge(config, shapes, base)
         return None
 
-    plan, _ = run_all((fits, partial(check_effect, folder, shapes, read)))
+    moves, is_sound = (partial(c, folder, shapes, read) for c in (check_effect, check_finite))
+    plan, *_ = run_all((fits, moves, is_sound))
     return plan
 
 

@@ -1,4 +1,4 @@
-"""The adapter that loads and changes nothing: found before anything is built upon it."""
+"""The adapter that changes nothing, or all into NaN: found before anything is built upon it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ from pathlib import Path
 
 from loader.errors import AdapterError
 from loader.weights.header import TensorInfo
+
+# The bits that are all set in NaN and infinity: IEEE 754's exponents, and E4M3's only NaN.
+_EXPONENTS = {
+    "F64": 0x7FF0_0000_0000_0000,
+    "F32": 0x7F80_0000,
+    "F16": 0x7C00,
+    "BF16": 0x7F80,
+    "F8_E5M2": 0x7C,
+    "F8_E4M3": 0x7F,
+}
+_CHUNK = 1 << 20  # elements, whose mask stays in the cache
 
 
 def check_effect(
@@ -33,6 +44,35 @@ def check_effect(
             expected="trained values in every tensor",
             next_step="save the adapter again, gathering sharded parameters first (ZeRO-3, FSDP)",
         )
+
+
+def check_finite(
+    folder: Path, tensors: Mapping[str, TensorInfo], read_raw: Callable[[str], memoryview | bytes]
+) -> None:
+    """Raise AdapterError naming every adapter tensor with values that are no numbers.
+
+    An engine would mix them into the answers of others. A merge looks at what comes out of it.
+    """
+    spoiled = [n for n, info in tensors.items() if not is_finite(read_raw(n), info.dtype)]
+    if spoiled:
+        raise AdapterError(
+            "NaN or infinite values in an adapter",
+            where=str(folder),
+            problems=spoiled,
+            next_step="its training has diverged: choose an earlier checkpoint",
+        )
+
+
+def is_finite(raw: memoryview | bytes, dtype: str) -> bool:
+    """Return whether no element is NaN or infinite; *dtype* as in "BF16", any that has neither."""
+    if dtype not in _EXPONENTS:
+        return True
+    import numpy
+
+    mask = _EXPONENTS[dtype]
+    bits = numpy.frombuffer(raw, f"<u{(mask.bit_length() + 7) // 8}")
+    chunks = (bits[at : at + _CHUNK] for at in range(0, len(bits), _CHUNK))
+    return not any(((chunk & mask) == mask).any() for chunk in chunks)
 
 
 def _must_differ(name: str) -> bool:

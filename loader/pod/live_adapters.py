@@ -123,12 +123,22 @@ def fetch_adapter(
             next_step="choose the adapter's whole folder, with / at its end",
         )
     folder = found[0].path
-    named = NamedAdapter(name or f"{job}/{folder.name}", folder)
+    return check_adapter(settings, base, folder, name or f"{job}/{folder.name}")
+
+
+def check_adapter(settings: Settings, base: Path, folder: Path, name: str) -> ServedAdapter:
+    """Return the adapter in *folder*, fit for *base*, to be served as *name*.
+
+    Raises:
+        AdapterError: it does not fit the base, changes nothing, or vLLM cannot attach it.
+        CheckpointError: no adapter, or a broken one.
+    """
+    named = NamedAdapter(name, folder)
     decide("attach", [named])
-    own = settings.cache_folder or snapshot.root / STATE / "models"
-    ready = attach(base, [named], own / f"tokenizer-{job}-{folder.name}")
+    own = settings.cache_folder or settings.training.download_folder / STATE / "models"
+    ready = attach(base, [named], own / f"tokenizer-{'-'.join(folder.parts[-3:])}")
     if ready.tokenizer == folder:
-        _log.warning("%s came with a tokenizer, but the server keeps its own", named.name)
+        _log.warning("%s came with a tokenizer, but the server keeps its own", name)
     return ready.adapters[0]
 
 
@@ -175,9 +185,13 @@ def teach_vllm(config: str) -> None:
     """Let the vLLM of this process fetch the adapters that *config*, a Truss config, allows."""
     settings = Settings.load(config)
     if settings.adapter_jobs:
-        from loader.serve.vllm.resolver import install
+        from loader.serve.vllm import lora_manager  # noqa: F401 - for the engine's processes
+        from loader.serve.vllm.resolver import AdapterSource, install
 
-        install(
-            lambda base, name: fetch_named(settings, Path(base), name),
+        source = AdapterSource(
+            settings.adapter_jobs,
             settings.training.download_folder,
+            fetch=lambda base, name: fetch_named(settings, Path(base), name),
+            check=lambda base, folder, name: check_adapter(settings, Path(base), folder, name),
         )
+        install(source, canary=settings.canary)

@@ -9,6 +9,7 @@ differ by is the engine's noise, not an adapter's work.
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 from loader.errors import AdapterError
 
 PROMPT = "The capital of France is"
-_TOKENS = 8
+CANARY_TOKENS = 8
 _ROUNDS = 3  # beside other requests an engine is noisy, and a weak adapter may need a second look
 _log = logging.getLogger("podloader")
 
@@ -42,7 +43,9 @@ async def check_adapters(ask: Ask, base: str, adapters: Sequence[str]) -> None:
             return
         first, again = await ask(base), await ask(base)
         noise = distance(first, again)
-        found = {name: distance(first, await ask(name)) for name in silent}
+        answers = {name: await ask(name) for name in silent}
+        _check_numbers({base: first} | answers)
+        found = {name: distance(first, answer) for name, answer in answers.items()}
         for name, change in found.items():
             _log.info("canary: %s changes log-probabilities by up to %.3g", name, change)
         silent = [name for name, change in found.items() if not change > noise]
@@ -59,6 +62,19 @@ def refuse_silent(silent: Sequence[str], noise: float) -> None:
             got=f"the same, within {noise:.3g}",
             next_step="the engine did not take the adapters up: merge them (adapter_policy: "
             "merge), or set canary: false to serve them all the same",
+        )
+
+
+def _check_numbers(answers: Mapping[str, Said]) -> None:
+    """Raise AdapterError naming those that answer with NaN, which no comparison would find."""
+    if spoiled := [n for n, said in answers.items() if not all(map(math.isfinite, said.logprobs))]:
+        raise AdapterError(
+            "models that answer with no numbers",
+            problems=spoiled,
+            expected="finite log-probabilities for the canary prompt",
+            got="NaN or infinity",
+            next_step="a training that diverged leaves such weights: choose an earlier checkpoint, "
+            "or another engine_args dtype",
         )
 
 
@@ -82,7 +98,7 @@ def canary_body(name: str) -> dict[str, Any]:
     return {
         "model": name,
         "prompt": PROMPT,
-        "max_tokens": _TOKENS,
+        "max_tokens": CANARY_TOKENS,
         "temperature": 0,
         "ignore_eos": True,
         "logprobs": 0,
@@ -93,4 +109,5 @@ def canary_body(name: str) -> dict[str, Any]:
 def read_said(answer: Mapping[str, Any]) -> Said:
     """Return what the answer to ``canary_body`` says."""
     found = answer["choices"][0]["logprobs"]
-    return Said(tuple(found["tokens"]), tuple(map(float, found["token_logprobs"])))
+    values = (math.nan if value is None else value for value in found["token_logprobs"])
+    return Said(tuple(found["tokens"]), tuple(map(float, values)))

@@ -125,12 +125,13 @@ class TrussModel:
 
 def _failure(error: RequestError) -> JSONResponse:
     """Return *error* in OpenAI's shape."""
-    details = {"where": error.where, "expected": error.expected, "got": error.got}
-    message = "; ".join(
-        [error.what, *(f"{name}: {text}" for name, text in details.items() if text)]
-    )
     kind = "NotFoundError" if error.status == 404 else "BadRequestError"
-    content = {"message": message, "type": kind, "param": error.where or None, "code": error.status}
+    content = {
+        "message": error.line,
+        "type": kind,
+        "param": error.where or None,
+        "code": error.status,
+    }
     return JSONResponse({"error": content}, status_code=error.status)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +20,18 @@ import yaml
 
 from loader.adapters.merge import WeightedAdapter, merge
 from loader.config.settings import Settings
-from loader.errors import AdapterError, CheckpointError, RequestError, ResolveError
+from loader.errors import (
+    AdapterError,
+    CheckpointError,
+    LoaderError,
+    RequestError,
+    ResolveError,
+    TransientError,
+)
 from loader.pod.live_adapters import LiveAdapters, fetch_adapter, fetch_named, live_environment
 from loader.pod.plugin import register
 from loader.serve.vllm.arguments import serve_arguments
-from loader.serve.vllm.resolver import Adapters
+from loader.serve.vllm.resolver import Adapters, AdapterSource
 from loader.types import CONFIG_VARIABLE, ReadyModel, ServedAdapter
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin, serving
@@ -56,6 +65,12 @@ def fill(job: Job, adapters: list[Path]) -> Job:
     job.put(adapters[1], "run/checkpoint-20")
     job.put(adapters[0], "checkpoint-10", job="job2")
     return job
+
+
+@pytest.fixture
+def origin(tmp_path: Path) -> Iterator[FaultyOrigin]:
+    with serving(tmp_path / "origin") as found:
+        yield found
 
 
 @pytest.fixture
@@ -155,18 +170,49 @@ def test_live_adapters_come_in_the_background(job: Job, base: Path) -> None:
     live.close()
 
 
-async def test_a_refused_name_is_not_asked_for_at_once_again(tmp_path: Path) -> None:
+def source(root: Path, fetch: Any) -> AdapterSource:
+    return AdapterSource(
+        {"job1", "job2"}, root, fetch, lambda _, p, name: ServedAdapter(name, p, 4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("problem", "pause_s"), [(ResolveError("nothing matches"), 30), (TransientError("down"), 5)]
+)
+async def test_what_was_refused_is_asked_for_again_after_a_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: LoaderError, pause_s: float
+) -> None:
     asked: list[str] = []
 
     def fetch(base: str, name: str) -> ServedAdapter:
         asked.append(name)
-        raise ResolveError("nothing matches")
+        raise problem
 
-    adapters = Adapters(fetch, tmp_path)
-    for _ in range(3):
-        with pytest.raises(ResolveError):
+    adapters = Adapters(source(tmp_path, fetch))
+    now = time.monotonic()
+    for after_s in (0, pause_s - 1, pause_s + 1):
+        monkeypatch.setattr(time, "monotonic", lambda after_s=after_s: now + after_s)
+        with pytest.raises(type(problem)), adapters.asked("job1/x"):
             await adapters.find("base", "job1/x")
-    assert asked == ["job1/x"]
+    assert asked == ["job1/x"] * 2
+
+
+async def test_no_job_keeps_another_waiting(tmp_path: Path) -> None:
+    over = threading.Event()
+
+    def fetch(base: str, name: str) -> ServedAdapter:
+        if name.startswith("job1/"):
+            over.wait()
+        return ServedAdapter(name, tmp_path, 4)
+
+    adapters = Adapters(source(tmp_path, fetch))
+    stalled = [asyncio.create_task(adapters.find("base", f"job1/{i}")) for i in range(200)]
+    await asyncio.sleep(0)
+    assert (await adapters.find("base", "job2/x")).name == "job2/x"
+    busy = [thread for thread in threading.enumerate() if thread.name == "adapter"]
+    assert 17 <= len(busy) <= 40
+    over.set()
+    assert len(await asyncio.gather(*stalled)) == 200
 
 
 async def test_paths_stay_below_the_download_folder(tmp_path: Path) -> None:
@@ -176,12 +222,13 @@ async def test_paths_stay_below_the_download_folder(tmp_path: Path) -> None:
     root = tmp_path / "down"
     (root / "job1").mkdir(parents=True)
     (root / "way-out").symlink_to(tmp_path)
-    adapters = Adapters(fetch, root)
-    assert await adapters.locate("base", str(root / "job1")) == root / "job1"
-    assert await adapters.locate("base", "job1/checkpoint-10") == tmp_path / "fetched"
+    adapters = Adapters(source(root, fetch))
+    assert (await adapters.locate("base", str(root / "job1"), "x")).path == root / "job1"
+    fetched = await adapters.locate("base", "job1/checkpoint-10", "x")
+    assert fetched.path == tmp_path / "fetched"
     for path in ("/etc", str(root / "../x"), str(root / "way-out"), "./x", "~", f"{root}-b"):
         with pytest.raises(AdapterError, match="leads out"):
-            await adapters.locate("base", path)
+            await adapters.locate("base", path, "x")
 
 
 def test_the_servers_process_gets_the_same_settings(

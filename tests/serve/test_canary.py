@@ -7,6 +7,7 @@ and ``tests/pod/test_serving.py``, whose last pod has one from the start.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from multiprocessing import active_children
@@ -56,6 +57,16 @@ async def test_noise_is_no_effect() -> None:
 async def test_a_moment_of_noise_is_waited_out() -> None:
     base = [said(-1.0), said(-1.1), said(-1.0)]
     await check_adapters(ask_of({"base": base, "a": [said(-1.05)]}), "base", ["a"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("spoiled", ["base", "b"])
+async def test_no_number_is_neither_a_change_nor_none(value: float, spoiled: str) -> None:
+    answers = {"base": [said(-1, -2)], "a": [said(-1, -2.5)], "b": [said(-1, -3)]}
+    answers[spoiled] = [said(-1, value)]
+    with pytest.raises(AdapterError, match="no numbers") as error:
+        await check_adapters(ask_of(answers), "base", ["a", "b"])
+    assert error.value.problems == (spoiled,)
 
 
 def test_what_follows_another_token_is_not_compared() -> None:

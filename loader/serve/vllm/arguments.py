@@ -27,6 +27,7 @@ _OWNED = {
     "enable_lora": "adapter_policy",
     "lora_modules": "training_checkpoints",
 }
+_WORKER_EXTENSION = "loader.serve.vllm.lora_manager.AdapterWorker"
 # Adapters that one batch may mix. Each takes memory for its own rank beside the weights; the
 # others wait in main memory, so none is read from disk twice.
 _ADAPTERS_IN_A_BATCH = 4
@@ -96,6 +97,16 @@ def parse_arguments(arguments: Sequence[str]) -> Any:
     except (ValueError, TypeError) as error:
         _refuse(str(error))
     args.model = args.model_tag  # as vLLM's own `serve` does
+    if args.enable_lora:
+        if args.worker_extension_cls:
+            raise ConfigError(
+                "a worker_extension_cls beside adapters",
+                where=_SECTION,
+                expected=f"{_WORKER_EXTENSION}, which podloader sets itself",
+                got=args.worker_extension_cls,
+                next_step="leave it out, or merge the adapter",
+            )
+        args.worker_extension_cls = _WORKER_EXTENSION
     return args
 
 
@@ -122,8 +133,7 @@ def check_engine_args(engine_args: Mapping[str, object]) -> None:
 def _adapter_slots(adapters: int, asked: object, cpu: bool) -> object:
     """Return how many adapters one batch may mix.
 
-    vLLM's CPU kernels take the last slot's adapter for requests that ask for none, so there that
-    slot has to stay empty: https://github.com/vllm-project/vllm/pull/48421
+    On a CPU one slot has to stay empty where vLLM runs without ``loader.serve.vllm.lora_manager``.
     """
     slots = min(adapters, _ADAPTERS_IN_A_BATCH) if asked is None else asked
     if cpu and isinstance(slots, int):
@@ -131,12 +141,6 @@ def _adapter_slots(adapters: int, asked: object, cpu: bool) -> object:
     return slots
 
 
-def adapter_room(slots: int) -> int | None:
-    """Return how many adapters an engine of *slots* may hold, None where vLLM makes room itself.
-
-    On a CPU one slot has to stay empty, see ``_adapter_slots``.
-    """
-    return slots - 1 if is_cpu_build() else None
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:

@@ -1,24 +1,41 @@
-"""The adapters of a running vLLM: added, replaced and removed between its requests.
+"""The adapters of a running vLLM, whichever way they come: with its start, by a request's name,
+through ``/v1/load_lora_adapter`` or from the program.
 
-Each version of an adapter has a name and an id of its own inside the engine, ``<name>@<n>`` from
-the second on: requests under way keep the weights that they began with, and no cached block of the
-old ones serves the new. (vLLM's own ``load_inplace`` changes weights under running requests, and
-reads the adapter again at every step.) Source: vllm ``entrypoints/openai/models/serving.py``,
-``lora/worker_manager.py``, ``v1/core/kv_cache_utils.py``.
+Each time an adapter is taken up is a *version* of it, with a name, an id and a folder of its own
+inside the engine. Requests find the newest under the name that they know; those under way keep the
+weights that they began with, no cached block of the old ones serves the new, and nobody reads files
+that a later fetch has changed. A version leaves the engine when nothing refers to it any more::
+
+    requests say   "green"        models.lora_requests["green"] -> version
+    engine knows   "green@7"      id 7, .../live/.../7/
+
+(vLLM's own ``load_inplace`` changes weights under running requests, and reads the adapter again at
+every step; its unload leaves the weights in the engine.) Source: vllm
+``entrypoints/openai/models/serving.py``, ``lora/worker_manager.py``, ``v1/core/kv_cache_utils.py``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
-from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+import secrets
+import shutil
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from loader.errors import AdapterError, RequestError
+from loader.adapters.effect import check_finite
+from loader.errors import AdapterError, EngineError, RequestError
+from loader.serve.canary import CANARY_TOKENS, PROMPT, Said, check_adapters
+from loader.serve.vllm.adapter_files import AdapterFiles
 from loader.types import ServedAdapter
+from loader.weights.stored import WeightFiles, list_tensors, read_bytes
 
 _VERSION = "@"  # no name of ours holds one
+CLEAN_CACHE = "podloader_clean_cache"  # of AdapterWorker
 _log = logging.getLogger("podloader")
 
 
@@ -27,29 +44,24 @@ def public_name(own: str) -> str:
     return own.partition(_VERSION)[0]
 
 
-def version_name(name: str, version: int) -> str:
-    """Return what the engine calls a later version of the adapter *name*."""
-    return f"{name}{_VERSION}{version}"
-
-
 class EngineAdapters:
-    """What the engine has of adapters. All coroutines belong to the engine's loop.
+    """What the engine of ``models``, vLLM's ``OpenAIServingModels``, has of adapters.
 
-    ``models`` is vLLM's ``OpenAIServingModels``. ``room``: how many versions may be in the engine
-    at a time, None where vLLM itself makes room.
+    ``canary``: one that comes later must answer a prompt unlike the base. All coroutines belong to
+    the engine's loop.
     """
 
     def __init__(
-        self, engine: Any, models: Any, adapters: Mapping[str, ServedAdapter], room: int | None
+        self, models: Any, adapters: Sequence[ServedAdapter] = (), *, canary: bool
     ) -> None:
-        self._engine, self._models, self._room = engine, models, room
-        self._adapters = dict(adapters)
-        self._own = {name: name for name in adapters}
-        self._versions = Counter(adapters.keys())
-        self._under_way: Counter[str] = Counter()
-        self._retired: set[str] = set()
+        self._models, self._canary = models, canary
+        self._engine = models.engine_client
+        self._loop = asyncio.get_running_loop()
+        self._files = AdapterFiles()
+        self._adapters = {adapter.name: adapter for adapter in adapters}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._lock = asyncio.Lock()
+        for name, request in models.lora_requests.items():
+            self.adopt(name, request.lora_name)
         served = models.model_name
         models.model_name = lambda lora_request=None: public_name(served(lora_request))
 
@@ -59,44 +71,39 @@ class EngineAdapters:
         return tuple(self._adapters.values())
 
     async def put(
-        self, adapter: ServedAdapter, prove: Callable[[str], Awaitable[None]], *, replace: bool
+        self, adapter: ServedAdapter, *, replace: bool = False, is_3d: bool = False
     ) -> None:
-        """Serve *adapter* from now on; ``prove`` is called with the engine's name for it before.
+        """Serve *adapter* from now on. Those for one name are taken up in the order of their calls.
 
         Raises:
-            RequestError: the name is taken and ``replace`` is not set.
-            AdapterError: the engine has no room for it or does not take it, or ``prove`` says so.
+            RequestError: the name is the base's, or taken and ``replace`` is not set.
+            AdapterError: the engine does not take it, or it changes nothing.
+            EngineError: the engine does not run.
         """
-        from loader.serve.vllm.private import ErrorResponse, LoadLoRAAdapterRequest
+        name = adapter.name
+        async with self._models.lora_resolver_lock[name]:
+            if self._models.is_base_model(name):
+                raise RequestError(f"{name!r} is the base model", status=409, where=name)
+            if name in self._models.lora_requests and not replace:
+                raise RequestError(f"an adapter {name!r} is served already", status=409, where=name)
+            version = await self._take_up(adapter, is_3d)
+            self._models.lora_requests[name] = version
+            self._adapters[name] = adapter
 
-        async with self._lock:
-            before = self._own.get(adapter.name)
-            if before is not None and not replace:
-                raise RequestError(
-                    f"an adapter {adapter.name!r} is served already", status=409, where=adapter.name
-                )
-            self._check_room(adapter)
-            self._versions[adapter.name] += 1
-            own = adapter.name
-            if self._versions[own] > 1:
-                own = version_name(own, self._versions[own])
-            request = LoadLoRAAdapterRequest(lora_name=own, lora_path=str(adapter.path))
-            answer = await self._models.load_lora_adapter(request)
-            if isinstance(answer, ErrorResponse):
-                raise AdapterError(
-                    "the engine does not take the adapter",
-                    where=str(adapter.path),
-                    got=answer.error.message,
-                    next_step="engine_args max_loras and max_lora_rank say what it can take",
-                )
-            try:
-                await prove(own)
-            except BaseException:
-                await self._forget(own)
-                raise
-            self._own[adapter.name], self._adapters[adapter.name] = own, adapter
-            if before is not None:
-                await self._retire(before)
+    def adopt(self, name: str, own: str = "") -> None:
+        """Give what vLLM has taken up by itself as *name* files of its own, and the name *own*.
+
+        Raises:
+            DiskError: the disk refused.
+        """
+        request = self._models.lora_requests.get(name)
+        if request is None or isinstance(request, version_type()):
+            return
+        number = request.lora_int_id
+        folder = self._files.keep(Path(request.lora_path), number)
+        self._models.lora_requests[name] = self._make_version(
+            own or _own_name(name, number), number, folder, request.is_3d_lora_weight
+        )
 
     async def remove(self, name: str) -> None:
         """Serve the adapter *name* no more; requests under way are answered to their end.
@@ -104,68 +111,117 @@ class EngineAdapters:
         Raises:
             RequestError: there is none (404).
         """
-        async with self._lock:
-            if name not in self._own:
-                raise _absent(name)
-            del self._adapters[name]
-            await self._retire(self._own.pop(name))
-
-    def take(self, name: str) -> str:
-        """Return the engine's name for the adapter *name*, kept until it is given to ``release``.
-
-        Raises:
-            RequestError: there is none (404).
-        """
-        if name not in self._own:
-            raise _absent(name)
-        own = self._own[name]
-        self._under_way[own] += 1
-        return own
-
-    def release(self, own: str) -> None:
-        """Say that a request is over."""
-        self._under_way[own] -= 1
-        if not self._under_way[own]:
-            del self._under_way[own]
-            if own in self._retired:
-                task = asyncio.get_running_loop().create_task(self._forget(own))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-
-    async def release_after(
-        self, own: str, events: AsyncGenerator[str, None]
-    ) -> AsyncGenerator[str, None]:
-        """Return *events*; the request is over when they are, or when they are closed."""
-        try:
-            async for event in events:
-                yield event
-        finally:
-            self.release(own)
-            await events.aclose()
-
-    def _check_room(self, adapter: ServedAdapter) -> None:
-        live = len(self._own) + len(self._retired)
-        if self._room is not None and live >= self._room:
-            raise AdapterError(
-                "the engine has no room for another adapter",
-                where=adapter.name,
-                expected=f"at most {self._room} at a time, one that is being replaced included",
-                got=f"{live} are there",
-                next_step="raise engine_args max_loras, or remove an adapter first",
+        if self._models.lora_requests.pop(name, None) is None:
+            raise RequestError(
+                f"the model {name!r} does not exist", status=404, where="model", got=name
             )
+        self._adapters.pop(name, None)
 
-    async def _retire(self, own: str) -> None:
-        self._retired.add(own)
-        if not self._under_way[own]:
-            await self._forget(own)
+    def close(self) -> None:
+        """Let go of files, once the engine has ended."""
+        self._files.close()
 
-    async def _forget(self, own: str) -> None:
-        loaded = self._models.lora_requests.pop(own, None)
-        if loaded is not None:
-            await self._engine.remove_lora(loaded.lora_int_id)
-        self._retired.discard(own)
+    async def _take_up(self, adapter: ServedAdapter, is_3d: bool) -> Any:
+        number = self._models.lora_id_counter.inc(1)
+        folder = await asyncio.to_thread(self._files.keep, adapter.path, number)
+        await asyncio.to_thread(_check_numbers, folder)
+        own = _own_name(adapter.name, number)
+        version = self._make_version(own, number, folder, is_3d)
+        try:
+            await self._engine.add_lora(version)
+        except Exception as error:
+            if self._engine.errored:
+                raise EngineError("the engine is not running", got=str(error)) from error
+            raise AdapterError(
+                "the engine does not take the adapter",
+                where=str(adapter.path),
+                got=str(error),
+                next_step="engine_args max_lora_rank says what it can take",
+            ) from error
+        if self._canary:
+            await self._prove(version)
+        return version
+
+    def _make_version(self, own: str, number: int, folder: Path, is_3d: bool) -> Any:
+        version = version_type()(own, number, str(folder), is_3d_lora_weight=is_3d)
+        # Whoever answers a request holds this object until its last token.
+        gone = weakref.finalize(version, self._on_gone, own, number, folder)
+        gone.atexit = False
+        return version
+
+    def _on_gone(self, own: str, number: int, folder: Path) -> None:
+        """Runs in whatever thread let go of the last reference."""
+
+        def begin() -> None:
+            task = self._loop.create_task(self._forget(own, number, folder))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(begin)
+
+    async def _forget(self, own: str, number: int, folder: Path) -> None:
+        try:
+            await self._engine.remove_lora(number)
+        except Exception as error:
+            _log.debug("adapter %s leaves an engine that does not answer: %s", own, error)
+            return
+        shutil.rmtree(folder, ignore_errors=True)
         _log.info("adapter %s has left the engine", own)
 
+    async def _prove(self, version: Any) -> None:
+        """Raise AdapterError where *version* answers as the base does, or with no numbers."""
+        if "generate" not in await self._engine.get_supported_tasks():
+            return
+        name = public_name(version.lora_name)
 
-def _absent(name: str) -> RequestError:
-    return RequestError(f"the model {name!r} does not exist", status=404, where="model", got=name)
+        async def ask(asked: str) -> Said:
+            return await _say(self._engine, version if asked == name else None)
+
+        try:
+            await check_adapters(ask, "", [name])
+        except AdapterError:
+            with contextlib.suppress(Exception):  # vLLM's own server has another worker
+                await self._engine.collective_rpc(CLEAN_CACHE)
+            raise
+
+
+def _check_numbers(folder: Path) -> None:
+    """Raise AdapterError before an engine computes with NaN: what others compute then has it, too,
+    by blocks of the cache that are used again.
+    """
+    weights = folder / "adapter_model.safetensors"
+    if weights.is_file():
+        stored = list_tensors(WeightFiles((weights,), pickled=False))
+        tensors = {name: tensor.info for name, tensor in stored.items()}
+        check_finite(folder, tensors, lambda name: read_bytes(stored[name]))
+
+
+def _own_name(name: str, number: int) -> str:
+    return f"{name}{_VERSION}{number}"
+
+
+@functools.cache
+def version_type() -> Any:
+    """Return vLLM's ``LoRARequest`` as something whose end can be watched."""
+    from loader.serve.vllm.private import LoRARequest
+
+    class Version(LoRARequest, weakref=True):  # type: ignore[misc, call-arg]
+        pass
+
+    return Version
+
+
+async def _say(engine: Any, version: Any) -> Said:
+    """Return what the canary prompt is answered with; *version* is None for the base."""
+    from loader.serve.vllm.private import SamplingParams
+
+    salt = secrets.token_hex(8)
+    params = SamplingParams(max_tokens=CANARY_TOKENS, temperature=0, ignore_eos=True, logprobs=0)
+    prompt = {"prompt": PROMPT, "cache_salt": salt}
+    answers = engine.generate(prompt, params, f"canary-{salt}", lora_request=version)
+    last = [answer async for answer in answers][-1].outputs[0]
+    found = zip(last.token_ids, last.logprobs, strict=True)
+    return Said(
+        tuple(map(str, last.token_ids)), tuple(values[token].logprob for token, values in found)
+    )

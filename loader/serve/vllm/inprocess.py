@@ -16,7 +16,6 @@ from loader.serve.canary import Said, canary_body, check_adapters, read_said
 from loader.serve.model import base_name, ready_folder
 from loader.serve.request_body import PROMPTS, check_request
 from loader.serve.vllm.arguments import (
-    adapter_room,
     check_engine_args,
     parse_arguments,
     serve_arguments,
@@ -100,14 +99,7 @@ class VLLMModel:
             EngineError: the engine is not running.
         """
         running = self._alive()
-        if adapter.name == self._base:
-            raise RequestError(f"{self._base!r} is the base model", status=409, where=adapter.name)
-
-        async def prove(own: str) -> None:
-            if self._canary:
-                await self._check_adapters(running.state, [own])
-
-        running.loop.call(running.adapters.put(adapter, prove, replace=replace))
+        running.loop.call(running.adapters.put(adapter, replace=replace))
 
     def remove_adapter(self, name: str) -> None:
         """Serve the adapter *name* no more; requests under way are answered to their end.
@@ -156,10 +148,7 @@ class VLLMModel:
         running = self._alive()
         names = [adapter.name for adapter in self.adapters]
         body = check_request(request, base=self._base, adapters=names, known=PROMPTS)
-        if body["model"] == self._base:
-            answer = await running.loop.run(_answer(running.state, body))
-        else:
-            answer = await running.loop.run(_answer_by_adapter(running, body))
+        answer = await running.loop.run(_answer(running.state, body))
         return answer if isinstance(answer, dict) else running.loop.stream(answer)
 
     def is_healthy(self) -> bool:
@@ -207,7 +196,7 @@ class VLLMModel:
         loop = LoopThread("vllm", uvloop.new_event_loop)
         try:
             with forked_engine(args):
-                return loop.call(_start_engine(loop, args, self._ready.adapters))
+                return loop.call(_start_engine(loop, args, self._ready.adapters, self._canary))
         except LoaderError:
             loop.close()
             raise
@@ -221,9 +210,12 @@ def _stop(running: _Running) -> None:
     running.loop.close()
     close_sockets(running.engine)
     running.guard.close()
+    running.adapters.close()
 
 
-async def _start_engine(loop: LoopThread, args: Any, served: Sequence[ServedAdapter]) -> _Running:
+async def _start_engine(
+    loop: LoopThread, args: Any, served: Sequence[ServedAdapter], canary: bool
+) -> _Running:
     from starlette.datastructures import State
 
     from loader.serve.vllm.private import build_async_engine_client, init_app_state
@@ -232,27 +224,10 @@ async def _start_engine(loop: LoopThread, args: Any, served: Sequence[ServedAdap
         engine = await stack.enter_async_context(build_async_engine_client(args))
         state = State()
         await init_app_state(engine, state, args, await engine.get_supported_tasks())
-        by_name = {adapter.name: adapter for adapter in served}
-        room = adapter_room(args.max_loras)
-        adapters = EngineAdapters(engine, state.openai_serving_models, by_name, room)
+        models = state.openai_serving_models
+        adapters = EngineAdapters(models, served, canary=canary)
         return _Running(loop, engine, state, stack.pop_all(), OrphanGuard(_CORE), adapters)
     raise AssertionError("unreachable")
-
-
-async def _answer_by_adapter(
-    running: _Running, body: dict[str, Any]
-) -> dict[str, Any] | AsyncGenerator[str, None]:
-    """Return what ``_answer`` does; until it is given, the adapter stays in the engine."""
-    own = running.adapters.take(body["model"])
-    try:
-        answer = await _answer(running.state, body | {"model": own})
-    except BaseException:
-        running.adapters.release(own)
-        raise
-    if isinstance(answer, dict):
-        running.adapters.release(own)
-        return answer
-    return running.adapters.release_after(own, answer)
 
 
 async def _answer(state: Any, body: dict[str, Any]) -> dict[str, Any] | AsyncGenerator[str, None]:

@@ -30,6 +30,7 @@ from loader.serve.vllm.private import (
     process_context,
 )
 from loader.serve.vllm.releases import is_cpu_build
+from loader.serve.vllm.resolver import take_loading_over
 from loader.serve.vllm.tasks import check_sound
 from loader.status.replies import STATUS_PATHS, status_reply
 from loader.status.state import Boot
@@ -129,6 +130,7 @@ async def _serve(
                 tasks = await engine.get_supported_tasks()
                 app = build_app(args, tasks, engine.model_config)
                 await init_app_state(engine, app.state, args, tasks)
+                stack.callback(take_loading_over(app.state.openai_serving_models, canary).close)
             if "generate" in tasks:
                 await _warm_up(app.state, args, stage, canary)
         except LoaderError:

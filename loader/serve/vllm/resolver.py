@@ -1,80 +1,151 @@
-"""Adapters in vLLM's own server: fetched on first use, and loaded from nowhere but our folders.
+"""Adapters that requests to vLLM's server bring: by name on first use, and by path.
 
-Taught to vLLM in its server's process, before it serves: a ``LoRAResolver`` for requests that name
-an adapter which is not loaded, and checks around what ``/v1/load_lora_adapter`` takes. There,
-``lora_path`` is ``<job>/<checkpoint>``, which is fetched, or a folder below the download folder;
-vLLM alone would take any path of the machine, or a model of the Hub. ``load_inplace`` gives the
-name to another version instead of changing weights under running requests
-(``loader.serve.vllm.engine_adapters``).
+``/v1/load_lora_adapter`` takes, as ``lora_path``, ``<job>/<checkpoint>``, which is fetched, or a
+folder below the download folder; vLLM alone would take any path of the machine, or a model of the
+Hub. What is refused is refused with one reason, however it was asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
+import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from loader.errors import AdapterError, LoaderError, RequestError
-from loader.serve.vllm.engine_adapters import public_name, version_name
+from loader.errors import (
+    AdapterError,
+    CheckpointError,
+    DeniedError,
+    FetchError,
+    ListingError,
+    LoaderError,
+    RequestError,
+    ResolveError,
+)
+from loader.serve.vllm.engine_adapters import EngineAdapters
 from loader.types import ServedAdapter
 
-Fetch = Callable[[str, str], ServedAdapter]
-"""Returns the adapter of the name ``<job>/<checkpoint>``, for the base in that folder."""
-
+_T = TypeVar("_T")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*(/[A-Za-z0-9_][A-Za-z0-9._=-]*)*")
 _LONGEST_NAME = 200
-_REFUSED_S = 30.0  # a name that was refused is not asked for at the origin again before
+_NOT_FOUND, _PASSING = 404, 503
+_REFUSED_S = 30.0  # what was refused is not asked for at the origin again before
+_PAUSE_S = 5.0  # nor what may succeed the next time
 _MOST_REFUSED = 10_000
+_WORKERS = 32  # of one job at a time: they wait for its origin, each for another adapter
 _log = logging.getLogger("podloader")
 
 
-class Adapters:
-    """What requests may load: by name through *fetch*, by path below *root*."""
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """Where requests may have adapters from: the jobs *jobs*, and folders below *root*.
 
-    def __init__(self, fetch: Fetch, root: Path) -> None:
-        self._fetch, self._root = fetch, root.absolute()
+    *fetch* returns the adapter of the name ``<job>/<checkpoint>`` for the base in that folder, and
+    *check* the one in a folder, by the name that it is to have. Both raise LoaderError.
+    """
+
+    jobs: Collection[str]
+    root: Path
+    fetch: Callable[[str, str], ServedAdapter]
+    check: Callable[[str, Path, str], ServedAdapter]
+
+
+class Adapters:
+    """What *source* gives, on a bounded number of threads for each job."""
+
+    def __init__(self, source: AdapterSource) -> None:
+        self._source, self._root = source, source.root.absolute()
         self._refused: dict[str, tuple[float, LoaderError]] = {}
+        self._turns: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(_WORKERS))
 
     async def find(self, base: str, name: str) -> ServedAdapter:
         """Return the adapter *name*, fetched.
 
         Raises:
-            LoaderError: it is not to be had; the same error for a while.
+            LoaderError: it is not to be had.
         """
-        until, error = self._refused.get(name, (0.0, None))
-        if error is not None and time.monotonic() < until:
-            raise error
-        try:
-            found = await asyncio.to_thread(self._fetch, base, name)
-        except LoaderError as problem:
-            _log.warning("the adapter %r is not to be had: %s", name[:_LONGEST_NAME], problem)
-            if len(self._refused) >= _MOST_REFUSED:
-                self._refused.clear()
-            self._refused[name] = (time.monotonic() + _REFUSED_S, problem)
-            raise
-        self._refused.pop(name, None)
-        return found
+        job = name.partition("/")[0]
+        if job not in self._source.jobs:
+            return self._source.fetch(base, name)  # which refuses it
+        async with self._turns[job]:  # in the order of asking
+            return await _on_thread(self._source.fetch, base, name)
 
-    async def locate(self, base: str, path: str) -> Path:
-        """Return the folder that ``lora_path`` means.
+    async def locate(self, base: str, path: str, name: str, *, ours: bool = False) -> ServedAdapter:
+        """Return the adapter that ``lora_path`` means; with *ours* it is known to be allowed.
 
         Raises:
             LoaderError: it is neither an adapter that may be fetched nor a folder of ours.
         """
-        if not path.startswith(("/", ".", "~")):
-            return (await self.find(base, path)).path
+        if not ours and not path.startswith(("/", ".", "~")):
+            return await self.find(base, path)
         folder = Path(path).resolve()
-        if not folder.is_relative_to(self._root.resolve()) or not folder.is_dir():
+        ours = ours or folder.is_relative_to(self._root.resolve())
+        if not ours or not folder.is_dir():
             raise AdapterError(
                 "lora_path leads out of the download folder",
                 expected="<job>/<checkpoint>, or a folder below the download folder",
                 got=path[:_LONGEST_NAME],
             )
-        return folder
+        return await _on_thread(self._source.check, base, folder, name)
+
+    @contextlib.contextmanager
+    def asked(self, what: str) -> Iterator[None]:
+        """Do the block; what it was refused with, it is refused with again for a while.
+
+        Raises:
+            LoaderError: of the block, or of the one before.
+        """
+        until, error = self._refused.get(what, (0.0, None))
+        if error is not None and time.monotonic() < until:
+            raise error
+        try:
+            yield
+        except LoaderError as problem:
+            self._remember(what, problem)
+            raise
+        except Exception as problem:
+            _log.exception("the adapter %r is not to be had", what[:_LONGEST_NAME])
+            raise LoaderError(f"{type(problem).__name__}: {problem}") from problem
+        self._refused.pop(what, None)
+
+    def _remember(self, what: str, problem: LoaderError) -> None:
+        _log.warning("the adapter %r is not to be had: %s", what[:_LONGEST_NAME], problem)
+        status = status_of(problem)
+        if isinstance(problem, RequestError) and status != _NOT_FOUND:
+            return  # of the request, not of the adapter
+        if len(self._refused) >= _MOST_REFUSED:
+            self._refused.clear()
+        pause_s = _PAUSE_S if status == _PASSING else _REFUSED_S
+        self._refused[what] = (time.monotonic() + pause_s, problem)
+
+
+async def _on_thread(function: Callable[..., _T], *arguments: Any) -> _T:
+    """Return what *function* does, from a thread that not even the end of the process waits for."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[_T] = loop.create_future()
+
+    def end(set_: Callable[[Any], None], value: object) -> None:
+        if not done.cancelled():
+            set_(value)
+
+    def work() -> None:
+        try:
+            outcome = (done.set_result, function(*arguments))
+        except BaseException as error:
+            outcome = (done.set_exception, error)  # type: ignore[assignment]
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(end, *outcome)
+
+    threading.Thread(target=work, name="adapter", daemon=True).start()
+    return await done
 
 
 def check_name(name: str) -> None:
@@ -88,76 +159,133 @@ def check_name(name: str) -> None:
         )
 
 
-def install(fetch: Fetch, root: Path) -> None:
-    """Teach the vLLM of this process; a second call changes nothing."""
-    from loader.serve.vllm.private import LoRAResolverRegistry, OpenAIServingModels
+def status_of(error: LoaderError) -> int:
+    """Return the HTTP status of *error*; 503 is what may succeed the next time."""
+    match error:
+        case RequestError():
+            return error.status
+        case ResolveError():
+            return _NOT_FOUND
+        case CheckpointError():
+            return 400
+        case DeniedError():
+            return 502
+        case FetchError() | ListingError():
+            return _PASSING
+    return 500
 
-    if "podloader" in LoRAResolverRegistry.get_supported_resolvers():
+
+def install(source: AdapterSource, *, canary: bool) -> None:
+    """Teach the vLLM server of this process; a second call changes nothing."""
+    from loader.serve.vllm.private import OpenAIServingModels
+
+    own = OpenAIServingModels.init_static_loras
+    if own.__module__ == __name__:
         return
-    adapters = Adapters(fetch, root)
-    LoRAResolverRegistry.register_resolver("podloader", _make_resolver(adapters))
-    _guard(OpenAIServingModels, adapters)
+
+    async def init_static_loras(self: Any) -> None:
+        await own(self)
+        take_loading_over(self, canary, Adapters(source))
+
+    OpenAIServingModels.init_static_loras = init_static_loras
 
 
-def _make_resolver(adapters: Adapters) -> Any:
-    from loader.serve.vllm.private import LoRARequest, LoRAResolver
-
-    class CheckpointResolver(LoRAResolver):  # type: ignore[misc]
-        async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
-            try:
-                found = await adapters.find(base_model_name, lora_name)
-            except LoaderError:
-                return None  # vLLM answers 404; the log says why
-            return LoRARequest(lora_name, 1, str(found.path))  # vLLM gives it an id of its own
-
-    return CheckpointResolver()
+def take_loading_over(
+    models: Any, canary: bool, adapters: Adapters | None = None
+) -> LoadedOnRequest:
+    """Return what loads and unloads for ``models``, made the first time."""
+    if not hasattr(models, "podloader"):
+        models.podloader = LoadedOnRequest(models, adapters, canary=canary)
+    loading: LoadedOnRequest = models.podloader
+    return loading
 
 
-def _guard(serving: Any, adapters: Adapters) -> None:
-    """Put checks and versions around the methods of vLLM's ``OpenAIServingModels``."""
-    load, name_of = serving.load_lora_adapter, serving.model_name
-    show = serving.show_available_models
+class LoadedOnRequest:
+    """Takes the place of the methods by which vLLM's ``OpenAIServingModels`` loads and unloads.
 
-    async def load_checked(models: Any, request: Any, base_model_name: str | None = None) -> Any:
-        from loader.serve.vllm.private import create_error_response
+    Without *adapters* all that vLLM itself would take is allowed.
+    """
 
-        static = models.static_lora_modules or ()
-        ours = {(lora_module.name, lora_module.path) for lora_module in static}
-        if (request.lora_name, request.lora_path) in ours and not request.load_inplace:
-            return await load(models, request, base_model_name)
+    def __init__(self, models: Any, adapters: Adapters | None, *, canary: bool) -> None:
+        self._models, self._adapters = models, adapters
+        self._engine = EngineAdapters(models, canary=canary)
+        self._base = models.model_config.model
+        self._resolve_elsewhere = models.resolve_lora
+        self._under_way: dict[str, asyncio.Task[None]] = {}
+        self._at_the_start = {(m.name, m.path) for m in models.static_lora_modules or ()}
+        models.load_lora_adapter = self.load
+        models.unload_lora_adapter = self.unload
+        models.resolve_lora = self.resolve
+
+    async def resolve(self, name: str) -> Any:
+        """Return the version of the adapter *name*, fetched where it is not served yet."""
+        from fastapi import HTTPException
+
+        task = self._under_way.get(name)
+        if task is None:
+            task = self._under_way[name] = asyncio.create_task(self._bring(name))
+            task.add_done_callback(lambda _: self._under_way.pop(name))
         try:
-            check_name(request.lora_name)
-            path = await adapters.locate(models.model_config.model, request.lora_path)
+            await asyncio.shield(task)  # whoever asks first may go away
         except LoaderError as error:
-            message = "; ".join(filter(None, [error.what, error.got]))
-            return create_error_response(message)
-        checked = request.model_copy(update={"lora_path": str(path)})
-        if request.load_inplace and request.lora_name in models.lora_requests:
-            return await _replace(models, load, checked, base_model_name)
-        plain = checked.model_copy(update={"load_inplace": False})
-        return await load(models, plain, base_model_name)
+            raise HTTPException(status_of(error), error.line) from None
+        return self._models.lora_requests.get(name)
 
-    async def show_public(models: Any) -> Any:
-        shown = await show(models)
-        for card in shown.data:
-            card.id = public_name(card.id)
-        return shown
+    async def load(self, request: Any, base_model_name: str | None = None) -> Any:
+        """Answer ``/v1/load_lora_adapter``."""
+        name, path = request.lora_name, request.lora_path
+        try:
+            if self._adapters is None:
+                await self._put(request, await _find_anywhere(name, path))
+            else:
+                check_name(name)
+                ours = (name, path) in self._at_the_start
+                with self._adapters.asked(path):
+                    found = await self._adapters.locate(self._base, path, name, ours=ours)
+                    await self._put(request, found)
+        except LoaderError as error:
+            return _refusal(error)
+        return f"Success: LoRA adapter '{name}' added successfully."
 
-    serving.load_lora_adapter = load_checked
-    serving.model_name = lambda models, lora_request=None: public_name(
-        name_of(models, lora_request)
-    )
-    serving.show_available_models = show_public
+    async def unload(self, request: Any) -> Any:
+        """Answer ``/v1/unload_lora_adapter``."""
+        try:
+            await self._engine.remove(request.lora_name)
+        except LoaderError as error:
+            return _refusal(error)
+        return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
+
+    def close(self) -> None:
+        """Let go of the adapters' files, once the engine has ended."""
+        self._engine.close()
+
+    async def _put(self, request: Any, found: ServedAdapter) -> None:
+        await self._engine.put(
+            replace(found, name=request.lora_name),
+            replace=request.load_inplace,
+            is_3d=request.is_3d_lora_weight,
+        )
+
+    async def _bring(self, name: str) -> None:
+        if self._adapters is None:
+            await self._resolve_elsewhere(name)
+            self._engine.adopt(name)
+            return
+        with self._adapters.asked(name):
+            found = await self._adapters.find(self._base, name)
+            if name not in self._models.lora_requests:
+                await self._engine.put(found)
 
 
-async def _replace(models: Any, load: Any, request: Any, base_model_name: str | None) -> Any:
-    """Load another version beside the one that is served, then give the name to it."""
-    name = request.lora_name
-    own = version_name(name, models.lora_id_counter.inc(1))
-    fresh = request.model_copy(update={"lora_name": own, "load_inplace": False})
-    answer = await load(models, fresh, base_model_name)
-    if not isinstance(answer, str):
-        return answer
-    # Requests under way hold the old version themselves; vLLM drops it when it needs the room.
-    models.lora_requests[name] = models.lora_requests.pop(own)
-    return f"Success: LoRA adapter '{name}' replaced successfully."
+async def _find_anywhere(name: str, path: str) -> ServedAdapter:
+    """Return what vLLM itself takes *path* for: a folder, or a repository of the Hub."""
+    from loader.serve.vllm.private import get_adapter_absolute_path
+
+    return ServedAdapter(name, Path(await _on_thread(get_adapter_absolute_path, path)), 0)
+
+
+def _refusal(error: LoaderError) -> Any:
+    from loader.serve.vllm.private import create_error_response
+
+    status = HTTPStatus(status_of(error))
+    return create_error_response(error.line, status.phrase, status)
