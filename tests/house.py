@@ -16,7 +16,7 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 # A room may import what stands below it, and itself.
 LAYERS = [
     {"errors"},
-    {"types", "timeline", "retry", "threads", "import_lock"},
+    {"types", "timeline", "retry", "threads", "import_lock", "log_lines"},
     {"config"},
     {"http"},
     {"resolve", "stores", "weights"},

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from loader.cli.ending import ending
 from loader.cli.parser import parse
-from loader.cli.report import errors_shown, say, set_up_logging, write_json
+from loader.cli.report import errors_shown, say, write_json
+from loader.log_lines import set_up_logging
 
 if TYPE_CHECKING:
     from loader.adapters.combine import Combination
@@ -227,7 +228,7 @@ def main() -> None:
     os.environ["PYTHONSAFEPATH"] = "1"
     with ending():
         given = parse(sys.argv[1:])
-        set_up_logging(given.pop("verbose"))
+        set_up_logging(verbose=given.pop("verbose"))
         _COMMANDS[given.pop("command")](**given)
 
 

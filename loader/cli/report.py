@@ -4,49 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import re
 import sys
 import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
 from loader.errors import LoaderError, redact
+from loader.log_lines import shown
 
 VERSION = 1  # of every JSON document; a field may be added without a new number
 _UNEXPECTED = 1
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-class _Redacted(logging.Formatter):
-    """Lines without signatures, whoever logged them."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return _shown(super().format(record))
-
-
-def set_up_logging(verbose: bool) -> None:
-    """Send log lines to standard error."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Redacted("%(message)s"))
-    logger = logging.getLogger("podloader")
-    logger.handlers[:] = [handler]
-    logger.propagate = False
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
 def say(line: str = "") -> None:
     """Write a line for a person."""
-    sys.stderr.write(_shown(line) + "\n")
+    sys.stderr.write(shown(line) + "\n")
     sys.stderr.flush()
-
-
-def _shown(text: str) -> str:
-    """Return *text* without secrets, and without what a terminal takes for commands.
-
-    Names come from listings, which anybody may have written.
-    """
-    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], redact(text))
 
 
 def write_json(document: dict[str, object]) -> None:

@@ -20,6 +20,7 @@ from loader.adapters.attach import NamedAdapter, attach, decide
 from loader.config.settings import Settings
 from loader.errors import CheckpointError, RequestError
 from loader.fetch.files import STATE
+from loader.log_lines import set_up_logging
 from loader.types import (
     CONFIG_VARIABLE,
     JOB_ID,
@@ -185,6 +186,7 @@ def teach_vllm(config: str) -> None:
     """Let the vLLM of this process fetch the adapters that *config*, a Truss config, allows."""
     settings = Settings.load(config)
     if settings.adapter_jobs:
+        set_up_logging()
         from loader.serve.vllm import lora_manager  # noqa: F401 - for the engine's processes
         from loader.serve.vllm.resolver import AdapterSource, install
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import json
+import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from loader.adapters.merge import WeightedAdapter, merge
 from loader.config.settings import Settings
@@ -34,7 +40,7 @@ from loader.serve.vllm.arguments import serve_arguments
 from loader.serve.vllm.resolver import Adapters, AdapterSource
 from loader.types import CONFIG_VARIABLE, ReadyModel, ServedAdapter
 from tests.models import tiny_llama, train_or_draw_lora
-from tests.origin import FaultyOrigin, serving
+from tests.origin import FaultyOrigin, serving, write_listing
 from tests.serve.test_transformers import PROMPT, expected_text
 from tests.test_boot import Job
 
@@ -264,10 +270,14 @@ def test_the_plugin_stays_out_of_the_way(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not {"pydantic", "torch", "vllm"} & set(found.stdout.split())
 
 
+def weights_of(folder: Path) -> Path:
+    return folder / "adapter_model.safetensors"
+
+
 _VLLM_SERVER = "vllm.entrypoints.launchers.api_server.entry"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Server:
     """vLLM's own server, and the origin that it fetches from."""
 
@@ -275,22 +285,26 @@ class Server:
     origin: FaultyOrigin
     base: Path
     adapters: list[Path]
+    log: Path
+    listing: Path
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/{path}", json=body, timeout=60)
 
-    def complete(self, name: str) -> httpx.Response:
-        return self.post("completions", model=name, prompt=PROMPT, temperature=0, max_tokens=12)
+    def complete(self, name: str, prompt: str = PROMPT) -> httpx.Response:
+        return self.post("completions", model=name, prompt=prompt, temperature=0, max_tokens=12)
 
-    def text(self, name: str) -> str:
-        answer = self.complete(name)
+    def text(self, name: str, prompt: str = PROMPT) -> str:
+        answer = self.complete(name, prompt)
         assert answer.status_code == 200, answer.text
         assert answer.json()["model"] == name
         return str(answer.json()["choices"][0]["text"])
 
-    def expected(self, adapter: Path) -> str:
-        one = (ServedAdapter("a", adapter, 4),)
-        return expected_text(ReadyModel(self.base, one, 8, self.base, {}), "a")
+    @functools.cache  # noqa: B019 - one server
+    def expected(self, adapter: Path | None) -> str:
+        one = (ServedAdapter("a", adapter, 4),) if adapter else ()
+        ready = ReadyModel(self.base, one, 8, self.base, {})
+        return expected_text(ready, "a" if adapter else None)
 
     def check(self, name: str, adapter: Path) -> None:
         """Greedy text is PEFT's; a character that is cut at the end may be left out."""
@@ -330,10 +344,11 @@ def server(
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         engine_args = {
-            "dtype": "float32", "max_model_len": 256, "enforce_eager": True, "max_loras": 5,
-            "max_lora_rank": 8, "host": "127.0.0.1", "port": port,
+            "dtype": "float32", "max_model_len": 256, "enforce_eager": True, "max_loras": 4,
+            "host": "127.0.0.1", "port": port,
         }  # fmt: skip
-        ready = ReadyModel(base, (), None, base, {})
+        names = zip(("red", "blue"), adapters, strict=True)
+        ready = ReadyModel(base, tuple(ServedAdapter(n, a, 4) for n, a in names), 8, base, {})
         model, *arguments = serve_arguments(ready, engine_args, served_model_name="base")
         environment = {
             **os.environ,
@@ -351,7 +366,8 @@ def server(
             )
         try:
             _wait(process, port, root / "log")
-            yield Server(f"http://127.0.0.1:{port}", origin, base, adapters)
+            url, listing = f"http://127.0.0.1:{port}", Path(settings.artifacts[0])
+            yield Server(url, origin, base, adapters, root / "log", listing)
         finally:
             process.terminate()
             process.wait(timeout=60)
@@ -407,6 +423,57 @@ class TestServer:
         assert not any("@" in name for name in server.names())
         assert server.post("unload_lora_adapter", lora_name="green").status_code == 200
         assert server.complete("green").status_code == 404
+
+    def test_mixed_batches_are_answered_by_what_they_ask_for(self, server: Server) -> None:
+        """With as many adapters as there are slots, and then more."""
+        named = {"red": 0, "blue": 1, "job1/checkpoint-10": 0, "job1/run/checkpoint-20": 1}
+        for number in range(3):
+            asked = ["base", *named] * 4
+            with ThreadPoolExecutor(len(asked)) as pool:
+                texts = list(pool.map(server.text, asked))
+            for name, text in zip(asked, texts, strict=True):
+                adapter = server.adapters[named[name]] if name in named else None
+                assert server.expected(adapter).startswith(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+            more = {"lora_name": f"more-{number}", "lora_path": "job1/checkpoint-10"}
+            assert server.post("load_lora_adapter", **more).status_code == 200
+            named[f"more-{number}"] = 0
+
+    def test_what_changed_at_the_origin_is_served_after_an_unload(self, server: Server) -> None:
+        """Long prompts: their blocks are in the cache."""
+        name, long = "job1/changing", PROMPT * 30
+        published = server.origin.folder("job1") / "changing"
+        answers = []
+        for adapter in (*server.adapters, server.adapters[0]):
+            shutil.copytree(adapter, published, dirs_exist_ok=True)
+            write_listing(server.origin, server.listing, "job1")
+            server.check(name, adapter)
+            answers.append([server.text(name, long) for _ in range(2)])
+            assert server.post("unload_lora_adapter", lora_name=name).status_code == 200
+        assert answers[0] == answers[2] != answers[1]
+
+    def test_what_is_refused_has_one_reason_both_ways(self, server: Server) -> None:
+        """By name, by lora_path, in the log."""
+        tensors = {n: t * math.nan for n, t in load_file(weights_of(server.adapters[0])).items()}
+        for name in ("spoiled", "broken", "dora"):
+            shutil.copytree(server.adapters[0], server.origin.folder("job1") / name)
+        save_file(tensors, weights_of(server.origin.folder("job1") / "spoiled"))
+        weights_of(server.origin.folder("job1") / "broken").write_bytes(b"no weights")
+        config = server.origin.folder("job1") / "dora/adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+        write_listing(server.origin, server.listing, "job1")
+        for name, status, reason in (
+            ("job1/spoiled", 400, "NaN or infinite values in an adapter"),
+            ("job1/broken", 400, "broken/adapter_model.safetensors"),
+            ("job1/dora", 400, "adapters that vLLM cannot attach"),
+            ("job1/absent", 404, "absent"),
+        ):
+            by_name = server.complete(name)
+            by_path = server.post("load_lora_adapter", lora_name="x", lora_path=name)
+            assert by_name.status_code == by_path.status_code == status, by_name.text
+            assert by_name.json()["error"]["message"] == by_path.json()["error"]["message"]
+            assert reason in by_name.json()["error"]["message"]
+            assert reason in server.log.read_text()
+            assert name not in server.names()
 
     def test_paths_and_names_that_lead_out(self, server: Server) -> None:
         outside = str(server.adapters[0])

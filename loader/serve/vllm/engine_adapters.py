@@ -62,13 +62,23 @@ class EngineAdapters:
         self._tasks: set[asyncio.Task[None]] = set()
         for name, request in models.lora_requests.items():
             self.adopt(name, request.lora_name)
-        served = models.model_name
+        served, self._show = models.model_name, models.show_available_models
         models.model_name = lambda lora_request=None: public_name(served(lora_request))
+        models.show_available_models = self.show
 
     @property
     def adapters(self) -> tuple[ServedAdapter, ...]:
         """Those that requests can name now."""
         return tuple(self._adapters.values())
+
+    async def show(self) -> Any:
+        """Return vLLM's list of models with the names and folders that others know."""
+        shown = await self._show()
+        for card in shown.data:
+            card.id = public_name(card.id)
+            if card.id in self._adapters:
+                card.root = str(self._adapters[card.id].path)
+        return shown
 
     async def put(
         self, adapter: ServedAdapter, *, replace: bool = False, is_3d: bool = False
@@ -99,8 +109,9 @@ class EngineAdapters:
         request = self._models.lora_requests.get(name)
         if request is None or isinstance(request, version_type()):
             return
-        number = request.lora_int_id
-        folder = self._files.keep(Path(request.lora_path), number)
+        number, path = request.lora_int_id, Path(request.lora_path)
+        folder = self._files.keep(path, number)
+        self._adapters.setdefault(name, ServedAdapter(name, path, 0))
         self._models.lora_requests[name] = self._make_version(
             own or _own_name(name, number), number, folder, request.is_3d_lora_weight
         )

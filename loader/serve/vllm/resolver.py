@@ -288,4 +288,6 @@ def _refusal(error: LoaderError) -> Any:
     from loader.serve.vllm.private import create_error_response
 
     status = HTTPStatus(status_of(error))
+    if status is HTTPStatus.CONFLICT:
+        status = HTTPStatus.BAD_REQUEST  # as vLLM answers
     return create_error_response(error.line, status.phrase, status)

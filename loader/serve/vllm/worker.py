@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from loader.errors import EngineError, LoaderError
+from loader.log_lines import set_up_logging
 from loader.serve.vllm.channel import Channel
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -59,6 +60,7 @@ class Stages:
 
 def main(channel_fd: int, listening_fd: int) -> int:
     """Do it all and return the process's exit code."""
+    set_up_logging()
     channel = Channel(socket.socket(fileno=channel_fd))
     listening = socket.socket(fileno=listening_fd)
     signal.signal(signal.SIGTERM, _interrupt)
