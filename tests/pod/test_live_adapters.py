@@ -74,12 +74,6 @@ def fill(job: Job, adapters: list[Path]) -> Job:
 
 
 @pytest.fixture
-def origin(tmp_path: Path) -> Iterator[FaultyOrigin]:
-    with serving(tmp_path / "origin") as found:
-        yield found
-
-
-@pytest.fixture
 def job(origin: FaultyOrigin, tmp_path: Path, adapters: list[Path]) -> Job:
     return fill(Job(origin, tmp_path), adapters)
 

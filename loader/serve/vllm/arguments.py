@@ -141,8 +141,6 @@ def _adapter_slots(adapters: int, asked: object, cpu: bool) -> object:
     return slots
 
 
-
-
 def _suggest(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name.lower().replace("-", "_").lstrip("_"), known, n=1)
     return f"{name!r}" + (f"; did you mean {near[0]!r}?" if near else "")

@@ -60,8 +60,8 @@ class EngineAdapters:
         self._files = AdapterFiles()
         self._adapters = {adapter.name: adapter for adapter in adapters}
         self._tasks: set[asyncio.Task[None]] = set()
-        for name, request in models.lora_requests.items():
-            self.adopt(name, request.lora_name)
+        for name, loaded in models.lora_requests.items():
+            self.adopt(name, loaded.lora_name)
         served, self._show = models.model_name, models.show_available_models
         models.model_name = lambda lora_request=None: public_name(served(lora_request))
         models.show_available_models = self.show
@@ -106,14 +106,14 @@ class EngineAdapters:
         Raises:
             DiskError: the disk refused.
         """
-        request = self._models.lora_requests.get(name)
-        if request is None or isinstance(request, version_type()):
+        loaded = self._models.lora_requests.get(name)
+        if loaded is None or isinstance(loaded, version_type()):
             return
-        number, path = request.lora_int_id, Path(request.lora_path)
+        number, path = loaded.lora_int_id, Path(loaded.lora_path)
         folder = self._files.keep(path, number)
         self._adapters.setdefault(name, ServedAdapter(name, path, 0))
         self._models.lora_requests[name] = self._make_version(
-            own or _own_name(name, number), number, folder, request.is_3d_lora_weight
+            own or _own_name(name, number), number, folder, loaded.is_3d_lora_weight
         )
 
     async def remove(self, name: str) -> None:
@@ -180,14 +180,14 @@ class EngineAdapters:
         shutil.rmtree(folder, ignore_errors=True)
         _log.info("adapter %s has left the engine", own)
 
-    async def _prove(self, version: Any) -> None:
-        """Raise AdapterError where *version* answers as the base does, or with no numbers."""
+    async def _prove(self, loaded: Any) -> None:
+        """Raise AdapterError where *loaded* answers as the base does, or with no numbers."""
         if "generate" not in await self._engine.get_supported_tasks():
             return
-        name = public_name(version.lora_name)
+        name = public_name(loaded.lora_name)
 
         async def ask(asked: str) -> Said:
-            return await _say(self._engine, version if asked == name else None)
+            return await _say(self._engine, loaded if asked == name else None)
 
         try:
             await check_adapters(ask, "", [name])

@@ -84,35 +84,37 @@ IMPORTED = {
     "create_error_response": Private(
         "the status that an exception is answered with", ("vllm.entrypoints.serve",)
     ),
-    # Adapters by name. The resolver and what it returns are documented for plugins; around
-    # /v1/load_lora_adapter, which takes any path of the machine, there is no hook.
+    # Adapters by name. Around /v1/load_lora_adapter, which takes any path of the machine, there is
+    # no hook, and what a LoRAResolver refuses is answered without a reason.
     "LoRARequest": Private("an adapter", ("vllm.lora.request",)),
-    "LoRAResolver": Private(
-        "fetches on first use",
-        ("vllm.lora.resolver",),
-        ("resolve_lora(base_model_name, lora_name)",),
-    ),
-    "LoRAResolverRegistry": Private(
-        "knows the resolvers",
-        ("vllm.lora.resolver",),
-        ("get_supported_resolvers", "register_resolver"),
-    ),
-    "LoadLoRAAdapterRequest": Private(
-        "adds an adapter",
-        ("vllm.entrypoints.serve.lora.protocol",),
-    ),
+    "get_adapter_absolute_path": Private("what lora_path means to vLLM", ("vllm.lora.utils",)),
     "OpenAIServingModels": Private(
         "the names that requests may give",
         (f"{_SERVING}.models.serving",),
         (
+            "engine_client",
+            "init_static_loras",
+            "is_base_model",
             "load_lora_adapter(request, base_model_name)",
             "lora_id_counter",
             "lora_requests",
+            "lora_resolver_lock",
             "model_config",
             "model_name(lora_request)",
+            "resolve_lora(lora_name)",
             "show_available_models",
             "static_lora_modules",
+            "unload_lora_adapter(request)",
         ),
+    ),
+    "SamplingParams": Private("the canary's", ("vllm.sampling_params",)),
+    "LRUCacheLoRAModelManager": Private(
+        "the slots of adapters: on a CPU one has to stay empty",
+        ("vllm.lora.model_manager",),
+        ("_create_lora_modules", "lora_slots"),
+    ),
+    "LRUCacheWorkerLoRAManager": Private(
+        "makes it", ("vllm.lora.worker_manager",), ("_manager_cls",)
     ),
     # Reached into from this file alone.
     "ModelRegistry": Private(
@@ -135,7 +137,16 @@ REACHED = {
     "engine": Private(
         "AsyncLLM",
         ("vllm.v1.engine.async_llm:AsyncLLM", "vllm.engine.protocol:EngineClient"),
-        ("engine_core", "errored", "get_supported_tasks", "model_config", "remove_lora"),
+        (
+            "add_lora",
+            "collective_rpc",
+            "engine_core",
+            "errored",
+            "generate",
+            "get_supported_tasks",
+            "model_config",
+            "remove_lora",
+        ),
     ),
     "engine_core": Private("", ("vllm.v1.engine.core_client:MPClient",), ("resources",)),
     "resources": Private(
@@ -174,17 +185,24 @@ REACHED = {
     "serving_embedding": Private(
         "", ("vllm.entrypoints.pooling.base.serving:PoolingBaseServing",), ("__call__",)
     ),
-    "loaded": Private("", ("vllm.lora.request:LoRARequest",), ("lora_int_id",)),
+    "loaded": Private(
+        "",
+        ("vllm.lora.request:LoRARequest",),
+        ("is_3d_lora_weight", "lora_int_id", "lora_name", "lora_path"),
+    ),
+    "model_runner": Private(
+        "of a worker", ("vllm.v1.worker.gpu_model_runner:GPUModelRunner",), ("kv_caches",)
+    ),
     ".error": Private(
         "", ("vllm.entrypoints.serve.engine.protocol:ErrorInfo",), ("code", "message")
     ),
-    "card": Private("", ("vllm.entrypoints.serve.engine.protocol:ModelCard",), ("id",)),
+    "card": Private("", ("vllm.entrypoints.serve.engine.protocol:ModelCard",), ("id", "root")),
     "shown": Private("", ("vllm.entrypoints.serve.engine.protocol:ModelList",), ("data",)),
     "lora_module": Private("", (f"{_SERVING}.models.protocol:LoRAModulePath",), ("name", "path")),
     "request": Private(
         "",
         ("vllm.entrypoints.serve.lora.protocol:LoadLoRAAdapterRequest",),
-        ("load_inplace", "lora_name", "lora_path"),
+        ("is_3d_lora_weight", "load_inplace", "lora_name", "lora_path"),
     ),
     "lora_id_counter": Private("", ("vllm.utils.counter:AtomicCounter",), ("inc",)),
     "model_config": Private("", ("vllm.config.model:ModelConfig",), ("model",)),
@@ -201,6 +219,7 @@ REACHED = {
             "api_server_count",
             "data_parallel_multi_port_external_lb",
             "disable_uvicorn_access_log",
+            "enable_lora",
             "enable_ssl_refresh",
             "grpc",
             "h11_max_header_count",
@@ -208,7 +227,6 @@ REACHED = {
             "headless",
             "host",
             "lora_modules",
-            "max_loras",
             "model",
             "model_tag",
             "numa_bind",
@@ -223,6 +241,7 @@ REACHED = {
             "tool_parser_plugin",
             "uds",
             "uvicorn_log_level",
+            "worker_extension_cls",
         ),
     ),
 }

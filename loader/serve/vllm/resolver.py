@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from loader.errors import (
     AdapterError,
@@ -41,6 +42,7 @@ _REFUSED_S = 30.0  # what was refused is not asked for at the origin again befor
 _PAUSE_S = 5.0  # nor what may succeed the next time
 _MOST_REFUSED = 10_000
 _WORKERS = 32  # of one job at a time: they wait for its origin, each for another adapter
+_loading: WeakKeyDictionary[Any, LoadedOnRequest] = WeakKeyDictionary()
 _log = logging.getLogger("podloader")
 
 
@@ -194,10 +196,9 @@ def take_loading_over(
     models: Any, canary: bool, adapters: Adapters | None = None
 ) -> LoadedOnRequest:
     """Return what loads and unloads for ``models``, made the first time."""
-    if not hasattr(models, "podloader"):
-        models.podloader = LoadedOnRequest(models, adapters, canary=canary)
-    loading: LoadedOnRequest = models.podloader
-    return loading
+    if models not in _loading:
+        _loading[models] = LoadedOnRequest(models, adapters, canary=canary)
+    return _loading[models]
 
 
 class LoadedOnRequest:
@@ -208,11 +209,13 @@ class LoadedOnRequest:
 
     def __init__(self, models: Any, adapters: Adapters | None, *, canary: bool) -> None:
         self._models, self._adapters = models, adapters
-        self._engine = EngineAdapters(models, canary=canary)
+        self._versions = EngineAdapters(models, canary=canary)
         self._base = models.model_config.model
         self._resolve_elsewhere = models.resolve_lora
         self._under_way: dict[str, asyncio.Task[None]] = {}
-        self._at_the_start = {(m.name, m.path) for m in models.static_lora_modules or ()}
+        self._at_the_start = {
+            (lora_module.name, lora_module.path) for lora_module in models.static_lora_modules or ()
+        }
         models.load_lora_adapter = self.load
         models.unload_lora_adapter = self.unload
         models.resolve_lora = self.resolve
@@ -250,17 +253,17 @@ class LoadedOnRequest:
     async def unload(self, request: Any) -> Any:
         """Answer ``/v1/unload_lora_adapter``."""
         try:
-            await self._engine.remove(request.lora_name)
+            await self._versions.remove(request.lora_name)
         except LoaderError as error:
             return _refusal(error)
         return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
 
     def close(self) -> None:
         """Let go of the adapters' files, once the engine has ended."""
-        self._engine.close()
+        self._versions.close()
 
     async def _put(self, request: Any, found: ServedAdapter) -> None:
-        await self._engine.put(
+        await self._versions.put(
             replace(found, name=request.lora_name),
             replace=request.load_inplace,
             is_3d=request.is_3d_lora_weight,
@@ -269,12 +272,12 @@ class LoadedOnRequest:
     async def _bring(self, name: str) -> None:
         if self._adapters is None:
             await self._resolve_elsewhere(name)
-            self._engine.adopt(name)
+            self._versions.adopt(name)
             return
         with self._adapters.asked(name):
             found = await self._adapters.find(self._base, name)
             if name not in self._models.lora_requests:
-                await self._engine.put(found)
+                await self._versions.put(found)
 
 
 async def _find_anywhere(name: str, path: str) -> ServedAdapter:
