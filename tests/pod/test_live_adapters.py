@@ -457,7 +457,7 @@ class TestServer:
         write_listing(server.origin, server.listing, "job1")
         for name, status, reason in (
             ("job1/spoiled", 400, "NaN or infinite values in an adapter"),
-            ("job1/broken", 400, "broken/adapter_model.safetensors"),
+            ("job1/broken", 400, "file is broken"),
             ("job1/dora", 400, "adapters that vLLM cannot attach"),
             ("job1/absent", 404, "absent"),
         ):
