@@ -7,7 +7,7 @@ STAMP := $(VENV)/.podloader-setup
 # Tests start many processes: where this is set, each would compile torch and transformers anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo wheel test check engines lint types bench clean
+.PHONY: setup demo wheel test check engines pythons lint types bench clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,10 @@ test: lint types
 # `make engines VLLM=0.34.0` lists what a release would break; without VLLM, every proved one.
 engines: setup
 	$(BIN)/python -m tests.engines $(VLLM)
+
+# The network's rooms on every other supported Python of this machine.
+pythons: setup
+	PODLOADER_TEST_ALL=1 $(BIN)/pytest tests/test_pythons.py
 
 clean:
 	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
