@@ -23,7 +23,7 @@ _MINORS = ("3.11", "3.12", "3.13")
 _HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 _FOR_TESTS = ("moto[server]", "numpy", "psutil", "pytest", "pytest-asyncio", "pytest-timeout")
 _SMOKE = ("tests/http/test_sockets.py",)
-_QUICK = ("tests/config", "tests/fetch", "tests/http", "tests/resolve", "tests/stores")
+_QUICK = ("tests/fetch", "tests/http", "tests/resolve", "tests/stores")
 _HEAVY = ("tests/stores/test_hub.py", "tests/stores/test_model_files.py")  # they make models
 
 

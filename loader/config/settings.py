@@ -175,6 +175,11 @@ class Settings:
         description="Limit for an answer's head, and the longest that a body may be slow or "
         "silent: 2 s at first, doubled each time that it is asked for again.",
     )
+    openssl_reads: bool = _setting(
+        True,
+        description="Let OpenSSL read a TLS connection by itself, through memory of CPython's that "
+        "is proved first. `false`: Python's `ssl` alone, in more processor time.",
+    )
     least_bytes_per_s: Annotated[Bytes, Meta(ge=0)] = _setting(
         4 * 2**10, description="What a connection has to bring not to count as slow."
     )

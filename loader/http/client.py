@@ -66,6 +66,7 @@ class HttpOptions:
     ``connect_timeout_s`` is for all of a connection's beginning, ``stall_timeout_s`` for all of an
     answer's head, and for a body's silence. ``link_local``: whether a URL or a redirect may lead to
     the machine's own link; ``insecure_redirects``: whether one from https may lead to http.
+    ``openssl_reads``: whether OpenSSL may read a socket by itself (see ``openssl``).
     """
 
     connect_timeout_s: float = 10.0
@@ -74,6 +75,7 @@ class HttpOptions:
     ca_bundle: Path | None = None
     link_local: bool = False
     insecure_redirects: bool = False
+    openssl_reads: bool = True
 
 
 class HttpClient:
@@ -379,7 +381,12 @@ class HttpClient:
             return connect(first.host, first.port, timeout_s)
         proxy = origin.proxy
         tunnel = partial(open_tunnel, proxy=proxy, to=place(origin)) if proxy else None
-        secure = partial(shake_hands, context=self._trust.context(), host=origin.host)
+        secure = partial(
+            shake_hands,
+            context=self._trust.context(),
+            host=origin.host,
+            openssl_reads=self._options.openssl_reads,
+        )
         return connect(first.host, first.port, timeout_s, tunnel, secure)
 
 

@@ -7,7 +7,13 @@ all of it (OpenSSL's ``crypto/bio/bf_buff.c``): one call, without the lock, for 
 The connection's ``SSL*`` is a field of CPython's object (``PySSLSocket`` in ``Modules/_ssl.c``), at
 the same place in all of ``_PYTHONS``. OpenSSL's functions are asked of ``_ssl``'s own file, so that
 they are those of the library it is linked with. Where either is not as known, ``ssl`` reads alone:
-see ``sockets``.
+see ``sockets``. So it does where the setting ``openssl_reads`` is off.
+
+SAFETY: before OpenSSL is given that pointer, it is proved to be one, for each connection and
+without following it. The field lies within the object, by its type's own size, so reading it cannot
+fail. What it leads to is copied by the kernel (``write`` to a pipe, which answers EFAULT where no
+memory is), and has to hold the two ``BIO*`` that this connection was made with, one behind the
+other: OpenSSL keeps them so in the first bytes of every ``SSL`` (``rbio``, ``wbio``).
 """
 
 from __future__ import annotations
@@ -15,7 +21,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import ssl
+import struct
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -25,6 +33,8 @@ _READ_BYTES = 64 << 10  # of one read of the socket; freed while there is nothin
 _POINTER_BYTES = ctypes.sizeof(ctypes.c_void_p)
 _HEAD_BYTES = 2 * _POINTER_BYTES  # of every object; more where Python is built without its lock
 _SSL_FIELD = _HEAD_BYTES + _POINTER_BYTES  # behind a weak reference
+_BIO_FIELD = _HEAD_BYTES  # of PySSLMemoryBIO
+_SSL_BYTES = 512  # of an SSL, which is longer: both of its BIO* are among them
 _PYTHONS = ((3, 11), (3, 15))  # from the first to below the second
 _CHEAPEST = "TLS_AES_128_GCM_SHA256"  # 10 rounds a block where AES-256, first by default, has 14
 _SET_SSL = 109  # BIO_C_SET_SSL, openssl/bio.h
@@ -75,16 +85,18 @@ class Records:
         return int(max(count, 0))
 
 
-def attach(tls: ssl.SSLObject, fd: int) -> Records | None:
-    """Let *tls*, before its handshake, read from and write to *fd*, not to its memory.
+def attach(
+    tls: ssl.SSLObject, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, fd: int
+) -> Records | None:
+    """Let *tls*, before its handshake, read from and write to *fd*, not *incoming* and *outgoing*.
 
     None, and nothing is changed, where this Python's ``ssl`` does not let itself be reached.
     """
     lib = _library()
     if lib is None:
         return None
-    pointer = _P.from_address(id(tls._sslobj) + _SSL_FIELD).value  # type: ignore[attr-defined]
-    if not pointer or lib.SSL_get_fd(pointer) != -1 or not lib.SSL_set_fd(pointer, fd):
+    pointer = _find_ssl(tls._sslobj, incoming, outgoing)  # type: ignore[attr-defined]
+    if pointer is None or lib.SSL_get_fd(pointer) != -1 or not lib.SSL_set_fd(pointer, fd):
         return None
     lib.SSL_set_read_ahead(pointer, 1)
     lib.SSL_set_default_read_buffer_len(pointer, _READ_BYTES)
@@ -94,6 +106,35 @@ def attach(tls: ssl.SSLObject, fd: int) -> Records | None:
         lib.SSL_set_ciphersuites(pointer, suites.encode())
     lib.SSL_set_quiet_shutdown(pointer, 1)  # freeing sends nothing: the socket may be closed
     return Records(tls, lib, pointer)
+
+
+def _find_ssl(inner: object, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> int | None:
+    """Return the ``SSL*`` of *inner*, proved as the module's SAFETY says; None where it is not."""
+    pointer = _read_field(inner, _SSL_FIELD)
+    ends = struct.pack("PP", _read_field(incoming, _BIO_FIELD), _read_field(outgoing, _BIO_FIELD))
+    return pointer if pointer and any(ends) and ends in copy_memory(pointer, _SSL_BYTES) else None
+
+
+def _read_field(of: object, offset: int) -> int:
+    """Return the pointer at *offset* of an object, 0 where the object ends before."""
+    if offset + _POINTER_BYTES > type(of).__basicsize__:
+        return 0
+    return _P.from_address(id(of) + offset).value or 0
+
+
+def copy_memory(address: int, size_bytes: int) -> bytes:
+    """Return this process's bytes at *address*, fewer or none where it has no memory there."""
+    with contextlib.suppress(OSError):
+        read_end, write_end = os.pipe()
+        try:
+            write = ctypes.CDLL(None).write
+            write.restype, write.argtypes = ctypes.c_ssize_t, (_INT, _P, _SIZE)
+            count = write(write_end, address, size_bytes)
+            return os.read(read_end, size_bytes) if count > 0 else b""
+        finally:
+            os.close(read_end)
+            os.close(write_end)
+    return b""
 
 
 @functools.cache

@@ -308,13 +308,15 @@ class BufferedTlsSocket(PlainSocket):
             super().sendall(data)
 
 
-def shake_hands(sock: socket.socket, context: ssl.SSLContext, host: str) -> PlainSocket:
+def shake_hands(
+    sock: socket.socket, context: ssl.SSLContext, host: str, *, openssl_reads: bool = True
+) -> PlainSocket:
     """Return the TLS client over *sock* that *host* proved itself to."""
     from loader.http.openssl import attach  # ctypes, for which plain HTTP should not wait
 
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     tls = context.wrap_bio(incoming, outgoing, server_hostname=host)
-    records = attach(tls, sock.fileno())
+    records = attach(tls, incoming, outgoing, sock.fileno()) if openssl_reads else None
     if records is None:
         return BufferedTlsSocket(sock, tls, incoming, outgoing)
     return TlsSocket(sock, tls, records)

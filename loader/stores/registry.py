@@ -50,6 +50,7 @@ class Stores:
             ca_bundle=settings.ca_bundle,
             link_local=settings.allow_local_urls,
             insecure_redirects=settings.allow_insecure_redirects,
+            openssl_reads=settings.openssl_reads,
         )
         self._client = HttpClient(options)
         # What the user names leads where the user likes; what a listing names does not.

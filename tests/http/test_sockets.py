@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import trustme
 
+from loader.config.settings import Settings
 from loader.http import openssl, sockets
 from loader.http.sockets import BufferedTlsSocket, PlainSocket, TlsSocket, shake_hands
 
@@ -50,7 +51,7 @@ class Peer:
         authority.configure_trust(self._trusting)
         self._ends = contextlib.ExitStack()
         if kind == "buffered":
-            monkeypatch.setattr(openssl, "attach", lambda tls, fd: None)
+            monkeypatch.setattr(openssl, "attach", lambda *_: None)
 
     def connect(self, talk: Talk, timeout_s: float = 5.0) -> PlainSocket:
         """Return the socket of a client whom the server greets with *talk*."""
@@ -256,11 +257,57 @@ def test_what_is_not_as_known_is_left_alone(monkeypatch: pytest.MonkeyPatch, fie
         monkeypatch.setattr(ssl, field, 0x10101000)
     else:
         monkeypatch.setattr(openssl, field, {"_PYTHONS": ((2, 7), (3, 0))}.get(field, 24))
-    tls = ssl.create_default_context().wrap_bio(
-        ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname="127.0.0.1"
-    )
+    ends = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = ssl.create_default_context().wrap_bio(*ends, server_hostname="127.0.0.1")
     with socket.socket() as sock:
-        assert openssl.attach(tls, sock.fileno()) is None
+        assert openssl.attach(tls, *ends, sock.fileno()) is None
         with pytest.raises(ssl.SSLWantReadError):
             tls.do_handshake()
     openssl._library.cache_clear()
+
+
+@pytest.mark.parametrize("offset", range(0, 400, 8))
+@pytest.mark.parametrize("field", ["_SSL_FIELD", "_BIO_FIELD"])
+def test_a_field_elsewhere_is_no_connection_and_no_crash(
+    monkeypatch: pytest.MonkeyPatch, field: str, offset: int
+) -> None:
+    ends = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = ssl.create_default_context().wrap_bio(*ends, server_hostname="127.0.0.1")
+    right = getattr(openssl, field)
+    monkeypatch.setattr(openssl, field, offset)
+    with socket.socket() as sock:
+        found = openssl.attach(tls, *ends, sock.fileno())
+        assert (found is not None) == (offset == right)
+
+
+def test_another_connections_ends_prove_nothing() -> None:
+    ends, others = [(ssl.MemoryBIO(), ssl.MemoryBIO()) for _ in range(2)]
+    tls = ssl.create_default_context().wrap_bio(*ends, server_hostname="127.0.0.1")
+    with socket.socket() as sock:
+        assert openssl.attach(tls, *others, sock.fileno()) is None
+        assert openssl.attach(tls, ends[1], ends[0], sock.fileno()) is None
+        assert openssl.attach(tls, *ends, sock.fileno()) is not None
+
+
+def test_memory_that_is_not_there_is_no_bytes() -> None:
+    assert openssl.copy_memory(8, 512) == b""
+    assert openssl.copy_memory(2**63, 512) == b""
+    assert openssl.copy_memory(id(ssl), 16) != b""
+
+
+def test_the_setting_leaves_reading_to_python(authority: trustme.CA) -> None:
+    assert Settings.without_config({"openssl_reads": False}).openssl_reads is False
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(server)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        plain = socket.create_connection(listener.getsockname())
+        peer, _ = listener.accept()
+        thread = threading.Thread(target=lambda: server.wrap_socket(peer, server_side=True).close())
+        thread.start()
+        with contextlib.closing(
+            shake_hands(plain, trusting, "127.0.0.1", openssl_reads=False)
+        ) as sock:
+            assert isinstance(sock, BufferedTlsSocket)
+        thread.join()
