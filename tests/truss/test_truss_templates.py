@@ -284,6 +284,26 @@ def test_lora_multi_with_secrets_for_s3_and_the_hub_and_spans(
     assert not [hidden for hidden in (token, moto.SECRET_KEY) if hidden in log]
 
 
+@pytest.mark.engine
+def test_files_that_another_tool_laid_there_and_no_origin(tmp_path: Path) -> None:
+    with serving(tmp_path / "origin") as origin:
+        job = Job(tmp_path, origin)
+        job.listing.write_text("")  # nothing to read there
+    for name in ("checkpoint-1", "checkpoint-2"):
+        shutil.copytree(job.folder / name, tmp_path / "down/rank-0" / name)
+    settings = {
+        "PODLOADER_ENGINE": "transformers",
+        "PODLOADER_ARTIFACTS": "local",
+        "PODLOADER_BASE_MODEL": str(job.base),
+        "PODLOADER_SERVED_MODEL_NAME": "base",
+    }
+    with running_template("lora-multi", tmp_path, job.listing, settings) as server:
+        names = ("base", "job1-checkpoint-1", "job1-checkpoint-2")
+        assert len({text_of(server, PROMPT | {"model": name}) for name in names}) == 3
+        log = server.log.read_text()
+    assert "adoption" in log
+
+
 def classifier(folder: Path) -> tuple[torch.nn.Linear, torch.nn.Linear]:
     """Save a network that no engine knows; return its layers."""
     torch.manual_seed(0)
