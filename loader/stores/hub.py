@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from loader.errors import FetchError, LoaderError, TransientError
 from loader.stores.hub_cache import drop_rotten
-from loader.stores.hub_errors import not_here, translate_error
+from loader.stores.hub_errors import disk_error, not_here, translate_error
 from loader.stores.hub_files import Told, download_files
 from loader.stores.model_files import side_files, weight_files
 
@@ -189,7 +189,9 @@ def _list_model(repo_id: str, revision: str | None, token: str | None) -> _Liste
         if error.response.status_code < 500:
             raise
         return None
-    except Exception:  # offline, or the HTTP library's own, which changes with the hub's version
+    except Exception as error:  # offline, or the HTTP library's own, which changes with the hub's
+        if (refused := disk_error(error)) is not None:
+            raise refused from None
         return None
     # huggingface-hub's guide, "Understand caching": where a snapshot lies.
     model = Path(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}")

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from loader.errors import ConfigError, FetchError, TransientError
+import errno
+import os
+import shutil
+import socket
+import ssl
+from pathlib import Path
+
+from loader.errors import ConfigError, DiskError, FetchError, TransientError
+
+_NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL)
+_LEAST_BYTES = 16 << 20  # with fewer left, a disk is full for any model
 
 
 def not_here(where: str) -> FetchError:
@@ -36,12 +46,75 @@ def translate_error(error: Exception, repo_id: str, revision: str | None) -> Exc
         return ConfigError(
             "no such revision of the base model", where=where, next_step="correct base_revision"
         )
+    no_hub = errors.FileMetadataError
+    if isinstance(error, no_hub) or isinstance(error.__cause__, no_hub):
+        return FetchError(
+            "what answers is not the Hub: it does not say which version a file is of",
+            where=where,
+            next_step="correct HF_ENDPOINT, or the proxy that is before the Hub",
+        )
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return not_here(where)
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.HfHubHTTPError) and status is not None and status < 500:
         return FetchError("the Hub refuses", where=where, got=f"HTTP {status}")
-    network = type(error).__module__.startswith(("httpx", "httpcore"))
-    if network or isinstance(error, OSError | errors.HfHubHTTPError):
-        return TransientError("the Hub did not answer", where=where, got=type(error).__name__)
+    return disk_error(error) or _network_error(error, where)
+
+
+def disk_error(error: Exception) -> DiskError | None:
+    """Return what to raise where the system refused a file; huggingface-hub passes that on."""
+    from huggingface_hub import constants, errors
+
+    cache = str(constants.HF_HUB_CACHE)
+    network = ConnectionError | TimeoutError | socket.gaierror | ssl.SSLError
+    is_network = isinstance(error, network) or getattr(error, "errno", None) in _NO_WAY
+    is_own = isinstance(error, errors.HfHubHTTPError | errors.LocalEntryNotFoundError)
+    if isinstance(error, OSError) and error.errno is not None and not (is_network or is_own):
+        path = error.filename if isinstance(error.filename, str) else cache
+        return _no_cache(error.strerror or type(error).__name__, path, error.errno)
+    if isinstance(error, errors.XetDownloadError | RuntimeError):
+        # A library of its own brings the bytes then, which does not say what it was refused.
+        there = next(path for path in (Path(cache), *Path(cache).parents) if path.exists())
+        if not os.access(there, os.W_OK):
+            return _no_cache("not writable", cache, errno.EACCES)
+        if shutil.disk_usage(there).free < _LEAST_BYTES:
+            return _no_cache("no space left on device", cache, errno.ENOSPC)
+    return None
+
+
+def _no_cache(got: str, path: str, number: int) -> DiskError:
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return DiskError(
+        "no room for the base model" if full else "huggingface-hub's cache cannot be used",
+        where=path,
+        got=got,
+        next_step="free some space, or set HF_HOME to a folder with more"
+        if full
+        else "make it readable and writable, or set HF_HOME to a folder that is",
+    )
+
+
+def _network_error(error: Exception, where: str) -> Exception:
+    from huggingface_hub import errors
+
+    name = type(error).__name__
+    is_http = type(error).__module__.startswith(("httpx", "httpcore"))
+    if (is_http and name == "RemoteProtocolError") or _is_plain(error):
+        return TransientError(
+            "what the Hub sent is not whole",
+            where=where,
+            got=name if is_http else "fewer bytes than were announced",
+            next_step="run again; what has come is kept",
+        )
+    known = errors.XetDownloadError | errors.HfHubHTTPError | OSError | RuntimeError
+    if is_http or isinstance(error, known):
+        return TransientError("the Hub did not answer", where=where, got=name)
     return error
+
+
+def _is_plain(error: Exception) -> bool:
+    """Return whether it is what huggingface-hub raises where a file is not of the size it was told.
+
+    An OSError of its own, without a number.
+    """
+    return type(error) is OSError and error.errno is None

@@ -27,6 +27,10 @@ class Hub(ThreadingHTTPServer):
         self.ranges = True
         self.flips: list[str] = []
         """Files of which the next answer has one wrong bit."""
+        self.names_versions = True
+        """Whether files come with their commit and ETag."""
+        self.cuts: list[str] = []
+        """Files of which every answer breaks off before its last byte."""
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -65,7 +69,8 @@ class Handler(BaseHTTPRequestHandler):
             content = (self.server.folder / path.rpartition("/")[2]).read_bytes()
             weights = path.endswith((".safetensors", ".bin"))
             tag = (hashlib.sha256 if weights else hashlib.sha1)(content).hexdigest()
-            self.answer_file(content, {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT})
+            told = {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT}
+            self.answer_file(content, told if self.server.names_versions else {})
         else:
             self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
@@ -103,6 +108,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
+            if self.path.rpartition("/")[2] in self.server.cuts:
+                self.close_connection = True
+                body = body[:-1]
             self.wfile.write(body[: 1 << 20])
             for place in range(1 << 20, len(body), 1 << 20):
                 time.sleep(self.server.pause_s)

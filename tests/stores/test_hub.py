@@ -163,3 +163,40 @@ def test_a_hub_that_went_away_after_the_model_came(hub: Hub) -> None:
     hub.shutdown()
     hub.server_close()
     assert COMMIT in ask(hub)
+
+
+WHERE = SCRIPT.replace("error.what", "error.what, '|', error.where, '|', error.got")
+
+
+@pytest.mark.parametrize("place", ["a file/home", "/proc/none/home", "/sys/home"])
+def test_a_cache_that_is_none(hub: Hub, place: str) -> None:
+    (hub.folder.parent / "a file").write_text("")
+    said = ask(hub, script=WHERE, HF_HOME=str(hub.folder.parent / place))
+    assert said.startswith("DiskError huggingface-hub's cache cannot be used")
+    assert place.partition("/home")[0] in said
+
+
+def test_a_cache_that_takes_no_more(hub: Hub) -> None:
+    (hub.folder / "model.safetensors").write_bytes(bytes(3 << 20))
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+    said = ask(hub, script=limited + WHERE)
+    assert said.startswith("DiskError no room for the base model | ")
+    assert said.endswith("File too large")
+
+
+def test_a_body_that_breaks_off(hub: Hub) -> None:
+    (hub.folder / "model.safetensors").write_bytes(bytes(3 << 20))
+    hub.cuts = ["model.safetensors"]
+    assert ask(hub).startswith("TransientError what the Hub sent is not whole")
+
+
+def test_what_answers_is_no_hub(hub: Hub) -> None:
+    hub.names_versions = False
+    assert ask(hub).startswith("FetchError what answers is not the Hub")
+
+
+def test_nobody_answers(hub: Hub) -> None:
+    hub.shutdown()
+    hub.server_close()
+    assert "not to be reached" in ask(hub)
+    assert ask(hub, script=DESCRIBE).startswith("TransientError the Hub did not answer")
