@@ -5,9 +5,11 @@ Others who share the process set the root logger to what they like.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
+from datetime import UTC, datetime
 
 from loader.errors import redact
 
@@ -21,14 +23,24 @@ class _Shown(logging.Formatter):
         return shown(super().format(record))
 
 
-def set_up_logging(*, verbose: bool = False) -> None:
-    """Send log lines to standard error."""
+class _Json(logging.Formatter):
+    """One JSON object a line: ``time`` (RFC 3339, UTC), ``level``, ``message``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        message = shown(super().format(record))
+        return json.dumps({"time": when, "level": record.levelname, "message": message})
+
+
+def set_up_logging(*, verbose: bool = False, quiet: bool = False, as_json: bool = False) -> None:
+    """Send log lines to standard error; *quiet* leaves errors alone."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Shown("%(message)s"))
+    handler.setFormatter(_Json() if as_json else _Shown("%(message)s"))
     logger = logging.getLogger("podloader")
     logger.handlers[:] = [handler]
     logger.propagate = False
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    quiet_level = logging.ERROR if quiet else logging.INFO
+    logger.setLevel(logging.DEBUG if verbose else quiet_level)
 
 
 def shown(text: str) -> str:

@@ -89,6 +89,31 @@ def test_fetch_json(config: Path, tmp_path: Path) -> None:
     assert json.loads(run("fetch", config, "--json").stdout)["fetched_bytes"] == 0
 
 
+def test_results_go_to_standard_output_and_all_else_does_not(config: Path) -> None:
+    plan = run("plan", config)
+    assert "checkpoint-10/model.bin" in plan.stdout
+    assert not plan.stderr
+    fetched = run("fetch", config)
+    assert "2 files in " in fetched.stdout
+    assert "model.bin" not in fetched.stdout
+    assert "fetching 2 files" in fetched.stderr
+    for words in (["-v", "fetch"], ["fetch", "-v"]):
+        assert "crc64nvme:" in run(*words, config).stdout
+    for words in (["-q", "fetch"], ["fetch", "--quiet"]):
+        quiet = run(*words, config)
+        assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+    refused = run("-q", "fetch", config, "--set", "verify=never")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: ")
+
+
+def test_log_lines_as_json(config: Path) -> None:
+    done = run("--log-format", "json", "fetch", config)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert all(set(line) == {"time", "level", "message"} for line in lines)
+    assert lines[0]["level"] == "INFO"
+
+
 def test_artifacts_and_settings_from_the_command_line(config: Path, tmp_path: Path) -> None:
     listing = tmp_path / "elsewhere.json"
     (tmp_path / "listing.json").rename(listing)
@@ -116,6 +141,10 @@ def test_artifacts_and_settings_from_the_command_line(config: Path, tmp_path: Pa
         (["plan", "c.yaml", "--", "--port", "1"], 2, "unknown: --port 1"),
         (["truss", "init", "--output", "out", "--requests", "0"], 2, "at least 1"),
         (["inspect", "/none"], 5, "no such checkpoint folder"),
+        (["--verison"], 2, "did you mean --version?"),
+        (["serve", "c.yaml", "--port", "8000"], 2, "podloader serve CONFIG -- --port 8000"),
+        (["help"], 0, "usage: podloader"),
+        (["-V"], 0, "podloader 0."),
         (["merge", "--base", "/none", "--adapter", "/none", "--output", "out"], 5, "/none"),
         (["merge", "--base", "b", "--adapter", "a=nan", "--output", "out"], 2, "a finite number"),
     ],

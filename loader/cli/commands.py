@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loader.cli.ending import ending
 from loader.cli.parser import parse
-from loader.cli.report import errors_shown, say, write_json
+from loader.cli.report import errors_shown, set_up_report, show, write_json
 from loader.log_lines import set_up_logging
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def plan(config: Path, artifacts: Words, set_: Words, sizes: bool, as_json: bool
             write_json(document)
 
 
-def fetch(config: Path, artifacts: Words, set_: Words, as_json: bool) -> None:
+def fetch(
+    config: Path, artifacts: Words, set_: Words, as_json: bool, *, verbose: bool = False
+) -> None:
     """Download the files into the config's download_folder."""
     with errors_shown(as_json):
         from loader import boot
@@ -52,7 +54,7 @@ def fetch(config: Path, artifacts: Words, set_: Words, as_json: bool) -> None:
         from loader.cli.documents import fetch_document
         from loader.cli.tables import show_snapshot
 
-        show_snapshot(snapshot)
+        show_snapshot(snapshot, each=verbose)
         if as_json:
             write_json(fetch_document(snapshot))
 
@@ -171,7 +173,7 @@ def sums(folder: Path, as_json: bool) -> None:
         from loader.fetch.sum_manifests import sum_folder
 
         path, found = sum_folder(folder)
-        say(f"{len(found)} files in {path}")
+        show(f"{len(found)} files in {path}")
         if as_json:
             write_json(sums_document(path, found))
 
@@ -183,7 +185,7 @@ def demo(folder: Path) -> None:
         from loader.cli.tables import show_timeline
         from loader.demo.run import run
 
-        show_timeline(run(folder, say, choose_progress))
+        show_timeline(run(folder, show, choose_progress))
 
 
 def truss_init(**given: Any) -> None:
@@ -199,9 +201,9 @@ def truss_wheel(truss: Path, as_json: bool) -> None:
         from loader.scaffold.wheel import add_wheel, lines_to_add
 
         made = add_wheel(truss)
-        say(str(made))
+        show(str(made))
         for line in lines_to_add(truss):
-            say(line)
+            show(line)
         if as_json:
             write_json({"wheel": str(made)})
 
@@ -228,8 +230,12 @@ def main() -> None:
     os.environ["PYTHONSAFEPATH"] = "1"
     with ending():
         given = parse(sys.argv[1:])
-        set_up_logging(verbose=given.pop("verbose"))
-        _COMMANDS[given.pop("command")](**given)
+        command, verbose, quiet = (given.pop(name) for name in ("command", "verbose", "quiet"))
+        set_up_logging(verbose=verbose, quiet=quiet, as_json=given.pop("log_format") == "json")
+        set_up_report(as_json=given.get("as_json", False), quiet=quiet)
+        if command == "fetch":
+            given["verbose"] = verbose
+        _COMMANDS[command](**given)
 
 
 def _settings(config: Path, artifacts: Words, given: Words) -> Settings:

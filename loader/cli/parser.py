@@ -44,16 +44,32 @@ def _split(words: Sequence[str]) -> tuple[Sequence[str], list[str]]:
 
 def _check_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Refuse a first word that is no command with the nearest one: argparse lists them all."""
-    known = [name for action in parser._actions for name in action.choices or ()]
-    first = next((word for word in words if not word.startswith("-")), known[0])
-    if first not in known:
-        hint = _nearest(first, known) or f"; choose from {', '.join(known)}"
-        parser.error(f"there is no command {first}{hint}")
+    commands = (action for action in parser._actions if not action.option_strings)
+    known = [name for action in commands for name in action.choices or ()]
+    if list(words) == ["help"]:
+        parser.print_help()
+        parser.exit()
+    own = [name for action in parser._actions for name in action.option_strings]
+    before = iter(words)
+    for word in before:
+        if word == "--log-format":
+            next(before, None)
+        elif not word.startswith("-"):
+            break
+        elif word.partition("=")[0] not in own and not word.startswith("-v"):
+            parser.error(f"unknown: {word}{_nearest(word, own)}")
+    else:
+        return
+    if word not in known:
+        hint = _nearest(word, known) or f"; choose from {', '.join(known)}"
+        parser.error(f"there is no command {word}{hint}")
 
 
 def _refuse(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
     known = [name for action in parser._actions for name in action.option_strings]
     hint = _nearest(unknown[0].partition("=")[0], known)
+    if not hint and parser.prog.endswith(" serve") and unknown[0].startswith("-"):
+        hint = f"; vLLM's arguments stand behind --: podloader serve CONFIG -- {' '.join(unknown)}"
     parser.error(f"unknown: {' '.join(unknown)}{hint}")
 
 
@@ -75,6 +91,7 @@ class _Commands:
         """Return the new command's parser; *config*: it is about a Truss config."""
         parser = self._commands.add_parser(name, help=told, description=told, allow_abbrev=False)
         parser.set_defaults(command=self._before + name, parser=parser)
+        _add_output_options(parser)
         if config:
             parser.add_argument("config", metavar="CONFIG", type=Path, help="A Truss config.yaml.")
             parser.add_argument(
@@ -94,8 +111,11 @@ def _build() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     version = f"podloader {__version__}"
-    parser.add_argument("--version", action="version", version=version, help="Print the version.")
-    parser.add_argument("-v", "--verbose", action="store_true", help="Say more.")
+    parser.add_argument(
+        "-V", "--version", action="version", version=version, help="Print the version."
+    )
+    _add_output_options(parser)
+    parser.set_defaults(verbose=False, quiet=False, log_format="text")
     commands = _Commands(parser)
     _add_plan(commands)
     _add_json(commands.add("fetch", "Download the files into download_folder.", config=True))
@@ -243,6 +263,17 @@ def _add_init(commands: _Commands) -> None:
     told = "Replace a Truss that is there."
     parser.add_argument("--overwrite", action="store_true", help=told)
     _add_json(parser)
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Add what may stand before or behind the command; what is not given stays as it was."""
+    left = argparse.SUPPRESS
+    told = "Say more; of a fetch, a line for each file."
+    parser.add_argument("-v", "--verbose", action="store_true", default=left, help=told)
+    told = "Say nothing but errors."
+    parser.add_argument("-q", "--quiet", action="store_true", default=left, help=told)
+    told = "How log lines look on standard error; json has time and level."
+    parser.add_argument("--log-format", choices=["text", "json"], default=left, help=told)
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:

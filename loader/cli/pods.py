@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loader.cli.report import say
+from loader.cli.report import say, say_error
 from loader.errors import LoaderError
 from loader.pod.pod import Pod
 from loader.pod.signals import StopSignal
@@ -56,7 +56,7 @@ def _run(
         say(f"{stop} while starting; what has been fetched is kept")
         return stop.exit_code
     except LoaderError as error:
-        say(f"error: {error}")
+        say_error(f"error: {error}")
         if pod.holds:
             say("/health answers with this until a signal comes")
             pod.hold()

@@ -1,4 +1,7 @@
-"""What a command says: people's lines to standard error, one JSON document to standard output."""
+"""What a command says: its result on standard output, all else on standard error.
+
+With ``--json`` the result is one JSON document; the lines for people then go to standard error.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,41 @@ import json
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from loader.errors import LoaderError, redact
 from loader.log_lines import shown
 
 VERSION = 1  # of every JSON document; a field may be added without a new number
 _UNEXPECTED = 1
+_streams: dict[str, TextIO | None] = {"note": sys.stderr, "result": sys.stdout}
+
+
+def set_up_report(*, as_json: bool, quiet: bool) -> None:
+    """Choose where lines go: *quiet* leaves errors, and the document where there is one."""
+    lines = None if quiet else sys.stderr
+    _streams.update(note=lines, result=lines if as_json else None if quiet else sys.stdout)
 
 
 def say(line: str = "") -> None:
-    """Write a line for a person."""
-    sys.stderr.write(shown(line) + "\n")
-    sys.stderr.flush()
+    """Write a line on the way to the result."""
+    _write(_streams["note"], line)
+
+
+def show(line: str = "") -> None:
+    """Write a line of the result, for a person."""
+    _write(_streams["result"], line)
+
+
+def say_error(line: str) -> None:
+    """Write what went wrong."""
+    _write(sys.stderr, line)
+
+
+def _write(stream: TextIO | None, line: str) -> None:
+    if stream is not None:
+        stream.write(shown(line) + "\n")
+        stream.flush()
 
 
 def write_json(document: dict[str, object]) -> None:
@@ -37,7 +62,7 @@ def errors_shown(as_json: bool) -> Iterator[None]:
     try:
         yield
     except LoaderError as error:
-        say(f"error: {error}")
+        say_error(f"error: {error}")
         if as_json:
             write_json({"error": error.to_json()})
         raise SystemExit(error.exit_code) from None
@@ -47,7 +72,7 @@ def errors_shown(as_json: bool) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except EOFError:
-        say("error: no answer")
+        say_error("error: no answer")
         raise SystemExit(_UNEXPECTED) from None
     except Exception as error:
         _unexpected(error, as_json)
@@ -56,8 +81,8 @@ def errors_shown(as_json: bool) -> Iterator[None]:
 
 
 def _unexpected(error: Exception, as_json: bool) -> NoReturn:
-    say("".join(traceback.format_exception(error)).rstrip())
-    say("error: this is a fault of podloader or of a library; the lines above say where")
+    say_error("".join(traceback.format_exception(error)).rstrip())
+    say_error("error: this is a fault of podloader or of a library; the lines above say where")
     if as_json:
         write_json({"error": {"error": type(error).__name__, "what": redact(str(error))}})
     raise SystemExit(_UNEXPECTED) from None

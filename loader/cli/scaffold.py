@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loader.cli.report import errors_shown, say, write_json
+from loader.cli.report import errors_shown, say, show, write_json
 
 if TYPE_CHECKING:
     from loader.scaffold.deployment import Deployment, Wishes
@@ -139,14 +139,14 @@ def _ask_number(question: str, default: int) -> int:
 
 def _show(deployment: Deployment, output: Path) -> None:
     for found in deployment.chosen:
-        say(f"{found.kind.value:<9}  {found.path}")
+        show(f"{found.kind.value:<9}  {found.path}")
     if deployment.base_model:
-        say(f"base       {deployment.base_model}")
-    say(f"GPUs       {deployment.placement.accelerator}")
+        show(f"base       {deployment.base_model}")
+    show(f"GPUs       {deployment.placement.accelerator}")
     for line in deployment.placement.calculation:
-        say(f"           {line}")
-    say(f"names      {', '.join([*deployment.adapters, deployment.served_model_name])}")
-    say(f"Truss      {output}")
+        show(f"           {line}")
+    show(f"names      {', '.join([*deployment.adapters, deployment.served_model_name])}")
+    show(f"Truss      {output}")
 
 
 def _document(deployment: Deployment, output: Path) -> dict[str, object]:

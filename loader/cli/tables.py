@@ -1,4 +1,4 @@
-"""The same for people: tables and lines on standard error."""
+"""What people read of a command's result; `documents` has the same as JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loader.cli.documents import total_bytes
-from loader.cli.report import say
+from loader.cli.report import say, show
 from loader.fetch.progress import show_bytes
 from loader.status.table import timeline_lines
 from loader.timeline import Timeline
@@ -35,18 +35,18 @@ def show_plan(manifest: Manifest, folder: Path, free_bytes: int) -> None:
     """Show the files, the sum, the free disk and the warnings."""
     for artifact in manifest.files[:_SHOWN]:
         size = "?" if artifact.size_bytes is None else show_bytes(artifact.size_bytes)
-        say(f"{size:>10}  {_HERE[manifest.presence.get(artifact.path)]:15}  {artifact.path}")
+        show(f"{size:>10}  {_HERE[manifest.presence.get(artifact.path)]:15}  {artifact.path}")
     if (more := len(manifest.files) - _SHOWN) > 0:
-        say(f"{'':>10}  … and {more} more")
+        show(f"{'':>10}  … and {more} more")
     known = [artifact.size_bytes for artifact in manifest.files if artifact.size_bytes is not None]
     unknown = len(manifest.files) - len(known)
     rest = f", {unknown} of them of unknown size" if unknown else ""
     total = show_bytes(sum(known)) if known or not unknown else "?"
-    say(f"{total:>10}  {len(manifest.files)} files{rest} -> {folder}")
+    show(f"{total:>10}  {len(manifest.files)} files{rest} -> {folder}")
     _show_unused(manifest)
-    say(f"{show_bytes(free_bytes):>10}  free")
+    show(f"{show_bytes(free_bytes):>10}  free")
     for warning in manifest.warnings:
-        say(f"warning: {warning}")
+        show(f"warning: {warning}")
 
 
 def _show_unused(manifest: Manifest) -> None:
@@ -62,19 +62,17 @@ def _show_unused(manifest: Manifest) -> None:
         text = f"{len(used)} files with weights_only_fetch: true; serving uses no others"
     else:
         return
-    say(f"{'?' if total is None else show_bytes(total):>10}  {text}")
+    show(f"{'?' if total is None else show_bytes(total):>10}  {text}")
 
 
-def show_snapshot(snapshot: Snapshot) -> None:
-    """Show every file with its size, rate, digest and source, and the sum."""
-    for file in snapshot.files[:_SHOWN]:
+def show_snapshot(snapshot: Snapshot, *, each: bool) -> None:
+    """Show the sum; of *each* file, too, its size, rate, digest and source."""
+    for file in snapshot.files if each else ():
         rate = f"{show_bytes(file.size_bytes / file.seconds)}/s" if file.seconds else "kept"
-        say(f"{show_bytes(file.size_bytes):>10}  {rate:>12}  {file.digest}  {file.path}")
-        say(f"{'':>24}  from {file.source}")
-    if (more := len(snapshot.files) - _SHOWN) > 0:
-        say(f"{'':>10}  … and {more} more")
+        show(f"{show_bytes(file.size_bytes):>10}  {rate:>12}  {file.digest}  {file.path}")
+        show(f"{'':>24}  from {file.source}")
     kept = sum(1 for file in snapshot.files if file.reused)
-    say(
+    show(
         f"{len(snapshot.files)} files in {snapshot.root}: {show_bytes(snapshot.fetched_bytes)} "
         f"fetched, {kept} files kept, {snapshot.seconds:.1f} s"
     )
@@ -82,12 +80,12 @@ def show_snapshot(snapshot: Snapshot) -> None:
 
 def show_ready(ready: ReadyModel) -> None:
     """Show what an engine would be given."""
-    say(f"model      {ready.path}")
-    say(f"tokenizer  {ready.tokenizer}")
+    show(f"model      {ready.path}")
+    show(f"tokenizer  {ready.tokenizer}")
     for adapter in ready.adapters:
-        say(f"adapter    {adapter.name} (rank {adapter.rank})  {adapter.path}")
+        show(f"adapter    {adapter.name} (rank {adapter.rank})  {adapter.path}")
     if ready.max_lora_rank is not None:
-        say(f"max rank   {ready.max_lora_rank}")
+        show(f"max rank   {ready.max_lora_rank}")
 
 
 def show_timeline(timeline: Timeline) -> None:
@@ -99,20 +97,20 @@ def show_timeline(timeline: Timeline) -> None:
 def show_checkpoints(checkpoints: Sequence[Checkpoint]) -> None:
     """Show what each checkpoint is and what would be done with it."""
     for checkpoint in checkpoints:
-        say(f"{checkpoint.kind.value}: {checkpoint.path}")
+        show(f"{checkpoint.kind.value}: {checkpoint.path}")
         for name, value in checkpoint.detail.items():
             if value not in (None, [], {}):
-                say(f"    {name}: {_short(value)}")
+                show(f"    {name}: {_short(value)}")
         refusal = find_refusal(checkpoint)
-        say(
+        show(
             f"    would be refused: {refusal.what}" if refusal else f"    {_WOULD[checkpoint.kind]}"
         )
 
 
 def show_consolidated(sharded: Checkpoint, made: Checkpoint) -> None:
     """Show what was made of what."""
-    say(f"from       {sharded.kind.value}: {sharded.path}")
-    say(f"{made.kind.value:<10} {made.path}")
+    show(f"from       {sharded.kind.value}: {sharded.path}")
+    show(f"{made.kind.value:<10} {made.path}")
 
 
 def _short(value: object) -> str:
