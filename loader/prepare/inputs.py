@@ -14,6 +14,8 @@ from pathlib import Path
 
 from loader.errors import ChangedError, FetchError
 from loader.fetch.digests import Digests
+from loader.fetch.files import STATE, Places
+from loader.fetch.folders import Folders
 from loader.fetch.missing_ranges import digest_text
 from loader.stores.model_files import weight_files
 
@@ -23,7 +25,7 @@ _log = logging.getLogger("podloader")
 
 
 class UnprovedError(FetchError):
-    """Files are not what they were when they were fetched. They are thrown away."""
+    """Files are not what they were when they were fetched. The next run fetches them."""
 
 
 def small_names(names: Collection[str]) -> list[str]:
@@ -57,7 +59,7 @@ def prove(digests: Digests, kept: Mapping[Path, str], *, is_theirs: bool = False
     """Check that every file of *kept* has its digest. *is_theirs*: a person's own file stays.
 
     Raises:
-        UnprovedError: some have another one; they are thrown away, to be fetched anew.
+        UnprovedError: some have another one; the next run fetches them anew.
         ChangedError: a person's file was written to meanwhile.
         DiskError: a file cannot be read.
     """
@@ -78,13 +80,24 @@ def prove(digests: Digests, kept: Mapping[Path, str], *, is_theirs: bool = False
         )
     for path in wrong:
         with contextlib.suppress(OSError):
-            path.resolve().unlink()  # in huggingface-hub's cache, what the link leads to
-            path.unlink(missing_ok=True)
+            _disown(path, is_cached=kept[path].startswith(_SHA256))
     raise UnprovedError(
         "files are not what was fetched any more",
         problems=[str(path) for path in wrong],
         next_step="run again: they are fetched anew; a second time means that the disk is failing",
     )
+
+
+def _disown(path: Path, *, is_cached: bool) -> None:
+    """Let a file come anew: one of huggingface-hub's cache goes, one that was fetched loses its
+    record. That may be a link to a file of somebody else's.
+    """
+    if is_cached:
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        return
+    root = next(parent for parent in path.parents if (parent / STATE).is_dir())
+    Places(Folders(str(root)), path.relative_to(root).as_posix()).remove("record")
 
 
 @contextlib.contextmanager
