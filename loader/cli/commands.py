@@ -178,6 +178,30 @@ def sums(folder: Path, as_json: bool) -> None:
             write_json(sums_document(path, found))
 
 
+def clean(
+    place: Path, set_: Words, keep: str | None, older_than: float, dry_run: bool, as_json: bool
+) -> None:
+    """Remove old parts and records, and models down to a size."""
+    with errors_shown(as_json):
+        from loader.cli.documents import cleaned_document
+        from loader.cli.tables import show_cleaned
+        from loader.prepare.cleaning import clean as clean_folders
+        from loader.prepare.consolidated import cache_folder, models_folder
+
+        if place.is_dir():
+            root, cache = place, models_folder(place)
+        else:
+            settings = _settings(place, None, set_)
+            root, cache = settings.training.download_folder, cache_folder(settings)
+        keep_bytes = _bytes("--keep", keep) if keep is not None else None
+        cleaned = clean_folders(
+            root, cache, keep_bytes=keep_bytes, older_than_days=older_than, dry_run=dry_run
+        )
+        show_cleaned(cleaned, dry_run=dry_run)
+        if as_json:
+            write_json(cleaned_document(cleaned))
+
+
 def demo(folder: Path) -> None:
     """Do the whole job with a tiny model, trained on the spot."""
     with errors_shown(False):
@@ -217,6 +241,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "merge": merge,
     "consolidate": consolidate,
     "sums": sums,
+    "clean": clean,
     "truss init": truss_init,
     "truss wheel": truss_wheel,
     "demo": demo,
@@ -262,6 +287,18 @@ def _overrides(given: Words) -> dict[str, Any]:
             )
         overrides[name] = parse_value(name, value)
     return overrides
+
+
+def _bytes(name: str, text: str) -> int:
+    from loader.config.values import Bytes, read_value
+    from loader.errors import ConfigError
+
+    try:
+        count: int = read_value(text, Bytes)
+    except ValueError as error:
+        told = str(error).removeprefix("expected ")
+        raise ConfigError("not a size", where=name, expected=told, got=text) from None
+    return count
 
 
 def _weighted(text: str) -> tuple[Path, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from loader.prepare.cleaning import Cleaned
 from loader.resolve.sum_files import Sums
 from loader.types import Artifact, Checkpoint, Manifest, ReadyModel, Snapshot
 from loader.weights.formats.serving import serving_files
@@ -91,6 +92,15 @@ def sums_document(path: Path, sums: Sums) -> dict[str, object]:
             {"path": name, **{checksum.algorithm: checksum.digest.hex() for checksum in found}}
             for name, found in sorted(sums.items())
         ],
+    }
+
+
+def cleaned_document(cleaned: Cleaned) -> dict[str, object]:
+    """Return ``removed`` (path, bytes on the disk), ``freed_bytes``, and the models' kept_bytes."""
+    return {
+        "removed": [{"path": str(path), "bytes": size} for path, size in cleaned.removed],
+        "freed_bytes": cleaned.freed_bytes,
+        "kept_bytes": cleaned.kept_bytes,
     }
 
 

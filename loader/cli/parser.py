@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ def _build() -> argparse.ArgumentParser:
     sums = commands.add("sums", told)
     sums.add_argument("folder", metavar="DIR", type=Path, help="The checkpoint's folder.")
     _add_json(sums)
+    _add_clean(commands)
     trusses = _Commands(commands.add("truss", "Make Trusses."), "truss ")
     _add_init(trusses)
     wheel = trusses.add("wheel", "Put podloader itself into a Truss: no package index has it.")
@@ -225,6 +227,19 @@ def _add_consolidate(commands: _Commands) -> None:
     _add_json(parser)
 
 
+def _add_clean(commands: _Commands) -> None:
+    parser = commands.add("clean", "Remove old parts and records, and models down to a size.")
+    told = "A download folder, or a Truss config.yaml that names it and its cache_folder."
+    parser.add_argument("place", metavar="DIR_OR_CONFIG", type=Path, help=told)
+    told = "What derived models and fetched bases may take together, the last used first. "
+    parser.add_argument("--keep", metavar="SIZE", help=f"{told}Default: all.")
+    told = "Leave parts and records that are younger. Default: 1."
+    parser.add_argument("--older-than", metavar="DAYS", type=_days, default=1.0, help=told)
+    parser.add_argument("--dry-run", action="store_true", help="Say what would go, and leave it.")
+    _add_set(parser)
+    _add_json(parser)
+
+
 def _add_init(commands: _Commands) -> None:
     parser = commands.add("init", "Make the Truss that serves a training job's checkpoints.")
     _add_output(parser, "The Truss folder to make.")
@@ -298,6 +313,13 @@ def _add_timeline(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="Write where the seconds went: a Chrome trace to FILE, a picture (.svg) beside it.",
     )
+
+
+def _days(text: str) -> float:
+    days = float(text)
+    if not 0 <= days < math.inf:
+        raise argparse.ArgumentTypeError("expected a number that is not negative")
+    return days
 
 
 def _positive(text: str) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from loader.cli.documents import total_bytes
 from loader.cli.report import say, show
 from loader.fetch.progress import show_bytes
+from loader.prepare.cleaning import Cleaned
 from loader.status.table import timeline_lines
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, Manifest, ReadyModel, Snapshot
@@ -105,6 +106,17 @@ def show_checkpoints(checkpoints: Sequence[Checkpoint]) -> None:
         show(
             f"    would be refused: {refusal.what}" if refusal else f"    {_WOULD[checkpoint.kind]}"
         )
+
+
+def show_cleaned(cleaned: Cleaned, *, dry_run: bool) -> None:
+    """Show what was removed, or would be, and how much that is."""
+    for path, size_bytes in cleaned.removed[:_SHOWN]:
+        say(f"{show_bytes(size_bytes):>10}  {path}")
+    if (more := len(cleaned.removed) - _SHOWN) > 0:
+        say(f"{'':>10}  … and {more} more")
+    would = "would be " if dry_run else ""
+    say(f"{show_bytes(cleaned.freed_bytes):>10}  {would}removed")
+    say(f"{show_bytes(cleaned.kept_bytes):>10}  of models kept")
 
 
 def show_consolidated(sharded: Checkpoint, made: Checkpoint) -> None:

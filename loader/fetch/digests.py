@@ -78,6 +78,16 @@ class Digests:
         return dict(zip(files, map_on_threads(read, files, _THREADS), strict=True))
 
 
+def is_stale(entry: Path) -> bool:
+    """Return whether *entry* is of a file that is gone or has changed, or is none."""
+    try:
+        fields = json.loads(entry.read_bytes())
+        with Path(fields["path"]).open("rb") as file:
+            return bool(_stamp(file.fileno()) != fields["stamp"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return True
+
+
 def read_digest(path: Path, algorithms: Iterable[Algorithm]) -> dict[Algorithm, bytes]:
     """Return digests of *path* by one read of it, nothing being kept.
 

@@ -49,7 +49,7 @@ from loader.timeline import Timeline
 from loader.types import Checkpoint, ReadyModel, Snapshot
 from loader.weights.architecture import is_at_hand
 from loader.weights.header import TensorInfo
-from loader.weights.publishing import check_room, scratch_folder, sweep
+from loader.weights.publishing import check_room, scratch_folder, sweep, use
 from loader.weights.quantised import (
     check_dequantisable,
     plain_dtype,
@@ -117,6 +117,8 @@ def make_adapted(
                     ready = attach(taken.base.path, adapters, output)
                 else:
                     ready = _merge_proved(job, taken.base, sources, output)
+    if output.is_dir():
+        use(output)
     provenance = ready.provenance | {"why": decision.why, "made_from": made_from}
     if decision.mode == "merge":
         provenance["name"] = adapters[0].name

@@ -40,7 +40,7 @@ from loader.weights.formats.places import has_config, home_folders
 from loader.weights.formats.rank_files import Files
 from loader.weights.formats.serving import serving_files
 from loader.weights.inspect import open_checkpoint
-from loader.weights.publishing import disk_error, scratch_folder, sweep
+from loader.weights.publishing import disk_error, scratch_folder, sweep, use
 
 SHARDED = frozenset({Kind.DCP, Kind.ZERO, Kind.RANK_SHARDS})
 _EVERY_S = 5.0
@@ -179,6 +179,7 @@ def make_whole(
             (source,) = find_sources(shards.wait(), [source.checkpoint])
             prove_kept(settings, source)
             output = give_name(output, _named(source, base, settings))
+    use(output)
     return replace(source, checkpoint=open_checkpoint(output), kept={})
 
 
@@ -256,8 +257,12 @@ def output_folder(settings: Settings, mode: str, made_from: Mapping[str, object]
 
 def cache_folder(settings: Settings) -> Path:
     """Return where merged and consolidated models are kept."""
-    cache = settings.cache_folder or settings.training.download_folder / STATE / "models"
-    return cache.absolute()
+    return (settings.cache_folder or models_folder(settings.training.download_folder)).absolute()
+
+
+def models_folder(root: Path) -> Path:
+    """Return where they are kept for the download folder *root*, unless the settings say."""
+    return root / STATE / "models"
 
 
 def log_progress() -> Report:

@@ -118,6 +118,32 @@ def scratch_folder(parent: Path, what: str) -> Iterator[Path]:
             os.close(lock)
 
 
+_used: list[int] = []  # descriptors, until this process ends
+
+
+def use(folder: Path) -> None:
+    """Note that *folder* is used now, and by this process as long as it lives.
+
+    On a disk that refuses that, it may be removed meanwhile.
+    """
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _used.append(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        os.utime(descriptor)
+
+
+@contextlib.contextmanager
+def take(folder: Path) -> Iterator[bool]:
+    """Give whether no process uses *folder*, which none does then until the block's end."""
+    lock = _lock(folder)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
 def check_room(needs: Iterable[tuple[Path, int]]) -> None:
     """Check that the bytes of *needs*, each below its folder, find room together.
 
