@@ -195,7 +195,7 @@ class HttpStream:
 
     def _check_end(self) -> None:
         """Raise TransientError where it is not sure that this was the answer to what was asked."""
-        if self._next is None and self._connection.peek():
+        if self._next is None and self._answer.is_ahead:
             self._keeper.isolate(self._origin)
             raise TransientError(
                 "the origin sent more answers than it was asked for", where=self._url

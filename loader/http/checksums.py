@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from loader.http.objects import Algorithm, Checksum
@@ -41,11 +41,14 @@ _SIZES: Mapping[Algorithm, int] = {
 }
 
 
-def read_checksums(headers: Iterable[tuple[str, str]]) -> tuple[Checksum, ...]:
+def read_checksums(headers: Collection[tuple[str, str]]) -> tuple[Checksum, ...]:
     """Return what *headers* say of the whole object, whichever range of it they came with."""
-    fields = {name.lower(): value.strip() for name, value in headers}
-    if not any(name.startswith(_TELLING) for name in fields):
+    for name, _ in headers:
+        if name.lower().startswith(_TELLING):
+            break
+    else:
         return ()
+    fields = {name.lower(): value.strip() for name, value in headers}
     found = [_amz(fields, algorithm) for algorithm in _SIZES]
     # Decompressed on the way out: the sums are of the bytes as they are stored.
     if fields.get("x-goog-stored-content-encoding", "identity") == "identity":

@@ -12,7 +12,6 @@ import re
 import ssl
 import threading
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -92,7 +91,7 @@ class HttpClient:
         self._latency_s: dict[Origin, float] = {}  # the shortest so far
         self._alone: set[Origin] = set()  # that are asked nothing ahead
         self._isolated: set[Origin] = set()  # whose connections bear one request
-        self._slow: Counter[str] = Counter()  # how often a URL's bodies were
+        self._slow: dict[str, int] = {}  # how often a URL's bodies were
         self.least_bytes_per_s = options.least_bytes_per_s
 
     def get(
@@ -181,17 +180,20 @@ class HttpClient:
         self, request: Request, url: str, wanted: Wanted, sent: Sent | None = None
     ) -> HttpStream:
         """Return the body of *url*, by the request that was *sent* already or by one sent here."""
-        first, common = url, range_headers(wanted.span, wanted.version)
-        whole = Request(request.method, {**common, **request.headers}, request.body)
+        first, headers = url, request.headers
         for _ in range(6):
-            got, answer = self._receive(sent or self._send(whole, url), request.method)
+            if sent is None:
+                common = range_headers(wanted.span, wanted.version)
+                whole = Request(request.method, {**common, **headers}, request.body)
+                sent = self._send(whole, url)
+            got, answer = self._receive(sent, request.method)
             if answer.status not in _REDIRECTS or request.body is not None:
                 break
             target = answer.fields.get("location")
             drop(got.connection, answer)
             url, sent = self._follow(url, target), None
             if _split(url)[:2] != _split(first)[:2]:
-                whole = Request(request.method, common)
+                headers = {}
         else:
             raise FetchError("more than 5 redirects", where=url)
         try:
@@ -214,12 +216,12 @@ class HttpClient:
             raise UnsizedError("the origin does not tell the object's size", where=url)
         if answer.status != 200:  # it may tell where no range is asked for
             drop(got.connection, answer)
-            return self._ask(request, url, replace(wanted, span=None))
+            return self._ask(request, url, wanted._replace(span=None))
         with contextlib.closing(
             HttpStream(self, got, answer, ObjectInfo(0), Wanted(), url)
         ) as body:
             size_bytes = body.count()
-        return self._ask(request, url, replace(wanted, size_bytes=size_bytes))
+        return self._ask(request, url, wanted._replace(size_bytes=size_bytes))
 
     def close(self) -> None:
         """Close every idle connection."""
@@ -253,11 +255,11 @@ class HttpClient:
 
     def patience_s(self, url: str) -> float:
         """Return how long a body may be slow: longer each time that it was cut off for it."""
-        return min(_PATIENCE_S * (1 << self._slow[url]), self._options.stall_timeout_s)
+        return min(_PATIENCE_S * (1 << self._slow.get(url, 0)), self._options.stall_timeout_s)
 
     def note_slow(self, url: str) -> None:
         """Have more patience with *url* the next time."""
-        self._slow[url] = min(self._slow[url] + 1, 10)
+        self._slow[url] = min(self._slow.get(url, 0) + 1, 10)
 
     def _take_idle(self, origin: Origin) -> Connection | None:
         """Return a connection that is open, and on which nothing came since it was given back."""

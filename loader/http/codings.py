@@ -28,7 +28,9 @@ _WINDOW = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's numbers for both f
 
 def content_coding(fields: Mapping[str, str]) -> str:
     """Return the codings that mean something, "" where there are none."""
-    said = (part.strip(" \t").lower() for part in fields.get("content-encoding", "").split(","))
+    if "content-encoding" not in fields:
+        return ""
+    said = (part.strip(" \t").lower() for part in fields["content-encoding"].split(","))
     return ", ".join(part for part in said if part not in _NOTHING)
 
 

@@ -2,14 +2,15 @@
 
 llhttp reads one head at a time, and chunks. What frames a body is read by RFC 9112, 6: llhttp
 refuses equal repeats of Content-Length, which RFC 9110, 8.6 permits, and hands over the body of a
-coding that it does not know. So the two headers that frame go past it under a name of no meaning.
+coding that it does not know. So it reads a head that it refuses once more, with the two headers
+that frame under names of no meaning to it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import httptools
 
@@ -21,6 +22,7 @@ _FOLD = re.compile(rb"\r\n[ \t]+")  # obsolete, and one blank to whom it is sent
 _LENGTH = re.compile(r"[0-9]{1,19}")
 _CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 _END = b"\r\n\r\n"
+_CR, _CR_BYTE = "\r", b"\r"  # which is in no name and no value
 
 
 class AnswerError(Exception):
@@ -31,38 +33,24 @@ class FramingError(AnswerError):
     """Nobody can say where the body ends; asking again brings the same."""
 
 
-@dataclass(slots=True)
-class Head:
+class Head(NamedTuple):
     """A head; ``fields`` are its headers by their names in lower case.
 
     One that comes more than once has its values joined by commas (RFC 9110, 5.3).
     """
 
-    version: str = ""
-    status: int = 0
-    reason: str = ""
-    fields: dict[str, str] = field(default_factory=dict)
-
-    def on_status(self, reason: bytes) -> None:
-        """Take what llhttp has read."""
-        self.reason += reason.decode("latin-1")
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take what llhttp has read."""
-        key, text = name.lower().decode(), value.strip(b" \t").decode("latin-1")
-        if key[0] == "-" and _MASKED.fullmatch(key):
-            key = key[1:]
-        self.fields[key] = f"{self.fields[key]}, {text}" if key in self.fields else text
+    version: str
+    status: int
+    reason: str
+    fields: dict[str, str]
 
     def tokens(self, name: str) -> list[str]:
         """Return the members of a list, in lower case."""
-        text = self.fields.get(name)
-        parts = text.lower().split(",") if text else ()
+        parts = self.fields.get(name, "").lower().split(",")
         return [token for part in parts if (token := part.strip(" \t"))]
 
 
-@dataclass(frozen=True, slots=True)
-class Framing:
+class Framing(NamedTuple):
     """Where a body ends: after ``length`` bytes, by its chunks, or (None) with the connection.
 
     ``will_close``: the connection bears no other request.
@@ -73,27 +61,66 @@ class Framing:
     will_close: bool
 
 
+class _Callbacks:
+    """What llhttp calls for a head. *on_header* takes a name and a value."""
+
+    def __init__(self, on_header: Callable[[bytes, bytes], object]) -> None:
+        self.on_header = on_header
+        self.reason = b""
+
+    def on_status(self, reason: bytes) -> None:
+        """Take the reason, or a part of it."""
+        self.reason += reason
+
+
 def read_head(text: bytes) -> Head:
     """Return the head that *text* is, up to the empty line that ends it.
 
     Raises:
         AnswerError: it is none of HTTP/1.0 or 1.1.
     """
-    if text.count(b"\n") > _MOST_HEADERS + 2:
+    count = text.count(b"\n") - 2
+    if count > _MOST_HEADERS:
         raise AnswerError("more headers than anybody needs")
-    head = Head()
-    parser = httptools.HttpResponseParser(head)
+    found: dict[bytes, bytes] = {}  # so that nothing of ours is called between the headers
+    try:
+        head = _parse(text, found.__setitem__)
+    except AnswerError:
+        return _read_again(text)
+    names = _CR_BYTE.join(found).decode("latin-1").lower().split(_CR)
+    values = _CR_BYTE.join(found.values()).decode("latin-1").split(_CR)
+    if found:
+        head.fields.update(zip(names, [value.strip(" \t") for value in values], strict=True))
+    return head if len(head.fields) == count else _read_again(text)
+
+
+def _read_again(text: bytes) -> Head:
+    """Return the head where there is something about it that is not seen every day."""
+    pairs: list[tuple[bytes, bytes]] = []
     text = _FRAMING.sub(b"\n-", _FOLD.sub(b" ", text))
+    head = _parse(text, lambda name, value: pairs.append((name, value)))
+    for name, value in pairs:
+        key, said = name.decode("latin-1").lower(), value.decode("latin-1").strip(" \t")
+        key = key[1:] if _MASKED.fullmatch(key) else key
+        known = head.fields.get(key)
+        head.fields[key] = said if known is None else f"{known}, {said}"
+    return head
+
+
+def _parse(text: bytes, on_header: Callable[[bytes, bytes], object]) -> Head:
+    """Return the head without its fields, of which *on_header* is told."""
+    callbacks = _Callbacks(on_header)
+    parser = httptools.HttpResponseParser(callbacks)
     try:
         parser.feed_data(text)
     except httptools.HttpParserUpgrade:
         raise AnswerError("another protocol, which nobody asked for") from None
     except httptools.HttpParserError as error:
         raise AnswerError(str(error)) from None
-    head.version, head.status = parser.get_http_version(), parser.get_status_code()
-    if head.version not in ("1.0", "1.1") or head.status < 100:
-        raise AnswerError(f"HTTP/{head.version} {head.status:03}")
-    return head
+    version, status = parser.get_http_version(), parser.get_status_code()
+    if version not in ("1.0", "1.1") or status < 100:
+        raise AnswerError(f"HTTP/{version} {status:03}")
+    return Head(version, status, callbacks.reason.decode("latin-1"), {})
 
 
 def frame(head: Head, method: str) -> Framing:
@@ -102,13 +129,15 @@ def frame(head: Head, method: str) -> Framing:
     Raises:
         FramingError: the head says so in two ways, or in one that is not known.
     """
-    options = head.tokens("connection")
-    is_old = head.version == "1.0"
-    will_close = "close" in options or (is_old and "keep-alive" not in options)
-    length = read_length(head.fields)
+    fields, is_old = head.fields, head.version == "1.0"
+    will_close = is_old
+    if fields.get("connection", "keep-alive") != "keep-alive" or is_old:
+        options = head.tokens("connection")
+        will_close = "close" in options or (is_old and "keep-alive" not in options)
+    length = read_length(fields)
     if head.status in (204, 304) or method in ("HEAD", "CONNECT"):
         return Framing(0, is_chunked=False, will_close=will_close)
-    coded = head.fields.get("transfer-encoding")
+    coded = fields.get("transfer-encoding")
     if coded is None:
         return Framing(length, is_chunked=False, will_close=will_close or length is None)
     if head.tokens("transfer-encoding") != ["chunked"] or is_old:

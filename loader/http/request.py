@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from loader.errors import FetchError
 from loader.http.objects import ObjectInfo
@@ -30,8 +31,7 @@ class Request:
     body: bytes | None = field(default=None, repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """What of an object is asked for: the bytes ``[start, end)`` of a ``span``, or all.
 
     ``version``: which one it has to be. ``size_bytes``: what a listing says, for origins that do

@@ -83,10 +83,10 @@ class PlainSocket:
 
         After the former two the connection is of no use any more.
         """
-        try:
-            return self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        if not self._poll.poll(0):
             return None
+        try:
+            return self._sock.recv(1, socket.MSG_PEEK)
         except OSError:
             return b""
 
