@@ -181,14 +181,16 @@ def test_the_least_rate_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
         sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 40\r\n\r\n")
         trickle(sock, [b"xx"] * 20, 0.05)
 
+    def read(least: int) -> bytes:
+        client = HttpClient(HttpOptions(least_bytes_per_s=least))
+        with closing(client), closing(client.get(origin.url)) as stream:
+            return stream.read_all(100)
+
     with answering(talk) as origin:
-        with closing(HttpClient(HttpOptions(least_bytes_per_s=4))) as patient:
-            with closing(patient.get(origin.url)) as stream:
-                assert stream.read_all(100) == b"x" * 40
-        with closing(HttpClient(HttpOptions(least_bytes_per_s=4000))) as client:
-            with closing(client.get(origin.url)) as stream, pytest.raises(TransientError) as caught:
-                stream.read_all(100)
-            assert caught.value.expected == "at least 4000 bytes a second"
+        assert read(4) == b"x" * 40
+        with pytest.raises(TransientError) as caught:
+            read(4000)
+    assert caught.value.expected == "at least 4000 bytes a second"
 
 
 def test_a_listing_is_not_waited_for_without_an_end() -> None:
@@ -198,5 +200,6 @@ def test_a_listing_is_not_waited_for_without_an_end() -> None:
         trickle(sock, itertools.cycle([b" "]))
 
     with answering(talk) as origin, closing(HttpClient(SOON)) as client:
+        listing = UrlListing(origin.url, client)
         with pytest.raises((FetchError, ListingError)):
-            UrlListing(origin.url, client).read()
+            listing.read()
