@@ -43,7 +43,7 @@ from loader.prepare.consolidated import (
     prove_kept,
 )
 from loader.prepare.inputs import UnprovedError, proving
-from loader.prepare.named_base import named_base
+from loader.prepare.named_base import named_base, named_revision
 from loader.stores.registry import is_remote
 from loader.timeline import Timeline
 from loader.types import Checkpoint, ReadyModel, Snapshot
@@ -90,6 +90,9 @@ def make_adapted(
         bases = {s.place: s.checkpoint.detail.get("base_model") for s in sources}
         chosen = named_base(bases, settings)
         name, settings = chosen.name, chosen.over(settings)
+    if base is None and settings.base_revision is None:
+        about = {s.place: s.checkpoint.detail for s in sources}
+        settings = replace(settings, base_revision=named_revision(about, name))
     comes_along = base is not None or is_remote(name)
     decision = decide(settings.adapter_policy, adapters, base_is_fetched=comes_along)
     _log.info("adapters: %s", decision.why)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ from loader.config.settings import Settings
 from loader.errors import AdapterError, ConfigError, FetchError, FormatError, redact
 from loader.fetch.background import SplitFetch, are_here
 from loader.fetch.progress import Progress
-from loader.fetch.snapshot import FetchOptions, fetch
+from loader.fetch.snapshot import FetchOptions, fetch, read_artifact
 from loader.fetch.spans import SpanProgress
 from loader.fetch.sum_manifests import declare_sums
 from loader.prepare.consolidated import BaseModel, cache_folder, digests
@@ -35,12 +35,19 @@ from loader.prepare.inputs import (
 from loader.resolve.manifest import check_names
 from loader.stores.hub import REPO_ID, HubModel, fetch_model
 from loader.stores.hub_cache import declared_sha256
-from loader.stores.model_files import side_files, weight_files
+from loader.stores.model_files import (
+    absent_shards,
+    find_index,
+    missing_files,
+    side_files,
+    weight_files,
+)
 from loader.stores.registry import Stores, is_remote
 from loader.timeline import Timeline
-from loader.types import JOB_ID, Artifact, Checkpoint, Kind, Manifest, Snapshot
+from loader.types import JOB_ID, Artifact, Checkpoint, Kind, Listing, Manifest, Snapshot
 from loader.weights.header import TensorInfo
-from loader.weights.inspect import is_safetensors, open_checkpoint
+from loader.weights.index import shard_names
+from loader.weights.inspect import open_checkpoint
 from loader.weights.quantised import find_packed, is_description
 from loader.weights.stored_forms import Packed
 
@@ -76,6 +83,8 @@ def find_base(
         if checkpoint.kind is not Kind.FULL:
             raise not_a_base(str(folder), checkpoint.kind.value)
         check_weights(settings, checkpoint)
+        if missing := checkpoint.detail.get("missing"):
+            raise absent_shards(str(folder), missing if isinstance(missing, list) else ())
         return identify_local(settings, folder, weights=False)
     if is_remote(name):
         with SpanProgress(progress, timeline, _SMALL) as watched:
@@ -133,8 +142,11 @@ def fetch_hub_weights(
         FetchError: it cannot be fetched, or has no weights.
     """
     name, commit = str(small.identity[_HUB]), str(small.identity["commit"])
+    names = [path.name for path in small.path.iterdir()]
+    index = find_index(names, allow_pickle=settings.allow_pickle)
+    shards = shard_names((small.path / index).read_bytes(), f"{name}: {index}") if index else ()
     with SpanProgress(progress, timeline, _WHOLE) as watched:
-        _fetch_from_hub(settings, name, commit, "weights", watched)
+        _fetch_from_hub(settings, name, commit, "weights", watched, shards)
     named = {_HUB: name, "commit": commit}
     return _identify_cached(settings, small.path, named, weights=True)
 
@@ -145,6 +157,7 @@ def _fetch_from_hub(
     revision: str | None,
     only: Literal["small files", "weights"],
     watched: SpanProgress,
+    indexed: Collection[str] = (),
 ) -> HubModel:
     return fetch_model(
         name,
@@ -153,7 +166,9 @@ def _fetch_from_hub(
         token=_hub_token(settings),
         allow_pickle=settings.allow_pickle,
         concurrency=settings.concurrency,
+        retries=settings.retries,
         only=only,
+        indexed=indexed,
         prove=settings.verify == "full",
     )
 
@@ -268,7 +283,7 @@ def opened_base(
     with contextlib.closing(Stores(settings)) as stores:
         files = _find_files(settings, stores, url, weights=True)
         options = FetchOptions.of(settings)
-        late = tuple(a for a in files.manifest.files if is_safetensors(a.relative_file_name))
+        late = tuple(a for a in files.manifest.files if a.name.endswith(".safetensors"))
         if not late or are_here(late, files.root):
             with SpanProgress(progress, timeline, _WHOLE) as watched:
                 snapshot = fetch(files.manifest, files.root, stores, options, watched)
@@ -307,7 +322,8 @@ def _find_files(settings: Settings, stores: Stores, url: str, *, weights: bool) 
     names = [artifact.relative_file_name for artifact in listing.artifacts]
     chosen = set(side_files(names))
     if weights:
-        wanted = weight_files(names, allow_pickle=settings.allow_pickle)
+        shards = _read_shards(settings, stores, url, listing, root)
+        wanted = weight_files(names, allow_pickle=settings.allow_pickle, indexed=shards)
         if not wanted:
             raise FetchError(
                 "the base model has no safetensors weights",
@@ -316,9 +332,22 @@ def _find_files(settings: Settings, stores: Stores, url: str, *, weights: bool) 
                 next_step="give the folder that save_pretrained wrote, or set allow_pickle to "
                 "read .bin files",
             )
+        if missing := missing_files(wanted, names, indexed=shards):
+            raise absent_shards(url, missing)
         chosen |= set(wanted)
     files: list[Artifact] = [a for a in listing.artifacts if a.relative_file_name in chosen]
     check_names(files)
     declared = declare_sums(files, listing.artifacts, root, stores)
     manifest = Manifest(tuple(sorted(declared, key=lambda a: a.path)))
     return _Files(url, name, root, manifest)
+
+
+def _read_shards(
+    settings: Settings, stores: Stores, url: str, listing: Listing, root: Path
+) -> frozenset[str]:
+    """Return the files that the index of a folder at *url* names, none where it has no index."""
+    artifacts = {artifact.relative_file_name: artifact for artifact in listing.artifacts}
+    index = find_index(artifacts, allow_pickle=settings.allow_pickle)
+    if index is None:
+        return frozenset()
+    return shard_names(read_artifact(artifacts[index], root, stores), f"{url}: {index}")

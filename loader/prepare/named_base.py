@@ -60,6 +60,30 @@ def named_base(named: Mapping[str, object], settings: Settings | None = None) ->
     )
 
 
+def named_revision(adapters: Mapping[str, Mapping[str, object]], name: str) -> str | None:
+    """Return the revision of the base *name* that the adapters' configs, by place, all mean.
+
+    By PEFT's rule (``auto.py``) it is of the base that the same config names, and of no other.
+
+    Raises:
+        AdapterError: they mean several.
+    """
+    named = {
+        place: str(about.get("revision") or "main")
+        for place, about in adapters.items()
+        if about.get("base_model") == name
+    }
+    if len(set(named.values())) > 1:
+        raise AdapterError(
+            "the adapters do not name one revision of their base model",
+            where=name,
+            problems=[f"{place}: {revision}" for place, revision in named.items()],
+            next_step="set base_revision, or serve them apart",
+        )
+    found = next(iter(named.values()), "main")
+    return None if found == "main" else found
+
+
 def _roots(settings: Settings | None) -> Sequence[Path]:
     if settings is None:
         return ()

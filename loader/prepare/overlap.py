@@ -12,11 +12,12 @@ from pathlib import PurePosixPath
 
 from loader.arriving.late import read_late
 from loader.config.settings import Settings
-from loader.fetch.background import SplitFetch, are_here
+from loader.fetch.background import SplitFetch, are_here, join
 from loader.prepare.ready import make_ready
 from loader.timeline import Timeline
 from loader.types import Artifact, Manifest, ReadyModel
-from loader.weights.inspect import ADAPTER_CONFIG, find_checkpoints, is_safetensors
+from loader.weights.index import read_weight_map
+from loader.weights.inspect import ADAPTER_CONFIG, INDEXES, find_checkpoints, is_safetensors
 
 
 def find_late(settings: Settings, manifest: Manifest) -> tuple[Artifact, ...]:
@@ -46,7 +47,25 @@ def prepare_while_fetching(
         LoaderError: as ``fetch`` and ``make_ready``.
     """
     first = fetched.fetch_early(timeline, "download of adapters")
-    late = read_late(fetched, first, timeline)
     with timeline.stage("inspect"):
         checkpoints = find_checkpoints(fetched.root, fetched.paths)
+    if not _are_all_late(fetched):
+        with fetched.fetching_late(timeline) as arrivals:
+            snapshot = join(first, arrivals.wait_all())
+        return make_ready(settings, snapshot, checkpoints, timeline)
+    late = read_late(fetched, first, timeline)
     return make_ready(settings, first, checkpoints, timeline, late)
+
+
+def _are_all_late(fetched: SplitFetch) -> bool:
+    """Return whether the late files are all of the base's weights; its index may name others."""
+    names = {PurePosixPath(artifact.path) for artifact in fetched.late.files}
+    folders = {path.parent for path in names}
+    indexes = [fetched.root / folder / INDEXES[0] for folder in folders]
+    named = {
+        path.parent.relative_to(fetched.root) / shard
+        for path in indexes
+        if path.is_file()
+        for shard in read_weight_map(path).values()
+    }
+    return {PurePosixPath(path.as_posix()) for path in named} <= names

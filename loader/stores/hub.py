@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from loader.errors import FetchError, LoaderError, TransientError
+from loader.retry import ask_again
 from loader.stores.hub_cache import drop_rotten
-from loader.stores.hub_errors import disk_error, not_here, translate_error
+from loader.stores.hub_errors import is_offline, leaves_the_cache, translate_error
 from loader.stores.hub_files import Told, download_files
-from loader.stores.model_files import side_files, weight_files
+from loader.stores.model_files import absent_shards, missing_files, side_files, weight_files
 
 _CONFIG, _SINGLE = "config.json", "model.safetensors"
 _ANSWER_S = 10
+_log = logging.getLogger("podloader")
 # huggingface_hub/utils/_validators.py, ``validate_repo_id``.
 REPO_ID = re.compile(
     r"(?=.{1,96}$)(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII
@@ -49,10 +52,16 @@ def fetch_model(
     token: str | None = None,
     allow_pickle: bool = False,
     concurrency: int = 8,
+    retries: int = 0,
     only: Literal["small files", "weights"] | None = None,
+    indexed: Collection[str] = (),
     prove: bool = False,
 ) -> HubModel:
     """Return the model *repo_id*, downloaded where the cache lacks it; a part of it with *only*.
+
+    *retries*: how often a request is made again after a passing failure. *indexed* are the weight
+    files that the model's index names. Where the Hub does not answer, asks for fewer requests or no
+    longer honours the token, what the cache holds is taken with a warning, if that is all of it.
 
     *prove*: files have to have the SHA-256 that the Hub declares, else they come again. *told*
     is told of every file. ``HF_HOME``, ``HF_HUB_OFFLINE`` and ``HF_ENDPOINT`` are honoured by
@@ -64,19 +73,32 @@ def fetch_model(
         TransientError: the Hub did not answer.
     """
     try:
-        listed = _list_model(repo_id, revision, token)
-        folder = _find_cached(repo_id, revision) if listed is None else listed.folder
-        sizes = _sizes_here(folder) if listed is None else listed.sizes
+        listed = _look_up(repo_id, revision, token, retries)
+        folder, sizes = listed.folder, listed.sizes
         side = () if only == "weights" else side_files(sizes)
-        weights = () if only == "small files" else weight_files(sizes, allow_pickle=allow_pickle)
-        if not weights and only != "small files":
-            raise _no_weights(repo_id) if listed is not None else not_here(repo_id)
+        weights: tuple[str, ...] = ()
+        if only != "small files":
+            weights = weight_files(sizes, allow_pickle=allow_pickle, indexed=indexed)
+            missing = missing_files(weights, sizes, indexed=indexed)
+            if listed.refusal and (missing or not weights):
+                raise listed.refusal
+            if not weights:
+                raise _no_weights(repo_id)
+            if missing:
+                raise absent_shards(f"{repo_id}@{folder.name}", missing)
         chosen = {name: sizes[name] for name in (*side, *weights)}
         bring = partial(
-            download_files, repo_id, folder, chosen, token=token, concurrency=concurrency, told=told
+            download_files,
+            repo_id,
+            folder,
+            chosen,
+            token=token,
+            concurrency=concurrency,
+            retries=retries,
+            told=told,
         )
         _prove(folder, chosen, bring) if prove else bring()
-        if listed is not None and revision != folder.name:
+        if listed.refusal is None and revision != folder.name:
             _note_commit(repo_id, revision, folder, token)
     except LoaderError:
         raise
@@ -171,28 +193,48 @@ def _cached_bytes(folder: Path) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class _Listed:
-    """A commit's files and their bytes, and the folder that it has in the cache or will have."""
+    """A commit's files and their bytes, and the folder that it has in the cache or will have.
+
+    ``refusal``: why the Hub did not tell; then they are those of the cache.
+    """
 
     folder: Path
     sizes: Mapping[str, int]
+    refusal: LoaderError | None = None
 
 
-def _list_model(repo_id: str, revision: str | None, token: str | None) -> _Listed | None:
-    """Return what the Hub says of a model; None where it is not to be reached."""
-    from huggingface_hub import HfApi, constants, errors
+def _look_up(repo_id: str, revision: str | None, token: str | None, retries: int) -> _Listed:
+    """Return what the Hub says of a model, else what the cache holds of it.
+
+    Raises:
+        LoaderError: the Hub does not say, and the cache holds nothing; or there is no such model.
+    """
+
+    def ask() -> _Listed:
+        try:
+            return _list_model(repo_id, revision, token)
+        except Exception as error:  # the HTTP library's own changes with the hub's version
+            raise translate_error(error, repo_id, revision) from None
 
     try:
-        info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
-    except errors.HFValidationError:
-        raise
-    except errors.HfHubHTTPError as error:
-        if error.response.status_code < 500:
+        return ask_again(ask, retries)
+    except LoaderError as refusal:
+        if not leaves_the_cache(refusal):
             raise
-        return None
-    except Exception as error:  # offline, or the HTTP library's own, which changes with the hub's
-        if (refused := disk_error(error)) is not None:
-            raise refused from None
-        return None
+        try:
+            folder = _find_cached(repo_id, revision)
+        except Exception:
+            raise refusal from None
+        if not is_offline():
+            _log.warning("%s is taken from the cache: %s, %s", repo_id, refusal.what, refusal.got)
+        return _Listed(folder, _sizes_here(folder), refusal)
+
+
+def _list_model(repo_id: str, revision: str | None, token: str | None) -> _Listed:
+    """Return what the Hub says of a model."""
+    from huggingface_hub import HfApi, constants
+
+    info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
     # huggingface-hub's guide, "Understand caching": where a snapshot lies.
     model = Path(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}")
     return _Listed(model / "snapshots" / str(info.sha), _sizes(info))

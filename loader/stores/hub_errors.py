@@ -1,27 +1,53 @@
-"""What huggingface-hub raises -> podloader's errors."""
+"""What huggingface-hub raises -> podloader's errors, by the table of faults of any origin."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import socket
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
 
-from loader.errors import ConfigError, DiskError, FetchError, TransientError
+from loader.errors import (
+    ConfigError,
+    DeniedError,
+    DiskError,
+    FetchError,
+    LoaderError,
+    TransientError,
+)
 
+_BUSY, _DENIED = (429, 503), 401
+_PASSING = (408, 425, *_BUSY)
 _NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL)
 _LEAST_BYTES = 16 << 20  # with fewer left, a disk is full for any model
 
 
+def is_offline() -> bool:
+    """Return whether huggingface-hub was told to ask nobody."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def not_here(where: str) -> FetchError:
     """Return what to raise where the Hub is not to be reached and the cache lacks the model."""
+    other = "bring the model into HF_HOME, or set base_model to a local folder"
     return FetchError(
         "the base model is not in the cache and the Hub is not to be reached",
         where=where,
-        next_step="unset HF_HUB_OFFLINE, bring the model into HF_HOME, or set base_model to a "
-        "local folder",
+        next_step=f"unset HF_HUB_OFFLINE, {other}" if is_offline() else other,
+    )
+
+
+def leaves_the_cache(error: LoaderError) -> bool:
+    """Return whether *error* says nothing of the model, so that what the cache holds may serve."""
+    is_offlines = is_offline() and isinstance(error, FetchError)
+    return isinstance(error, TransientError | DeniedError) or (
+        is_offlines and not isinstance(error, DiskError)
     )
 
 
@@ -30,11 +56,35 @@ def translate_error(error: Exception, repo_id: str, revision: str | None) -> Exc
     from huggingface_hub import errors
 
     where = f"{repo_id}@{revision}" if revision else repo_id
+    if isinstance(error, LoaderError):
+        return error
     if isinstance(error, errors.GatedRepoError):
         return ConfigError(
             "the base model is gated",
             where=where,
             next_step="accept its licence on the Hub and give hf_access_token or HF_TOKEN",
+        )
+    no_hub = errors.FileMetadataError
+    if isinstance(error, no_hub) or isinstance(error.__cause__, no_hub):
+        return FetchError(
+            "what answers is not the Hub: it does not say which version a file is of",
+            where=where,
+            next_step="correct HF_ENDPOINT, or the proxy that is before the Hub",
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        # What a file's own request failed with lies below: huggingface-hub looks into its cache.
+        cause = error.__cause__
+        if isinstance(cause, Exception) and _is_network(cause):
+            return translate_error(cause, repo_id, revision)
+        return not_here(where)
+    status = _status(error)
+    if status == _DENIED:
+        return DeniedError(
+            "no such base model on the Hub, or it is private, or the token is no longer honoured",
+            where=where,
+            got="HTTP 401",
+            next_step="correct base_model, or give a token that is valid: hf_access_token or "
+            "HF_TOKEN",
         )
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
         return ConfigError(
@@ -46,18 +96,8 @@ def translate_error(error: Exception, repo_id: str, revision: str | None) -> Exc
         return ConfigError(
             "no such revision of the base model", where=where, next_step="correct base_revision"
         )
-    no_hub = errors.FileMetadataError
-    if isinstance(error, no_hub) or isinstance(error.__cause__, no_hub):
-        return FetchError(
-            "what answers is not the Hub: it does not say which version a file is of",
-            where=where,
-            next_step="correct HF_ENDPOINT, or the proxy that is before the Hub",
-        )
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        return not_here(where)
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.HfHubHTTPError) and status is not None and status < 500:
-        return FetchError("the Hub refuses", where=where, got=f"HTTP {status}")
+    if isinstance(error, errors.HfHubHTTPError) and status is not None:
+        return _of_status(error, status, where)
     return disk_error(error) or _network_error(error, where)
 
 
@@ -118,3 +158,26 @@ def _is_plain(error: Exception) -> bool:
     An OSError of its own, without a number.
     """
     return type(error) is OSError and error.errno is None
+
+
+def _of_status(error: Exception, status: int, where: str) -> FetchError:
+    if status < 500 and status not in _PASSING:
+        return FetchError("the Hub refuses", where=where, got=f"HTTP {status}")
+    found = TransientError("the Hub does not answer now", where=where, got=f"HTTP {status}")
+    found.busy = status in _BUSY
+    headers: Mapping[str, str] = getattr(getattr(error, "response", None), "headers", None) or {}
+    with contextlib.suppress(ValueError):
+        found.retry_after_s = float(headers.get("Retry-After", ""))
+    return found
+
+
+def _status(error: BaseException) -> int | None:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _is_network(error: Exception) -> bool:
+    from huggingface_hub import errors
+
+    of_http = type(error).__module__.startswith(("httpx", "httpcore"))
+    return of_http or isinstance(error, errors.HfHubHTTPError)

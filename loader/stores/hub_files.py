@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from loader.retry import ask_again
+from loader.stores.hub_errors import translate_error
 from loader.threads import map_on_threads
 
 
@@ -35,15 +37,16 @@ def download_files(
     *,
     token: str | None,
     concurrency: int,
+    retries: int,
     told: Told,
 ) -> None:
     """Bring *files*, names and their bytes, into *snapshot*: the cache's folder of one commit.
 
-    Each is called ``<repo_id>/<name>`` to *told*.
+    Each is called ``<repo_id>/<name>`` to *told*, and asked for up to *retries* times more.
 
     Raises:
-        Exception: whatever huggingface-hub raises first; no further file is begun then, and those
-            under way are not waited for.
+        LoaderError: what the first failed with; no further file is begun then, and those under way
+            are not waited for.
     """
     from huggingface_hub import hf_hub_download
 
@@ -56,14 +59,20 @@ def download_files(
     def download(name: str) -> None:
         path = f"{repo_id}/{name}"
         told.begin_file(path, files[name], 0)
-        hf_hub_download(
-            repo_id,
-            name,
-            revision=snapshot.name,
-            token=token,
-            tqdm_class=_bar(told, path),
-        )
+        ask_again(lambda: ask(name, path), retries)
         told.finish_file(path)
+
+    def ask(name: str, path: str) -> None:
+        try:
+            hf_hub_download(
+                repo_id,
+                name,
+                revision=snapshot.name,
+                token=token,
+                tqdm_class=_bar(told, path),
+            )
+        except Exception as error:
+            raise translate_error(error, repo_id, snapshot.name) from None
 
     try:
         map_on_threads(download, missing, concurrency)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+
+from loader.errors import FetchError
 
 _SIDE_FILE = re.compile(
     r"[^/]+\.(json|txt|model|jinja|tiktoken|py)|additional_chat_templates/[^/]+\.jinja"
 )
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+_PICKLED_INDEX = "pytorch_model.bin.index.json"
+_NUMBERED = re.compile(
+    r"(?P<stem>model|pytorch_model)-\d{5,}-of-(?P<n>\d{5,})(?P<end>\.safetensors|\.bin)"
+)
+_MOST_SHARDS = 100_000
 _PICKLE = re.compile(r"(pytorch_model|model)(-\d{5,}-of-\d{5,})?\.bin")
 
 
@@ -18,13 +25,27 @@ def side_files(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if _SIDE_FILE.fullmatch(name)))
 
 
-def weight_files(names: Iterable[str], *, allow_pickle: bool = False) -> tuple[str, ...]:
-    """Return the weights, once: ``model.safetensors``, its shards, or others beside the config.
+def find_index(names: Iterable[str], *, allow_pickle: bool = False) -> str | None:
+    """Return the index that says which files the weights are; None where none is to be read."""
+    beside = {name for name in names if "/" not in name}
+    if _INDEX in beside:
+        return _INDEX
+    others = any(name.endswith(".safetensors") for name in beside)
+    return _PICKLED_INDEX if allow_pickle and not others and _PICKLED_INDEX in beside else None
+
+
+def weight_files(
+    names: Iterable[str], *, allow_pickle: bool = False, indexed: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Return the weights, once: ``model.safetensors``, the *indexed*, or others beside config.json.
 
     Repositories hold them again as ``original/``, ``consolidated.safetensors``, in other precisions
     or pickled. Pickles are taken only where there is nothing else and *allow_pickle* is set.
+    *indexed* are the files that the index names, where it has been read.
     """
     beside = sorted(name for name in names if "/" not in name)
+    if indexed and (_WHOLE not in beside or _WHOLE in indexed):
+        return tuple(sorted(set(indexed)))
     if _WHOLE in beside:
         return (_WHOLE,)
     shards = tuple(name for name in beside if _SHARD.fullmatch(name))
@@ -33,3 +54,28 @@ def weight_files(names: Iterable[str], *, allow_pickle: bool = False) -> tuple[s
     others = tuple(name for name in beside if name.endswith(".safetensors"))
     pickles = tuple(name for name in beside if _PICKLE.fullmatch(name))
     return others or (pickles if allow_pickle else ())
+
+
+def missing_files(
+    weights: Iterable[str], names: Iterable[str], *, indexed: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Return which of *weights* are not among *names*; without an index their numbers count."""
+    there = set(names)
+    wanted = set(weights)
+    for match in filter(None, map(_NUMBERED.fullmatch, () if indexed else sorted(wanted))):
+        first = 0 if match["stem"] + f"-{0:05d}-of-{match['n']}{match['end']}" in wanted else 1
+        wanted |= {
+            f"{match['stem']}-{i:05d}-of-{match['n']}{match['end']}"
+            for i in range(first, first + min(int(match["n"]), _MOST_SHARDS))
+        }
+    return tuple(sorted(wanted - there))
+
+
+def absent_shards(where: str, missing: Iterable[str]) -> FetchError:
+    """Return the error for a base whose weight files are not all there."""
+    return FetchError(
+        "the base model lacks weight files that its index or their numbers name",
+        where=where,
+        problems=tuple(missing),
+        next_step="bring the missing files there, or name a base that is whole",
+    )

@@ -94,6 +94,7 @@ def _find_adapters(place: Place) -> list[Checkpoint]:
         config = read_json(folder / ADAPTER_CONFIG)
         detail = {
             "base_model": config.get("base_model_name_or_path"),
+            "revision": config.get("revision"),
             "rank": config.get("r"),
             "targets": config.get("target_modules"),
             "peft_type": config.get("peft_type"),

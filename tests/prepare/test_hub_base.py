@@ -76,6 +76,28 @@ def test_an_adapter_is_checked_against_the_hubs_headers(
     assert weights_here(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("named", "own", "asked"),
+    [
+        ("org/base", {}, "v2"),
+        ("org/base", {"base_revision": "v3"}, "v3"),
+        ("org/other", {}, None),
+    ],
+)
+def test_the_revision_that_an_adapter_names(
+    hub: Hub, origin: FaultyOrigin, tmp_path: Path, named: str, own: Any, asked: str | None
+) -> None:
+    """PEFT's rule: of the base that its config names; the setting wins."""
+    adapter = train_or_draw_lora(hub.folder, tmp_path / "a")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": named, "revision": "v2"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    done = prepare(Job(origin, tmp_path), hub, adapter, **own)
+    assert done.returncode == 0, done.stderr
+    first = next(path for path, _ in hub.requests if path.startswith("/api/models/"))
+    assert first == "/api/models/org/base" + (f"/revision/{asked}" if asked else "")
+
+
 def weights_here(folder: Path) -> list[Path]:
     return list((folder / "home").rglob("*.safetensors"))
 

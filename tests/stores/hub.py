@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,6 +32,8 @@ class Hub(ThreadingHTTPServer):
         """Whether files come with their commit and ETag."""
         self.cuts: list[str] = []
         """Files of which every answer breaks off before its last byte."""
+        self.faults: list[tuple[str, int]] = []
+        """What a path begins with, and what one request for it gets; 0 ends the connection."""
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -54,7 +57,10 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append((path, self.headers.get("Authorization", "")))
         names = sorted(p.name for p in self.server.folder.iterdir())
-        if path.startswith("/api/models/org/gated"):
+        if fault := next((f for f in self.server.faults if path.startswith(f[0])), None):
+            self.server.faults.remove(fault)
+            self.fail(fault[1])
+        elif path.startswith("/api/models/org/gated"):
             self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
         elif path.startswith("/api/models/org/base/revision/none"):
             self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
@@ -83,6 +89,14 @@ class Handler(BaseHTTPRequestHandler):
         content = (self.server.folder / name).read_bytes()
         oid = hashlib.sha1(content).hexdigest()
         return {"type": "file", "path": name, "size": len(content), "oid": oid}
+
+    def fail(self, status: int) -> None:
+        """Refuse with *status*, or end the connection."""
+        if status:
+            self.answer(status, b"{}", {"Retry-After": "0"})
+        else:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def answer_file(self, content: bytes, headers: dict[str, str]) -> None:
         """Send a file, or the range of it that is asked for."""

@@ -13,7 +13,8 @@ import pytest
 from tests.stores.hub import COMMIT, Hub
 
 SCRIPT = """
-import sys
+import logging, sys
+logging.getLogger("podloader").addHandler(logging.StreamHandler(sys.stdout))
 from loader.errors import LoaderError
 from loader.fetch.progress import LogProgress
 from loader.stores.hub import fetch_model
@@ -149,7 +150,8 @@ def test_weights_that_rotted_in_the_cache_are_fetched_again(hub: Hub) -> None:
     ask(hub, script=PROVE)
     assert not [path for path, _ in hub.requests[asked:] if "/resolve/" in path]
     cached.resolve().write_bytes(b"y" + content[1:])
-    assert ask(hub, script=PROVE, HF_HUB_OFFLINE="1").startswith("FetchError")
+    told = ask(hub, script=PROVE, HF_HUB_OFFLINE="1")
+    assert told.splitlines()[-1].startswith("FetchError")
 
 
 def test_a_model_in_the_cache_is_described_offline(hub: Hub) -> None:
@@ -198,5 +200,55 @@ def test_what_answers_is_no_hub(hub: Hub) -> None:
 def test_nobody_answers(hub: Hub) -> None:
     hub.shutdown()
     hub.server_close()
-    assert "not to be reached" in ask(hub)
+    assert ask(hub).splitlines()[-1].startswith("TransientError the Hub did not answer")
     assert ask(hub, script=DESCRIBE).startswith("TransientError the Hub did not answer")
+
+
+RETRIED = SCRIPT.replace("token=sys", "retries=2, token=sys")
+API, FILES = "/api/models/org/base", "/org/base/resolve/"
+
+
+@pytest.mark.parametrize("status", [429, 401, 500, 503, 0])
+def test_the_cache_serves_where_the_hub_does_not_say(hub: Hub, status: int) -> None:
+    whole = ask(hub)
+    hub.faults = [(API, status)] * 9
+    told = ask(hub, token="hf_expired").splitlines()
+    assert told[-1] == whole
+    assert "org/base is taken from the cache" in told[0]
+
+
+@pytest.mark.parametrize("status", [429, 401])
+def test_half_a_model_in_the_cache_does_not_serve(hub: Hub, status: int) -> None:
+    small = SCRIPT.replace("told=told", "told=told, only='small files'")
+    ask(hub, script=small)
+    hub.faults = [(API, status)] * 9
+    told = ask(hub).splitlines()[-1]
+    assert told.startswith("DeniedError" if status == 401 else "TransientError")
+    assert "HF_HUB_OFFLINE" not in told
+
+
+@pytest.mark.parametrize("path", [API, FILES])
+@pytest.mark.parametrize("status", [429, 503, 500, 0])
+def test_a_passing_failure_of_a_cold_start(hub: Hub, path: str, status: int) -> None:
+    hub.faults = [(path, status)]
+    assert ask(hub, script=RETRIED).startswith(COMMIT)
+    assert not hub.faults
+
+
+def test_what_does_not_pass_is_told_by_what_it_is(hub: Hub) -> None:
+    hub.faults = [(FILES, 429)] * 99
+    told = ask(hub, script=RETRIED).splitlines()[-1]
+    assert told.startswith("TransientError the Hub does not answer now")
+
+
+def test_the_files_that_an_index_names(hub: Hub) -> None:
+    """``model-extra.safetensors`` has no number; what the Hub lacks is refused by its name."""
+    (hub.folder / "model.safetensors").unlink()
+    for name in ("model-00001-of-00001.safetensors", "model-extra.safetensors"):
+        (hub.folder / name).write_text("{}")
+    (hub.folder / "model.safetensors.index.json").write_text("{}")
+    indexed = "indexed=['model-00001-of-00001.safetensors', 'model-extra.safetensors'], token=sys"
+    told = ask(hub, script=SCRIPT.replace("token=sys", indexed))
+    assert "model-extra.safetensors" in told.split()
+    told = ask(hub, script=SCRIPT.replace("token=sys", indexed.replace("extra", "other")))
+    assert told.startswith("FetchError the base model lacks weight files")

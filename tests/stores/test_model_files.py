@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loader.stores.model_files import side_files, weight_files
+from loader.stores.model_files import find_index, missing_files, side_files, weight_files
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
@@ -41,3 +41,24 @@ def test_what_stands_beside_the_weights() -> None:
     assert side_files([*names, "original/params.json", "README.md", "x.safetensors"]) == tuple(
         sorted(names)
     )
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def test_what_an_index_names() -> None:
+    names = [*SHARDS, INDEX, "model-extra.safetensors", "consolidated.safetensors"]
+    assert find_index(names) == INDEX
+    indexed = [*SHARDS, "model-extra.safetensors"]
+    assert weight_files(names, indexed=indexed) == tuple(sorted(indexed))
+    assert missing_files([*indexed, "model-more.safetensors"], names) == ("model-more.safetensors",)
+    assert weight_files([*names, "model.safetensors"], indexed=indexed) == ("model.safetensors",)
+    pickled = ["pytorch_model.bin.index.json", "a.bin"]
+    assert (find_index(pickled), find_index(pickled, allow_pickle=True)) == (None, pickled[0])
+
+
+def test_what_numbers_count_without_an_index() -> None:
+    assert missing_files(SHARDS, SHARDS) == ()
+    assert missing_files(SHARDS[:1], SHARDS[:1]) == (SHARDS[1],)
+    from_zero = ["model-00000-of-00002.safetensors", "model-00001-of-00002.safetensors"]
+    assert missing_files(from_zero, from_zero) == ()
