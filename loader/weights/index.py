@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from loader.errors import FormatError
 
+MOST_SHARDS = 100_000  # that a file's name may speak of
 _SAFE = re.compile(r"^[^/\\\0]+\.(safetensors|bin)$")
 
 

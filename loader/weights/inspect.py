@@ -16,7 +16,7 @@ from loader.errors import CheckpointError, FormatError
 from loader.types import Checkpoint, Kind
 from loader.weights.frameworks import find_cut, find_optimizers, find_zero
 from loader.weights.header import read_header
-from loader.weights.index import read_weight_map
+from loader.weights.index import MOST_SHARDS, read_weight_map
 from loader.weights.layout import Place, group_places, walk_names
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -153,7 +153,10 @@ def _missing_shards(place: Place, names: frozenset[str], rank: int | None) -> li
         stem, n, kind = match[1], int(match[3]), match[4]
         first = 0 if f"{stem}-{0:05d}-of-{n:05d}.{kind}" in names else 1
         if not wanted:
-            wanted = {f"{stem}-{i:05d}-of-{n:05d}.{kind}" for i in range(first, first + n)}
+            wanted = {
+                f"{stem}-{i:05d}-of-{n:05d}.{kind}"
+                for i in range(first, first + min(n, MOST_SHARDS))
+            }
     return sorted(wanted - names)
 
 

@@ -30,7 +30,7 @@ from loader.weights.formats.views import Heads, Rows, View
 
 EMBEDDING = "embedding.word_embeddings.weight"
 _LEAD = re.compile(r"^(model\.|module\.)*")
-_LAYER = re.compile(r"^decoder\.layers\.((?P<number>\d+)\.)?(?P<rest>.+)$")
+_LAYER = re.compile(r"^decoder\.layers\.((?P<number>\d{1,6})\.)?(?P<rest>.+)$")
 _WHOLE = {
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
     "self_attention.linear_proj.bias": "self_attn.o_proj.bias",
@@ -66,6 +66,7 @@ _SWITCHES = {
 }
 _ARGUMENTS, _RUN_CONFIG = "common.pt", "run_config.yaml"
 _MAX_CONFIG_BYTES = 1 << 24
+_MOST_LAYERS = _MOST_HEADS = 1 << 16
 
 
 def is_megatron(names: Iterable[str]) -> bool:
@@ -157,7 +158,7 @@ def find_views(
         stacked = match is not None and match["number"] is None
         inner = shape[1:] if stacked else shape
         parts = _split(match["rest"], inner, heads) if match and inner else None
-        if match is None or parts is None:
+        if match is None or parts is None or (stacked and shape[0] > _MOST_LAYERS):
             unknown.append(f"{name}: {list(shape)}")
             continue
         if not parts:
@@ -192,7 +193,11 @@ def _split(rest: str, shape: tuple[int, ...], heads: Heads) -> dict[str, tuple[R
 
 
 def _split_qkv(kind: str, rows: int, heads: Heads) -> dict[str, tuple[Rows, ...]]:
-    if heads.queries % heads.groups or rows != (heads.queries + 2 * heads.groups) * heads.size:
+    if (
+        heads.groups > _MOST_HEADS
+        or heads.queries % heads.groups
+        or rows != (heads.queries + 2 * heads.groups) * heads.size
+    ):
         return {}
     queries = heads.queries // heads.groups * heads.size
     group = queries + 2 * heads.size

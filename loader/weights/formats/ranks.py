@@ -22,7 +22,7 @@ from loader.weights.formats.pieces import Piece, SourceTensor
 from loader.weights.formats.rank_files import Files, RangeFile, read_all
 from loader.weights.formats.records import TensorRef
 from loader.weights.frameworks import FSDP_WEIGHTS
-from loader.weights.index import weight_map
+from loader.weights.index import MOST_SHARDS, weight_map
 
 MAX_INDEX_BYTES = 1 << 28
 _SAFE, _PICKLED = "safetensors", "bin"
@@ -108,7 +108,7 @@ def _refuse_missing(names: Sequence[str], index: Mapping[str, str], kind: str) -
         problems += [
             f"no rank has {stem}-{i:05d}-of-{n}.{kind}"
             for stem, n in sorted({(stem, n) for stem, _, n in have})
-            for i in range(first, first + min(int(n), 100_000))
+            for i in range(first, first + min(int(n), MOST_SHARDS))
             if (stem, i, n) not in have
         ]
     if problems or not names:

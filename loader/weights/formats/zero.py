@@ -27,6 +27,7 @@ from loader.weights.formats.rank_files import Files
 from loader.weights.formats.records import TensorRef
 from loader.weights.formats.zerochecks import check_partitions, other_run
 from loader.weights.formats.zerostates import (
+    MOST_RANKS,
     ModelStates,
     OptimStates,
     read_model_states,
@@ -218,6 +219,8 @@ def _by_rank(matches: Iterable[re.Match[str]], tag: str) -> dict[int, str]:
     problems = []
     for match in matches:
         rank = int(match["rank"] or 0)
+        if rank > MOST_RANKS:
+            problems.append(f"{match.string}: no job has a rank {rank}")
         if other := found.get(rank):
             problems.append(f"rank {rank}: {other} and {match.string}")
         found[rank] = match.string

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from loader.errors import CheckpointError
 from loader.weights.formats.zerostates import ModelStates, OptimStates
 
+_MOST_ABSENT = 1000  # that are told one by one
+
 
 def check_partitions(
     states: ModelStates, ranks: Sequence[OptimStates | str], tag: str
@@ -37,6 +39,8 @@ def check_partitions(
     if problems:
         expected = f"{count} partitions in stage {first.stage}, as {first.archive.where} says"
         raise other_run(tag, problems, expected)
+    if count - len(known) > _MOST_ABSENT:
+        raise other_run(tag, [f"{len(known)} of them are here"], f"{count} partitions")
     absent = f"no rank has …zero_pp_rank_{{}}_mp_rank_00_optim_states.pt of {count}"
     ranks = [*ranks[:count], *(absent.format(n) for n in range(len(ranks), count))]
     check = _check_each if first.stage == 3 else _check_flattened

@@ -12,8 +12,9 @@ from loader.errors import FormatError, UnsupportedError
 from loader.weights.formats.archive import Archive
 from loader.weights.formats.partitions import Run, Shapes
 from loader.weights.formats.pieces import Piece
-from loader.weights.formats.records import Record, TensorRef, counts, is_count
+from loader.weights.formats.records import Record, TensorRef, counts, dimensions, is_count
 
+MOST_RANKS = 1 << 16  # of a job, by whatever a file or its name says
 _PARTITIONS = ("single_partition_of_fp32_groups", "fp32_flat_groups")  # stages 1 and 2, stage 3
 
 
@@ -115,9 +116,10 @@ def _read_model(archive: Archive, state: Mapping[str, object]) -> ModelStates:
     listed = state.get("param_shapes") or []
     if not isinstance(listed, list | tuple):
         raise ValueError("param_shapes is no list")
-    groups = tuple({n: counts(s) for n, s in _mapping(group).items()} for group in listed)
+    groups = tuple({n: dimensions(s) for n, s in _mapping(group).items()} for group in listed)
     frozen_shapes = {
-        name: counts(shape) for name, shape in _mapping(state.get("frozen_param_shapes")).items()
+        name: dimensions(shape)
+        for name, shape in _mapping(state.get("frozen_param_shapes")).items()
     }
     fragments = _mapping(state.get("frozen_param_fragments"))
     frozen = {name: ref for name, ref in fragments.items() if isinstance(ref, TensorRef)}
@@ -128,7 +130,7 @@ def _read_model(archive: Archive, state: Mapping[str, object]) -> ModelStates:
     ranks = state.get("dp_world_size")
     return ModelStates(
         archive,
-        ranks if is_count(ranks) else 1,
+        ranks if is_count(ranks) and ranks <= MOST_RANKS else 1,
         shapes,
         {name: _dtype(name, module, frozen, shared) for name in shapes},
         {name: tensor for name, tensor in module.items() if tensor.shape == shapes[name]},
@@ -165,7 +167,9 @@ def _partition_count(value: object) -> int:
     given = value if isinstance(value, list | tuple) else [value]
     if not given or not all(is_count(count) and count for count in given):
         raise ValueError(f"partition_count {value!r}")
-    return max(counts(given))
+    if (most := max(counts(given))) > MOST_RANKS:
+        raise ValueError(f"a partition_count of {most}")
+    return most
 
 
 def _mapping(value: object) -> dict[str, object]:
