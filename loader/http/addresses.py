@@ -53,7 +53,7 @@ def is_link_local(host: str) -> bool:
     except ValueError:
         try:
             address = ipaddress.ip_address(socket.inet_aton(host))  # such as 0xA9FEA9FE
-        except (OSError, UnicodeError):
+        except (OSError, ValueError):  # also for a NUL
             return False
     found = [address]
     if isinstance(address, ipaddress.IPv6Address):

@@ -62,6 +62,8 @@ def test_link_local(host: str) -> None:
         "é.example",
         "x" * 70 + "é",
         "%",
+        "a\0b",
+        "a%00b",
         "",
     ],
 )
