@@ -1,27 +1,38 @@
 """The small HTTP server that answers on the serving port until the engine takes it over.
 
-Standard library only: it answers before anything else of podloader is imported.
+Standard library only: it answers before anything else of podloader is imported. One thread,
+whatever comes: a connection has a moment to say what it wants, and where there are too many, the
+one that has waited longest makes room.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
+import selectors
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
 from loader.errors import ConfigError
-from loader.status.replies import reply
+from loader.status.replies import Reply, reply
 from loader.status.state import Boot
 
 _BACKLOG = 2048  # as uvicorn's: connections wait here while the port changes hands
-_CLIENT_TIMEOUT_S = 5.0
-_POLL_S = 0.02
+_CLIENT_TIMEOUT_S = 5.0  # for a request, and once more for the rest of its body
+_MOST_CONNECTIONS = (
+    200  # many systems give a process 1024 descriptors, and a download needs its own
+)
+_MOST_ACCEPTED = 64  # at a time, so that those who wait for an answer get it
+_MOST_HEAD_BYTES = 1 << 16
 _MOST_BODY_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 16
+_METHOD = re.compile(r"[A-Z]+")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -64,7 +75,7 @@ def server_tls(certificate: Path, key: Path | None) -> ssl.SSLContext:
 
 
 class BootServer:
-    """Answers on *listening* from threads of its own until ``stop``; never closes the socket."""
+    """Answers on *listening* from a thread of its own until ``stop``; never closes the socket."""
 
     def __init__(
         self,
@@ -72,10 +83,8 @@ class BootServer:
         boot: Callable[[], Boot],
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._server = _Server(listening, boot, tls)
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(_POLL_S,), name="status", daemon=True
-        )
+        self._loop = _Loop(listening, boot, tls)
+        self._thread = threading.Thread(target=self._loop.run, name="status", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -83,75 +92,177 @@ class BootServer:
 
         Those that come from now on wait in the socket's queue for whoever accepts next.
         """
-        if self._thread.is_alive():
-            self._server.shutdown()
-            self._thread.join()
+        self._loop.stop()
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
+@dataclass(eq=False, slots=True)
+class _Connection:
+    """A client: what it has said, then what it is still to be told."""
 
+    sock: socket.socket
+    deadline: float
+    said: bytearray = field(default_factory=bytearray)
+    untold: bytes | None = None  # None before the whole head is here
+    read_bytes: int = 0
+    events: int = selectors.EVENT_READ
+    told: bool = False
+
+
+class _Loop:
     def __init__(
         self, listening: socket.socket, boot: Callable[[], Boot], tls: ssl.SSLContext | None
     ) -> None:
-        super().__init__(listening.getsockname()[:2], _Handler, bind_and_activate=False)
-        self.socket.close()
-        self.socket = listening
-        self.boot = boot
-        self.tls = tls
+        self._listening = listening
+        self._boot = boot
+        self._tls = tls
+        self._selector = selectors.DefaultSelector()
+        self._open: dict[_Connection, None] = {}  # the first one's time is over first
+        self._waking, self._woken = socket.socketpair()
+        self._stopping = threading.Event()
+        self._accepts = True
+        self._stopped = threading.Event()
 
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """Answer on a connection, after the TLS handshake where there is one. On its thread."""
-        request.settimeout(_CLIENT_TIMEOUT_S)
-        if self.tls is not None:
-            request = self.tls.wrap_socket(request, server_side=True)
-        super().finish_request(request, client_address)
-        if self.tls is not None:
-            request.close()
+    def stop(self) -> None:
+        """Return when nothing is accepted any more."""
+        if not self._stopping.is_set():
+            self._stopping.set()
+            self._waking.send(b"x")
+        self._stopped.wait()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: probes break off all the time."""
+    def run(self) -> None:
+        """Answer until ``stop`` and for those who were accepted before."""
+        timeout = self._listening.gettimeout()
+        self._listening.setblocking(False)
+        self._selector.register(self._listening, selectors.EVENT_READ)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        try:
+            while self._accepts or self._open:
+                self._turn()
+                if self._accepts and self._stopping.is_set():
+                    self._accepts = False
+                    self._selector.unregister(self._listening)
+                    self._selector.unregister(self._woken)
+                    self._listening.settimeout(timeout)
+                    self._stopped.set()
+        finally:
+            self._stopped.set()
+            self._selector.close()
+            self._waking.close()
+            self._woken.close()
+
+    def _turn(self) -> None:
+        first = next(iter(self._open), None)
+        wait_s = None if first is None else max(0.0, first.deadline - time.monotonic())
+        for key, _ in self._selector.select(wait_s):
+            if isinstance(key.data, _Connection):
+                if key.data in self._open:
+                    self._go_on(key.data)
+            elif key.fileobj is self._listening:
+                self._accept()
+        now = time.monotonic()
+        while (first := next(iter(self._open), None)) is not None and first.deadline <= now:
+            self._drop(first)
+
+    def _accept(self) -> None:
+        for _ in range(_MOST_ACCEPTED):
+            try:
+                sock, _ = self._listening.accept()
+            except OSError as error:  # nobody any more, or no descriptors: somebody makes room
+                if not isinstance(error, BlockingIOError) and self._open:
+                    self._drop(next(iter(self._open)))
+                return
+            try:
+                sock.setblocking(False)
+                if self._tls is not None:
+                    sock = self._tls.wrap_socket(
+                        sock, server_side=True, do_handshake_on_connect=False
+                    )
+            except OSError:
+                sock.close()
+                continue
+            if len(self._open) >= _MOST_CONNECTIONS:
+                self._drop(next(iter(self._open)))
+            connection = _Connection(sock, time.monotonic() + _CLIENT_TIMEOUT_S)
+            self._open[connection] = None
+            self._selector.register(sock, selectors.EVENT_READ, connection)
+            self._go_on(connection)
+
+    def _go_on(self, connection: _Connection) -> None:
+        """Read and write as far as that goes without waiting."""
+        events = selectors.EVENT_READ
+        try:
+            self._converse(connection)
+            self._drop(connection)
+            return
+        except (BlockingIOError, ssl.SSLWantReadError):
+            if connection.untold and not isinstance(connection.sock, ssl.SSLSocket):
+                events = selectors.EVENT_WRITE
+        except ssl.SSLWantWriteError:
+            events = selectors.EVENT_WRITE
+        except Exception:  # probes break off all the time
+            self._drop(connection)
+            return
+        if events != connection.events:
+            connection.events = events
+            self._selector.modify(connection.sock, events, connection)
+
+    def _converse(self, connection: _Connection) -> None:
+        """Return when all is said. Raises where that has to be waited for."""
+        sock = connection.sock
+        while connection.untold is None:
+            if not (data := sock.recv(_CHUNK_BYTES)):
+                return
+            connection.said += data
+            if b"\r\n\r\n" in connection.said or b"\n\n" in connection.said:
+                connection.untold = _answer(bytes(connection.said), self._boot)
+            elif len(connection.said) > _MOST_HEAD_BYTES:
+                connection.untold = _write(_refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE))
+            if connection.untold is not None:
+                connection.said.clear()
+                connection.deadline = time.monotonic() + _CLIENT_TIMEOUT_S
+                self._open[connection] = self._open.pop(connection)  # now the last
+        while connection.untold:
+            connection.untold = connection.untold[sock.send(connection.untold) :]
+        if not connection.told:
+            connection.told = True
+            sock.shutdown(socket.SHUT_WR)
+        # Closing a connection with unread bytes would take the answer along.
+        while connection.read_bytes < _MOST_BODY_BYTES and (data := sock.recv(_CHUNK_BYTES)):
+            connection.read_bytes += len(data)
+
+    def _drop(self, connection: _Connection) -> None:
+        del self._open[connection]
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(connection.sock)
+        with contextlib.suppress(OSError):
+            connection.sock.close()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """One request a connection, so that nothing waits on this server when it stops."""
+def _answer(head: bytes, boot: Callable[[], Boot]) -> bytes:
+    """Return the whole HTTP answer to a request that begins with *head*."""
+    method, _, rest = head.partition(b"\n")[0].decode("latin-1").strip().partition(" ")
+    target, _, version = rest.rpartition(" ")
+    if not target or not version.startswith("HTTP/1.") or not _METHOD.fullmatch(method):
+        return _write(_refusal(HTTPStatus.BAD_REQUEST))
+    if target.startswith("//"):
+        target = "/" + target.lstrip("/")
+    return _write(reply(target, boot()), only_head=method == "HEAD")
 
-    protocol_version = "HTTP/1.1"
-    timeout = _CLIENT_TIMEOUT_S
-    server: _Server
 
-    def __getattr__(self, name: str) -> Callable[[], None]:
-        """Return what answers a method: the same for all of them."""
-        if name.startswith("do_"):
-            return self._answer
-        raise AttributeError(name)
+def _refusal(status: HTTPStatus) -> Reply:
+    return Reply(status, "text/plain", status.phrase.encode())
 
-    def _answer(self) -> None:
-        self._drain()
-        answer = reply(self.path, self.server.boot())
-        self.send_response(answer.status)
-        headers = {
-            "Content-Type": answer.content_type,
-            "Content-Length": str(len(answer.body)),
-            "Connection": "close",
-            **answer.headers,
-        }
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(answer.body)
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
-        """Say nothing: a probe every second is no news."""
-
-    def version_string(self) -> str:
-        """Return what the ``Server`` header says."""
-        return "podloader"
-
-    def _drain(self) -> None:
-        """Read the body: closing a connection with unread bytes would take the answer along."""
-        with contextlib.suppress(ValueError):
-            left = min(int(self.headers.get("Content-Length", 0)), _MOST_BODY_BYTES)
-            while left > 0 and (data := self.rfile.read(min(left, 1 << 16))):
-                left -= len(data)
+def _write(answer: Reply, *, only_head: bool = False) -> bytes:
+    headers = {
+        "Server": "podloader",
+        "Date": time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime()),
+        "Content-Type": answer.content_type,
+        "Content-Length": str(len(answer.body)),
+        "Connection": "close",  # so that nothing waits on this server when it stops
+        **answer.headers,
+    }
+    lines = [f"HTTP/1.1 {int(answer.status)} {HTTPStatus(answer.status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+    return head if only_head else head + answer.body

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import resource
 import socket
 import threading
 import time
@@ -15,7 +17,8 @@ import pytest
 import trustme
 
 from loader.errors import ConfigError
-from loader.status.boot_server import BootServer, listen, server_tls
+from loader.status import boot_server
+from loader.status.boot_server import _MOST_CONNECTIONS, BootServer, listen, server_tls
 from loader.status.state import Boot
 
 BOOT = Boot(phase="starting", stage="download", now_s=1.0)
@@ -54,6 +57,92 @@ def test_slow_and_silent_clients_hold_nobody_up(listening: socket.socket) -> Non
     server.stop()
     for client in silent:
         client.close()
+
+
+def test_health_answers_under_many_slow_connections(listening: socket.socket) -> None:
+    """They take no thread, and no descriptor that anybody else needs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    server = BootServer(listening, lambda: BOOT)
+    threads = threading.active_count()
+    address = listening.getsockname()
+    slow: list[socket.socket] = []
+    try:
+        for number in range(1400):
+            client = socket.create_connection(address, timeout=10)
+            client.sendall((b"", b"GET /health HTTP/1.1\r\nX: ", b"\x16\x03\x01")[number % 3])
+            slow.append(client)
+            if number % 100 == 99:
+                assert httpx.get(f"{url(listening)}/health", timeout=10).status_code == 503
+        assert threading.active_count() == threads
+        assert len(server._loop._open) <= _MOST_CONNECTIONS
+    finally:
+        for client in slow:
+            client.close()
+        server.stop()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_who_says_nothing_is_not_waited_for(
+    listening: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor who says a byte a moment, or reads no answer."""
+    monkeypatch.setattr(boot_server, "_CLIENT_TIMEOUT_S", 0.3)
+    server = BootServer(listening, lambda: BOOT)
+    with (
+        socket.create_connection(listening.getsockname()) as silent,
+        socket.create_connection(listening.getsockname()) as dripping,
+    ):
+        with contextlib.suppress(OSError):
+            for _ in range(20):
+                dripping.sendall(b"G")
+                time.sleep(0.1)
+        assert silent.recv(1) == b""
+        assert not server._loop._open
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        (b"GET /health\r\n\r\n", 400),
+        (b"\r\n\r\n", 400),
+        (b"GET /health SMTP\r\n\r\n", 400),
+        (b"\xff\xfe \x00 HTTP/1.1\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nX: " + b"x" * (1 << 17), 431),
+        (b"GET /health HTTP/1.1\n\n", 503),
+        (b"GET //status.json HTTP/1.0\r\n\r\n", 200),
+        (b"GET /status.json HTTP/1.1\r\nX: \xff\r\n\r\nand more", 200),
+        (b"POST /x HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n", 503),
+    ],
+)
+def test_heads_of_every_sort(listening: socket.socket, said: bytes, status: int) -> None:
+    server = BootServer(listening, lambda: BOOT)
+    with socket.create_connection(listening.getsockname(), timeout=10) as client:
+        for at in range(0, len(said), 50_000):
+            client.sendall(said[at : at + 50_000])
+        answer = http.client.HTTPResponse(client)
+        answer.begin()
+        assert answer.status == status
+        assert answer.getheader("Connection") == "close"
+        assert len(answer.read()) == int(answer.getheader("Content-Length", ""))
+    server.stop()
+
+
+def test_a_state_that_cannot_be_told_ends_one_connection(listening: socket.socket) -> None:
+    states: list[Boot] = []
+
+    def boot() -> Boot:
+        states.append(BOOT)
+        if len(states) == 1:
+            raise ValueError("no")
+        return BOOT
+
+    server = BootServer(listening, boot)
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"{url(listening)}/health")
+    assert httpx.get(f"{url(listening)}/health").status_code == 503
+    server.stop()
 
 
 def test_no_connection_is_refused_while_the_port_changes_hands(listening: socket.socket) -> None:
