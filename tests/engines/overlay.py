@@ -85,8 +85,10 @@ def run_on(release: str, tests: Sequence[str], *, quiet: bool = True) -> Run:
 
 
 def _environment_of(overlay: Path) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    own = dict(os.environ)
+    own.pop("PYTHONDONTWRITEBYTECODE", None)  # each of many processes would compile it all anew
+    path = os.pathsep.join(filter(None, [str(overlay), own.get("PYTHONPATH")]))
+    return {**own, "PYTHONPATH": path, "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 def _answers_bare(overlay: Path) -> bool:
