@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save
 
+from loader.serve.vllm.releases import PROVED
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import serving, write_listing
 
@@ -198,3 +199,14 @@ def lend_torch(environment: Path) -> None:
     done = run(*uv, environment / "bin" / "python", str(requirement))
     if done.returncode:
         pytest.skip(f"no torch for {site.parent.name} in uv's cache")
+
+
+@pytest.mark.engine
+def test_an_empty_python_takes_the_newest_vllm_that_is_proved(wheel: Path, tmp_path: Path) -> None:
+    made = run(interpreter("3.12"), "-m", "venv", "--without-pip", tmp_path / "python")
+    assert made.returncode == 0, made.stderr
+    uv = (sys.executable, "-m", "uv", "pip", "install", "--dry-run", "--python")
+    done = run(*uv, tmp_path / "python/bin/python", f"{wheel}[vllm]")
+    if done.returncode and "No solution" not in done.stderr:
+        pytest.skip(f"no index of packages: {done.stderr[-500:]}")
+    assert f" + vllm=={PROVED[-1]}\n" in done.stderr

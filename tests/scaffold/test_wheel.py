@@ -138,6 +138,7 @@ def test_a_templates_requirements_are_pinned_to_what_was_tested(name: str) -> No
     assert (set(AUDIO) <= set(config.requirements)) == (name == "whisper")
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("name", ["custom-architecture", "vllm-model", "whisper"])
 def test_an_index_has_all_that_the_image_asks_for(name: str, tmp_path: Path) -> None:
     """What podloader's wheel needs is listed, or comes with what is, or with the image."""
