@@ -27,6 +27,7 @@ from loader.fetch.progress import Progress
 from loader.pod.address import serving_address
 from loader.pod.engine import EngineGone, EngineLoaded, EngineProcess
 from loader.pod.signals import Signals, StopSignal, reap_orphans
+from loader.serve.vllm.releases import RANGE
 from loader.status.boot_server import BootServer, listen, server_tls
 from loader.status.state import BootState
 from loader.timeline import Timeline
@@ -71,7 +72,7 @@ class Pod:
 
     def __init__(self, arguments: Sequence[str], timeline: Timeline) -> None:
         if importlib.util.find_spec("vllm") is None:
-            raise EngineError("vLLM is not installed", next_step="install podloader[vllm]")
+            raise EngineError("vLLM is not installed", next_step=f"install vllm{RANGE}")
         address = serving_address(arguments)
         tls = server_tls(address.certificate, address.key) if address.certificate else None
         self._arguments = tuple(arguments)

@@ -89,8 +89,8 @@ class TransformersModel:
                     "transformers did not load the model",
                     where=str(self._ready.path),
                     got=f"{type(error).__name__}: {error}",
-                    next_step="install podloader[transformers]; check that this version of "
-                    "transformers knows the architecture in config.json",
+                    next_step="install accelerate, peft and transformers; check that this version "
+                    "of transformers knows the architecture in config.json",
                 ) from error
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="transformers")
 

@@ -63,7 +63,8 @@ def _provider(exporter: str) -> Any:
         provider.add_span_processor(BatchSpanProcessor(found.load()()))
     except Exception as error:
         _log.warning(
-            "OTEL_* variables ask for traces, and none are sent: %s; install podloader[telemetry]",
+            "OTEL_* variables ask for traces, and none are sent: %s; install "
+            "opentelemetry-sdk and opentelemetry-exporter-otlp",
             error,
         )
         return None

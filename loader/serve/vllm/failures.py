@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loader.errors import EngineError
+from loader.serve.vllm.releases import RANGE
 
 
 def import_failure(error: ImportError) -> EngineError:
@@ -10,7 +11,7 @@ def import_failure(error: ImportError) -> EngineError:
     return EngineError(
         "vLLM cannot be imported",
         got=str(error),
-        next_step="install podloader[vllm], or set engine: transformers",
+        next_step=f"install vllm{RANGE}, or set engine: transformers",
     )
 
 

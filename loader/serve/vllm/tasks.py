@@ -83,7 +83,7 @@ def check_sound(model: Path) -> None:
             where=str(model),
             expected=f"one of the packages {', '.join(_READS_SOUND)}",
             got="neither",
-            next_step="install podloader[vllm,audio]",
+            next_step="install av, scipy, soundfile and soxr",
         )
 
 

@@ -69,7 +69,7 @@ def read_model_names(folder: Path) -> ModelNames:
         raise ConfigError(
             "the checkpoint's tensor names cannot be checked without transformers",
             got=str(error).splitlines()[0],
-            next_step="pip install 'podloader[transformers]'",
+            next_step="pip install accelerate peft transformers",
         ) from error
     except Exception as error:  # a config may fail in as many ways as there are models
         raise UnsupportedError(

@@ -52,7 +52,7 @@ def test_whisper_without_a_reader_of_sound_is_refused_before_the_engine(
     monkeypatch.setattr("loader.serve.vllm.tasks.find_spec", lambda name: None)
     with pytest.raises(EngineError, match="sound") as error:
         check_sound(tmp_path)
-    assert "podloader[vllm,audio]" in error.value.next_step
+    assert "install av, scipy, soundfile" in error.value.next_step
     config.write_text('{"model_type": "llama"}')
     check_sound(tmp_path)
     config.unlink()
