@@ -107,6 +107,51 @@ def test_results_go_to_standard_output_and_all_else_does_not(config: Path) -> No
     assert refused.stderr.startswith("error: ")
 
 
+def test_a_listing_alone_is_enough(origin: FaultyOrigin, tmp_path: Path) -> None:
+    for step in (2, 10):
+        folder = f"checkpoint-{step}"
+        origin.put(f"{folder}/config.json", b'{"model_type": "llama"}')
+        origin.put(f"{folder}/model.safetensors", (8).to_bytes(8, "little") + b"{}      ")
+    origin.put("notes.txt", b"notes", job="job2")
+    listing = write_listing(origin, tmp_path / "list.json")
+    down = tmp_path / "out"
+
+    def fetched(*words: str | Path) -> set[str]:
+        done = run("fetch", listing, "--output", down, "--json", *words)
+        assert done.returncode == 0, done.stderr
+        return {file["path"] for file in json.loads(done.stdout)["files"]}
+
+    every = {
+        f"job1/rank-0/checkpoint-{step}/{name}"
+        for step in (2, 10)
+        for name in ("config.json", "model.safetensors")
+    }
+    assert fetched() == every
+    assert fetched("rank-0/checkpoint-2/") == {path for path in every if "checkpoint-2/" in path}
+    assert fetched("--checkpoint", "latest") == {path for path in every if "checkpoint-10/" in path}
+    assert fetched("--job-id", "job1", "*/config.json") == {p for p in every if "config" in p}
+    assert (down / "job1/rank-0/checkpoint-2/config.json").is_file()
+    forced = run("plan", "--artifacts", listing)
+    assert "4 files" in forced.stdout, forced.stderr
+    ready = run("prepare", listing, "--output", down)  # the latest, whose tokenizer is missed
+    assert "job1/rank-0/checkpoint-10" in ready.stderr
+    assert "without a tokenizer" in ready.stderr
+
+
+def test_flags_win_over_a_config(config: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    done = run("fetch", config, "--download-folder", other, "*/notes.txt")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (other / "job1").rglob("*") if path.is_file()} == {"notes.txt"}
+    folder = config.parent / "truss"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config.read_text())
+    assert "model.bin" in run("plan", folder).stdout
+    odd = config.with_name("odd")
+    config.rename(odd)
+    assert "model.bin" in run("plan", "--config", odd).stdout
+
+
 def test_log_lines_as_json(config: Path) -> None:
     done = run("--log-format", "json", "fetch", config)
     lines = [json.loads(line) for line in done.stderr.splitlines()]
@@ -133,7 +178,7 @@ def test_artifacts_and_settings_from_the_command_line(config: Path, tmp_path: Pa
     [
         (["plan", "none.yaml"], 2, "cannot be read"),
         ([], 2, "usage: podloader"),
-        (["plan"], 2, "CONFIG"),
+        (["plan"], 2, "neither a config nor a source"),
         (["pln"], 2, "there is no command pln; did you mean plan?"),
         (["unheard-of"], 2, "choose from plan, fetch"),
         (["fetch", "--artifact", "x", "c.yaml"], 2, "did you mean --artifacts?"),

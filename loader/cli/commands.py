@@ -15,6 +15,7 @@ from loader.cli.ending import ending
 from loader.cli.parser import parse
 from loader.cli.report import errors_shown, set_up_report, show, write_json
 from loader.log_lines import set_up_logging
+from loader.scaffold.selection import Selection
 
 if TYPE_CHECKING:
     from loader.adapters.combine import Combination
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from loader.config.settings import Settings
 
 Words = list[str] | None
+LATEST = "latest"
 
 
-def plan(config: Path, artifacts: Words, set_: Words, sizes: bool, as_json: bool) -> None:
+def plan(selection: Selection, set_: Words, sizes: bool, as_json: bool) -> None:
     """Show what would be fetched: files, sizes, total, free disk."""
     from loader.cli.documents import plan_document
     from loader.cli.tables import show_plan
@@ -32,7 +34,7 @@ def plan(config: Path, artifacts: Words, set_: Words, sizes: bool, as_json: bool
     with errors_shown(as_json):
         from loader import boot
 
-        settings = _settings(config, artifacts, set_)
+        settings = selection.settings(_overrides(set_))
         manifest = boot.plan(settings, with_sizes=sizes)
         folder = settings.training.download_folder
         document = plan_document(manifest, folder, _free_bytes(folder))
@@ -41,15 +43,13 @@ def plan(config: Path, artifacts: Words, set_: Words, sizes: bool, as_json: bool
             write_json(document)
 
 
-def fetch(
-    config: Path, artifacts: Words, set_: Words, as_json: bool, *, verbose: bool = False
-) -> None:
+def fetch(selection: Selection, set_: Words, as_json: bool, *, verbose: bool = False) -> None:
     """Download the files into the config's download_folder."""
     with errors_shown(as_json):
         from loader import boot
         from loader.cli.display import choose_progress
 
-        snapshot = boot.fetch_files(_settings(config, artifacts, set_), choose_progress())
+        snapshot = boot.fetch_files(selection.settings(_overrides(set_)), choose_progress())
 
         from loader.cli.documents import fetch_document
         from loader.cli.tables import show_snapshot
@@ -59,9 +59,7 @@ def fetch(
             write_json(fetch_document(snapshot))
 
 
-def prepare(
-    config: Path, artifacts: Words, set_: Words, timeline_file: Path | None, as_json: bool
-) -> None:
+def prepare(selection: Selection, set_: Words, timeline_file: Path | None, as_json: bool) -> None:
     """Fetch, consolidate, attach or merge; print the model that is ready."""
     with errors_shown(as_json):
         from loader import boot
@@ -71,15 +69,15 @@ def prepare(
         from loader.cli.timelines import timeline_kept
 
         with timeline_kept(timeline_file) as timeline:
-            ready = boot.prepare(_settings(config, artifacts, set_), choose_progress(), timeline)
+            settings = selection.settings(_overrides(set_), default=[LATEST])
+            ready = boot.prepare(settings, choose_progress(), timeline)
             show_ready(ready)
         if as_json:
             write_json(ready_document(ready))
 
 
 def serve(
-    config: Path,
-    artifacts: Words,
+    selection: Selection,
     set_: Words,
     timeline_file: Path | None,
     vllm_arguments: list[str],
@@ -87,11 +85,19 @@ def serve(
     """Prepare, then be vLLM's OpenAI server; probes are answered from the first second."""
     with errors_shown(False):
         from loader.cli.pods import run_pod
+        from loader.errors import ConfigError
 
         def load_settings() -> Settings:
-            return _settings(config, artifacts, set_)
+            settings = selection.settings(_overrides(set_), default=[LATEST])
+            if settings.adapter_jobs and selection.config_file is None:
+                raise ConfigError(
+                    "adapter_jobs without a config",
+                    expected="a Truss config.yaml, which the engine's processes read as well",
+                    next_step="write one; `podloader truss init` does",
+                )
+            return settings
 
-        code = run_pod(config, load_settings, vllm_arguments, timeline_file)
+        code = run_pod(selection.config_file, load_settings, vllm_arguments, timeline_file)
     sys.exit(code)
 
 
@@ -261,13 +267,6 @@ def main() -> None:
         if command == "fetch":
             given["verbose"] = verbose
         _COMMANDS[command](**given)
-
-
-def _settings(config: Path, artifacts: Words, given: Words) -> Settings:
-    from loader.config.settings import Settings
-
-    overrides = _overrides(given) | ({"artifacts": tuple(artifacts)} if artifacts else {})
-    return Settings.load(config, overrides=overrides)
 
 
 def _overrides(given: Words) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loader import __version__
+from loader.scaffold.selection import Selection
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
@@ -26,6 +27,11 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
     given, unknown = parser.parse_known_args(own)
     found = vars(given)
     chosen: argparse.ArgumentParser = found.pop("parser")
+    if "target" in found:
+        if not any(word.startswith("-") for word in unknown):
+            found["patterns"] += unknown  # argparse takes them in one place alone
+            unknown = []
+        found["selection"] = _selection(found)
     if found["command"] == "serve":
         found["vllm_arguments"] = behind
     else:
@@ -33,6 +39,19 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
     if unknown:
         _refuse(chosen, unknown)
     return found
+
+
+def _selection(found: dict[str, Any]) -> Selection:
+    """Take out of *found* what says which files are meant."""
+    return Selection(
+        found.pop("target"),
+        found.pop("config"),
+        tuple(found.pop("artifacts")),
+        found.pop("download_folder"),
+        tuple(found.pop("jobs")),
+        tuple(found.pop("checkpoints")),
+        tuple(found.pop("patterns")),
+    )
 
 
 def _split(words: Sequence[str]) -> tuple[Sequence[str], list[str]]:
@@ -94,13 +113,7 @@ class _Commands:
         parser.set_defaults(command=self._before + name, parser=parser)
         _add_output_options(parser)
         if config:
-            parser.add_argument("config", metavar="CONFIG", type=Path, help="A Truss config.yaml.")
-            parser.add_argument(
-                "--artifacts",
-                metavar="SRC",
-                action="append",
-                help="A listing's path or URL, s3://…, baseten, or an fsspec URL. Repeatable.",
-            )
+            _add_selection(parser)
             _add_set(parser)
         return parser
 
@@ -126,7 +139,7 @@ def _build() -> argparse.ArgumentParser:
     _add_json(prepare)
     told = "Prepare, then be vLLM's OpenAI server; probes are answered from the first second."
     serve = commands.add("serve", told, config=True)
-    serve.usage = "podloader serve CONFIG [options] [-- VLLM_ARGS]"
+    serve.usage = "podloader serve CONFIG|SRC [options] [-- VLLM_ARGS]"
     serve.epilog = "VLLM_ARGS are further arguments of `vllm serve`."
     _add_timeline(serve)
     _add_inspect(commands)
@@ -289,6 +302,29 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", default=left, help=told)
     told = "How log lines look on standard error; json has time and level."
     parser.add_argument("--log-format", choices=["text", "json"], default=left, help=told)
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    """Add what says which files are meant; ``Selection`` has its meaning."""
+    told = "A Truss config.yaml or its folder; anything else is a source of artifacts."
+    parser.add_argument("target", metavar="CONFIG|SRC", nargs="?", help=told)
+    told = "Files of that source, such as rank-0/checkpoint-10/; as in artifact_references."
+    parser.add_argument("patterns", metavar="PATTERN", nargs="*", help=told)
+    told = "A Truss config, whatever its name."
+    parser.add_argument("--config", metavar="FILE", type=Path, help=told)
+    told = "A listing's path or URL, s3://…, baseten, or an fsspec URL. Repeatable."
+    parser.add_argument("--artifacts", metavar="SRC", action="append", default=[], help=told)
+    told = "Where the files go. Default: what the config says, or /tmp/training_checkpoints."
+    names = ("--download-folder", "--output")
+    parser.add_argument(*names, dest="download_folder", metavar="DIR", type=Path, help=told)
+    told = "Files of this job only. Repeatable."
+    parser.add_argument(
+        "--job-id", dest="jobs", metavar="JOB", action="append", default=[], help=told
+    )
+    told = "A checkpoint by its folder, or latest. Repeatable."
+    parser.add_argument(
+        "--checkpoint", dest="checkpoints", metavar="NAME", action="append", default=[], help=told
+    )
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def run_pod(
-    config: Path,
+    config: Path | None,
     load_settings: Callable[[], Settings],
     arguments: Sequence[str],
     timeline_file: Path | None,
@@ -40,7 +40,7 @@ def run_pod(
 
 def _run(
     pod: Pod,
-    config: Path,
+    config: Path | None,
     load_settings: Callable[[], Settings],
     timeline: Timeline,
     timeline_file: Path | None,

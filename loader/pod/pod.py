@@ -106,7 +106,7 @@ class Pod:
         return self._preparing is not None and self._preparing.is_alive()
 
     def start(
-        self, config: Path, load_settings: Callable[[], Settings], progress: Progress
+        self, config: Path | None, load_settings: Callable[[], Settings], progress: Progress
     ) -> None:
         """Prepare the model, load it, and hand the port over to the engine.
 
@@ -162,7 +162,7 @@ class Pod:
                 raise StopSignal(number)
 
     def _prepare(
-        self, config: Path, load_settings: Callable[[], Settings], progress: Progress
+        self, config: Path | None, load_settings: Callable[[], Settings], progress: Progress
     ) -> None:
         try:
             from loader import boot
@@ -174,7 +174,7 @@ class Pod:
             self._engine.check(
                 settings.engine_args,
                 vllm_arguments(settings, _UNKNOWN, self._arguments),
-                live_environment(settings, config),
+                live_environment(settings, config) if config else {},
             )
             self._folder = settings.training.download_folder.absolute()
             if settings.base_model and not settings.base_checkpoint:
