@@ -197,7 +197,7 @@ def clean(
         if place.is_dir():
             root, cache = place, models_folder(place)
         else:
-            settings = _settings(place, None, set_)
+            settings = Selection(config=place).settings(_overrides(set_))
             root, cache = settings.training.download_folder, cache_folder(settings)
         keep_bytes = _bytes("--keep", keep) if keep is not None else None
         cleaned = clean_folders(
