@@ -17,7 +17,7 @@ _TELLING = [
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_the_newest_release_answers() -> None:
     assert is_proved(installed_release())
     try:
