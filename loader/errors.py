@@ -25,13 +25,29 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar
 
-# A URL need not be a right one to hold secrets: it may have blanks in its path, or quotes.
-_QUERY = re.compile(r"(https?://[^?\n]*)\?\S*?(?=[)'\".,;:]*(?:\s|$))", re.IGNORECASE)
-_SIGNED = re.compile(
-    r"([?&#;][\w.-]*(?:signature|sig|credential|token|access(?:key)?id|key-pair-id|policy)=)[^\s&]+",
+_MOST_TEXT = 20_000  # characters of a field; what is foreign may be of any length
+_MOST_PROBLEMS = 1000
+# A URL need not be a right one to hold secrets: it may have blanks, newlines or quotes in it, and
+# what separates its parts may be encoded, even twice.
+_QUERY = re.compile(
+    r"(https?://[^?\n]*)\?\S*?(?:\s+\S*[=&%]\S*?|(?<=[=&])\s+\S+?)*(?=[)'\".,;:]*(?:\s|$))",
     re.IGNORECASE,
 )
-_USERINFO = re.compile(r"(\w+://)(?:[^\s/?#]+|[^\s/:\[]*:(?!\d*[/?#\s])\S+)@")
+_SIGNED = re.compile(
+    r"((?<![\w.-])[\w.-]*(?:signature|sig|credential|token|access(?:key)?id|key-pair-id|policy)"
+    r"(?:=|%(?:25)*3d))[^\s&]+",
+    re.IGNORECASE,
+)
+_USERINFO = re.compile(
+    r"((?<!\w)\w+://)(?:[^\s/?#]+"
+    r"|[^\s/:\[]*:(?!\d*(?:[/?#\s]|$))[^@\n]*(?:@[^\s@/]*)*?"  # a password of any letters
+    r"|[^\s/?#:]+ [^/?#@\n]*)@"
+)
+# What a terminal or a collector of logs takes for a command, the end of a line or another order of
+# its letters; and what is no text at all.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
 
 
 def redact(text: str) -> str:
@@ -39,11 +55,31 @@ def redact(text: str) -> str:
 
     So are the values of signatures and tokens, in whatever they are the parameters of.
     """
+    if "@" in text:
+        text = _USERINFO.sub(r"\1", text)
     if "?" in text:
         text = _QUERY.sub(r"\1?…", text)
-    if "=" in text:
-        text = _SIGNED.sub(r"\1…", text)
-    return _USERINFO.sub(r"\1", text) if "@" in text else text
+    return _SIGNED.sub(r"\1…", text) if "=" in text or "%" in text else text
+
+
+def redact_url(url: str) -> str:
+    """Return *url*, all of which is one, without all that follows its path."""
+    url = _USERINFO.sub(r"\1", url) if "@" in url else url
+    return redact(url.partition("?")[0] + "?…" if "://" in url and "?" in url else url)
+
+
+def printable(text: str) -> str:
+    """Return *text*, whose letters and newlines are all that it shows, the rest as escapes."""
+    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def one_line(text: str) -> str:
+    """Return *text* as ``printable`` does, its newlines as escapes, too: nobody forges a line."""
+    return printable(text).replace("\n", "\\n")
+
+
+def _field(text: str) -> str:
+    return one_line(redact(text[:_MOST_TEXT]))
 
 
 class LoaderError(Exception):
@@ -62,12 +98,15 @@ class LoaderError(Exception):
         next_step: str = "",
         problems: Sequence[str] = (),
     ) -> None:
-        self.what = redact(what)
-        self.where = redact(where)
-        self.expected = redact(expected)
-        self.got = redact(got)
-        self.next_step = redact(next_step)
-        self.problems = tuple(redact(p) for p in problems)
+        self.what = _field(what)
+        self.where = one_line(redact_url(where[:_MOST_TEXT]))
+        self.expected = _field(expected)
+        self.got = _field(got)
+        self.next_step = _field(next_step)
+        more = len(problems) - _MOST_PROBLEMS
+        self.problems = tuple(_field(p) for p in problems[:_MOST_PROBLEMS])
+        if more > 0:
+            self.problems += (f"and {more} more",)
         super().__init__(self.what)
 
     def __str__(self) -> str:

@@ -7,28 +7,28 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from datetime import UTC, datetime
 
-from loader.errors import redact
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+from loader.errors import one_line, printable, redact
 
 
 class _Shown(logging.Formatter):
-    """Lines without signatures, whoever logged them."""
+    """Lines without signatures, whoever logged them, one for a record of ours without an error."""
 
     def format(self, record: logging.LogRecord) -> str:
+        if isinstance(record.args, tuple):
+            record = logging.makeLogRecord(vars(record))
+            record.args = tuple(one_line(a) if isinstance(a, str) else a for a in record.args or ())
         return shown(super().format(record))
 
 
-class _Json(logging.Formatter):
+class _Json(_Shown):
     """One JSON object a line: ``time`` (RFC 3339, UTC), ``level``, ``message``."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        message = shown(super().format(record))
+        message = super().format(record)
         return json.dumps({"time": when, "level": record.levelname, "message": message})
 
 
@@ -48,4 +48,4 @@ def shown(text: str) -> str:
 
     Names come from listings, which anybody may have written.
     """
-    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], redact(text))
+    return printable(redact(text))

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
-from loader.errors import redact
+from loader.errors import redact_url
 
 JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # matched whole: it becomes a folder's name
 
@@ -84,7 +84,7 @@ class Artifact:
     @property
     def source(self) -> str:
         """The URL without its signature."""
-        return redact(self.url)
+        return redact_url(self.url)
 
 
 @dataclass(frozen=True, slots=True)

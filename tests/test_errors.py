@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
-from loader import errors
+from loader import errors, log_lines
 from loader.errors import FetchError, LoaderError, RequestError, redact
 from loader.types import Artifact
 
@@ -84,3 +86,64 @@ def test_every_error_is_drawn_in_the_tree(error: type[LoaderError]) -> None:
 def test_request_error_has_a_status() -> None:
     assert RequestError("bad").status == 400
     assert RequestError("gone", status=404).status == 404
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://h/x?Expires=1&Signature=S3CR3T S3CR3T",
+        "http://h/x?Expires=1&Signature=\nS3CR3T",
+        "http://h/x?a b=S3CR3T&c=d",
+        "http://h/x%3FX-Amz-Signature=S3CR3T&Expires=1",
+        "http://h/x%3FX-Amz-Signature%3DS3CR3T%26a",
+        "http://h/x%253FX-Amz-Signature%253DS3CR3T",
+        "http://h/x\u2028?Signature=S3CR3T",
+        "http://h/x?\x00S3CR3T",
+        "http://us er:S3CR3T@h/x",
+        "http://user:S3C R3T S3CR3T@h/x",
+        "http://S3CR3T S3CR3T@h/x",
+        "http://user:S3CR3T?S3CR3T@h/x",
+        "http://user:S3CR3T#S3CR3T@h/x",
+        "s3://key:S3CR3T S3CR3T@bucket/x",
+    ],
+)
+def test_malformed_urls_hold_secrets_too(url: str) -> None:
+    """In a text, nobody can tell where a URL with blanks ends; where it stands alone, one can."""
+    error = FetchError("what", where=url, got="" if url.endswith("S3CR3T S3CR3T") else f"a {url}")
+    artifact = Artifact("j", 0, "f", url)
+    for text in (error.where, str(error), artifact.source, str(error.to_json())):
+        assert "S3CR3T" not in text
+        assert "R3T" not in text
+
+
+FORGED = "x\nERROR forged\r\u2028\u2029\x85\x1b[31m\u202egnp.exe\u2066\u200f\ufeff\ud800"
+
+
+def test_nobody_forges_a_line_of_an_error() -> None:
+    error = FetchError(FORGED, where=FORGED, got=FORGED, expected=FORGED, problems=[FORGED])
+    text = str(error)
+    assert len(text.splitlines()) == 5
+    assert not any(line.startswith("ERROR") for line in text.splitlines())
+    assert all(letter.isprintable() for line in text.splitlines() for letter in line)
+    text.encode()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_nobody_forges_a_line_of_the_log(
+    as_json: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logging.getLogger("podloader")
+    for name in ("handlers", "propagate", "level"):
+        monkeypatch.setattr(log, name, getattr(log, name))
+    monkeypatch.setattr(log, "handlers", [])
+    log_lines.set_up_logging(as_json=as_json)
+    log.info("%s: %d of %r, %s", FORGED, 3, FORGED, FetchError(FORGED))
+    text = capsys.readouterr().err
+    assert len(text.splitlines()) == 1
+    assert all(letter.isprintable() for letter in text.rstrip("\n"))
+
+
+def test_what_is_foreign_has_no_say_in_how_long_an_error_is() -> None:
+    error = FetchError("w" * 10**6, got="g" * 10**6, problems=["p"] * 10**5)
+    assert len(str(error)) < 10**5
+    assert error.problems[-1] == "and 99000 more"

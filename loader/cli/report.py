@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator
 from typing import NoReturn, TextIO
 
-from loader.errors import LoaderError, redact
+from loader.errors import LoaderError, one_line, redact
 from loader.log_lines import shown
 
 VERSION = 1  # of every JSON document; a field may be added without a new number
@@ -28,12 +28,12 @@ def set_up_report(*, as_json: bool, quiet: bool) -> None:
 
 def say(line: str = "") -> None:
     """Write a line on the way to the result."""
-    _write(_streams["note"], line)
+    _write(_streams["note"], one_line(line))
 
 
 def show(line: str = "") -> None:
     """Write a line of the result, for a person."""
-    _write(_streams["result"], line)
+    _write(_streams["result"], one_line(line))
 
 
 def say_error(line: str) -> None:

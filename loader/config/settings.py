@@ -30,7 +30,7 @@ from loader.config.truss_config import (
     training_checkpoints,
 )
 from loader.config.values import Bytes, Words, read_value, show_bytes, show_value
-from loader.errors import ConfigError
+from loader.errors import ConfigError, redact
 from loader.types import CONFIG_VARIABLE, JOB_ID, TrainingCheckpoints
 
 CHECKPOINT_SCHEME = "checkpoint:"
@@ -60,7 +60,7 @@ def _setting(default: Any, *, description: str, repr: bool = True) -> Any:  # no
     return field(default=default, metadata=metadata, repr=repr)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Settings:
     """podloader's own settings, the training checkpoints they are about, and the secrets."""
 
@@ -235,6 +235,11 @@ class Settings:
             return Path("~/.cache/podloader").expanduser()
         except RuntimeError:  # no HOME, and no entry in passwd
             return Path(tempfile.gettempdir(), "podloader")
+
+    def __repr__(self) -> str:
+        """Return the settings without secrets, which a URL among them may hold."""
+        shown = (f"{one.name}={getattr(self, one.name)!r}" for one in fields(self) if one.repr)
+        return redact(f"Settings({', '.join(shown)})")
 
     @property
     def base_checkpoint(self) -> CheckpointName | None:

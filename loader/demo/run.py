@@ -52,14 +52,17 @@ def run(folder: Path, say: Callable[[str], None], progress: Callable[[], Progres
     _train(folder, timeline, say)
     origin = Origin(folder / "origin", lifetime_s=_LIFETIME_S).start()
     try:
-        say(f"\n# published behind signed URLs that end in {_LIFETIME_S / 60:.0f} minutes")
+        say("")
+        say(f"# published behind signed URLs that end in {_LIFETIME_S / 60:.0f} minutes")
         config = _write_config(folder, origin)
-        say(f"\n# podloader prepare {_shown(config)}")
+        say("")
+        say(f"# podloader prepare {_shown(config)}")
         settings = Settings.load(config)
         ready = boot.prepare_beside_imports(settings, progress(), timeline)
     finally:
         origin.stop()
-    say(f"\n# {settings.engine} serves {BASE_JOB} and the adapter {ready.adapters[0].name}")
+    say("")
+    say(f"# {settings.engine} serves {BASE_JOB} and the adapter {ready.adapters[0].name}")
     model = boot.start(ready, settings, timeline)
     try:
         with timeline.stage("answers"):
@@ -67,7 +70,8 @@ def run(folder: Path, say: Callable[[str], None], progress: Callable[[], Progres
     finally:
         model.close()
     for question, (base, tuned) in answers.items():
-        say(f"\n  {question}\n    base        {base}\n    fine-tuned  {tuned}")
+        for line in ("", f"  {question}", f"    base        {base}", f"    fine-tuned  {tuned}"):
+            say(line)
     say("")
     return timeline
 

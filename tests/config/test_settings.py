@@ -210,3 +210,12 @@ def test_a_config_may_hold_every_default() -> None:
     defaults = setting_defaults()
     text = yaml.safe_dump(json.loads(json.dumps(config(**defaults))))
     assert Settings.load(yaml.safe_load(text)).concurrency == defaults["concurrency"]
+
+
+def test_repr_shows_no_secret() -> None:
+    url = "https://user:S3CR3T@h/model?X-Amz-Signature=S3CR3T"
+    settings = Settings.without_config(
+        {"base_model": url, "s3_endpoint_url": url, "api_url": url, "artifacts": [url]}
+    )
+    assert "S3CR3T" not in repr(settings)
+    assert "base_model='https://h/model?…" in repr(settings)
