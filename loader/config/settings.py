@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -23,6 +23,7 @@ from loader.config.credentials import (
     find_s3_credentials,
     find_secret,
 )
+from loader.config.paths import place_path
 from loader.config.truss_config import (
     DOWNLOAD_FOLDER,
     mapping_at,
@@ -256,10 +257,12 @@ class Settings:
         *,
         overrides: Mapping[str, Any] | None = None,
         secrets: Secrets | None = None,
+        folder: Path | None = None,
     ) -> Settings:
         """Return the settings of a Truss config, given as a file or as its contents.
 
         ``overrides`` win over ``PODLOADER_*``, which win over the config. ``secrets`` are Truss's.
+        Relative paths in the config are relative to *folder*, by default the file's own.
 
         Raises:
             ConfigError: naming every key that is wrong.
@@ -272,8 +275,16 @@ class Settings:
                 where=where,
                 next_step="put secrets into Truss's secrets, training_checkpoints at the top level",
             )
-        values = {**section, **_environment(where), **(overrides or {})}
-        return cls._build(where, values, training_checkpoints(document, where), secrets)
+        given = _environment(where) | dict(overrides or {})
+        training = training_checkpoints(document, where)
+        if folder is None and not isinstance(config, Mapping):
+            folder = Path(config).parent
+        if folder is not None:
+            down = place_path(str(training.download_folder), folder, "download_folder")
+            training = replace(training, download_folder=Path(down))
+        own = set() if folder is None else set(section) - set(given)
+        settings = cls._build(where, {**section, **given}, training, secrets)
+        return replace(settings, **{n: _placed(n, getattr(settings, n), folder) for n in own})
 
     @classmethod
     def without_config(
@@ -338,6 +349,19 @@ class Settings:
             for name, value in given.items()
             if value is not None
         }
+
+
+def _placed(name: str, value: Any, folder: Path | None) -> Any:
+    """Return the *value* of a setting, where it is a path, as it is below *folder*."""
+    if folder is None:
+        return value
+    if isinstance(value, Path):
+        return Path(place_path(str(value), folder, name))
+    if name == "artifacts":
+        return tuple(place_path(source, folder, name) for source in value)
+    if name == "base_model" and value is not None:
+        return place_path(value, folder, name, may_be_id=True)
+    return value
 
 
 def setting_names() -> tuple[str, ...]:

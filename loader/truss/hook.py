@@ -46,10 +46,19 @@ class TrussModel:
         environment: Mapping[str, Any] | None = None,
     ) -> None:
         self._config = config
+        self._folder = Path(data_dir).parent if data_dir is not None else None
         self._secrets = secrets
         self._lazy_data_resolver = lazy_data_resolver
         self._lock = threading.Lock()
         self._model: ServedModel | None = None
+
+    def settings(self) -> Settings:
+        """Return the settings; relative paths in the config are relative to the Truss.
+
+        Raises:
+            ConfigError: naming every key that is wrong.
+        """
+        return Settings.load(self._config, secrets=self._secrets, folder=self._folder)
 
     def load(self) -> None:
         """Prepare the model and start the engine; a second call does nothing.
@@ -68,7 +77,7 @@ class TrussModel:
             if self._lazy_data_resolver is not None:
                 # Truss's own model_cache, which may hold the base model; Truss insists on this.
                 self._lazy_data_resolver.block_until_download_complete()
-            settings = Settings.load(self._config, secrets=self._secrets)
+            settings = self.settings()
             timeline = Timeline()
             try:
                 with exporting(timeline, traces_exporter()), contextlib.closing(timeline):

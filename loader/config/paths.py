@@ -1,0 +1,34 @@
+"""What a relative path of a config is relative to: the folder that holds the config."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+_NO_PATH = re.compile(r"[a-z][a-z0-9+.-]*:|(baseten|local)$", re.IGNORECASE)
+_log = logging.getLogger("podloader")
+
+
+def place_path(text: str, folder: Path, name: str, *, may_be_id: bool = False) -> str:
+    """Return *text*, the value of *name*, as an absolute path; URLs and sources' names as they are.
+
+    A path that exists below the working folder alone is still taken, with a warning. *may_be_id*:
+    what does not exist is a Hugging Face id, unless it begins with a dot.
+    """
+    path = Path(text).expanduser()
+    if not text or _NO_PATH.match(text) or path.is_absolute():
+        return text
+    own = (folder / path).absolute()
+    if own.exists():
+        return str(own)
+    if path.exists():
+        _log.warning(
+            "%s: %s is not in %s, the config's folder, but in the working folder, from which it is "
+            "taken for now; write it relative to the config",
+            name,
+            text,
+            folder.absolute(),
+        )
+        return str(path.absolute())
+    return text if may_be_id and not text.startswith(".") else str(own)
