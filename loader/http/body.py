@@ -201,6 +201,11 @@ class HttpStream:
                 "the origin sent more answers than it was asked for", where=self._url
             )
 
+    def check_empty(self) -> None:
+        """Raise FetchError where a body that should be empty is not, and nothing else tells."""
+        if self._missing == 0:
+            self._check_whole(0)
+
     def _check_whole(self, count: int) -> None:
         """Raise where a body whose end tells its length is not as long as is known otherwise."""
         if self._missing and not count:

@@ -205,7 +205,13 @@ class HttpClient:
         except BaseException:
             drop(got.connection, answer)
             raise
-        return HttpStream(self, got, answer, info, wanted, first)
+        stream = HttpStream(self, got, answer, info, wanted, first)
+        try:
+            stream.check_empty()
+        except BaseException:
+            stream.close()
+            raise
+        return stream
 
     def _ask_size(
         self, request: Request, url: str, wanted: Wanted, got: Sent, answer: Answer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +20,7 @@ from loader.http.client import HttpClient, HttpOptions
 from loader.http.objects import Checksum, ObjectInfo
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact
+from tests.http.raw import answering
 from tests.origin import (
     Fault,
     FaultyHandler,
@@ -404,3 +406,38 @@ def test_a_name_that_leads_to_the_machines_own_link(
         HttpClient(HttpOptions()).get(url, span=(0, 1))
     assert origin.requests == []
     HttpClient(HttpOptions(link_local=True)).get(url, span=(0, 1)).close()
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_redirect_from_https_to_http(origin: FaultyOrigin, tmp_path: Path, allowed: bool) -> None:
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    plain = origin.sign(origin.put("x", b"1").relative_to(origin.root).as_posix())
+    said = f"HTTP/1.1 302 Found\r\nLocation: {plain}\r\nContent-Length: 0\r\n\r\n".encode()
+    options = HttpOptions(ca_bundle=tmp_path / "ca.pem", insecure_redirects=allowed)
+    with answering(said, context) as secure, closing(HttpClient(options)) as client:
+        if allowed:
+            with closing(client.get(secure.url, span=(0, 1))) as stream:
+                assert stream.info.size_bytes == 1
+            return
+        with pytest.raises(FetchError, match="from https to http") as caught:
+            client.get(secure.url, headers={"Authorization": "Api-Key S3CR3T"})
+    assert not caught.value.retryable
+    assert "Signature" not in str(caught.value)
+    assert origin.requests == []
+
+
+def test_a_redirect_to_https_and_back_to_http_is_one(origin: FaultyOrigin, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    url = origin.sign(origin.put("x", b"1").relative_to(origin.root).as_posix())
+    said = f"HTTP/1.1 302 Found\r\nLocation: {url}\r\nContent-Length: 0\r\n\r\n".encode()
+    client = HttpClient(HttpOptions(ca_bundle=tmp_path / "ca.pem"))
+    with answering(said, context) as secure, closing(client):
+        origin.fail("x", redirect(secure.url))
+        with pytest.raises(FetchError, match="from https to http"):
+            client.get(url)

@@ -6,15 +6,23 @@ import shutil
 import ssl
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import requests
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from loader.errors import FetchError
 from loader.http import trust
 from loader.http.client import HttpClient, HttpOptions
+from tests.http.raw import answering
 from tests.origin import FaultyOrigin
 from tests.stores.proxy import TlsFront
 
@@ -133,3 +141,37 @@ def test_a_certificate_that_is_wrong_by_itself(
     front.stop()
     assert caught.value.got.startswith(got)
     assert caught.value.next_step.startswith(next_step)
+
+
+@pytest.mark.parametrize("names", [(), ("localhost",), ("other.test",)])
+def test_a_common_name_does_not_count(names: tuple[str, ...], tmp_path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    built = x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+    built = built.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    built = built.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    if names:
+        alternatives = x509.SubjectAlternativeName([x509.DNSName(name) for name in names])
+        built = built.add_extension(alternatives, critical=False)
+    pem = built.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / "ca.pem").write_bytes(pem)
+    (tmp_path / "server.pem").write_bytes(private + pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem")
+    said = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx"
+    with answering(said, context) as origin:
+        url = origin.url.replace("127.0.0.1", "localhost")
+        client = HttpClient(HttpOptions(ca_bundle=tmp_path / "ca.pem"))
+        with closing(client):
+            if "localhost" in names:
+                client.get(url).close()
+                return
+            with pytest.raises(FetchError, match="certificate") as caught:
+                client.get(url)
+        assert "common name" in caught.value.next_step
+        with requests.Session() as session:
+            session.trust_env = False
+            with pytest.raises(requests.exceptions.SSLError):
+                session.get(url, verify=str(tmp_path / "ca.pem"), timeout=5)
