@@ -111,8 +111,8 @@ def _amz(fields: Mapping[str, str], algorithm: Algorithm) -> Checksum | None:
 
 def _listed(fields: Mapping[str, str], name: str) -> list[Checksum | None]:
     """``<algorithm>=<base64>, …``, the base64 between colons where the RFC wants them."""
-    found = []
-    for entry in fields.get(name, "").split(","):
+    found: list[Checksum | None] = []
+    for entry in fields[name].split(",") if name in fields else ():
         algorithm, _, value = entry.strip().partition("=")
         algorithm = algorithm.lower().replace("-", "")
         found.append(_plain(_HASHES.get(algorithm, algorithm), value.strip(":")))

@@ -39,6 +39,7 @@ from loader.prepare.consolidated import (
     cache_folder,
     find_sources,
     give_name,
+    is_made,
     output_folder,
     prove_kept,
 )
@@ -192,7 +193,7 @@ def _take_named(job: _Job, name: str, stack: contextlib.ExitStack) -> _Taken:
             if is_on_hub(base):
                 job.tell_config(base.path)
                 _check_on_hub(job, name, base)
-                base = fetch_hub_weights(settings, base, timeline, progress)
+                base = fetch_hub_weights(settings, base, timeline, progress, is_input=job.is_merge)
             elif base.is_theirs and job.is_merge:
                 base = identify_local(settings, base.path, weights=True)
             return _Taken(base)
@@ -259,7 +260,7 @@ def _merge_proved(
     job: _Job, base: BaseModel, sources: Sequence[Source], output: Path
 ) -> ReadyModel:
     """Return the merged model in *output*, made there from what is proved to be its inputs."""
-    if output.is_dir():  # its name is the digest of what it was made from
+    if is_made(output):  # its name is the digest of what it was made from
         _log.info("the merged model is here already: %s", output)
         return ReadyModel(output, (), None, output, {})
     check = partial(prove_kept, job.settings, base, *sources)
@@ -275,7 +276,7 @@ def _merge_proved(
         if not is_on_hub(base):
             raise
     _log.warning("the base model is not what the Hub declares; it is fetched again")
-    fetch_hub_weights(job.settings, base, job.timeline, job.progress)
+    fetch_hub_weights(job.settings, base, job.timeline, job.progress, is_input=True, only=None)
     with scratch_folder(job.cache, _MERGING) as folder:
         check()
         return _named(_merge(job, base.path, folder / "model"), output)

@@ -133,9 +133,18 @@ def _identify_cached(
 
 
 def fetch_hub_weights(
-    settings: Settings, small: BaseModel, timeline: Timeline, progress: Progress | None = None
+    settings: Settings,
+    small: BaseModel,
+    timeline: Timeline,
+    progress: Progress | None = None,
+    *,
+    is_input: bool,
+    only: Literal["weights"] | None = "weights",
 ) -> BaseModel:
     """Return the model of the Hub whose *small* files are here, whole.
+
+    *is_input*: something is made from the weights, so what they are matters. *only*: None brings
+    small files that are gone, too.
 
     Raises:
         ConfigError: no right to read it.
@@ -146,16 +155,16 @@ def fetch_hub_weights(
     index = find_index(names, allow_pickle=settings.allow_pickle)
     shards = shard_names((small.path / index).read_bytes(), f"{name}: {index}") if index else ()
     with SpanProgress(progress, timeline, _WHOLE) as watched:
-        _fetch_from_hub(settings, name, commit, "weights", watched, shards)
+        _fetch_from_hub(settings, name, commit, only, watched, shards)
     named = {_HUB: name, "commit": commit}
-    return _identify_cached(settings, small.path, named, weights=True)
+    return _identify_cached(settings, small.path, named, weights=is_input)
 
 
 def _fetch_from_hub(
     settings: Settings,
     name: str,
     revision: str | None,
-    only: Literal["small files", "weights"],
+    only: Literal["small files", "weights"] | None,
     watched: SpanProgress,
     indexed: Collection[str] = (),
 ) -> HubModel:

@@ -28,6 +28,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from loader.config.settings import Settings
+from loader.errors import FormatError
 from loader.fetch.crc import crc64nvme
 from loader.fetch.digests import Digests
 from loader.fetch.files import STATE
@@ -39,6 +40,8 @@ from loader.weights.formats.learning import learning_names
 from loader.weights.formats.places import has_config, home_folders
 from loader.weights.formats.rank_files import Files
 from loader.weights.formats.serving import serving_files
+from loader.weights.header import read_header
+from loader.weights.index import read_weight_map
 from loader.weights.inspect import open_checkpoint
 from loader.weights.publishing import disk_error, scratch_folder, sweep, use
 
@@ -169,7 +172,7 @@ def make_whole(
         else:
             output = _named(source, base, settings)
         with timeline.stage("consolidate"):
-            if output.is_dir():
+            if is_made(output):
                 _log.info("the consolidated checkpoint is here already: %s", output)
             else:
                 sweep(cache, f"{_MODE}-*", but=output.name)
@@ -247,6 +250,33 @@ def give_name(folder: Path, name: Path) -> Path:
     except OSError as error:
         raise disk_error(name, error) from error
     return name
+
+
+def is_made(output: Path) -> bool:
+    """Return whether *output* was made before, and its weights have their whole length still.
+
+    Nothing of it was synced to the disk: a machine that went down may have lost some. It is removed
+    then.
+
+    Raises:
+        DiskError: the disk refused.
+    """
+    if not output.is_dir():
+        return False
+    try:
+        for path in output.glob("*.safetensors"):
+            read_header(path)
+        for index in output.glob("*.safetensors.index.json"):
+            if any(not (output / name).is_file() for name in read_weight_map(index).values()):
+                raise FormatError("a shard is missing")
+    except FormatError as error:
+        _log.warning("%s is not whole, it is made anew: %s", output, error.what)
+        try:
+            shutil.rmtree(output)
+        except OSError as refused:
+            raise disk_error(output, refused) from refused
+        return False
+    return True
 
 
 def output_folder(settings: Settings, mode: str, made_from: Mapping[str, object]) -> Path:

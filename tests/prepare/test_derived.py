@@ -209,6 +209,20 @@ def test_what_was_fetched_before_and_rotted(
     assert is_right(prepare(adapter_policy="merge", verify="size").path, models, tmp_path)
 
 
+@pytest.mark.parametrize("lost", [100, 0, None])
+def test_a_merged_model_that_lost_its_end(
+    job: Job, base: Path, models: tuple[Path, Path], tmp_path: Path, lost: int | None
+) -> None:
+    """As a machine that goes down leaves it, to which nothing was synced."""
+    made = merged(job, base).path
+    if lost is None:
+        (made / FILE).write_bytes(bytes((made / FILE).stat().st_size))
+    else:
+        os.truncate(made / FILE, lost)
+    assert merged(job, base).path == made
+    assert is_right(made, models, tmp_path)
+
+
 def test_a_base_behind_a_url_that_rotted_here(
     job: Job, base: Path, models: tuple[Path, Path], tmp_path: Path
 ) -> None:
