@@ -3,7 +3,9 @@
 ::
 
     <rank 0's folder>/.metadata              a pickle: tensors, their chunks, and where each lies
-    <rank r's folder>/__<r>_<n>.distcp       chunks, one ``torch.save`` archive after another
+    <rank r's folder>/__<r>_<n>.distcp       chunks, one ``torch.save`` archive after another;
+                                             or, saved as SerializationFormat.SAFETENSORS, all of
+                                             them in one safetensors file at the end of it
 
 Source of the format: torch/distributed/checkpoint/metadata.py and filesystem.py.
 """
@@ -17,11 +19,12 @@ from itertools import islice
 
 from loader.errors import CheckpointError, FormatError, UnsupportedError
 from loader.weights.formats.archive import Archive
+from loader.weights.formats.hfstorage import read_range_header
 from loader.weights.formats.pieces import Piece, SourceTensor, describe_box, find_holes
-from loader.weights.formats.rank_files import Files, read_all
+from loader.weights.formats.rank_files import Files, RangeFile, read_all
 from loader.weights.formats.records import Record, TensorRef, dimensions, is_count
 from loader.weights.formats.unpickling import unpickle
-from loader.weights.header import DTYPE_BITS
+from loader.weights.header import DTYPE_BITS, Header, size_bytes
 
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 1 << 30
@@ -124,9 +127,21 @@ def read_chunks(tensors: Mapping[str, ChunkedTensor], files: Files) -> tuple[Sou
             next_step="fetch the folders of all ranks, rank-*/<checkpoint>/; if they are there, "
             "the upload of one was cut short",
         )
+    headers = {
+        (chunk.file_name, chunk.start): read_range_header(files.open(chunk.file_name), chunk.start)
+        for tensor in tensors.values()
+        for chunk in tensor.chunks
+        if _is_bare(tensor, chunk)
+    }
+
+    def open_chunk(tensor: ChunkedTensor, chunk: Chunk) -> Piece:
+        if header := headers.get((chunk.file_name, chunk.start)):
+            return _find_chunk(tensor, chunk, files.open(chunk.file_name), header)
+        return _open_chunk(tensor, chunk, files)
+
     with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
         chunks = [(t, chunk) for t in tensors.values() for chunk in t.chunks]
-        opened = pool.map(lambda pair: _open_chunk(pair[0], pair[1], files), chunks)
+        opened = pool.map(lambda pair: open_chunk(*pair), chunks)
         made = [
             SourceTensor(t.name, t.dtype, t.shape, t.shape, tuple(islice(opened, len(t.chunks))))
             for t in tensors.values()
@@ -189,6 +204,20 @@ def _missing(tensor: ChunkedTensor, files: Files) -> Iterator[str]:
             yield f"{box}: {chunk.file_name} has {size} bytes, {end} are needed"
 
 
+def _is_bare(tensor: ChunkedTensor, chunk: Chunk) -> bool:
+    """Return whether the bytes of a chunk are its elements' alone: no archive is around them."""
+    return chunk.length == size_bytes(tensor.dtype, chunk.sizes)
+
+
+def _find_chunk(tensor: ChunkedTensor, chunk: Chunk, file: RangeFile, header: Header) -> Piece:
+    """Return a chunk as the safetensors file that begins at its start has it."""
+    info = header.tensors.get(tensor.name)
+    if info is None or (info.dtype, info.shape) != (tensor.dtype, chunk.sizes):
+        got = f"{info.dtype} {info.shape}" if info else "no such tensor"
+        raise _not_as_described(f"{file.where}: {tensor.name}", tensor, chunk, got)
+    return Piece(file, chunk.start + info.start, info.dtype, chunk.offsets, chunk.sizes)
+
+
 def _open_chunk(tensor: ChunkedTensor, chunk: Chunk, files: Files) -> Piece:
     archive = Archive(files.open(chunk.file_name), chunk.start, chunk.start + chunk.length)
     value = archive.value
@@ -197,15 +226,19 @@ def _open_chunk(tensor: ChunkedTensor, chunk: Chunk, files: Files) -> Piece:
         or value.dtype != tensor.dtype
         or value.shape != chunk.sizes
     ):
-        got = f"{value.dtype} {value.shape}" if isinstance(value, TensorRef) else type(value)
-        raise FormatError(
-            "a chunk that is not what .metadata says",
-            where=f"{archive.where}: {tensor.name}",
-            expected=f"{tensor.dtype} {chunk.sizes}",
-            got=str(got),
-            next_step="fetch the folders of all ranks again, of one and the same checkpoint",
-        )
+        got = f"{value.dtype} {value.shape}" if isinstance(value, TensorRef) else str(type(value))
+        raise _not_as_described(f"{archive.where}: {tensor.name}", tensor, chunk, got)
     return archive.piece(value, chunk.offsets)
+
+
+def _not_as_described(where: str, tensor: ChunkedTensor, chunk: Chunk, got: str) -> FormatError:
+    return FormatError(
+        "a chunk that is not what .metadata says",
+        where=where,
+        expected=f"{tensor.dtype} {chunk.sizes}",
+        got=got,
+        next_step="fetch the folders of all ranks again, of one and the same checkpoint",
+    )
 
 
 def _malformed(where: str, problems: list[str]) -> FormatError:

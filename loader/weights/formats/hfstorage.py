@@ -73,18 +73,21 @@ class SafetensorsStorageSource:
         return tuple(made)
 
 
-def read_range_header(file: RangeFile) -> Header:
-    """Return the safetensors header of a file that is read by ranges.
+def read_range_header(file: RangeFile, start: int = 0) -> Header:
+    """Return the safetensors header of a file that is read by ranges, from byte *start* to its end.
+
+    Offsets count from *start* on.
 
     Raises:
         FormatError: it is none, or lies.
     """
-    head = bytearray(min(8, file.size_bytes))
-    file.read_into(0, memoryview(head))
-    length = header_length(bytes(head), file.size_bytes, file.where)
+    size = max(0, file.size_bytes - start)
+    head = bytearray(min(8, size))
+    file.read_into(start, memoryview(head))
+    length = header_length(bytes(head), size, file.where)
     whole = bytearray(8 + length)
-    file.read_into(0, memoryview(whole))
-    return parse_header(bytes(whole), file.size_bytes, file.where)
+    file.read_into(start, memoryview(whole))
+    return parse_header(bytes(whole), size, file.where)
 
 
 def _read_shard(file: RangeFile) -> list[tuple[str, Piece]]:

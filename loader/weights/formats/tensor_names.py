@@ -37,6 +37,11 @@ _NOT_MODEL = re.compile(
     r"^(app\.|chained_\d+\.)?(optimizer|optim|optimizer_states?|optimizers|lr_scheduler|scheduler|train_state|"
     r"dataloader|rng|rng_state|ema|extra_state|trainer|loops|callbacks|step|epoch)(\.|$)"
 )
+# Tables of rotary embeddings, which every model computes from its config; some trainers save them.
+_COMPUTED = re.compile(
+    r"(^|\.)(freqs_cis|freqs_(cos|sin)|rope_cache|(cos|sin)_cached|rotary_emb\.inv_freq|"
+    r"(pos_embeddings|rope)\.(theta|cache))$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +58,11 @@ def strip_wrappers(name: str) -> str:
 
 
 def is_of_model(name: str) -> bool:
-    """Return whether *name* may be a tensor of the model: not the optimizer's, RNG's and so on."""
-    return not _NOT_MODEL.match(name)
+    """Return whether *name* may be a tensor of the model: not the optimizer's, RNG's and so on.
+
+    Nor is a buffer that the model makes by itself.
+    """
+    return not (_NOT_MODEL.match(name) or _COMPUTED.search(name))
 
 
 def match_names(found: Mapping[str, tuple[int, ...]], expected: ModelNames, where: str) -> Match:

@@ -21,7 +21,7 @@ from loader.weights.inspect import find_checkpoints
 from tests.weights.formats.conftest import assert_same, copy_case, found, tensors_of
 
 MODELS = ["fsdp2", "fsdp1", "fsdp1-full", "hsdp-tp", "full", "fsdp2-bf16-tied"]
-MODELS += ["torchtitan", "torchtune"]
+MODELS += ["torchtitan", "torchtune", "safetensors-form"]
 
 
 @pytest.mark.parametrize("case", MODELS)

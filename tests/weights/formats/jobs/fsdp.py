@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -157,6 +158,9 @@ def own_names(trainer: str) -> Callable[[str], None]:
         step(reference)
         full = {k: v.detach().clone() for k, v in reference.state_dict().items()}
         model = nest({theirs(k, trainer): laid_out(k, v) for k, v in full.items()})
+        if trainer == "torchtitan":  # persistent there before its version 0.2
+            table = torch.polar(torch.ones(64, 16), torch.rand(64, 16))
+            model.register_buffer("freqs_cis", table, persistent=True)
         fully_shard(model)
         optimizer = torch.optim.AdamW(model.parameters())
         weights, moments = get_state_dict(model, optimizer)
@@ -254,6 +258,19 @@ def hf_storage(case: str) -> None:
     copy_sidecars(case)
 
 
+def safetensors_form(case: str) -> None:
+    """DCP with its .metadata, each file's chunks as safetensors; what is no tensor before them."""
+    model = load(torch.bfloat16)
+    fully_shard(model)
+    optimizer = step(model)
+    weights, moments = get_state_dict(model, optimizer)
+    form = SerializationFormat.SAFETENSORS
+    writer = FileSystemWriter(node_folder(case), serialization_format=form)
+    save({"model": weights, "optimizer": moments, "step": 10}, storage_writer=writer)
+    keep_reference(case, get_model_state_dict(model, options=FULL))
+    copy_sidecars(case)
+
+
 def lora(case: str) -> None:
     """Only the adapter's parameters were trained and saved."""
     model = get_peft_model(
@@ -296,6 +313,7 @@ CASES: dict[str, Callable[[str], None]] = {
     "hsdp-tp": hsdp_tp,
     "full": full_state,
     "hf-storage": hf_storage,
+    "safetensors-form": safetensors_form,
     "lora": lora,
     "lora-peft-names": lora_as_peft_names_it,
 }
