@@ -149,6 +149,7 @@ class Kind(StrEnum):
     RANK_SHARDS = "rank-shards"
     DCP = "dcp"
     ZERO = "zero"
+    DTENSOR = "dtensor"
     MEGATRON = "megatron"
     OPTIMIZER = "optimizer"
     WHISPER = "whisper"

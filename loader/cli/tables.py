@@ -28,6 +28,7 @@ _WOULD = {
     Kind.RANK_SHARDS: "would be consolidated into one model or adapter, then served",
     Kind.DCP: "would be consolidated into one model or adapter, then served",
     Kind.ZERO: "would be consolidated into one model or adapter, then served",
+    Kind.DTENSOR: "would be consolidated into one model or adapter, then served",
     Kind.WHISPER: "would be served as it is, for transcriptions",
 }
 

@@ -45,7 +45,7 @@ from loader.weights.index import read_weight_map
 from loader.weights.inspect import open_checkpoint
 from loader.weights.publishing import disk_error, scratch_folder, sweep, use
 
-SHARDED = frozenset({Kind.DCP, Kind.ZERO, Kind.RANK_SHARDS})
+SHARDED = frozenset({Kind.DCP, Kind.ZERO, Kind.DTENSOR, Kind.RANK_SHARDS})
 _EVERY_S = 5.0
 _MODE, _COMING = "consolidate", "consolidating"
 _log = logging.getLogger("podloader")

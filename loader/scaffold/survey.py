@@ -15,10 +15,11 @@ from loader.resolve.manifest import check_count, check_names
 from loader.stores.base import Store
 from loader.stores.registry import Stores
 from loader.types import Artifact, Checkpoint, Kind, Listing
+from loader.weights.formats.places import home_folders
 from loader.weights.formats.refused import find_refusal
 from loader.weights.inspect import ADAPTER_CONFIG, INDEXES, read_json
 
-SHARDED = (Kind.RANK_SHARDS, Kind.DCP, Kind.ZERO)
+SHARDED = (Kind.RANK_SHARDS, Kind.DCP, Kind.ZERO, Kind.DTENSOR)
 _WEIGHTS = (".safetensors", ".bin")
 _STEP = re.compile(r"\d+")
 _MOST_STATS = 64  # weight files whose sizes are asked for one by one
@@ -122,9 +123,9 @@ def _describe(
 ) -> Found:
     job, rank, *folders = checkpoint.path.relative_to(root).parts
     name = "/".join(folders)
-    config = checkpoint.path / (
-        ADAPTER_CONFIG if checkpoint.kind is Kind.ADAPTER else "config.json"
-    )
+    about = ADAPTER_CONFIG if checkpoint.kind is Kind.ADAPTER else "config.json"
+    homes = home_folders(checkpoint) if checkpoint.kind in SHARDED else [checkpoint.path]
+    config = next((f / about for f in homes if (f / about).is_file()), checkpoint.path / about)
     files = {
         a.path: a
         for listing in listings
@@ -166,7 +167,7 @@ def _weight_bytes(
 
     DCP and ZeRO files hold optimizer states as well: their bytes say nothing.
     """
-    if checkpoint.kind in (Kind.DCP, Kind.ZERO):
+    if checkpoint.kind in (Kind.DCP, Kind.ZERO, Kind.DTENSOR):
         return None
     home = checkpoint.path.relative_to(root).as_posix()
     folders = {home}

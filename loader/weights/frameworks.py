@@ -5,6 +5,7 @@
     <checkpoint>/[pytorch_model_fsdp_0/]{.metadata, __<r>_<n>.distcp}      torch's DCP
     <checkpoint>/{latest, <tag>/…_mp_rank_00_…_states.pt}                  DeepSpeed
     <checkpoint>/pytorch_model_fsdp.bin                                    accelerate, all in one
+    <checkpoint>/model_world_size_<N>_rank_<r>.pt                          verl
     <checkpoint>/[iter_<n>/]mp_rank_<r>/model_optim_rng.pt                 Megatron, by rank
     <checkpoint>/[optimizer_0/]…                                           an optimizer alone
 
@@ -22,6 +23,8 @@ from loader.types import Checkpoint, Kind
 from loader.weights.layout import Place
 
 FSDP_WEIGHTS = "pytorch_model_fsdp.bin"  # accelerate's full state dict, on the first rank
+DTENSOR_FILE = re.compile(r"^model_world_size_(?P<world>\d+)_rank_(?P<rank>\d+)\.pt$")
+BESIDE = "huggingface"  # verl's folder of config and tokenizer, in the checkpoint's own
 _DCP = re.compile(r"\.distcp$|^shard-\d+-model-\d+-of-\d+\.safetensors$")
 _DCP_OF_PARENT = re.compile(r"^(pytorch_model_fsdp_\d+|model(_\d+)?|sharded)$")
 _OPTIMIZER = re.compile(r"^optim(izer)?(_\d+)?$")
@@ -39,7 +42,7 @@ _ITERATION = re.compile(r"^iter_\d+$")
 def find_cut(places: Sequence[Place], by_folder: Mapping[str, Place]) -> dict[str, Checkpoint]:
     """Return the checkpoints that are cut between ranks, by folder, but for DeepSpeed's."""
     found = {**_find_megatron(places, by_folder), **_find_full_states(places)}
-    return found | _find_dcp(places, by_folder)
+    return found | _find_dcp(places, by_folder) | _find_dtensors(places)
 
 
 def find_zero(places: Sequence[Place], by_folder: Mapping[str, Place]) -> dict[str, Checkpoint]:
@@ -132,6 +135,20 @@ def _find_full_states(places: Sequence[Place]) -> dict[str, Checkpoint]:
             folders = [str(place.folder(rank)) for rank in place.ranks]
             home = _folder_with_config(place, place.folder(place.holders(FSDP_WEIGHTS)[0]))
             found[place.relative] = Checkpoint(Kind.RANK_SHARDS, home, {"folders": folders})
+    return found
+
+
+def _find_dtensors(places: Sequence[Place]) -> dict[str, Checkpoint]:
+    found = {}
+    for place in places:
+        names = [name for name in place.names if DTENSOR_FILE.match(name)]
+        if names:
+            folders = [str(place.folder(rank)) for rank in place.ranks]
+            detail: dict[str, object] = {"folders": folders, "files": len(names)}
+            home = place.folder(place.ranks[0])
+            found[place.relative] = Checkpoint(
+                Kind.DTENSOR, _folder_with_config(place, home), detail
+            )
     return found
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from loader.errors import CheckpointError, FormatError
 from loader.types import Checkpoint, Kind
-from loader.weights.frameworks import find_cut, find_optimizers, find_zero
+from loader.weights.frameworks import BESIDE, find_cut, find_optimizers, find_zero
 from loader.weights.header import read_header
 from loader.weights.index import MOST_SHARDS, read_weight_map
 from loader.weights.layout import Place, group_places, walk_names
@@ -76,7 +76,8 @@ def _find_in_job(places: tuple[Place, ...]) -> list[Checkpoint]:
         # ZeRO-3 without gathering leaves a model file of empty tensors beside the true weights.
         if not any(_is_hollow(c) for c in whole[relative]):
             del zero[relative]
-    others = {r: c for r, c in find_cut(places, by_folder).items() if r not in whole}
+    cut = find_cut(places, by_folder).items()
+    others = {r: c for r, c in cut if not {r, f"{r}/{BESIDE}".lstrip("/")} & whole.keys()}
     sharded = {r: [c] for r, c in {**others, **zero}.items()}
     merged = {**whole, **sharded}
     return [c for relative in sorted(merged) for c in merged[relative]]

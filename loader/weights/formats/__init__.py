@@ -9,6 +9,7 @@ of bytes in some file and the box of the tensor that it fills (``pieces``). What
     hfstorage.py  its safetensors storage: shard-<rank>-….safetensors, offsets in the headers
     ranks.py      Hugging Face shards spread over ranks
     zero.py       DeepSpeed ZeRO 1, 2, 3 and the universal format
+    dtensors.py   verl's: pickles of DTensors, a file a rank
     megatron.py   Megatron-Core's fused and stacked tensors, as views of what dcp.py reads
     titan.py      torchtitan's and torchtune's names and order of rows, likewise
     refused.py    what is known and not served: Megatron's files by rank, an optimizer alone

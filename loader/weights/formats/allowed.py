@@ -61,8 +61,19 @@ TENSORS = frozenset(
     }
 )
 
+# A tensor of which each rank has a part: taken apart into this rank's part and the spec beside it.
+WRAPPER = "torch._utils._rebuild_wrapper_subclass"
+DTENSORS = frozenset(
+    {
+        "torch.distributed.tensor.DTensor",
+        "torch.distributed.tensor._api.DTensor",
+        "torch.distributed._tensor.api.DTensor",
+        "torch.distributed._tensor.DTensor",
+    }
+)
+
 # Classes that such a function is told to make: mentioned, never called.
-TYPES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})
+TYPES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"}) | DTENSORS
 
 # Plain containers: dictionaries, tuples and sets of what is allowed.
 DICTS = frozenset({"collections.OrderedDict", "builtins.dict", "__builtin__.dict"})
@@ -98,6 +109,29 @@ RECORDS = frozenset(
         "torch.distributed.checkpoint.planner.BytesIOWriteData",
         "torch.distributed.checkpoint.filesystem._StorageInfo",
         "torch.distributed.checkpoint.filesystem._StoragePrefix",
+        # What stands around a DTensor, in the places where versions of torch have had it.
+        "torch.distributed.device_mesh.DeviceMesh",
+        "torch.distributed._mesh_layout._MeshLayout",
+        "torch.distributed._mesh_layout._FlatLayout",
+        *(
+            f"torch.distributed.{module}.{name}"
+            for module in (
+                "tensor._dtensor_spec",
+                "tensor.placement_types",
+                "_tensor._dtensor_spec",
+                "_tensor.placement_types",
+            )
+            for name in (
+                "DTensorSpec",
+                "TensorMeta",
+                "ShardOrderEntry",
+                "Shard",
+                "_StridedShard",
+                "Replicate",
+                "Partial",
+                "_Partial",
+            )
+        ),
         "deepspeed.runtime.fp16.loss_scaler.LossScaler",
         "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
         "deepspeed.runtime.zero.config.ZeroStageEnum",
@@ -110,6 +144,7 @@ ALLOWED = (
     frozenset(DTYPES)
     | frozenset(STORAGES)
     | TENSORS
+    | {WRAPPER}
     | TYPES
     | DICTS
     | TUPLES

@@ -27,6 +27,7 @@ from loader.weights.formats.assembly import (
     is_same,
 )
 from loader.weights.formats.dcp import DcpSource
+from loader.weights.formats.dtensors import DTensorSource
 from loader.weights.formats.expected import ModelNames, read_model_names
 from loader.weights.formats.hfstorage import SafetensorsStorageSource, is_storage
 from loader.weights.formats.layouts import find_view
@@ -184,12 +185,15 @@ def _open_source(checkpoint: Checkpoint, files: Files) -> ShardedSource:
         return SafetensorsStorageSource(files) if is_storage(files) else DcpSource(files)
     if checkpoint.kind is Kind.RANK_SHARDS:
         return RankShardsSource(files)
+    if checkpoint.kind is Kind.DTENSOR:
+        return DTensorSource(files)
     if checkpoint.kind is Kind.ZERO:
         return ZeroSource(files, str(checkpoint.detail.get("tag", "")))
     raise UnsupportedError(
         "a checkpoint that is not sharded over ranks",
         where=str(checkpoint.path),
-        expected="torch.distributed.checkpoint, DeepSpeed ZeRO, or shards spread over ranks",
+        expected="torch.distributed.checkpoint, DeepSpeed ZeRO, DTensors as verl saves them, or "
+        "shards spread over ranks",
         got=checkpoint.kind.value,
         next_step="serve it as it is",
     )

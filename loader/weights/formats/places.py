@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loader.errors import CheckpointError
-from loader.types import Checkpoint
+from loader.types import Checkpoint, Kind
+from loader.weights.frameworks import BESIDE
 from loader.weights.inspect import ADAPTER_CONFIG, find_checkpoints
 from loader.weights.layout import walk_names
 
@@ -25,7 +26,9 @@ def home_folders(checkpoint: Checkpoint) -> list[Path]:
     """Return the folders where configs and tokenizers lie: of each rank, the checkpoint's own."""
     name = checkpoint.path.name
     folders = [f if f.name == name else f.parent for f in weight_folders(checkpoint)]
-    return list(dict.fromkeys([checkpoint.path, *folders]))
+    found = list(dict.fromkeys([checkpoint.path, *folders]))
+    beside = [folder / BESIDE for folder in found] if checkpoint.kind is Kind.DTENSOR else []
+    return [*beside, *found]
 
 
 def has_config(checkpoint: Checkpoint) -> bool:

@@ -8,12 +8,14 @@ from typing import TypeGuard
 from loader.weights.formats.allowed import (
     BYTES,
     DICTS,
+    DTENSORS,
     DTYPES,
     LISTS,
     RECORDS,
     SETS,
     TENSORS,
     TUPLES,
+    WRAPPER,
 )
 from loader.weights.header import MAX_DIMENSIONS
 
@@ -52,6 +54,15 @@ class TensorRef:
 
 
 @dataclass(frozen=True, slots=True)
+class PartRef:
+    """What one rank has of a tensor of *shape*: its part, and the ``DTensorSpec`` beside it."""
+
+    shape: tuple[int, ...]
+    part: TensorRef
+    spec: Record
+
+
+@dataclass(frozen=True, slots=True)
 class Name:
     """An allowed name, not yet called."""
 
@@ -87,16 +98,18 @@ def make(name: str, args: tuple[object, ...]) -> object:
     raise ValueError(f"a call of {name}")
 
 
-def _make_tensor(name: str, args: tuple[object, ...]) -> TensorRef:
+def _make_tensor(name: str, args: tuple[object, ...]) -> TensorRef | PartRef:
     if name.endswith("_rebuild_parameter"):
         if not isinstance(args[0], TensorRef):
             raise ValueError("a parameter of something else than a tensor")
         return args[0]
     if name.endswith("_rebuild_from_type_v2"):
         # (function, class, its arguments, attributes): what the function would have made.
-        function, _, inner, _ = args
+        function, kind, inner, state = args
         if not isinstance(function, Name) or not isinstance(inner, tuple):
             raise ValueError("a tensor made by something else than an allowed function")
+        if function.text == WRAPPER:
+            return _make_part(kind, inner, state)
         if function.text not in TENSORS or function.text == name:
             raise ValueError(f"a tensor made by {function.text}")
         return _make_tensor(function.text, inner)
@@ -107,6 +120,19 @@ def _make_tensor(name: str, args: tuple[object, ...]) -> TensorRef:
     if dtype not in DTYPES.values():
         raise ValueError("a tensor without dtype")
     return TensorRef(storage, str(dtype), offset, dimensions(shape), dimensions(strides))
+
+
+def _make_part(kind: object, args: tuple[object, ...], state: object) -> PartRef:
+    """Source: torch/_utils.py, ``_rebuild_wrapper_subclass``; torch/distributed/tensor/_api.py."""
+    if not isinstance(kind, Name) or kind.text not in DTENSORS:
+        raise ValueError("a wrapper of tensors that is no DTensor")
+    fields: dict[object, object] = {}  # attributes, and what the class keeps in slots
+    for own in state if isinstance(state, tuple) else (state,):
+        fields |= own if isinstance(own, dict) else {}
+    part, spec = fields.get("_local_tensor"), fields.get("_spec")
+    if not isinstance(part, TensorRef) or not isinstance(spec, Record) or len(args) < 3:
+        raise ValueError("a DTensor without its part or its spec")
+    return PartRef(dimensions(args[2]), part, spec)
 
 
 def counts(value: object) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from loader.weights.frameworks import DTENSOR_FILE
+
 _SIDECAR = re.compile(
     r"^(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|"
     r"added_tokens|vocab|chat_template|preprocessor_config|processor_config|video_preprocessor_"
@@ -39,7 +41,7 @@ def is_shard(name: str) -> bool:
     base = name.rpartition("/")[2]
     dcp = base.endswith(".distcp") or _DCP_SAFETENSORS.match(base)
     zero = _ZERO_MODEL.search(base) or _ZERO_PARTITION.search(base) or _UNIVERSAL.search(name)
-    return bool(dcp or zero)
+    return bool(dcp or zero or DTENSOR_FILE.match(base))
 
 
 def serving_files(names: Iterable[str], *, partitions: bool = False) -> frozenset[str]:
@@ -62,6 +64,8 @@ def _is_needed(name: str, whole: set[str]) -> bool:
     if _DCP.match(base):
         return not _DCP_OPTIMIZER.search(name)
     if _ZERO_MODEL.search(base) or base == "latest" or _UNIVERSAL.search(name):
+        return True
+    if DTENSOR_FILE.match(base):
         return True
     if _INDEX.search(base) or _TEMPLATES.search(name) or is_sidecar(base):
         return True

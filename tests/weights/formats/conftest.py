@@ -54,6 +54,14 @@ def zero(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def verl(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``jobs/verl.py`` leaves: a folder per case."""
+    out = tmp_path_factory.mktemp("verl")
+    run_job("verl.py", base, out, ranks=4)
+    return out
+
+
+@pytest.fixture(scope="session")
 def megatron(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``jobs/mcore.py`` leaves: a folder per case."""
     out = tmp_path_factory.mktemp("megatron")
