@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loader.config.settings import Settings
+from loader.config.values import user_path
 from loader.fetch.adoption import adopt, presence
 from loader.fetch.completed import write_completed
 from loader.fetch.files import is_case_sensitive
@@ -80,7 +81,7 @@ def prepare_beside_imports(
     folder = settings.training.download_folder
     imports = EarlyImports(settings.engine, folder, timeline, progress)
     if settings.base_model and not settings.base_checkpoint:
-        imports.look_at(Path(settings.base_model).expanduser() / CONFIG)
+        imports.look_at(user_path(settings.base_model) / CONFIG)
     ready = prepare(settings, imports, timeline)
     imports.wait()
     return ready

@@ -5,6 +5,7 @@ The only place that reads the environment. Secrets are looked up by name and kep
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -232,10 +233,11 @@ class Settings:
             return self.cache_folder
         if home := os.environ.get("XDG_CACHE_HOME"):
             return Path(home, "podloader")
-        try:
+        with contextlib.suppress(RuntimeError):  # no HOME, and no entry in passwd
             return Path("~/.cache/podloader").expanduser()
-        except RuntimeError:  # no HOME, and no entry in passwd
+        with contextlib.suppress(OSError):  # no folder for temporary files either
             return Path(tempfile.gettempdir(), "podloader")
+        return self.training.download_folder / "podloader"
 
     def __repr__(self) -> str:
         """Return the settings without secrets, which a URL among them may hold."""

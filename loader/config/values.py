@@ -41,6 +41,14 @@ def read_value(value: object, kind: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
+def user_path(text: str) -> Path:
+    """Return *text* as a path; ``~`` stays where nothing says what the user's home is."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no HOME, and no entry in passwd
+        return Path(text)
+
+
 def show_value(value: object) -> str:
     """Return *value* as JSON."""
     return msgspec.json.encode(value, enc_hook=str).decode()

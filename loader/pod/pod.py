@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from loader.config.values import user_path
 from loader.errors import ConfigError, EngineError
 from loader.fetch.progress import Progress
 from loader.pod.address import serving_address
@@ -178,7 +179,7 @@ class Pod:
             )
             self._folder = settings.training.download_folder.absolute()
             if settings.base_model and not settings.base_checkpoint:
-                self._hint(Path(settings.base_model).expanduser() / _CONFIG)
+                self._hint(user_path(settings.base_model) / _CONFIG)
             self._state.pass_on(progress)
             ready = boot.prepare(settings, self._state, self._timeline)
             self._events.put(_Prepared(settings, ready))

@@ -22,6 +22,7 @@ from loader.adapters.incoming import IncomingWeights
 from loader.adapters.plan_builder import Base
 from loader.arriving.late import LateWeights
 from loader.config.settings import Settings
+from loader.config.values import user_path
 from loader.fetch.progress import Progress
 from loader.prepare.bases import (
     LateBase,
@@ -188,7 +189,7 @@ def _take_named(job: _Job, name: str, stack: contextlib.ExitStack) -> _Taken:
     """Return the base called *name*."""
     settings, timeline, progress = job.settings, job.timeline, job.progress
     with timeline.stage("base model"):
-        if not is_remote(name) or Path(name).expanduser().is_dir():
+        if not is_remote(name) or user_path(name).is_dir():
             base = find_base(settings, name, timeline, progress)
             if is_on_hub(base):
                 job.tell_config(base.path)

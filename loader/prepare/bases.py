@@ -18,6 +18,7 @@ from typing import Literal
 
 from loader.arriving.late import LateWeights, read_late
 from loader.config.settings import Settings
+from loader.config.values import user_path
 from loader.errors import AdapterError, ConfigError, FetchError, FormatError, redact
 from loader.fetch.background import SplitFetch, are_here
 from loader.fetch.progress import Progress
@@ -77,7 +78,7 @@ def find_base(
         ConfigError: no full model, or it is not to be had.
         FetchError: it cannot be fetched.
     """
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if folder.is_dir():
         checkpoint = open_checkpoint(folder)
         if checkpoint.kind is not Kind.FULL:

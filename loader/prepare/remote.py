@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from loader.stores.base import Store
 from loader.stores.registry import Stores, is_remote
 from loader.types import Artifact, Checkpoint, Listing
 from loader.weights.inspect import find_checkpoints, open_checkpoint
+from loader.weights.publishing import temporary_folder
 
 _TELLING = ("/config.json", "/adapter_config.json", ".index.json", "/latest")
 
@@ -39,8 +39,7 @@ def inspect_source(source: str, settings: Settings | None = None) -> tuple[Check
         for listing in listings:
             check_count(listing)
             check_names(listing.artifacts)
-        with tempfile.TemporaryDirectory(prefix="podloader-") as folder:
-            root = Path(folder)
+        with temporary_folder() as root:
             found = read_checkpoints(listings, store, root)
             return tuple(replace(c, path=c.path.relative_to(root)) for c in found)
     finally:

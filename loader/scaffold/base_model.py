@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from loader.config.values import user_path
 from loader.errors import AdapterError, ConfigError, FetchError
 from loader.prepare.named_base import named_base
 from loader.scaffold.survey import Found
@@ -59,7 +59,7 @@ def describe_base(name: str) -> Base:
     Raises:
         ConfigError: nothing tells how large it is.
     """
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if (folder / "config.json").is_file():
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         return Base(name, read_json(folder / "config.json"), size or None, "its files")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from loader.types import Artifact, Checkpoint, Kind, Listing
 from loader.weights.formats.places import home_folders
 from loader.weights.formats.refused import find_refusal
 from loader.weights.inspect import ADAPTER_CONFIG, INDEXES, read_json
+from loader.weights.publishing import temporary_folder
 
 SHARDED = (Kind.RANK_SHARDS, Kind.DCP, Kind.ZERO, Kind.DTENSOR)
 _WEIGHTS = (".safetensors", ".bin")
@@ -77,8 +77,7 @@ def survey(sources: Sequence[str], jobs: Sequence[str] = ()) -> tuple[Found, ...
     store = Stores(settings)
     try:
         listings = _read(sources or settings.artifacts, store, jobs)
-        with tempfile.TemporaryDirectory(prefix="podloader-") as folder:
-            root = Path(folder)
+        with temporary_folder() as root:
             checkpoints = [
                 c for c in read_checkpoints(listings, store, root) if find_refusal(c) is None
             ]

@@ -267,7 +267,14 @@ class S3Store:
             from botocore.httpsession import get_cert_path
 
             own = os.environ.get("AWS_CA_BUNDLE") or get_cert_path(True)
-            self._trusted = tempfile.NamedTemporaryFile(prefix="podloader-", suffix=".pem")  # noqa: SIM115
+            try:
+                self._trusted = tempfile.NamedTemporaryFile(prefix="podloader-", suffix=".pem")  # noqa: SIM115
+            except OSError as error:
+                raise FetchError(
+                    "there is no folder for a temporary file, which boto3 reads authorities from",
+                    got=error.strerror or str(error),
+                    next_step="set TMPDIR to a folder that can be written to",
+                ) from None
             self._trusted.write(Path(own).read_bytes() + b"\n")
             try:
                 self._trusted.write(self._options.ca_bundle.read_bytes())

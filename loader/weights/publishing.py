@@ -118,6 +118,25 @@ def scratch_folder(parent: Path, what: str) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Give a folder for small files, which is gone at the block's end.
+
+    Raises:
+        DiskError: there is no place for one.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="podloader-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise DiskError(
+            "there is no folder for temporary files",
+            got=error.strerror or str(error),
+            next_step="set TMPDIR to a folder that can be written to",
+        ) from None
+    with folder as name:
+        yield Path(name)
+
+
 _used: list[int] = []  # descriptors, until this process ends
 
 
