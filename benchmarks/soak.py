@@ -28,9 +28,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import yaml
 
+from loader.demo.origin import Handler
 from loader.errors import ChangedError, FetchError, LoaderError, TransientError
 from loader.fetch.progress import Progress
 from loader.fetch.snapshot import FetchOptions, fetch
@@ -123,12 +125,16 @@ class SoakHandler(FaultyHandler):
     """Counts the bytes of each job as they are sent, and kills whom that is the end of."""
 
     server: SoakOrigin
+    behind: list[Callable[[int], object]]
 
     def send_object(self, fd: int) -> None:
-        """Answer as from afar."""
+        """Answer as from afar, and say what nobody asked for where a fault wants that."""
+        self.behind = []
         if self.server.latency_s:
             time.sleep(self.server.latency_s)
         super().send_object(fd)
+        for say in self.behind:
+            say(fd)
 
     def copy(self, fd: int, start: int, end: int) -> None:
         """Send the bytes, and count them."""
@@ -157,6 +163,71 @@ def wrong_range(size: int) -> Fault:
     return answer(206, b"x" * 10, Content_Range=content_range, ETag='"other"')
 
 
+def again(_: int) -> Fault:
+    """Send the answer twice."""
+
+    def fault(handler: FaultyHandler) -> bool:
+        assert isinstance(handler, SoakHandler)
+        handler.behind.append(lambda fd: Handler.send_object(handler, fd))
+        return False
+
+    return fault
+
+
+def followed_by(more: bytes) -> Fault:
+    """Send something else behind the answer."""
+
+    def fault(handler: FaultyHandler) -> bool:
+        assert isinstance(handler, SoakHandler)
+        handler.behind.append(lambda _: handler.wfile.write(more))
+        return False
+
+    return fault
+
+
+def preceded_by(interim: bytes) -> Fault:
+    """Send interim answers before the answer."""
+
+    def fault(handler: FaultyHandler) -> bool:
+        handler.wfile.write(interim)
+        return False
+
+    return fault
+
+
+def in_place_of_it(text: bytes, pause_s: float = 0.0) -> Fault:
+    """Send this, byte by byte with a pause behind each where there is one, and hang up."""
+
+    def fault(handler: FaultyHandler) -> bool:
+        step = 1 if pause_s else len(text)
+        for place in range(0, len(text), step):
+            handler.wfile.write(text[place : place + step])
+            time.sleep(pause_s)
+        handler.close_connection = True
+        return True
+
+    return fault
+
+
+def in_chunks(size: int) -> Fault:
+    """Send the whole object, with no length and no version."""
+
+    def fault(handler: FaultyHandler) -> bool:
+        path = unquote(urlsplit(handler.path).path).lstrip("/")
+        content = (handler.server.root / path).read_bytes()
+        handler.wfile.write(CHUNKED)
+        for place in range(0, len(content), size):
+            piece = content[place : place + size]
+            handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        handler.wfile.write(b"0\r\n\r\n")
+        return True
+
+    return fault
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+SOUND = OK + b"Content-Length: 5\r\n\r\nwrong"
 FAULTS: dict[str, Callable[[int], Fault]] = {
     "reset": lambda _: reset,
     "stall": lambda _: stall(1.0),
@@ -165,6 +236,19 @@ FAULTS: dict[str, Callable[[int], Fault]] = {
     "403 expired": expired,
     "short body": cut,
     "wrong range": wrong_range,
+    "answer sent twice": again,
+    "another answer behind": lambda _: followed_by(SOUND),
+    "bytes behind": lambda size: followed_by(b"x" * (size % 999 + 1)),
+    "interim answers": lambda size: preceded_by(b"HTTP/1.1 103 Hints\r\n\r\n" * (size % 9 + 1)),
+    "endless interim": lambda _: preceded_by(b"HTTP/1.1 100 Continue\r\n\r\n" * 99),
+    "slow head": lambda _: in_place_of_it(OK + b"A: " + b"b" * 99, 0.03),
+    "gzip": lambda _: answer(200, b"wrong", Content_Encoding="gzip", ETag='"other"'),
+    "gzip, chunked": lambda _: in_place_of_it(
+        OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n5\r\nwrong\r\n0\r\n\r\n"
+    ),
+    "two lengths": lambda _: in_place_of_it(OK + b"Content-Length: 9\r\n" + SOUND[len(OK) :]),
+    "no length, in chunks": in_chunks,
+    "no HTTP": lambda size: in_place_of_it(random.Random(size).randbytes(size % 5000 + 1)),
 }
 
 
@@ -366,8 +450,8 @@ def report(transfers: int, seed: int, latency_s: float = 0.0) -> str:
         f"{len(done)} transfers, {sum(t.runs for t in done)} runs, seed {seed}, "
         f"{time.monotonic() - began:.0f} s: {len(done)} ended right, 0 wrong files",
         "",
-        f"{'fault injected':<20}{'count':>7}",
-        *(f"{fault:<20}{count:>7}" for fault, count in faults.most_common()),
+        f"{'fault injected':<24}{'count':>7}",
+        *(f"{fault:<24}{count:>7}" for fault, count in faults.most_common()),
         "",
         f"asked for again within a run: {Quiet.retries}; "
         f"asked for before the body before it had ended: {CountingClient.ahead}",

@@ -43,9 +43,33 @@ RULES = {
         "fetch/test_snapshot.py::test_a_cut_body_goes_on_where_it_ended",
         "fetch/test_transfer.py::test_what_came_before_a_failure_is_kept_to_the_byte",
     ],
-    "no byte for `stall_timeout_s`, or less than 4 kB/s over 20 s": [
+    "no byte, or less than `least_bytes_per_s`, for 2 s, doubled each time that the same is"
+    " asked for, up to `stall_timeout_s`; no whole head of an answer within that; no TLS "
+    "within `connect_timeout_s`": [
         "fetch/test_snapshot.py::test_a_stall_is_cut",
         "fetch/test_transfer.py::test_next_to_nothing_is_cut",
+        "http/test_limits.py::test_an_endless",
+        "http/test_limits.py::test_a_handshake_without_an_end",
+        "http/test_limits.py::test_every_way_cuts_a_slow_connection",
+        "http/test_limits.py::test_more_patience_each_time",
+    ],
+    "more on a connection than was asked for, such as an answer twice": [
+        "http/test_kept.py::test_what_nobody_asked_for_is_no_answer",
+        "http/test_kept.py::test_an_answer_that_was_asked_for_ahead",
+        "http/test_kept.py::test_what_comes_to_an_idle_connection",
+    ],
+    "an answer that is not HTTP, as its RFCs have it": [
+        "http/test_grammar.py::test_an_answer",
+    ],
+    "`Content-Encoding: gzip` or the like": [
+        "http/test_codings.py::test_a_coded_file_gets_no_name",
+        "http/test_codings.py::test_a_name_that_says_so_is_kept_as_it_is",
+        "http/test_codings.py::test_codings_that_mean_nothing",
+        "http/test_codings.py::test_a_listing_is_decoded",
+    ],
+    "no length, and `Range` ignored": [
+        "http/test_sizes_told.py::test_no_length_and_no_ranges",
+        "http/test_sizes_told.py::test_no_length_and_another_size_in_the_listing",
     ],
     "a connection that is silent for 2 s, or four times slower than the others, "
     "when nothing else is left": [
@@ -62,6 +86,7 @@ RULES = {
         "fetch/test_refusals.py::test_what_has_no_version_comes_in_one_request",
         "fetch/test_faults.py::test_each_fault_has_its_rule",
         "fetch/test_refusals.py::test_without_ranges_it_starts_over_after_a_break",
+        "http/test_sizes_told.py::test_a_body_that_always_ends_early_is_not_asked_for_for_ever",
     ],
     "`Range` ignored later, or other bytes than were asked for": [
         "fetch/test_faults.py::test_each_fault_has_its_rule",
@@ -71,6 +96,7 @@ RULES = {
         "test_a_redirect_is_followed_and_the_next_request_asks_the_first_place_again",
         "fetch/test_refusals.py::test_a_circle_of_redirects_is_an_error",
         "http/test_client.py::test_headers_stay_with_their_host",
+        "http/test_client.py::test_a_redirect_from_https_to_http",
     ],
     "another size than the listing says": [
         "fetch/test_sizes.py::test_a_page_in_the_place_of_a_file",
