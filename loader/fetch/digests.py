@@ -28,6 +28,7 @@ from loader.types import Algorithm
 _CHUNK_BYTES = 1 << 20
 _Out = TypeVar("_Out")
 _THREADS = 4
+_LARGE_BYTES = 16 << 20
 _TICK_NS = 50_000_000  # file systems' clocks are coarse: a newer file may change without a trace
 
 
@@ -52,8 +53,10 @@ class Digests:
                 known = _read(entry, stamp)
                 if algorithm in known:
                     return known[algorithm]
-                if (young_ns := _TICK_NS - (time.time_ns() - max(stamp[1], stamp[2]))) > 0:
-                    time.sleep(min(young_ns, _TICK_NS) / 1e9)
+                is_young = time.time_ns() - max(stamp[1], stamp[2]) < _TICK_NS
+                if is_young and stamp[0] >= _LARGE_BYTES:
+                    time.sleep(_TICK_NS / 1e9)
+                    is_young = False
                 found = _digest(file.fileno(), new_hasher(algorithm))
                 if _stamp(file.fileno()) != stamp:
                     raise ChangedError(
@@ -65,7 +68,8 @@ class Digests:
             raise DiskError(
                 "a file cannot be read", where=str(path), got=error.strerror or ""
             ) from None
-        _write(entry, str(place), stamp, known | {algorithm: found})
+        if not is_young:  # a small file is sooner read again
+            _write(entry, str(place), stamp, known | {algorithm: found})
         return found
 
     def of_all(self, paths: Iterable[Path], algorithm: Algorithm) -> dict[Path, bytes]:

@@ -107,6 +107,7 @@ def test_what_killed_writers_left_and_stale_digests(tmp_path: Path) -> None:
         os.utime(left, (time.time() - days * DAY_S,) * 2)
     digests = Digests(cache / "digests")
     kept, changed = write(tmp_path / "kept"), write(tmp_path / "changed")
+    time.sleep(0.1)
     for path in (kept, changed):
         digests.of(path, "sha256")
     changed.write_bytes(b"y")

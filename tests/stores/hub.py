@@ -25,6 +25,8 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []
         self.pause_s = 0.0
         """What goes by between two MiB of a file."""
+        self.wait_s = 0.0
+        """What goes by before the bytes of a file."""
         self.ranges = True
         self.flips: list[str] = []
         """Files of which the next answer has one wrong bit."""
@@ -100,6 +102,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_file(self, content: bytes, headers: dict[str, str]) -> None:
         """Send a file, or the range of it that is asked for."""
+        if self.command == "GET":
+            time.sleep(self.server.wait_s)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         name = self.path.rpartition("/")[2]
         if self.command == "GET" and asked is None and name in self.server.flips:
