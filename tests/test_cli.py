@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -150,6 +151,31 @@ def test_flags_win_over_a_config(config: Path, tmp_path: Path) -> None:
     odd = config.with_name("odd")
     config.rename(odd)
     assert "model.bin" in run("plan", "--config", odd).stdout
+
+
+def test_settings_and_where_they_came_from(config: Path) -> None:
+    hidden = '{"s3": {"secret": "hush", "endpoint": "e"}}'
+    done = run(
+        *("settings", config, "--set", "concurrency=4", "--set", f"storage_options={hidden}"),
+        PODLOADER_RETRIES="3",
+    )
+    assert re.search(r"^concurrency +4  \(from the command line\)$", done.stdout, re.MULTILINE)
+    assert re.search(r"^retries +3  \(from PODLOADER_RETRIES\)$", done.stdout, re.MULTILINE)
+    assert re.search(rf"^artifacts +.*  \(from {config}\)$", done.stdout, re.MULTILINE)
+    assert re.search(r"^verify +sample$", done.stdout, re.MULTILINE)
+    assert "hush" not in done.stdout
+    assert "Signature" not in done.stdout
+    wrong = run("plan", config, PODLOADER_RETRIES="many")
+    assert "retries, from PODLOADER_RETRIES: " in wrong.stderr
+
+
+def test_the_surroundings_without_secrets(tmp_path: Path) -> None:
+    proxies = {"HTTPS_PROXY": "http://me:hush@proxy:3128", "http_proxy": "me:hush@proxy:3128"}
+    found = json.loads(run("env", "--json", **proxies).stdout)["env"]
+    assert found["podloader"].startswith("0.")
+    assert found["torch"]
+    assert found["HTTPS_PROXY"] == "http://proxy:3128"
+    assert "hush" not in json.dumps(found)
 
 
 def test_log_lines_as_json(config: Path) -> None:

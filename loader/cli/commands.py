@@ -208,6 +208,36 @@ def clean(
             write_json(cleaned_document(cleaned))
 
 
+def settings(config: Path | None, set_: Words, as_json: bool) -> None:
+    """Show every setting, its value, and where that came from."""
+    with errors_shown(as_json):
+        from loader.cli.bug_report import setting_rows
+        from loader.config.settings import Settings
+
+        over = _overrides(set_)
+        found = Settings.load(config, overrides=over) if config else Settings.without_config(over)
+        rows = setting_rows(found)
+        width = max(len(name) for name, _, _ in rows)
+        for name, value, origin in rows:
+            show(f"{name:{width}}  {value}" + (f"  (from {origin})" if origin else ""))
+        if as_json:
+            write_json(
+                {"settings": [dict(zip(("name", "value", "from"), r, strict=True)) for r in rows]}
+            )
+
+
+def env(as_json: bool) -> None:
+    """Show versions, device, caches and proxies."""
+    with errors_shown(as_json):
+        from loader.cli.bug_report import describe_surroundings
+
+        found = describe_surroundings()
+        for name, value in found.items():
+            show(f"{name:20}  {value}")
+        if as_json:
+            write_json({"env": found})
+
+
 def demo(folder: Path) -> None:
     """Do the whole job with a tiny model, trained on the spot."""
     with errors_shown(False):
@@ -250,6 +280,8 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "clean": clean,
     "truss init": truss_init,
     "truss wheel": truss_wheel,
+    "settings": settings,
+    "env": env,
     "demo": demo,
 }
 

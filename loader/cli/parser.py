@@ -155,6 +155,13 @@ def _build() -> argparse.ArgumentParser:
     wheel = trusses.add("wheel", "Put podloader itself into a Truss: no package index has it.")
     wheel.add_argument("truss", metavar="TRUSS", type=Path, help="A folder with a config.yaml.")
     _add_json(wheel)
+    told = "Show every setting, its value, and where that came from."
+    settings = commands.add("settings", told)
+    settings.add_argument("config", metavar="CONFIG", type=Path, nargs="?", help="A Truss config.")
+    _add_set(settings)
+    _add_json(settings)
+    told = "Show versions, device, caches and proxies, without secrets: for bug reports."
+    _add_json(commands.add("env", told))
     demo = commands.add("demo", "Do the whole job with a tiny model, trained on the spot.")
     told = "Where the demo keeps its files."
     demo.add_argument("--folder", metavar="DIR", type=Path, default=Path(".demo"), help=told)

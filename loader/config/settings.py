@@ -43,7 +43,8 @@ _CHECKPOINT = re.compile(rf"{CHECKPOINT_SCHEME}{JOB_ID.pattern}/rank-[^/]+(/.*)?
 _OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _OTLP_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _SIZES = {"range_size", "least_bytes_per_s"}
-_OUTSIDE = {"training", "hf_token", "api_key", "s3"}
+_OUTSIDE = {"training", "hf_token", "api_key", "s3", "origins"}
+COMMAND_LINE = "the command line"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,13 @@ def _setting(default: Any, *, description: str, repr: bool = True) -> Any:  # no
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Settings:
-    """podloader's own settings, the training checkpoints they are about, and the secrets."""
+    """podloader's own settings, the training checkpoints they are about, and the secrets.
+
+    ``origins``: where the value of each setting came from that is not the default's.
+    """
 
     training: TrainingCheckpoints
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     hf_token: Secret | None = None
     api_key: Secret | None = None
     s3: S3Credentials = S3Credentials()
@@ -277,7 +282,7 @@ class Settings:
                 where=where,
                 next_step="put secrets into Truss's secrets, training_checkpoints at the top level",
             )
-        given = _environment(where) | dict(overrides or {})
+        given, origins = _given(where, overrides)
         training = training_checkpoints(document, where)
         if folder is None and not isinstance(config, Mapping):
             folder = Path(config).parent
@@ -285,7 +290,8 @@ class Settings:
             down = place_path(str(training.download_folder), folder, "download_folder")
             training = replace(training, download_folder=Path(down))
         own = set() if folder is None else set(section) - set(given)
-        settings = cls._build(where, {**section, **given}, training, secrets)
+        origins = dict.fromkeys(section, where) | origins
+        settings = cls._build(where, {**section, **given}, training, secrets, origins)
         return replace(settings, **{n: _placed(n, getattr(settings, n), folder) for n in own})
 
     @classmethod
@@ -298,9 +304,9 @@ class Settings:
             ConfigError: naming every ``PODLOADER_*`` variable or override that is wrong.
         """
         where = "the environment"
-        values = {**_environment(where), **(overrides or {})}
+        values, origins = _given(where, overrides)
         nothing = TrainingCheckpoints(Path(DOWNLOAD_FOLDER), ())
-        return cls._build(where, values, nothing, secrets)
+        return cls._build(where, values, nothing, secrets, origins)
 
     @classmethod
     def _build(
@@ -309,6 +315,7 @@ class Settings:
         values: Mapping[str, Any],
         training: TrainingCheckpoints,
         secrets: Secrets | None,
+        origins: Mapping[str, str],
     ) -> Settings:
         kinds = get_type_hints(cls, include_extras=True)
         found: dict[str, Any] = {}
@@ -322,7 +329,7 @@ class Settings:
                 if name == "base_model":
                     _check_base(found[name])
             except ValueError as error:
-                problems.append(f"{name}: {error}")
+                problems.append(f"{name}, from {origins[name]}: {error}")
         if problems:
             raise ConfigError(
                 f"settings that are wrong in {_SECTION} or {_PREFIX}* variables",
@@ -332,6 +339,7 @@ class Settings:
             )
         return cls(
             training=training,
+            origins=origins,
             hf_token=find_secret("hf_access_token", ("HF_TOKEN",), secrets),
             api_key=find_secret("baseten_api_key", ("BASETEN_API_KEY",), secrets),
             s3=find_s3_credentials(secrets),
@@ -415,6 +423,15 @@ def traces_exporter() -> str | None:
         protocol = next(filter(None, map(os.environ.get, _OTLP_PROTOCOLS)), "http/protobuf")
         return "otlp_proto_grpc" if protocol == "grpc" else "otlp_proto_http"
     return chosen
+
+
+def _given(
+    where: str, overrides: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what variables and *overrides* say, and which of them said it."""
+    environment, over = _environment(where), dict(overrides or {})
+    origins = {name: _PREFIX + name.upper() for name in environment}
+    return environment | over, origins | dict.fromkeys(over, COMMAND_LINE)
 
 
 def _environment(where: str) -> dict[str, Any]:
