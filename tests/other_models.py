@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import BertProcessing
 from transformers import (
@@ -25,7 +26,7 @@ from transformers import (
     WhisperTokenizerFast,
 )
 
-from tests.models import CORPUS
+from tests.models import CORPUS, draw_adapter
 
 SOUND_RATE = 16_000
 _MELS = 80
@@ -77,6 +78,16 @@ def tiny_whisper(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
     extractor = WhisperFeatureExtractor(feature_size=_MELS)
     WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
     extractor.save_pretrained(folder)
+    return folder
+
+
+def draw_whisper_lora(base: Path, folder: Path) -> Path:
+    """Save a LoRA of random weights over all of a Whisper's attention; return *folder*."""
+    model = WhisperForConditionalGeneration.from_pretrained(base)
+    settings = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1"])
+    tuned = get_peft_model(model, settings)
+    draw_adapter(tuned)
+    tuned.save_pretrained(folder)
     return folder
 
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import WhisperForConditionalGeneration
 
 from loader import boot
 from loader.config.settings import Settings
@@ -26,7 +28,7 @@ from loader.serve.model import base_name
 from loader.timeline import Timeline
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin, status, write_listing
-from tests.other_models import tiny_whisper
+from tests.other_models import draw_whisper_lora, tiny_whisper
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +248,29 @@ def test_a_whisper_model_needs_its_feature_extractor(job: Job, tmp_path: Path) -
     ready = boot.prepare(job.settings("rank-0/"))
     assert ready.provenance["kind"] == "whisper"
     assert ready.path.name == "checkpoint-5"
+
+
+@pytest.mark.parametrize("kind", ["folder", "checkpoint"])
+def test_an_adapter_of_whisper_is_merged(job: Job, tmp_path: Path, kind: str) -> None:
+    """Under ``auto``, as PEFT merges it: nothing would prove that vLLM took it up."""
+    base = tiny_whisper(tmp_path / "whisper")
+    adapter = draw_whisper_lora(base, tmp_path / "adapter")
+    job.put(adapter, "a")
+    job.put(base, "base", job="job2")
+    name = {"folder": str(base), "checkpoint": "checkpoint:job2/rank-0/base"}[kind]
+    own: dict[str, Any] = {"jobs": ("job1", "job2"), "base_model": name}
+    ready = boot.prepare(job.settings("rank-0/a/", **own))
+    assert ready.adapters == ()
+    assert (ready.path / "preprocessor_config.json").is_file()
+    found = WhisperForConditionalGeneration.from_pretrained(ready.path).state_dict()
+    plain = WhisperForConditionalGeneration.from_pretrained(base)
+    model: Any = PeftModel.from_pretrained(plain, adapter)
+    wanted = model.merge_and_unload().state_dict()
+    assert all(torch.allclose(found[key], tensor, atol=1e-6) for key, tensor in wanted.items())
+    key = "model.encoder.layers.0.self_attn.q_proj.weight"
+    assert not torch.allclose(found[key], load_file(base / "model.safetensors")[key], atol=1e-3)
+    with pytest.raises(AdapterError, match="another task"):
+        boot.prepare(job.settings("rank-0/a/", **own, adapter_policy="attach"))
 
 
 def test_pickled_weights_are_refused(job: Job, base: Path) -> None:

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from loader.adapters.attach import Decision, NamedAdapter, attach, check_all, decide, name_adapters
+from loader.adapters.base_task import decide_for_base
 from loader.adapters.incoming import IncomingWeights
 from loader.adapters.plan_builder import Base
 from loader.arriving.late import LateWeights
@@ -101,6 +102,8 @@ def make_adapted(
     if base is not None:
         check_weights(settings, base.checkpoint)
     job = _Job(settings, adapters, decision, timeline, progress)
+    if base is not None:
+        job.know_base(base.checkpoint.path)
     sweep(job.cache, _MERGING)
     with contextlib.ExitStack() as stack:
         if base is None:
@@ -110,6 +113,7 @@ def make_adapted(
         else:
             coming = LateBase(base.checkpoint.path, late, partial(_identify_late, base.checkpoint))
             taken = _take_late(job, coming, stack)
+        decision = job.decision
         made_from = job.describe(taken.base, sources)
         output = output_folder(settings, decision.mode, made_from)
         if taken.merged is not None:
@@ -130,12 +134,12 @@ def make_adapted(
     return replace(ready, provenance=provenance)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Job:
-    """What is to be done with which adapters."""
+    """What is to be done with which adapters; the base may change the decision."""
 
     settings: Settings
-    adapters: Sequence[NamedAdapter]
+    adapters: list[NamedAdapter]
     decision: Decision
     timeline: Timeline
     progress: Progress | None
@@ -147,6 +151,15 @@ class _Job:
     @property
     def is_merge(self) -> bool:
         return self.decision.mode == "merge"
+
+    def know_base(self, folder: Path) -> None:
+        """Decide by what the base in *folder* is for; its small files are there."""
+        config = read_model_config(folder)
+        policy = self.settings.adapter_policy
+        settled = decide_for_base(self.decision, policy, self.adapters, config)
+        if settled != self.decision:
+            _log.info("adapters: %s", settled.why)
+        self.decision = settled
 
     def tell_config(self, folder: Path) -> None:
         """Tell that the base's small files are in *folder*, its weights not yet."""
@@ -191,6 +204,7 @@ def _take_named(job: _Job, name: str, stack: contextlib.ExitStack) -> _Taken:
     with timeline.stage("base model"):
         if not is_remote(name) or user_path(name).is_dir():
             base = find_base(settings, name, timeline, progress)
+            job.know_base(base.path)
             if is_on_hub(base):
                 job.tell_config(base.path)
                 _check_on_hub(job, name, base)
@@ -199,6 +213,7 @@ def _take_named(job: _Job, name: str, stack: contextlib.ExitStack) -> _Taken:
                 base = identify_local(settings, base.path, weights=True)
             return _Taken(base)
         found = stack.enter_context(opened_base(settings, name, timeline, progress))
+    job.know_base(found.path)
     job.tell_config(found.path)
     return _Taken(found) if isinstance(found, BaseModel) else _take_late(job, found, stack)
 

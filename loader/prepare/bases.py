@@ -53,6 +53,7 @@ from loader.weights.quantised import find_packed, is_description
 from loader.weights.stored_forms import Packed
 
 _SMALL, _WHOLE = "download of small files", "download of the base"
+WHOLE = (Kind.FULL, Kind.WHISPER)
 _HUB = "hub"  # of an identity: the model's name there
 
 
@@ -81,7 +82,7 @@ def find_base(
     folder = user_path(name)
     if folder.is_dir():
         checkpoint = open_checkpoint(folder)
-        if checkpoint.kind is not Kind.FULL:
+        if checkpoint.kind not in WHOLE:
             raise not_a_base(str(folder), checkpoint.kind.value)
         check_weights(settings, checkpoint)
         if missing := checkpoint.detail.get("missing"):

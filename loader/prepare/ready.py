@@ -11,7 +11,7 @@ from loader.config.settings import Settings
 from loader.errors import CheckpointError
 from loader.fetch.progress import Progress
 from loader.prepare.adapted import make_adapted
-from loader.prepare.bases import check_weights, find_base, not_a_base
+from loader.prepare.bases import WHOLE, check_weights, find_base, not_a_base
 from loader.prepare.consolidated import (
     SHARDED,
     BaseModel,
@@ -24,7 +24,6 @@ from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, ReadyModel, Snapshot
 from loader.weights.formats.refused import find_refusal
 
-_SERVED = (Kind.FULL, Kind.WHISPER)
 _WEIGHTS = (".safetensors", ".bin")
 _RANK = re.compile(r"(?<=/)rank-\d+/")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -66,7 +65,7 @@ def make_ready(
     base = _base_source(settings, sources)
     rest = [s for s in sources if s is not base]
     adapters = [s for s in rest if s.checkpoint.kind is Kind.ADAPTER]
-    models = [s for s in rest if s.checkpoint.kind in _SERVED]
+    models = [s for s in rest if s.checkpoint.kind in WHOLE]
     if adapters and models:
         raise CheckpointError(
             "full models and adapters together",
@@ -131,7 +130,7 @@ def _base_source(settings: Settings, sources: Sequence[Source]) -> Source | None
     place = f"{name.job}/{name.name}"
     for source in sources:
         if place in source.places:
-            if source.checkpoint.kind is Kind.FULL:
+            if source.checkpoint.kind in WHOLE:
                 return source
             raise not_a_base(place, source.checkpoint.kind.value)
     raise not_a_base(place, "no checkpoint")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from loader.adapters.attach import LORA_RANKS, name_adapters, smallest_limit
+from loader.adapters.base_task import goes_on_with_text
 from loader.adapters.config import AdapterConfig, parse_adapter_config
 from loader.config.truss_config import DOWNLOAD_FOLDER
 from loader.errors import AdapterError, ConfigError
@@ -100,11 +101,11 @@ def decide(chosen: Sequence[Found], wishes: Wishes) -> Deployment:
     first = chosen[0]
     adapters = [f for f in chosen if f.kind is Kind.ADAPTER]
     base_model = choose_base(adapters, wishes.base_model) if adapters else wishes.base_model
-    size = _size(first, base_model)
-    task = _task(first)
+    size, config = _size(first, base_model)
+    task = _task(first, config)
     tokens = _tokens(task, size, wishes.max_model_len)
     configs = [parse_adapter_config(f.config, Path(f.path)) for f in adapters]
-    policy = _policy(configs)
+    policy = _policy(configs, config)
     attached = bool(adapters) and policy != "merge"
     rank = smallest_limit(c.max_rank for c in configs) if attached else 0
     slots = min(len(adapters), _SLOTS) if attached else 0
@@ -147,10 +148,11 @@ def decide(chosen: Sequence[Found], wishes: Wishes) -> Deployment:
     )
 
 
-def _size(first: Found, base_model: str | None) -> ModelSize:
+def _size(first: Found, base_model: str | None) -> tuple[ModelSize, Mapping[str, object]]:
+    """Return how large the model is, and its config."""
     if first.kind is Kind.ADAPTER:
         base = describe_base(str(base_model))
-        return size_of(base.config, base.weight_bytes, base.came_from)
+        return size_of(base.config, base.weight_bytes, base.came_from), base.config
     config = first.config
     if not config and base_model:
         config = describe_base(base_model).config
@@ -160,13 +162,13 @@ def _size(first: Found, base_model: str | None) -> ModelSize:
             where=first.path,
             next_step="give the model it was trained from with --base-model",
         )
-    return size_of(config, first.weight_bytes, "the listing")
+    return size_of(config, first.weight_bytes, "the listing"), config
 
 
-def _task(found: Found) -> Task:
-    if found.kind is Kind.WHISPER:
+def _task(found: Found, config: Mapping[str, object]) -> Task:
+    if config.get("model_type") == "whisper":
         return "transcription"
-    names = found.config.get("architectures")
+    names = config.get("architectures")
     bare = isinstance(names, list) and bool(names) and all(str(n).endswith("Model") for n in names)
     return "embeddings" if found.embeds or bare else "chat"
 
@@ -187,9 +189,10 @@ def _tokens(task: Task, size: ModelSize, asked: int | None) -> int:
     return asked
 
 
-def _policy(configs: Sequence[AdapterConfig]) -> str | None:
-    """Return the adapter_policy, by what the adapters' configs say."""
-    obstacles = {c.folder.as_posix(): _obstacles(c) for c in configs}
+def _policy(configs: Sequence[AdapterConfig], base: Mapping[str, object]) -> str | None:
+    """Return the adapter_policy, by what the configs of the adapters and of the base say."""
+    task = () if goes_on_with_text(base) else ("its base is of another task than text",)
+    obstacles = {c.folder.as_posix(): (*_obstacles(c), *task) for c in configs}
     problems = [f"{path}: {'; '.join(found)}" for path, found in obstacles.items() if found]
     if len(configs) > 1 and problems:
         raise AdapterError(

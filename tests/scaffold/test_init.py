@@ -28,7 +28,7 @@ from loader.scaffold.wheel import AUDIO, INSTALL, REQUIREMENTS
 from loader.serve.vllm.arguments import parse_arguments
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin, serving, write_listing
-from tests.other_models import tiny_embedder, tiny_whisper
+from tests.other_models import draw_whisper_lora, tiny_embedder, tiny_whisper
 
 
 class Jobs:
@@ -46,7 +46,10 @@ class Jobs:
         shutil.copytree(self.base, full, dirs_exist_ok=True)
         for step in (5, 20):
             shutil.copytree(self.base, full / f"checkpoint-{step}")
-        shutil.copytree(tiny_whisper(folder / "whisper"), origin.folder("whisper") / "out")
+        self.whisper = tiny_whisper(folder / "whisper")
+        shutil.copytree(self.whisper, origin.folder("whisper") / "out")
+        hearing = draw_whisper_lora(self.whisper, folder / "hearing")
+        shutil.copytree(hearing, origin.folder("hearing") / "checkpoint-1")
         shutil.copytree(tiny_embedder(folder / "embed"), origin.folder("embed") / "out")
         for rank in (0, 1):
             origin.put(f"step-3/__{rank}_0.distcp", b"x", "dcp", rank)
@@ -165,6 +168,16 @@ def test_whisper(jobs: Jobs, tmp_path: Path) -> None:
     assert config.docker_server is not None
     assert config.docker_server.predict_endpoint == "/v1/audio/transcriptions"
     assert config.requirements == [*REQUIREMENTS, *AUDIO]
+
+
+def test_an_adapter_of_whisper(jobs: Jobs, tmp_path: Path) -> None:
+    """It is transcribed with, merged: no prompt would prove that an attached one works."""
+    made = make(jobs, "hearing", tmp_path / "out", base_model=str(jobs.whisper))
+    config, settings = read(tmp_path / "out")
+    assert config.docker_server is not None
+    assert config.docker_server.predict_endpoint == "/v1/audio/transcriptions"
+    assert config.requirements == [*REQUIREMENTS, *AUDIO]
+    assert (made.adapters, settings.adapter_policy) == ((), "merge")
 
 
 def test_embeddings(jobs: Jobs, tmp_path: Path) -> None:
