@@ -20,7 +20,7 @@ from loader.timeline import Open, Timeline
 
 _LANE = "engine"
 _WORKER = "loader.serve.vllm.worker"
-_END_S = 5.0
+_END_S, _STOP_S = 5.0, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +125,15 @@ class EngineProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """End the process if it still runs; one without an engine yet has nothing to tidy up."""
+        """End the process if it still runs; one without an engine yet has nothing to tidy up.
+
+        vLLM may take its time where it loads, and has nothing to lose there.
+        """
         self._serving = True  # its end is no failure any more
         if self._loading and self._process.poll() is None:
             self.signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_END_S)
+                self._process.wait(_STOP_S)
         self.kill()
         self._process.wait()
         self._channel.close()

@@ -29,7 +29,7 @@ from loader.pod.address import serving_address
 from loader.pod.engine import EngineGone, EngineLoaded, EngineProcess
 from loader.pod.signals import Signals, StopSignal, reap_orphans
 from loader.serve.vllm.releases import RANGE
-from loader.status.boot_server import BootServer, listen, server_tls
+from loader.status.boot_server import BootServer, listen
 from loader.status.state import BootState
 from loader.timeline import Timeline
 from loader.types import ReadyModel
@@ -75,27 +75,28 @@ class Pod:
         if importlib.util.find_spec("vllm") is None:
             raise EngineError("vLLM is not installed", next_step=f"install vllm{RANGE}")
         address = serving_address(arguments)
-        tls = server_tls(address.certificate, address.key) if address.certificate else None
+        tls = address.tls()
         self._arguments = tuple(arguments)
         self._timeline = timeline
         self._state = BootState(timeline, arrived=self._file_arrived, configured=self._hint)
         self.holds = False
         """Whether a failed start is to be told until a signal comes."""
         self._drain_s = _DRAIN_S
-        self._serving = False
+        self._serving = self._ending = False
         self._folder: Path | None = None
         self._limit: threading.Timer | None = None
         self._preparing: threading.Thread | None = None
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._signals = Signals(self._signalled)
         self._listening = listen(address.host, address.port)
-        self._server = BootServer(self._listening, self._state.boot, tls)
+        self._server = BootServer(self._listening, self._state.boot, tls, address.lets_in)
         self._engine = EngineProcess(self._listening, timeline, self._events.put)
 
     def __enter__(self) -> Pod:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ending = True
         self._server.stop()
         self._listening.close()
         self._engine.close()
@@ -133,10 +134,14 @@ class Pod:
             raise
 
     def serve(self) -> int:
-        """Return the exit code, when a signal or a crash has ended the engine."""
+        """Return the exit code, when a signal or a crash has ended the engine.
+
+        An end that nobody has asked for is a failure, whatever the engine calls it.
+        """
         if os.getpid() == _FIRST_PROCESS:
             signal.signal(signal.SIGCHLD, lambda *_: reap_orphans(self._engine.pid))
-        return self._engine.wait()
+        code = self._engine.wait()
+        return code if code or self._limit else EngineError.exit_code
 
     def hold(self) -> None:
         """Answer probes with the failure until a signal comes; the engine's memory is free."""
@@ -199,10 +204,10 @@ class Pod:
 
         In the main thread, maybe in the midst of ``get``: SimpleQueue is made for that.
         """
-        if not self._serving:
-            self._events.put(_Asked(number))
-        elif self._limit is not None:
+        if self._ending or self._limit is not None:
             self._engine.kill()
+        elif not self._serving:
+            self._events.put(_Asked(number))
         else:
             self._engine.signal(signal.SIGTERM)
             self._limit = threading.Timer(self._drain_s + _KILL_AFTER_S, self._engine.kill)

@@ -14,7 +14,7 @@ class ServedModel(Protocol):
     """A model that answers OpenAI chat and completions requests once it is loaded."""
 
     def load(self) -> None:
-        """Start the engine; a second call does nothing. May run in any thread.
+        """Start the engine; nothing while it is healthy, anew once it is dead. In any thread.
 
         Raises:
             ConfigError: arguments that the engine does not know or refuses.

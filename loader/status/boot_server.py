@@ -20,7 +20,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from loader.errors import ConfigError
-from loader.status.replies import Reply, reply
+from loader.status.replies import UNAUTHORISED, Reply, reply
 from loader.status.state import Boot
 
 _BACKLOG = 2048  # as uvicorn's: connections wait here while the port changes hands
@@ -33,6 +33,7 @@ _MOST_HEAD_BYTES = 1 << 16
 _MOST_BODY_BYTES = 1 << 24
 _CHUNK_BYTES = 1 << 16
 _METHOD = re.compile(r"[A-Z]+")
+_AUTHORIZATION = re.compile(rb"^authorization:[ \t]*(.*?)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -58,20 +59,40 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def server_tls(certificate: Path, key: Path | None) -> ssl.SSLContext:
-    """Return what serves https with the files that ``--ssl-certfile`` and ``--ssl-keyfile`` name.
+def server_tls(
+    certificate: Path,
+    key: Path | None,
+    clients: Path | None = None,
+    *,
+    verify: ssl.VerifyMode = ssl.CERT_NONE,
+    ciphers: str | None = None,
+) -> ssl.SSLContext:
+    """Return what serves https with the files that vLLM's ``--ssl-`` arguments name.
+
+    *clients* holds the authorities of clients' certificates, *verify* whether those have to come.
 
     Raises:
-        ConfigError: they cannot be read.
+        ConfigError: they cannot be read, or do not belong together.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(certificate, key)
+        context.verify_mode = verify
+        if clients is not None:
+            context.load_verify_locations(clients)
+        if ciphers:
+            context.set_ciphers(ciphers)
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(
-            "the TLS certificate cannot be read", where=str(certificate), got=str(error)
+            "the TLS certificate cannot be read",
+            where=", ".join(str(path) for path in (certificate, key, clients) if path),
+            got=str(error),
         ) from None
     return context
+
+
+Allows = Callable[[str, str, str], bool]
+"""Whether a request may be answered, by its method, its target and its ``Authorization``."""
 
 
 class BootServer:
@@ -82,8 +103,9 @@ class BootServer:
         listening: socket.socket,
         boot: Callable[[], Boot],
         tls: ssl.SSLContext | None = None,
+        allows: Allows = lambda *_: True,
     ) -> None:
-        self._loop = _Loop(listening, boot, tls)
+        self._loop = _Loop(listening, boot, tls, allows)
         self._thread = threading.Thread(target=self._loop.run, name="status", daemon=True)
         self._thread.start()
 
@@ -110,10 +132,15 @@ class _Connection:
 
 class _Loop:
     def __init__(
-        self, listening: socket.socket, boot: Callable[[], Boot], tls: ssl.SSLContext | None
+        self,
+        listening: socket.socket,
+        boot: Callable[[], Boot],
+        tls: ssl.SSLContext | None,
+        allows: Allows,
     ) -> None:
         self._listening = listening
         self._boot = boot
+        self._allows = allows
         self._tls = tls
         self._selector = selectors.DefaultSelector()
         self._open: dict[_Connection, None] = {}  # the first one's time is over first
@@ -214,7 +241,7 @@ class _Loop:
                 return
             connection.said += data
             if b"\r\n\r\n" in connection.said or b"\n\n" in connection.said:
-                connection.untold = _answer(bytes(connection.said), self._boot)
+                connection.untold = _answer(bytes(connection.said), self._boot, self._allows)
             elif len(connection.said) > _MOST_HEAD_BYTES:
                 connection.untold = _write(_refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE))
             if connection.untold is not None:
@@ -238,7 +265,7 @@ class _Loop:
             connection.sock.close()
 
 
-def _answer(head: bytes, boot: Callable[[], Boot]) -> bytes:
+def _answer(head: bytes, boot: Callable[[], Boot], allows: Allows) -> bytes:
     """Return the whole HTTP answer to a request that begins with *head*."""
     method, _, rest = head.partition(b"\n")[0].decode("latin-1").strip().partition(" ")
     target, _, version = rest.rpartition(" ")
@@ -246,7 +273,10 @@ def _answer(head: bytes, boot: Callable[[], Boot]) -> bytes:
         return _write(_refusal(HTTPStatus.BAD_REQUEST))
     if target.startswith("//"):
         target = "/" + target.lstrip("/")
-    return _write(reply(target, boot()), only_head=method == "HEAD")
+    given = _AUTHORIZATION.search(head)
+    allowed = allows(method, target, given[1].decode("latin-1") if given else "")
+    answer = reply(target, boot()) if allowed else UNAUTHORISED
+    return _write(answer, only_head=method == "HEAD")
 
 
 def _refusal(status: HTTPStatus) -> Reply:

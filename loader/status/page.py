@@ -59,6 +59,8 @@ def _headline(boot: Boot) -> str:
         title = f"Ready after {boot.ready_s or 0.0:.1f} s"
     elif boot.phase == "failed":
         title = "The start failed"
+    elif boot.phase == "stopping":
+        title = "Stopping: no more requests are taken"
     else:
         title = f"Starting: {boot.stage or 'just begun'}"
     share = 100 * boot.bytes_done / boot.bytes if boot.bytes else 0.0

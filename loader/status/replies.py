@@ -13,7 +13,7 @@ from loader.status.state import Boot
 STATUS_PATHS = ("/status", "/status.json")
 _JSON = "application/json"
 _HTML = "text/html; charset=utf-8"
-_RETRY_AFTER_S = "5"
+RETRY_AFTER = "5"  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,9 @@ class Reply:
     content_type: str
     body: bytes
     headers: Mapping[str, str] = field(default_factory=lambda: {"Cache-Control": "no-store"})
+
+
+UNAUTHORISED = Reply(401, _JSON, b'{"error": "Unauthorized"}')  # as vLLM says it
 
 
 def reply(target: str, boot: Boot) -> Reply:
@@ -41,7 +44,7 @@ def reply(target: str, boot: Boot) -> Reply:
         return Reply(200, CONTENT_TYPE, exposition(boot))
     if told := status_reply(path, query, boot):
         return told
-    return _json({"error": _not_yet(boot)}, 503, {"Retry-After": _RETRY_AFTER_S})
+    return _json({"error": _not_yet(boot)}, 503, {"Retry-After": RETRY_AFTER})
 
 
 def status_reply(path: str, query: str, boot: Boot) -> Reply | None:
@@ -71,6 +74,8 @@ def health(boot: Boot) -> dict[str, Any]:
 def _not_yet(boot: Boot) -> dict[str, Any]:
     if boot.error:
         message = f"the model did not start: {boot.error.get('what', '')}"
+    elif boot.phase == "stopping":
+        message = "the server is stopping and takes no more requests"
     else:
         message = f"the model is still starting: {boot.stage or 'just begun'}"
     return {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}

@@ -14,7 +14,7 @@ from loader.errors import LoaderError, redact
 from loader.fetch.progress import Progress
 from loader.timeline import Open, Span, Timeline
 
-Phase = Literal["starting", "ready", "failed"]
+Phase = Literal["starting", "ready", "failed", "stopping"]
 _RATE_OVER_S = 10.0
 _SAMPLE_EVERY_S = 0.25
 

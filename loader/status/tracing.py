@@ -18,7 +18,7 @@ from loader.timeline import Open, Span, Timeline
 
 _GROUP = "opentelemetry_traces_exporter"  # the SDK's own entry points
 _ROOT = "podloader"
-_FLUSH_MS = 5_000
+_FLUSH_S, _STOPPED_S = 2.0, 0.5
 _NS = 1_000_000_000
 _log = logging.getLogger("podloader")
 
@@ -28,7 +28,8 @@ def exporting(timeline: Timeline, exporter: str | None) -> Iterator[None]:
     """Export *timeline*'s spans through the exporter of that name; None exports nothing.
 
     One span is the whole start, the stages are its children, files are children of the stage that
-    fetches them. A start never fails for want of telemetry: what is missing is logged.
+    fetches them. A start never fails or waits for want of telemetry: what is missing is logged, and
+    what a collector does not take within seconds is left, at once after a signal.
     """
     provider = _provider(exporter) if exporter else None
     if provider is None:
@@ -36,16 +37,21 @@ def exporting(timeline: Timeline, exporter: str | None) -> Iterator[None]:
         return
     spans = _Spans(timeline, provider.get_tracer("podloader"))
     timeline.listen(spans)
+    wait_s = _FLUSH_S
     try:
         yield
     except BaseException as error:
         spans.close(type(error).__name__)
+        if not isinstance(error, Exception):
+            wait_s = _STOPPED_S
         raise
     else:
         spans.close("")
     finally:
-        provider.force_flush(_FLUSH_MS)
-        provider.shutdown()
+        # Its own limits are for each try; a daemon thread holds up no end of the process.
+        flushing = threading.Thread(target=provider.shutdown, name="telemetry", daemon=True)
+        flushing.start()
+        flushing.join(wait_s)
 
 
 def _provider(exporter: str) -> Any:

@@ -61,7 +61,7 @@ class TrussModel:
         return Settings.load(self._config, secrets=self._secrets, folder=self._folder)
 
     def load(self) -> None:
-        """Prepare the model and start the engine; a second call does nothing.
+        """Prepare the model and start the engine; nothing while that answers, anew once it is dead.
 
         The engine is imported while the files arrive. At the end the log shows where the seconds
         went, which are OpenTelemetry's spans, too, where the ``OTEL_*`` variables ask for them.
@@ -70,8 +70,12 @@ class TrussModel:
             LoaderError: see ``loader.errors``; another try goes on from what is on disk.
         """
         with self._lock:
-            if self._model is not None:
+            if self.is_healthy():
                 return
+            if self._model is not None:
+                _log.warning("the engine is dead; it is started anew")
+                self._model.close()
+                self._model = None
             if _log.level == logging.NOTSET:
                 _log.setLevel(logging.INFO)
             if self._lazy_data_resolver is not None:
@@ -83,6 +87,10 @@ class TrussModel:
                 with exporting(timeline, traces_exporter()), contextlib.closing(timeline):
                     ready = boot.prepare_beside_imports(settings, LogProgress(), timeline)
                     self._model = boot.start(ready, settings, timeline)
+            except Exception as error:
+                # Truss itself tells the class of what is raised here.
+                _log.error("the model did not start: %s", error)
+                raise
             finally:
                 for line in timeline_lines(timeline) if timeline.stages else ():
                     _log.info("%s", line)

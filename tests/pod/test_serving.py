@@ -7,12 +7,17 @@ import json
 import re
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 
+from loader.serve.transformers import TransformersModel
+from loader.types import ReadyModel, ServedAdapter
 from tests import origin as faults
 from tests.origin import FaultyOrigin
 from tests.pod.conftest import JOBS, LATER, LONGEST
@@ -28,6 +33,7 @@ from tests.serve.test_canary import make_silent
 
 pytestmark = pytest.mark.engine
 _REQUESTS = 200
+_CUT = "\N{REPLACEMENT CHARACTER}"  # a character that is cut at the end may be left out
 _PROMPTS = ["the quick brown", "what is the capital", "a model answers", "0 1 2 3", "plus minus"]
 
 
@@ -153,22 +159,84 @@ def test_a_request_fetches_the_adapter_that_it_names(
     assert len(origin.requests) == asked
 
 
-async def test_none_of_200_concurrent_requests_is_lost_or_crossed(pod: RunningPod) -> None:
-    async with AsyncOpenAI(base_url=f"{pod.url}/v1", api_key="none", max_retries=0) as client:
+async def test_200_concurrent_requests_are_each_answered_by_what_they_ask_for(
+    pod: RunningPod, published: Path
+) -> None:
+    """Base, static and live adapters, among replaces and unloads; told by transformers alone."""
+    root = published / "training_projects/demo/jobs"
+    folders = {job: root / job / "rank-0/checkpoint-1" for job in (*JOBS, LATER)}
+    alone = {
+        (job, prompt): text
+        for job in ("base", *folders)
+        for prompt, text in (await expected_texts(root, folders.get(job))).items()
+    }
+    for prompt in _PROMPTS:
+        assert len({alone[job, prompt] for job in ("base", *folders)}) == len(folders) + 1
+    live = f"{LATER}/checkpoint-1"
+    over = asyncio.Event()
+    async with (
+        AsyncOpenAI(base_url=f"{pod.url}/v1", api_key="none", max_retries=0) as client,
+        httpx.AsyncClient(base_url=f"{pod.url}/v1", timeout=60) as plain,
+    ):
 
-        async def ask(job: str, prompt: str) -> tuple[str, str]:
-            answer = await client.completions.create(
-                model=job, prompt=prompt, max_tokens=12, temperature=0
-            )
-            return answer.model, answer.choices[0].text
+        async def ask(model: str, prompt: str, *weights: str) -> None:
+            """The answer must be that of one of *weights*, whole."""
+            try:
+                answer = await client.completions.create(
+                    model=model, prompt=prompt, max_tokens=12, temperature=0
+                )
+            except NotFoundError:
+                assert model == "green"  # which is gone at times
+                return
+            assert answer.model == model
+            text = answer.choices[0].text.rstrip(_CUT)
+            assert text
+            assert any(alone[job, prompt].startswith(text) for job in weights), model
 
-        alone = {(job, p): await ask(job, p) for job in JOBS for p in _PROMPTS}
-        for prompt in _PROMPTS:
-            assert len({alone[job, prompt][1] for job in JOBS}) == len(JOBS)
-        asked = [(JOBS[i % 4], _PROMPTS[(i // 4) % len(_PROMPTS)]) for i in range(_REQUESTS)]
-        answers = await asyncio.gather(*(ask(job, prompt) for job, prompt in asked))
-    assert len(answers) == _REQUESTS
-    assert list(answers) == [alone[key] for key in asked]
+        async def change(name: str, *paths: str) -> None:
+            """Load, replace and unload *name* until all is answered."""
+            while not over.is_set():
+                for path in paths:
+                    body = {"lora_name": name, "lora_path": path, "load_inplace": True}
+                    answer = await plain.post("/load_lora_adapter", json=body)
+                    assert answer.status_code == 200, answer.text
+                if name == "green":
+                    answer = await plain.post("/unload_lora_adapter", json={"lora_name": name})
+                    assert answer.status_code == 200, answer.text
+
+        static = str(pod.folder / "models/joba/rank-0/checkpoint-1")
+        changing = [
+            asyncio.create_task(change("green", live, static)),
+            asyncio.create_task(change("blue", static, live)),
+        ]
+        kinds: list[tuple[str, ...]]
+        kinds = [("base", "base"), *((job, job) for job in JOBS), (live, LATER)]
+        kinds += [("green", LATER, JOBS[0]), ("blue", LATER, JOBS[0])]
+        await plain.post("/load_lora_adapter", json={"lora_name": "blue", "lora_path": live})
+        asked = [(kinds[i % len(kinds)], _PROMPTS[i % len(_PROMPTS)]) for i in range(_REQUESTS)]
+        try:
+            await asyncio.gather(*(ask(model, p, *weights) for (model, *weights), p in asked))
+        finally:
+            over.set()
+            await asyncio.gather(*changing)
+        await plain.post("/unload_lora_adapter", json={"lora_name": "blue"})
+        assert [model.id async for model in client.models.list()] == ["base", *JOBS, live]
+
+
+async def expected_texts(root: Path, adapter: Path | None) -> dict[str, str]:
+    """Return what transformers, which serves that one alone, says to each prompt."""
+    base = root / "base/rank-0/base"
+    served = (ServedAdapter("a", adapter, 4),) if adapter else ()
+    ready = ReadyModel(base, served, 8, base, {})
+    model = TransformersModel(ready, served_model_name="base", canary=False)
+    model.load()
+    name = "a" if adapter else "base"
+    body = {"model": name, "max_tokens": 12, "temperature": 0}
+    try:
+        answers: dict[str, Any] = {p: await model.predict(body | {"prompt": p}) for p in _PROMPTS}
+    finally:
+        model.close()
+    return {p: answer["choices"][0]["text"] for p, answer in answers.items()}
 
 
 def test_status_and_metrics_go_on_beside_vllms(pod: RunningPod) -> None:
@@ -210,6 +278,15 @@ def test_sigterm_lets_requests_end_within_the_limit(pod: RunningPod, client: Ope
     next(iter(endless))
     pod.stop_probing()
     pod.signal(signal.SIGTERM)
+    time.sleep(0.5)
+    asked = {"model": "base", "prompt": "the quick", "max_tokens": 1}
+    late = httpx.post(f"{pod.url}/v1/completions", json=asked)
+    assert late.status_code == 503
+    assert int(late.headers["Retry-After"]) > 0
+    assert "stopping" in late.json()["error"]["message"]
+    health = pod.get("/health")
+    assert (health.status_code, health.json()["status"]) == (503, "stopping")
+    assert "podloader_ready 0.0" in pod.get("/metrics").text
     assert list(short)[-1].choices[0].finish_reason == "length"
     assert pod.wait(40) == 0
     assert not [process for process in family if process.is_running()]
@@ -231,6 +308,46 @@ def test_an_engine_crash_is_the_pods_exit_code(
         assert not [process for process in family if process.is_running()]
     finally:
         pod.close()
+
+
+def test_a_python_error_in_the_engine_is_the_pods_exit_code(
+    origin: FaultyOrigin, tmp_path: Path, published: Path
+) -> None:
+    """With a request under way: vLLM's server then ends by itself, and in order."""
+    needs_namespaces()
+    plugin = tmp_path / "plugin"
+    named = plugin / "broken-1.dist-info"
+    named.mkdir(parents=True)
+    (named / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
+    (named / "entry_points.txt").write_text("[vllm.general_plugins]\nbroken = broken:register\n")
+    (plugin / "broken.py").write_text(_BROKEN_ENGINE)
+    config = write_config(origin, tmp_path, "joba")
+    broken = tmp_path / "now"
+    environment = {"PYTHONPATH": str(plugin), "BROKEN": str(broken)}
+    pod = start_pod(config, environment=environment | {"VLLM_CPU_KVCACHE_SPACE": "1"})
+    try:
+        pod.wait_ready()
+        pod.stop_probing()
+        broken.touch()
+        asked = {"model": "base", "prompt": "the quick", "max_tokens": 9}
+        assert httpx.post(f"{pod.url}/v1/completions", json=asked, timeout=60).status_code == 500
+        assert pod.wait(60) == 6
+    finally:
+        pod.close()
+
+
+_BROKEN_ENGINE = """
+import os
+
+def register():
+    from vllm.v1.engine.core import EngineCoreProc
+    step = EngineCoreProc._process_engine_step
+    def broken(self):
+        if os.path.exists(os.environ["BROKEN"]):
+            raise RuntimeError("broken on purpose")
+        return step(self)
+    EngineCoreProc._process_engine_step = broken
+"""
 
 
 def test_an_adapter_that_changes_nothing_ends_the_pod(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -119,3 +120,21 @@ def test_a_taken_port_is_a_config_error(start: Start) -> None:
 def test_another_engine_has_no_server(start: Start) -> None:
     pod = start(engine="transformers")
     assert pod.wait() == 2
+
+
+@pytest.mark.engine
+def test_a_signal_ends_the_load_of_an_engine_at_once(start: Start) -> None:
+    """Though nobody takes its spans."""
+    needs_namespaces()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "VLLM_CPU_KVCACHE_SPACE": "1"}
+        pod = start(as_pid_1=True, environment=environment)
+        pod.wait_for(lambda body: "engine load" in body["stage"], 200)
+        family = [pod.pod, *pod.pod.children(recursive=True)]
+        pod.stop_probing()
+        began = time.monotonic()
+        pod.signal(signal.SIGTERM)
+        assert pod.wait(20) == 143
+        assert time.monotonic() - began < 4  # two seconds, on a machine that is not busy
+        assert not [process for process in family if process.is_running()]

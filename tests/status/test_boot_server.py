@@ -7,6 +7,7 @@ import http.client
 import json
 import resource
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -194,11 +195,44 @@ def test_https_where_the_engine_will_speak_it(listening: socket.socket, tmp_path
     key.write_bytes(issued.private_key_pem.bytes())
     roots.write_bytes(authority.cert_pem.bytes())
     server = BootServer(listening, lambda: BOOT, server_tls(certificate, key))
-    import ssl
-
     verified = ssl.create_default_context(cafile=str(roots))
     answer = httpx.get(f"{url(listening).replace('http', 'https')}/health", verify=verified)
     assert json.loads(answer.content)["stage"] == "download"
     server.stop()
     with pytest.raises(ConfigError):
         server_tls(tmp_path / "none.pem", key)
+
+
+def test_a_client_needs_the_certificate_that_the_engine_will_ask_for(
+    listening: socket.socket, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    certificate, roots = tmp_path / "both.pem", tmp_path / "ca.pem"
+    issued = authority.issue_cert("127.0.0.1")
+    certificate.write_bytes(issued.private_key_and_cert_chain_pem.bytes())
+    roots.write_bytes(authority.cert_pem.bytes())
+    tls = server_tls(certificate, None, roots, verify=ssl.CERT_REQUIRED)
+    server = BootServer(listening, lambda: BOOT, tls)
+    health = f"{url(listening).replace('http', 'https')}/health"
+    client = ssl.create_default_context(cafile=str(roots))
+    with pytest.raises(httpx.TransportError):
+        httpx.get(health, verify=client)
+    client.load_cert_chain(certificate)
+    assert httpx.get(health, verify=client).status_code == 503
+    stranger = ssl.create_default_context(cafile=str(roots))
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(stranger)
+    with pytest.raises(httpx.TransportError):
+        httpx.get(health, verify=stranger)
+    server.stop()
+
+
+def test_who_may_not_ask_is_told_so(listening: socket.socket) -> None:
+    def allows(method: str, target: str, authorization: str) -> bool:
+        return (method, target, authorization) != ("POST", "/v1/models?a", "Bearer wrong")
+
+    server = BootServer(listening, lambda: BOOT, allows=allows)
+    address = f"{url(listening)}/v1/models?a"
+    refused = httpx.post(address, headers={"Authorization": "Bearer wrong"})
+    assert (refused.status_code, refused.json()) == (401, {"error": "Unauthorized"})
+    assert httpx.post(address, headers={"Authorization": "Bearer right"}).status_code == 503
+    server.stop()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -117,3 +119,22 @@ def test_an_exporter_that_is_not_there_stops_nothing(caplog: pytest.LogCaptureFi
         pass
     assert "no exporter is called 'nowhere'" in caplog.text
     assert [stage.name for stage in timeline.stages] == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("ends_with", "most_s"), [(None, 4), (RuntimeError, 4), (KeyboardInterrupt, 1.5)]
+)
+def test_a_collector_that_never_answers_holds_nothing_up(
+    monkeypatch: pytest.MonkeyPatch, ends_with: type[BaseException] | None, most_s: float
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+        timeline = Timeline(quiet=True)
+        began = time.monotonic()
+        ended = contextlib.suppress(RuntimeError, KeyboardInterrupt)
+        with ended, exporting(timeline, traces_exporter()), timeline.stage("download"):
+            began = time.monotonic()
+            if ends_with:
+                raise ends_with
+        assert time.monotonic() - began < most_s

@@ -112,7 +112,7 @@ class VLLMModel:
         running.loop.call(running.adapters.remove(name))
 
     def load(self) -> None:
-        """Start the engine; a second call does nothing. May run in any thread.
+        """Start the engine; nothing while it is healthy, anew once it is dead. In any thread.
 
         Raises:
             ConfigError: ``engine_args`` that vLLM does not know or refuses.
@@ -120,8 +120,11 @@ class VLLMModel:
             AdapterError: an adapter changes nothing.
         """
         with self._lock:
-            if self._running is not None:
+            if self.is_healthy():
                 return
+            dead, self._running = self._running, None
+            if dead is not None:
+                _stop(dead)
             running = self._start()
             try:
                 if self._canary:

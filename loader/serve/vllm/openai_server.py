@@ -19,6 +19,7 @@ from typing import Any
 from loader.errors import ConfigError, LoaderError
 from loader.serve.canary import Said, canary_body, check_adapters, read_said
 from loader.serve.vllm.channel import Channel
+from loader.serve.vllm.draining import Drain, Refusing
 from loader.serve.vllm.failures import start_failure
 from loader.serve.vllm.forkserver import METHOD
 from loader.serve.vllm.orphans import OrphanGuard
@@ -141,7 +142,7 @@ async def _serve(
         go = await asyncio.to_thread(channel.receive)
         if go is None:
             return 1
-        _go_on_telling(app, Boot.from_json(go["boot"]))
+        _go_on_telling(app, Drain(engine, Boot.from_json(go["boot"])))
         over = await _serve_http(app, listening, args)
         code = _exit_code(engine)
     await over
@@ -207,8 +208,11 @@ async def _complete(state: Any, body: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
-def _go_on_telling(app: Any, boot: Boot) -> None:
-    """Answer ``/status``, and give podloader's metrics to the registry that ``/metrics`` shows."""
+def _go_on_telling(app: Any, drain: Drain) -> None:
+    """Answer ``/status``, and give podloader's metrics to the registry that ``/metrics`` shows.
+
+    Once *drain* has begun nothing else is answered.
+    """
     from starlette.requests import Request
     from starlette.responses import Response
 
@@ -217,12 +221,14 @@ def _go_on_telling(app: Any, boot: Boot) -> None:
     for path in STATUS_PATHS:
 
         async def status(asked: Request, path: str = path) -> Response:
-            told = status_reply(path, asked.url.query, boot)
+            told = status_reply(path, asked.url.query, drain.boot)
             assert told is not None
             return Response(told.body, told.status, dict(told.headers), told.content_type)
 
         app.add_route(path, status, include_in_schema=False)
-    BootCollector(lambda: boot).register()
+    BootCollector(lambda: drain.boot).register()
+    # vLLM has built the stack already, which Starlette then lets nobody add to.
+    app.middleware_stack = Refusing(app.middleware_stack or app.build_middleware_stack(), drain)
 
 
 async def _serve_http(app: Any, listening: socket.socket, args: Any) -> Any:

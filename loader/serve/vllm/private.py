@@ -146,6 +146,7 @@ REACHED = {
             "get_supported_tasks",
             "model_config",
             "remove_lora",
+            "shutdown(timeout)",
         ),
     ),
     "engine_core": Private("", ("vllm.v1.engine.core_client:MPClient",), ("resources",)),
