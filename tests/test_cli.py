@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from loader.cli.parser import _EXAMPLES, parse
 from tests.origin import FaultyOrigin, act, slow, status, write_listing
 from tests.planted import module_names, plant, planted_and_run
 
@@ -178,6 +179,12 @@ def test_the_surroundings_without_secrets(tmp_path: Path) -> None:
     assert "hush" not in json.dumps(found)
 
 
+@pytest.mark.parametrize("command", _EXAMPLES)
+def test_the_examples_of_each_command(command: str) -> None:
+    for line in _EXAMPLES[command]:
+        assert parse(line.split())["command"] == command
+
+
 def test_log_lines_as_json(config: Path) -> None:
     done = run("--log-format", "json", "fetch", config)
     lines = [json.loads(line) for line in done.stderr.splitlines()]
@@ -215,6 +222,8 @@ def test_artifacts_and_settings_from_the_command_line(config: Path, tmp_path: Pa
         (["--verison"], 2, "did you mean --version?"),
         (["serve", "c.yaml", "--port", "8000"], 2, "podloader serve CONFIG -- --port 8000"),
         (["help"], 0, "usage: podloader"),
+        (["prepare", "c.yaml", "--timeline", "/none/x.json"], 2, "there is no folder /none"),
+        (["plan", "baseten"], 2, "--job-id"),
         (["-V"], 0, "podloader 0."),
         (["merge", "--base", "/none", "--adapter", "/none", "--output", "out"], 5, "/none"),
         (["merge", "--base", "b", "--adapter", "a=nan", "--output", "out"], 2, "a finite number"),

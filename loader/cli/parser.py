@@ -100,6 +100,27 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+_EXAMPLES = {
+    "plan": ["plan my-truss", "plan checkpoints.json --checkpoint latest"],
+    "fetch": [
+        "fetch my-truss/config.yaml",
+        "fetch checkpoints.json --output down rank-0/checkpoint-10/",
+    ],
+    "prepare": ["prepare my-truss", "prepare s3://bucket/job1 --output down --json"],
+    "serve": ["serve config.yaml -- --port 8000 --max-model-len 8192"],
+    "inspect": ["inspect checkpoints.json", "inspect s3://bucket/job1"],
+    "merge": ["merge --base llama --adapter lora --output merged"],
+    "consolidate": ["consolidate down/job1/rank-*/checkpoint-10 --output model"],
+    "sums": ["sums down/job1/rank-0/checkpoint-10"],
+    "clean": ["clean /tmp/training_checkpoints --keep 100GiB --dry-run"],
+    "settings": ["settings config.yaml"],
+    "env": ["env --json"],
+    "truss init": ["truss init --artifacts checkpoints.json --output my-truss"],
+    "truss wheel": ["truss wheel my-truss"],
+    "demo": ["demo --folder /tmp/demo"],
+}
+
+
 class _Commands:
     """Adds commands with what several of them share."""
 
@@ -109,7 +130,15 @@ class _Commands:
 
     def add(self, name: str, told: str, *, config: bool = False) -> argparse.ArgumentParser:
         """Return the new command's parser; *config*: it is about a Truss config."""
-        parser = self._commands.add_parser(name, help=told, description=told, allow_abbrev=False)
+        lines = [f"  podloader {line}" for line in _EXAMPLES.get(self._before + name, ())]
+        parser = self._commands.add_parser(
+            name,
+            help=told,
+            description=told,
+            epilog="\n".join(["examples:", *lines]) if lines else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
         parser.set_defaults(command=self._before + name, parser=parser)
         _add_output_options(parser)
         if config:
@@ -140,7 +169,7 @@ def _build() -> argparse.ArgumentParser:
     told = "Prepare, then be vLLM's OpenAI server; probes are answered from the first second."
     serve = commands.add("serve", told, config=True)
     serve.usage = "podloader serve CONFIG|SRC [options] [-- VLLM_ARGS]"
-    serve.epilog = "VLLM_ARGS are further arguments of `vllm serve`."
+    serve.epilog = f"VLLM_ARGS are further arguments of `vllm serve`.\n\n{serve.epilog}"
     _add_timeline(serve)
     _add_inspect(commands)
     _add_merge(commands)
@@ -353,7 +382,7 @@ def _add_timeline(parser: argparse.ArgumentParser) -> None:
         "--timeline",
         dest="timeline_file",
         metavar="FILE",
-        type=Path,
+        type=_file_to_be,
         help="Write where the seconds went: a Chrome trace to FILE, a picture (.svg) beside it.",
     )
 
@@ -363,6 +392,14 @@ def _days(text: str) -> float:
     if not 0 <= days < math.inf:
         raise argparse.ArgumentTypeError("expected a number that is not negative")
     return days
+
+
+def _file_to_be(text: str) -> Path:
+    """Return the path of a file that can be made: found out now, not when all else is done."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.absolute().parent}")
+    return path
 
 
 def _positive(text: str) -> int:

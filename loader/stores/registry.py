@@ -175,7 +175,12 @@ class Stores:
         _, _, named = source.partition(":")
         wanted = (named,) if named else tuple(jobs)
         if not wanted:
-            raise ConfigError("which training job?", where=source, expected=f"{BASETEN}:<job id>")
+            raise ConfigError(
+                "which training job?",
+                where=source,
+                expected=f"{BASETEN}:<job id>",
+                next_step="name it there, with --job-id, or in training_checkpoints",
+            )
         settings = self._settings
         api = Api(self._trusted, settings.api_url, settings.api_key, settings.retries)
         sources = (JobFiles(api, job, loops=job in loops) for job in wanted)
