@@ -7,7 +7,7 @@ STAMP := $(VENV)/.podloader-setup
 # Tests start many processes: where this is set, each would compile torch and transformers anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo wheel test check engines pythons lint types bench clean
+.PHONY: setup demo wheel test check engines pythons lint types bench fuzz clean
 
 setup: $(STAMP)
 
@@ -48,6 +48,11 @@ engines: setup
 # The network's rooms on every other supported Python of this machine.
 pythons: setup
 	PODLOADER_TEST_ALL=1 $(BIN)/pytest tests/test_pythons.py
+
+# Each target so many seconds; what leads somewhere new stays in tests/fuzz/corpus.
+FUZZ_SECONDS ?= 1200
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 clean:
 	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
