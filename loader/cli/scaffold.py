@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,6 +148,12 @@ def _show(deployment: Deployment, output: Path) -> None:
         show(f"           {line}")
     show(f"names      {', '.join([*deployment.adapters, deployment.served_model_name])}")
     show(f"Truss      {output}")
+    if any((output / "data").glob("*.json")):
+        say(
+            "warning: the URLs of the listing in data/ end after 7 days at most, also for pods "
+            "that start later; --artifacts baseten with --secret baseten_api_key does not end"
+        )
+    show(f"next       truss push {shlex.quote(str(output))}")
 
 
 def _document(deployment: Deployment, output: Path) -> dict[str, object]:

@@ -26,10 +26,12 @@ from loader.errors import ConfigError, DiskError
 from loader.scaffold.deployment import ENDPOINTS, Deployment, Task
 from loader.scaffold.wheel import AUDIO, INSTALL, REQUIREMENTS, write_wheel
 from loader.serve.vllm.releases import IMAGE
+from loader.stores.registry import is_remote
 from loader.types import Kind
 
 PORT = 8000
 _STARTUP_S = 3000  # the most that the platform takes
+_DRAIN_S = 8  # Truss's supervisor kills what has not ended 10 s after it was asked to
 _WIDTH = 96
 _EXAMPLES: Mapping[Task, dict[str, object]] = {
     "chat": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64},
@@ -143,6 +145,7 @@ def _podloader(d: Deployment, artifacts: Sequence[str]) -> dict[str, object]:
         section["adapter_policy"] = d.adapter_policy
     section["served_model_name"] = d.served_model_name
     section["engine_args"] = dict(d.engine_args)
+    section["drain_timeout_s"] = _DRAIN_S
     return section
 
 
@@ -187,6 +190,14 @@ def _listings(sources: Sequence[str]) -> dict[str, str]:
                 number += 1
                 name = f"data/{stem}-{number}.json"
             named[source] = name
+        elif not is_remote(source) or source.lower().startswith("file:"):
+            raise ConfigError(
+                "a folder of this machine, which no pod has",
+                where=source,
+                expected="a listing's file, which goes into the Truss, or a source that a pod can "
+                "reach: s3://…, baseten, or an fsspec URL",
+                next_step="give one of them with --artifacts",
+            )
         elif "?" in source and source.startswith(("http://", "https://")):
             raise ConfigError(
                 "a signed URL of a listing would end soon, and a config is no place for one",

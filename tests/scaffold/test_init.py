@@ -433,8 +433,12 @@ def test_another_source_than_a_listing(jobs: Jobs, tmp_path: Path) -> None:
     source = f"file://{jobs.origin.root}/training_projects/{PROJECT}"
     deployment = decide(choose(survey([source], ["lora"]), ["latest"]), over(jobs))
     assert deployment.chosen[0].path == "lora/rank-0/checkpoint-100"
-    write_truss(deployment, [source], tmp_path / "out")
-    assert read(tmp_path / "out")[1].artifacts == (source,)
+    write_truss(deployment, ["s3://runs/demo"], tmp_path / "out")
+    assert read(tmp_path / "out")[1].artifacts == ("s3://runs/demo",)
+    assert read(tmp_path / "out")[1].drain_timeout_s == 8
+    for folder in (source, str(jobs.origin.root)):
+        with pytest.raises(ConfigError, match="which no pod has"):
+            write_truss(deployment, [folder], tmp_path / "no")
     with pytest.raises(ListingError, match="no listing"):
         survey([jobs.listing("lora")], ["other"])
 
