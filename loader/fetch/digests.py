@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from loader.errors import ChangedError, DiskError
+from loader.fetch.crc import combine_crc64nvme
 from loader.fetch.sums import Hasher, new_hasher
 from loader.threads import map_on_threads
 from loader.types import Algorithm
@@ -29,6 +30,7 @@ _CHUNK_BYTES = 1 << 20
 _Out = TypeVar("_Out")
 _THREADS = 4
 _LARGE_BYTES = 16 << 20
+_PART_BYTES = 64 << 20
 _TICK_NS = 50_000_000  # file systems' clocks are coarse: a newer file may change without a trace
 
 
@@ -57,7 +59,7 @@ class Digests:
                 if is_young and stamp[0] >= _LARGE_BYTES:
                     time.sleep(_TICK_NS / 1e9)
                     is_young = False
-                found = _digest(file.fileno(), new_hasher(algorithm))
+                found = _digest(file.fileno(), stamp[0], algorithm)
                 if _stamp(file.fileno()) != stamp:
                     raise ChangedError(
                         "a file changed while it was being read",
@@ -100,18 +102,35 @@ def read_digest(path: Path, algorithms: Iterable[Algorithm]) -> dict[Algorithm, 
     """
     hashers = {algorithm: new_hasher(algorithm) for algorithm in algorithms}
     with path.open("rb", buffering=0) as file:
-        _digest(file.fileno(), *hashers.values())
+        _put_through(file.fileno(), 0, os.fstat(file.fileno()).st_size, *hashers.values())
     return {algorithm: hasher.digest() for algorithm, hasher in hashers.items()}
 
 
-def _digest(fd: int, *hashers: Hasher) -> bytes:
+def _digest(fd: int, size_bytes: int, algorithm: Algorithm) -> bytes:
+    """Return the digest of an open file; a CRC of parts of it on several threads."""
+    step = _PART_BYTES if algorithm == "crc64nvme" else max(size_bytes, 1)
+    spans = [(start, min(start + step, size_bytes)) for start in range(0, size_bytes, step)]
+
+    def part(span: tuple[int, int]) -> bytes:
+        hasher = new_hasher(algorithm)
+        _put_through(fd, *span, hasher)
+        return hasher.digest()
+
+    digests = map_on_threads(part, spans or [(0, 0)], _THREADS)
+    if len(digests) == 1:
+        return digests[0]
+    crc = 0
+    for (start, end), digest in zip(spans, digests, strict=True):
+        crc = combine_crc64nvme(crc, int.from_bytes(digest, "big"), end - start)
+    return crc.to_bytes(8, "big")
+
+
+def _put_through(fd: int, place: int, end: int, *hashers: Hasher) -> None:
     buffer = memoryview(bytearray(_CHUNK_BYTES))
-    place = 0
-    while count := os.preadv(fd, [buffer], place):
+    while place < end and (count := os.preadv(fd, [buffer[: end - place]], place)):
         for hasher in hashers:
             hasher.update(buffer[:count])
         place += count
-    return hashers[0].digest() if hashers else b""
 
 
 def _stamp(fd: int) -> list[int]:

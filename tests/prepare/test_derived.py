@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from awscrt.checksums import crc64nvme
 from safetensors.torch import load_file
 
 from loader import boot
@@ -260,3 +261,16 @@ def test_digests_are_of_the_file_as_it_is(tmp_path: Path) -> None:
         digests.of(tmp_path / "none", "sha256")
     blocked = Digests(path)  # nothing can be kept there
     assert blocked.of(path, "sha256") == first
+
+
+def test_a_digest_of_parts_is_that_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 400)
+    whole = Digests(tmp_path / "one").of(path, "crc64nvme")
+    monkeypatch.setattr("loader.fetch.digests._PART_BYTES", 1000)
+    assert Digests(tmp_path / "two").of(path, "crc64nvme") == whole
+    assert whole == int(crc64nvme(path.read_bytes())).to_bytes(8, "big")
+    path.write_bytes(b"")
+    assert Digests(tmp_path / "two").of(path, "crc64nvme") == bytes(8)
