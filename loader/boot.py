@@ -28,6 +28,7 @@ from loader.timeline import Timeline
 from loader.types import Artifact, Manifest, ReadyModel, Snapshot
 
 if TYPE_CHECKING:
+    from loader.adapters.attach import Ask
     from loader.serve.model import ServedModel
 
 _INDEXES = (".safetensors.index.json", ".bin.index.json")
@@ -35,9 +36,14 @@ _MOST_SIZES = 5_000  # more are not asked for one by one by ``plan``
 
 
 def prepare(
-    settings: Settings, progress: Progress | None = None, timeline: Timeline | None = None
+    settings: Settings,
+    progress: Progress | None = None,
+    timeline: Timeline | None = None,
+    ask: Ask | None = None,
 ) -> ReadyModel:
     """Return what an engine needs, on this disk. A second call finds what the first left.
+
+    *ask* is the engine's word on adapters; without, one is started to say it, where it takes that.
 
     Raises:
         LoaderError: see ``loader.errors``.
@@ -56,16 +62,16 @@ def prepare(
         manifest = _resolved(settings, origin, progress, timeline)
         if late := find_late(settings, manifest):
             parts = SplitFetch.split(manifest, late, root, origin.store, options, progress)
-            return prepare_while_fetching(settings, parts, timeline)
+            return prepare_while_fetching(settings, parts, timeline, ask)
         if shards := find_shards(settings, manifest):
             parts = SplitFetch.split(manifest, shards, root, origin.store, options, progress)
-            return prepare_from_shards(settings, parts, timeline)
+            return prepare_from_shards(settings, parts, timeline, ask)
         with SpanProgress(progress, timeline) as watched:
             snapshot = fetch(manifest, root, origin.store, options, watched)
         write_completed(root, completed_key(settings), manifest)
     with timeline.stage("inspect"):
         checkpoints = find_checkpoints(snapshot.root, [file.path for file in snapshot.files])
-    return make_ready(settings, snapshot, checkpoints, timeline, progress=progress)
+    return make_ready(settings, snapshot, checkpoints, timeline, progress=progress, ask=ask)
 
 
 def prepare_beside_imports(

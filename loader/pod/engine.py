@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loader.errors import EngineError, LoaderError
+from loader.serve.vllm.bound import Names
 from loader.serve.vllm.channel import Channel, error_from_json
 from loader.status.state import Boot
 from loader.timeline import Open, Timeline
@@ -50,6 +52,7 @@ class EngineProcess:
         self._tell = tell
         self._error: LoaderError | None = None
         self._loading = self._serving = False
+        self._unbound: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", _WORKER, str(theirs.fileno()), str(listening.fileno())],
@@ -98,6 +101,15 @@ class EngineProcess:
     def hint(self, config: Path) -> None:
         """Let the process look at the model's *config*, which is here before the weights."""
         self._channel.send("hint", config=str(config))
+
+    def ask_unbound(self, model: Path, adapters: Names) -> Mapping[str, str]:
+        """Return why vLLM would not use all of an adapter, by its name, once it can say.
+
+        Empty, too, where the process is gone, which ``tell`` is told of.
+        """
+        shown = {name: list(tensors) for name, tensors in adapters.items()}
+        self._channel.send("ask", model=str(model), adapters=shown)
+        return self._unbound.get()
 
     def load(self, arguments: Sequence[str], *, canary: bool) -> None:
         """Begin to load the model that *arguments* name; with *canary*, its adapters are proved."""
@@ -148,11 +160,14 @@ class EngineProcess:
             elif kind == "end":
                 span = begun.pop(message["name"])
                 self._timeline.end(span, at=message["at"], failed=message["failed"])
+            elif kind == "unbound":
+                self._unbound.put(message["found"])
             elif kind == "loaded":
                 self._tell(EngineLoaded())
             elif kind == "failed":
                 self._error = error_from_json(message["error"])
                 break
+        self._unbound.put({})
         for span in begun.values():
             self._timeline.end(span, failed="ended")
         if not self._serving:

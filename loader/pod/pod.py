@@ -32,7 +32,7 @@ from loader.serve.vllm.releases import RANGE
 from loader.status.boot_server import BootServer, listen
 from loader.status.state import BootState
 from loader.timeline import Timeline
-from loader.types import ReadyModel
+from loader.types import PROVE_VARIABLE, ReadyModel
 
 if TYPE_CHECKING:
     from loader.config.settings import Settings
@@ -180,13 +180,15 @@ class Pod:
             self._engine.check(
                 settings.engine_args,
                 vllm_arguments(settings, _UNKNOWN, self._arguments),
-                live_environment(settings, config) if config else {},
+                {PROVE_VARIABLE: "1", **(live_environment(settings, config) if config else {})},
             )
             self._folder = settings.training.download_folder.absolute()
             if settings.base_model and not settings.base_checkpoint:
                 self._hint(user_path(settings.base_model) / _CONFIG)
             self._state.pass_on(progress)
-            ready = boot.prepare(settings, self._state, self._timeline)
+            ready = boot.prepare(
+                settings, self._state, self._timeline, ask=self._engine.ask_unbound
+            )
             self._events.put(_Prepared(settings, ready))
         except Exception as error:
             self._events.put(_Failed(error))

@@ -17,7 +17,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from loader.adapters.attach import Decision, NamedAdapter, attach, check_all, decide, name_adapters
+from loader.adapters.attach import (
+    Ask,
+    Decision,
+    NamedAdapter,
+    attach,
+    check_all,
+    decide,
+    name_adapters,
+    reconsider,
+)
 from loader.adapters.base_task import decide_for_base
 from loader.adapters.incoming import IncomingWeights
 from loader.adapters.plan_builder import Base
@@ -74,11 +83,12 @@ def make_adapted(
     timeline: Timeline,
     late: LateWeights | None,
     progress: Progress | None = None,
+    ask: Ask | None = None,
 ) -> ReadyModel:
     """Return *base*, else the model that the settings or the adapters name, with *sources*.
 
     With ``late``, the weights of *base* are still at the origin. *progress* is told of the download
-    of a base that is not *base*.
+    of a base that is not *base*. *ask* is the engine's word on what it has layers for.
 
     Raises:
         AdapterError: adapters that do not fit the base or each other.
@@ -113,6 +123,8 @@ def make_adapted(
         else:
             coming = LateBase(base.checkpoint.path, late, partial(_identify_late, base.checkpoint))
             taken = _take_late(job, coming, stack)
+        if job.decision.mode == "attach" and settings.engine == "vllm":
+            job = _reconsider(job, taken.base.path, ask)
         decision = job.decision
         made_from = job.describe(taken.base, sources)
         output = output_folder(settings, decision.mode, made_from)
@@ -179,6 +191,27 @@ class _Job:
             exact, dequantise = self.settings.exact, self.settings.dequantise
             made_from |= {"exact": exact, "dequantise": dequantise}
         return made_from
+
+
+def _reconsider(job: _Job, base: Path, ask: Ask | None) -> _Job:
+    """Return *job*, with another decision where vLLM would not use all of an adapter."""
+    from loader.serve.vllm.forkserver import ask_forked
+
+    def ask_beside(model: Path, adapters: Mapping[str, Sequence[str]]) -> Mapping[str, str]:
+        return ask_forked(model, job.settings.engine_args, adapters)
+
+    with job.timeline.stage("adapter layers"):
+        decision = reconsider(
+            job.decision,
+            job.settings.adapter_policy,
+            job.adapters,
+            base,
+            ask or ask_beside,
+            allow_pickle=job.settings.allow_pickle,
+        )
+    if decision is not job.decision:
+        _log.warning("adapters: %s", decision.why)
+    return replace(job, decision=decision)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
+from loader.adapters.attach import Ask
 from loader.arriving.late import read_late
 from loader.config.settings import Settings
 from loader.fetch.background import SplitFetch, are_here, join
@@ -39,7 +40,7 @@ def find_late(settings: Settings, manifest: Manifest) -> tuple[Artifact, ...]:
 
 
 def prepare_while_fetching(
-    settings: Settings, fetched: SplitFetch, timeline: Timeline
+    settings: Settings, fetched: SplitFetch, timeline: Timeline, ask: Ask | None = None
 ) -> ReadyModel:
     """Return the ReadyModel of both parts of *fetched*.
 
@@ -52,9 +53,9 @@ def prepare_while_fetching(
     if not _are_all_late(fetched):
         with fetched.fetching_late(timeline) as arrivals:
             snapshot = join(first, arrivals.wait_all())
-        return make_ready(settings, snapshot, checkpoints, timeline)
+        return make_ready(settings, snapshot, checkpoints, timeline, ask=ask)
     late = read_late(fetched, first, timeline)
-    return make_ready(settings, first, checkpoints, timeline, late)
+    return make_ready(settings, first, checkpoints, timeline, late, ask=ask)
 
 
 def _are_all_late(fetched: SplitFetch) -> bool:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from loader.adapters.attach import Ask
 from loader.arriving.late import LateWeights
 from loader.config.settings import Settings
 from loader.errors import CheckpointError
@@ -38,6 +39,7 @@ def make_ready(
     late: LateWeights | None = None,
     shards: LateShards | None = None,
     progress: Progress | None = None,
+    ask: Ask | None = None,
 ) -> ReadyModel:
     """Return the model that *checkpoints*, those of *snapshot*, make up.
 
@@ -60,7 +62,7 @@ def make_ready(
     if late is not None and any(s.kind is Kind.RANK_SHARDS for s in found):
         with late.fetching() as arriving:  # consolidated they are the base, not as they arrive
             snapshot = arriving.wait()
-        return make_ready(settings, snapshot, checkpoints, timeline, progress=progress)
+        return make_ready(settings, snapshot, checkpoints, timeline, progress=progress, ask=ask)
     sources = [make_whole(source, settings, timeline, find_small_files, shards) for source in found]
     base = _base_source(settings, sources)
     rest = [s for s in sources if s is not base]
@@ -76,7 +78,7 @@ def make_ready(
     if not adapters:
         models = [*models, *([base] if base else [])]
         return _whole_model(settings, models, timeline, progress)
-    return make_adapted(settings, base, adapters, timeline, late, progress)
+    return make_adapted(settings, base, adapters, timeline, late, progress, ask)
 
 
 def _refuse_unservable(sources: Sequence[Source]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from loader.adapters.attach import Ask
 from loader.arriving.rangefiles import ArrivingFile, RemoteFile, ShardFiles
 from loader.config.settings import Settings
 from loader.fetch.arrivals import Arrivals
@@ -35,7 +36,9 @@ def find_shards(settings: Settings, manifest: Manifest) -> tuple[Artifact, ...]:
     return () if are_here(shards, settings.training.download_folder) else shards
 
 
-def prepare_from_shards(settings: Settings, fetched: SplitFetch, timeline: Timeline) -> ReadyModel:
+def prepare_from_shards(
+    settings: Settings, fetched: SplitFetch, timeline: Timeline, ask: Ask | None = None
+) -> ReadyModel:
     """Return the ReadyModel of both parts of *fetched*.
 
     Raises:
@@ -47,17 +50,17 @@ def prepare_from_shards(settings: Settings, fetched: SplitFetch, timeline: Timel
         checkpoints = find_checkpoints(fetched.root, fetched.paths)
     sharded = any(checkpoint.kind in SHARDED for checkpoint in checkpoints)
     if not sharded and settings.weights_only_fetch:  # beside a model that is whole already
-        return make_ready(settings, first, checkpoints, timeline, progress=told)
+        return make_ready(settings, first, checkpoints, timeline, progress=told, ask=ask)
     versions = fetched.ask_versions()
     if settings.weights_only_fetch and _are_pinned(fetched, versions):
         shards = LateShards(fetched, versions, first, timeline, None)
-        return make_ready(settings, first, checkpoints, timeline, None, shards, told)
+        return make_ready(settings, first, checkpoints, timeline, None, shards, told, ask)
     with fetched.fetching_late(timeline) as arrivals:
         shards = LateShards(fetched, versions, first, timeline, arrivals)
         if sharded and all(info.ranges for info in versions.values()):
-            return make_ready(settings, first, checkpoints, timeline, None, shards, told)
+            return make_ready(settings, first, checkpoints, timeline, None, shards, told, ask)
         snapshot = shards.wait()
-    return make_ready(settings, snapshot, checkpoints, timeline, progress=told)
+    return make_ready(settings, snapshot, checkpoints, timeline, progress=told, ask=ask)
 
 
 def _are_pinned(fetched: SplitFetch, versions: Mapping[str, ObjectInfo]) -> bool:

@@ -12,10 +12,15 @@ import contextlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
 from typing import Any
+
+from loader.serve.vllm.bound import Names, ask_unbound
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 _KEPT = "OMP_NUM_THREADS"  # OpenMP has read the fork server's own, see import_engine
@@ -60,6 +65,36 @@ def start_forkserver() -> None:
         with _safe_path():
             forkserver.ensure_running()
         _started.set()
+
+
+def ask_forked(
+    model: Path, engine_args: Mapping[str, object], adapters: Names
+) -> Mapping[str, str]:
+    """Return why vLLM would not use all of an adapter, by its name, as ``ask_unbound`` does.
+
+    Empty where vLLM is not here to say it: its workers will.
+    """
+    start_forkserver()
+    if not _started.is_set() or find_spec("vllm") is None:
+        return {}
+    context = EngineContext()
+    ours, theirs = context.Pipe(duplex=False)
+    arguments = (theirs, model, dict(engine_args), dict(adapters))
+    process = context.Process(target=_answer, args=arguments)
+    process.start()
+    theirs.close()
+    try:
+        found: Mapping[str, str] = ours.recv()
+        return found
+    except EOFError:
+        return {}
+    finally:
+        process.join()
+        ours.close()
+
+
+def _answer(connection: Connection, *question: Any) -> None:
+    connection.send(ask_unbound(*question))
 
 
 @contextlib.contextmanager

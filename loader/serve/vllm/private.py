@@ -12,9 +12,12 @@ the sources of each release (``make engines``).
 from __future__ import annotations
 
 import contextlib
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -116,6 +119,22 @@ IMPORTED = {
     "LRUCacheWorkerLoRAManager": Private(
         "makes it", ("vllm.lora.worker_manager",), ("_manager_cls",)
     ),
+    # Which tensors of an adapter it uses: no API says that of a model, or of an adapter loaded.
+    "WorkerLoRAManager": Private(
+        "takes adapters in, in every worker",
+        ("vllm.lora.worker_manager",),
+        ("_load_adapter(lora_request)",),
+    ),
+    "LoRAModelManager": Private(
+        "wraps the layers that it has LoRA for", ("vllm.lora.model_manager",)
+    ),
+    "parse_fine_tuned_lora_name": Private("its names of a tensor's module", ("vllm.lora.utils",)),
+    "supports_lora": Private("", ("vllm.model_executor.models.interfaces",)),
+    "EngineArgs": Private("", ("vllm.engine.arg_utils",), ("create_engine_config",)),
+    "initialize_model": Private("builds it", ("vllm.model_executor.model_loader.utils",)),
+    "set_current_vllm_config": Private("", ("vllm.config.vllm",)),
+    "init_distributed_environment": Private("", ("vllm.distributed.parallel_state",)),
+    "ensure_model_parallel_initialized": Private("", ("vllm.distributed.parallel_state",)),
     # Reached into from this file alone.
     "ModelRegistry": Private(
         "looks at an architecture while its weights are on their way",
@@ -206,13 +225,21 @@ REACHED = {
         ("is_3d_lora_weight", "load_inplace", "lora_name", "lora_path"),
     ),
     "lora_id_counter": Private("", ("vllm.utils.counter:AtomicCounter",), ("inc",)),
-    "model_config": Private("", ("vllm.config.model:ModelConfig",), ("model",)),
+    "model_config": Private("", ("vllm.config.model:ModelConfig",), ("get_vocab_size", "model")),
     "registry": Private("", ("vllm.model_executor.models.registry:_ModelRegistry",), ("models",)),
     "architecture": Private(
         "",
         ("vllm.model_executor.models.registry:_BaseRegisteredModel",),
         ("inspect_model_cls",),
     ),
+    "lora_manager": Private(
+        "",
+        ("vllm.lora.model_manager:LoRAModelManager",),
+        ("is_pooling_model", "model", "modules", "packed_modules"),
+    ),
+    "loaded_lora": Private("", ("vllm.lora.lora_model:LoRAModel",), ("loras",)),
+    "lora_request": Private("", ("vllm.lora.request:LoRARequest",), ("lora_path",)),
+    "vllm_config": Private("", ("vllm.config.vllm:VllmConfig",), ("lora_config", "model_config")),
     "args": Private(
         "arguments of `vllm serve`",
         (*(f"{module}:args" for module in _CLI_ARGS), "vllm.engine.arg_utils:args"),
@@ -316,6 +343,41 @@ def inspect_architecture(name: str) -> None:
     registry = __getattr__("ModelRegistry")
     architecture = registry.models[name]
     architecture.inspect_model_cls()
+
+
+@contextlib.contextmanager
+def built_on_meta(model: Path, *, towers: bool) -> Iterator[tuple[Any, Any]]:
+    """Give vLLM's config and its model of the folder *model*, without a weight.
+
+    For a process that ends afterwards: vLLM's groups of processes are begun in it.
+
+    Raises:
+        ValueError: vLLM has no LoRA for this architecture.
+    """
+    import torch
+
+    find = __getattr__
+    wanted = find("EngineArgs")(
+        model=str(model),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        enable_lora=True,
+        enable_tower_connector_lora=towers,
+    )
+    vllm_config = wanted.create_engine_config()
+    folder = tempfile.mkdtemp(prefix="podloader-")
+    try:
+        with find("set_current_vllm_config")(vllm_config):
+            find("init_distributed_environment")(1, 0, f"file://{folder}/group", 0, "gloo")
+            find("ensure_model_parallel_initialized")(1, 1)
+            with torch.device("meta"):
+                built = find("initialize_model")(vllm_config=vllm_config)
+            if not find("supports_lora")(built):
+                raise ValueError(f"no LoRA for {type(built).__name__}")
+            yield vllm_config, built
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

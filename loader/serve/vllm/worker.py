@@ -10,6 +10,8 @@ engine's processes may be forks of it. What it is told and tells, in this order:
                      environment
     <- hint          config: the model's config.json, as soon as it is here
     inspection       begin, end        "model class"
+    <- ask           model, adapters: the names of their tensors
+    -> unbound       found: why vLLM would not use all of an adapter, by its name
     <- load          arguments, canary
     engine           begin, end        "engine load", "warm-up", "first token", "canary"
     -> loaded
@@ -88,11 +90,16 @@ def _serve(channel: Channel, listening: socket.socket, stages: Stages) -> int:
         return _UNEXPECTED  # the pod is gone
     os.environ.update(check["environment"])  # before vLLM loads its plugins
     check_engine_args(check["engine_args"])
+    from loader.serve.vllm.bound import ask_unbound
     from loader.serve.vllm.openai_server import check_mode, inspect_model, serve_openai
 
     check_mode(parse_arguments(check["arguments"]), listening.getsockname()[1])
 
-    while (load := channel.receive()) and load["kind"] == "hint":
+    while (load := channel.receive()) and load["kind"] != "load":
+        if load["kind"] == "ask":
+            model, adapters = Path(load["model"]), load["adapters"]
+            channel.send("unbound", found=ask_unbound(model, check["engine_args"], adapters))
+            continue
         with stages.stage("model class"):
             inspect_model(Path(load["config"]))
     if load is None:
