@@ -178,6 +178,8 @@ def compare(load: Any, base: Path, adapter: Path, out: Path) -> Outcome:
         return Outcome("PEFT does not", f"not in the checkpoint: {told['missing_keys']}"[:100])
     untouched = states(model)
     tuned = PeftModel.from_pretrained(model, adapter)
+    if any("lora_B" in n and not p.any() for n, p in tuned.named_parameters()):
+        return Outcome("PEFT does not", "it does not load all of its own adapter")
     wanted = states(tuned.merge_and_unload())
     if all(torch.equal(wanted[n], t) for n, t in untouched.items() if n in wanted):
         return Outcome("PEFT does not")

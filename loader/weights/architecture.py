@@ -125,7 +125,7 @@ def _build(config: Mapping[str, object]) -> PreTrainedModel:
         names = config.get("architectures")
         name = str(names[0]) if isinstance(names, list) and names else ""
         found = getattr(transformers, name, None)  # which imports the model's own module
-    settings = config_class.from_dict(plain)
+    settings = config_class.from_dict(config_class._decode_special_floats(plain))
     with torch.device("meta"):
         if found is not None:
             return found(settings)

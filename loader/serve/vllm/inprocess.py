@@ -212,7 +212,6 @@ class VLLMModel:
 def _stop(running: _Running) -> None:
     running.loop.call(running.stack.aclose())
     running.loop.close()
-    close_sockets(running.engine)
     running.guard.close()
     running.adapters.close()
 
@@ -225,7 +224,10 @@ async def _start_engine(
     from loader.serve.vllm.private import build_async_engine_client, init_app_state
 
     async with AsyncExitStack() as stack:
+        started: list[Any] = []
+        stack.callback(lambda: [close_sockets(engine) for engine in started])
         engine = await stack.enter_async_context(build_async_engine_client(args))
+        started.append(engine)
         state = State()
         await init_app_state(engine, state, args, await engine.get_supported_tasks())
         models = state.openai_serving_models
