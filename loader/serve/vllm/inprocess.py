@@ -6,7 +6,7 @@ import json
 import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,10 +224,9 @@ async def _start_engine(
     from loader.serve.vllm.private import build_async_engine_client, init_app_state
 
     async with AsyncExitStack() as stack:
-        started: list[Any] = []
-        stack.callback(lambda: [close_sockets(engine) for engine in started])
+        sockets = stack.enter_context(ExitStack())  # closed after the engine itself
         engine = await stack.enter_async_context(build_async_engine_client(args))
-        started.append(engine)
+        sockets.callback(close_sockets, engine)
         state = State()
         await init_app_state(engine, state, args, await engine.get_supported_tasks())
         models = state.openai_serving_models
