@@ -17,8 +17,6 @@ Algorithm = Literal["crc64nvme", "crc32c", "crc32", "sha256", "sha1", "md5"]
 
 # Names the Truss config to processes of vLLM's, which have no command line of ours.
 CONFIG_VARIABLE = "PODLOADER_CONFIG"
-# Asks their workers to refuse an adapter of which they would leave something out.
-PROVE_VARIABLE = "PODLOADER_PROVES_ADAPTERS"
 
 
 @dataclass(frozen=True, slots=True)

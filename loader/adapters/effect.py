@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,33 +19,45 @@ _EXPONENTS = {
     "F8_E5M2": 0x7C,
     "F8_E4M3": 0x7F,
 }
+# The factors of a product, which is zero where one of them is.
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.(lora_(embedding_)?[AB]|hada_[tw]\w+|lokr_[tw]\w+|vera_lambda_[bd])\b(?!\.bias)"
+)
+_log = logging.getLogger("podloader")
 _CHUNK = 1 << 20  # elements, whose mask stays in the cache
 
 
 def check_effect(
     folder: Path, tensors: Mapping[str, TensorInfo], read_raw: Callable[[str], memoryview | bytes]
 ) -> None:
-    """Raise AdapterError naming every adapter tensor that is empty, or all zero where it must not.
+    """Raise AdapterError naming tensors that are empty, or all where none has an effect.
 
-    A LoRA's B starts as zeros, so zeros there are a module that training never reached; zeros in
-    biases and whole modules are values like any other.
+    A LoRA's B starts as zeros: zeros there are a module that training never reached, such as a
+    tower that only text went by. Some of them are told in the log. Whole tensors, biases and DoRA's
+    magnitudes are values like any other.
     """
-    problems = []
-    for name, info in tensors.items():
-        if not info.size_bytes:
-            problems.append(f"{name}: empty {info.shape}")
-        elif _must_differ(name) and not bytes(read_raw(name)).strip(b"\0"):
-            problems.append(f"{name}: all zero")
-    if not tensors:
-        problems.append("no tensors at all")
-    if problems:
+    empty = [f"{n}: empty {t.shape}" for n, t in tensors.items() if not t.size_bytes]
+    products: dict[str, list[str]] = {}
+    others = False
+    for name in tensors if not empty else ():
+        if match := _FACTOR.match(name):
+            zero = products.setdefault(match["module"], [])
+            if not bytes(read_raw(name)).strip(b"\0"):
+                zero.append(f"{name}: all zero")
+        else:
+            others = others or not name.startswith("base_model.vera_")
+    idle = [text for zero in products.values() for text in zero]
+    working = others or not all(products.values())
+    if empty or not working or not tensors:
         raise AdapterError(
             "an adapter that would change nothing",
             where=str(folder),
-            problems=problems,
-            expected="trained values in every tensor",
+            problems=empty or idle or ["no tensors at all"],
+            expected="trained values",
             next_step="save the adapter again, gathering sharded parameters first (ZeRO-3, FSDP)",
         )
+    if idle:
+        _log.warning("%s: no effect of %d of its modules, such as %s", folder, len(idle), idle[0])
 
 
 def check_finite(
@@ -73,7 +87,3 @@ def is_finite(raw: memoryview | bytes, dtype: str) -> bool:
     bits = numpy.frombuffer(raw, f"<u{(mask.bit_length() + 7) // 8}")
     chunks = (bits[at : at + _CHUNK] for at in range(0, len(bits), _CHUNK))
     return not any(((chunk & mask) == mask).any() for chunk in chunks)
-
-
-def _must_differ(name: str) -> bool:
-    return "lora_" in name or "hada_" in name or "lokr_" in name or "vera_lambda" in name

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loader.errors import AdapterError
+from loader.stores.model_files import list_side_files
 from loader.weights.inspect import read_json
 from loader.weights.publishing import PartialFolder, disk_error
 from loader.weights.quantised import without_quantisation
@@ -34,17 +35,6 @@ TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 # Any of these alone is a tokenizer; the others only describe one.
 _VOCABULARIES = frozenset(TOKENIZER_FILES[:9]) - {"merges.txt"}
 _TIED = "tie_word_embeddings"  # each model of several heeds the one of its own config
-_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".index.json",
-)
 
 
 def list_surroundings(base: Path, adapters: Sequence[Path]) -> dict[str, Path]:
@@ -53,13 +43,12 @@ def list_surroundings(base: Path, adapters: Sequence[Path]) -> dict[str, Path]:
     Raises:
         AdapterError: adapters whose tokenizers or chat templates differ.
     """
-    found = {
-        path.name: path
-        for path in sorted(base.iterdir())
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS)
+    found = list_side_files(base)
+    plain = {
+        name: path
+        for name, path in found.items()
+        if not _is_token_file(name) and not name.endswith(".index.json")
     }
-    found.pop("README.md", None)
-    plain = {name: path for name, path in found.items() if not _is_token_file(name)}
     return plain | list_tokenizer(base, adapters)
 
 

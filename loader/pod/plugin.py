@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import os
 
-from loader.types import CONFIG_VARIABLE, PROVE_VARIABLE
+from loader.types import CONFIG_VARIABLE
 
 
 def register() -> None:
-    """Let this process's vLLM prove adapters and fetch them, where podloader asked for it."""
-    if os.environ.get(PROVE_VARIABLE):
-        from loader.serve.vllm.bound import prove_adapters
-
-        prove_adapters()
+    """Let this process's vLLM fetch adapters, where ``podloader serve`` asked for it."""
     if config := os.environ.get(CONFIG_VARIABLE):
         from loader.pod.live_adapters import teach_vllm
 

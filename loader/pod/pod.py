@@ -32,7 +32,7 @@ from loader.serve.vllm.releases import RANGE
 from loader.status.boot_server import BootServer, listen
 from loader.status.state import BootState
 from loader.timeline import Timeline
-from loader.types import PROVE_VARIABLE, ReadyModel
+from loader.types import ReadyModel
 
 if TYPE_CHECKING:
     from loader.config.settings import Settings
@@ -180,7 +180,7 @@ class Pod:
             self._engine.check(
                 settings.engine_args,
                 vllm_arguments(settings, _UNKNOWN, self._arguments),
-                {PROVE_VARIABLE: "1", **(live_environment(settings, config) if config else {})},
+                live_environment(settings, config) if config else {},
             )
             self._folder = settings.training.download_folder.absolute()
             if settings.base_model and not settings.base_checkpoint:

@@ -1,15 +1,22 @@
-"""Which files of a model's folder an engine needs: no weights twice. Pure."""
+"""Which files of a model's folder an engine needs: no weights twice."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from pathlib import Path
 
 from loader.errors import FetchError
 
 _SIDE_FILE = re.compile(
-    r"[^/]+\.(json|txt|model|jinja|tiktoken|py)|additional_chat_templates/[^/]+\.jinja"
+    r"[^/.][^/]*\.(json|txt|model|jinja|tiktoken|py|bpe|spm|vocab)"
+    r"|additional_chat_templates/[^/]+\.jinja"
 )
+# What sentence-transformers puts behind a model, each part in a folder of its own: how it pools,
+# and projections with weights of their own. modules.json names the folders.
+_MODULES = "modules.json"
+_PART = re.compile(r"[^/]+/config\.json|\d+_[^/]*/([^/]+\.json|model\.safetensors)")
+_PICKLED_PART = re.compile(r"(?P<folder>\d+_[^/]*)/pytorch_model\.bin")
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
@@ -21,8 +28,21 @@ _PICKLE = re.compile(r"(pytorch_model|model)(-\d{5,}-of-\d{5,})?\.bin")
 
 
 def side_files(names: Iterable[str]) -> tuple[str, ...]:
-    """Return configs, tokenizers, templates and code."""
-    return tuple(sorted(name for name in names if _SIDE_FILE.fullmatch(name)))
+    """Return configs, tokenizers, templates, code, and the parts that modules.json speaks of."""
+    found = set(names)
+    side = {name for name in found if _SIDE_FILE.fullmatch(name)}
+    if _MODULES in found:
+        side |= {name for name in found if _PART.fullmatch(name)}
+        pickled = filter(None, map(_PICKLED_PART.fullmatch, found))
+        side |= {m[0] for m in pickled if f"{m['folder']}/model.safetensors" not in found}
+    return tuple(sorted(side))
+
+
+def list_side_files(folder: Path) -> dict[str, Path]:
+    """Return those of a model's folder on this disk, by name."""
+    paths = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file()]
+    found = {path.relative_to(folder).as_posix(): path for path in paths}
+    return {name: found[name] for name in side_files(found)}
 
 
 def find_index(names: Iterable[str], *, allow_pickle: bool = False) -> str | None:

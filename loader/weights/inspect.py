@@ -6,6 +6,7 @@ the files are spread, ``detail["folders"]`` are all folders that hold some of th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,12 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 SINGLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+MODULES = "modules.json"
+_PEFT_NAME = re.compile(r"^base_model\.model\.|\.base_layer\.(weight|bias)$|\.lora_[AB]\.")
+_WRAPPED = {
+    "lacks": "a model's own tensors: these are the state dict of a PeftModel, not merged",
+    "next_step": "save the adapter with the PeftModel's save_pretrained, or merge_and_unload first",
+}
 _SHARD = re.compile(r"^(model|pytorch_model)-(\d{5,})-of-(\d{5,})\.(safetensors|bin)$")
 
 
@@ -70,6 +77,7 @@ def find_checkpoints(root: Path, names: Iterable[str] | None = None) -> tuple[Ch
 
 def _find_in_job(places: tuple[Place, ...]) -> list[Checkpoint]:
     by_folder = {place.relative: place for place in places}
+    places = tuple(p for p in places if not _is_part(p, by_folder))
     whole = {p.relative: c for p in places if (c := _find_adapters(p) or _find_models(p))}
     zero = find_zero(places, by_folder)
     for relative in set(zero) & set(whole):
@@ -81,6 +89,12 @@ def _find_in_job(places: tuple[Place, ...]) -> list[Checkpoint]:
     sharded = {r: [c] for r, c in {**others, **zero}.items()}
     merged = {**whole, **sharded}
     return [c for relative in sorted(merged) for c in merged[relative]]
+
+
+def _is_part(place: Place, by_folder: Mapping[str, Place]) -> bool:
+    """Return whether the folder is a part of the model above it, as sentence-transformers saves."""
+    owner = by_folder.get(place.parent) if place.relative else None
+    return owner is not None and MODULES in owner.names
 
 
 def _find_adapters(place: Place) -> list[Checkpoint]:
@@ -128,8 +142,21 @@ def _find_models(place: Place) -> list[Checkpoint]:
     if at is None and len(place.ranks) > 1:
         detail["folders"] = [str(place.folder(rank)) for rank in place.ranks]
         return [Checkpoint(Kind.RANK_SHARDS, place.folder(configs[0]), detail)]
+    if wrapped := _wrapped_names(place.folder(at), detail):
+        return [Checkpoint(Kind.UNKNOWN, place.folder(at), {"found": wrapped, **_WRAPPED})]
     kind = Kind.WHISPER if config.get("model_type") == "whisper" else Kind.FULL
     return [Checkpoint(kind, place.folder(at), detail)]
+
+
+def _wrapped_names(folder: Path, detail: Mapping[str, object]) -> list[str]:
+    """Return names of tensors that are a PeftModel's: its base and adapter in one state dict."""
+    files = detail["files"]
+    path = folder / str(files[0]) if isinstance(files, list) and files else folder
+    if not path.is_file() or path.suffix != ".safetensors":
+        return []
+    with contextlib.suppress(FormatError):  # whoever opens it tells more
+        return [name for name in read_header(path).tensors if _PEFT_NAME.search(name)][:3]
+    return []
 
 
 def is_safetensors(name: str) -> bool:

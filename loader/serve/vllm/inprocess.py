@@ -28,7 +28,7 @@ from loader.serve.vllm.orphans import OrphanGuard
 from loader.serve.vllm.private import close_sockets
 from loader.serve.vllm.releases import warn_unproved
 from loader.serve.vllm.tasks import check_sound, embed, transcribe
-from loader.types import PROVE_VARIABLE, ReadyModel, ServedAdapter
+from loader.types import ReadyModel, ServedAdapter
 
 _CORE = "EngineCore"  # what vLLM calls the process that it starts
 _SHOWN_ERRORS = 5  # a body that is wrong in every element would be answered with a book
@@ -186,7 +186,6 @@ class VLLMModel:
         start_forkserver()
         # As vLLM's own command line does: a fork of a process that already runs threads (Truss's
         # server, torch's OpenMP after a merge) can hang in the child.
-        os.environ[PROVE_VARIABLE] = "1"
         os.environ.setdefault(METHOD, "spawn")
         try:
             import uvloop

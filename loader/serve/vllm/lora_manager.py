@@ -1,4 +1,5 @@
 """vLLM's manager of adapters, in the engine's own processes, with one slot that stays empty.
+And no adapter is taken in part (``bound``).
 
 Each of those processes imports this module, as the ``worker_extension_cls`` that podloader's
 arguments name. Where vLLM's own server runs, podloader's plugin does.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from loader.serve.vllm.bound import prove_adapters
 from loader.serve.vllm.releases import is_cpu_build
 
 
@@ -53,5 +55,6 @@ def keep_a_slot_empty() -> None:
     LRUCacheWorkerLoRAManager._manager_cls = Manager
 
 
+prove_adapters()
 if is_cpu_build():
     keep_a_slot_empty()

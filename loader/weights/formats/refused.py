@@ -13,6 +13,8 @@ from __future__ import annotations
 from loader.errors import CheckpointError, LoaderError, UnsupportedError
 from loader.types import Checkpoint, Kind
 
+_WHOLE_FOLDER = "choose the checkpoint's whole folder in paths, with / at its end"
+
 
 def find_refusal(checkpoint: Checkpoint) -> LoaderError | None:
     """Return the error that a checkpoint is refused with before it is read, None where it is not.
@@ -49,7 +51,7 @@ def _unknown(checkpoint: Checkpoint) -> CheckpointError:
         where=str(checkpoint.path),
         expected=str(checkpoint.detail.get("lacks", "a model or an adapter")),
         got=", ".join(_listed(checkpoint, "found")[:8]) or "nothing",
-        next_step="choose the checkpoint's whole folder in paths, with / at its end",
+        next_step=str(checkpoint.detail.get("next_step", _WHOLE_FOLDER)),
     )
 
 
