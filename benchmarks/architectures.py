@@ -147,7 +147,7 @@ def save_adapter(model: Any, out: Path, **lora: Any) -> None:
     changed one.
     """
     tied = [n.removesuffix(".weight") for n in getattr(model, "all_tied_weights_keys", None) or ()]
-    if "mamba" in model.config.model_type:
+    if any("Mamba" in type(module).__name__ for module in model.modules()):
         tied += ["out_proj", "conv1d"]  # which PEFT does not take there
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "exclude_modules": tied or None} | lora
     tuned = get_peft_model(model, LoraConfig(**settings))

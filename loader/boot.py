@@ -135,11 +135,14 @@ def fetch_files(
 
 def plan(settings: Settings, *, with_sizes: bool = True) -> Manifest:
     """Return what would be fetched; with sizes where the origin tells them."""
+    from loader.prepare.remote import warn_of_ids
+
     settings, laid = place_downloads(settings)
     with open_origin(settings, laid, Timeline(quiet=True)) as origin:
         manifest = _leave_out(settings, resolve(wanted_checkpoints(settings), origin.listings))
         here = presence(manifest, settings.training.download_folder, laid)
-        manifest = replace(manifest, presence=here)
+        told = warn_of_ids(manifest, origin.store, settings.training.download_folder)
+        manifest = replace(manifest, presence=here, warnings=(*manifest.warnings, *told))
         asked = (*manifest.files, *manifest.left_out)
         unknown = sum(1 for artifact in asked if artifact.size_bytes is None)
         if not with_sizes or not unknown:

@@ -18,12 +18,13 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from loader.adapters.config import read_adapter_config
+from loader.adapters.converted import as_safetensors
 from loader.adapters.edit_plan import MergePlan, plan_merge
 from loader.adapters.edits import Replace
 from loader.adapters.effect import check_effect, check_finite
@@ -217,10 +218,10 @@ def reconsider(
 def attach(
     base: Path, adapters: Sequence[NamedAdapter], output: Path, *, allow_pickle: bool = False
 ) -> ReadyModel:
-    """Return the base with *adapters* to be attached; nothing is written but a tokenizer folder.
+    """Return the base with *adapters* to be attached; only what no folder of theirs has is written.
 
     ``tokenizer`` is a folder with tokenizer and chat template: the one they came in where it has
-    both, else *output*.
+    both, else *output*. Beside it lie adapters that came pickled, as safetensors.
 
     Raises:
         AdapterError: tensors without a module, of other shapes, ranks that disagree, or no effect;
@@ -230,6 +231,13 @@ def attach(
     """
     view = Base(_list_base(base, allow_pickle), read_json(base / "config.json"))
     check_all(adapters, view, allow_pickle=allow_pickle, base=base)
+    readable = [
+        replace(adapter, folder=as_safetensors(adapter.folder, Path(f"{output}-{number}")))
+        for number, adapter in enumerate(adapters)
+    ]
+    if readable != list(adapters):
+        check_all(readable, view, base=base)  # its copy of the base, which a pickle does not show
+        adapters = readable
     configs = [read_adapter_config(adapter.folder) for adapter in adapters]
     warnings = []
     for adapter, config in zip(adapters, configs, strict=True):

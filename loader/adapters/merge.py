@@ -332,6 +332,7 @@ def _write_beside(
 ) -> None:
     try:
         for name, path in beside.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             if name == "config.json":
                 write_config(path, folder / name, changes)
             elif name not in (PROVENANCE, HF_QUANT_CONFIG):

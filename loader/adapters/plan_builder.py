@@ -19,7 +19,7 @@ Shapes = Mapping[str, TensorInfo]
 # import takes seconds; that all this holds is tested on its classes.
 PLAIN_FAMILIES = frozenset(
     (
-        *("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "granite"),
+        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "granite"),
         *("olmo", "olmo2", "olmo3", "smollm3", "starcoder2", "cohere", "cohere2", "helium", "glm"),
         *("glm4", "seed_oss", "ernie4_5", "exaone4"),
     )

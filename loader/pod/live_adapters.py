@@ -137,7 +137,8 @@ def check_adapter(settings: Settings, base: Path, folder: Path, name: str) -> Se
     named = NamedAdapter(name, folder)
     decide("attach", [named])
     own = settings.cache_folder or settings.training.download_folder / STATE / "models"
-    ready = attach(base, [named], own / f"tokenizer-{'-'.join(folder.parts[-3:])}")
+    output = own / f"tokenizer-{'-'.join(folder.parts[-3:])}"
+    ready = attach(base, [named], output, allow_pickle=settings.allow_pickle)
     if ready.tokenizer == folder:
         _log.warning("%s came with a tokenizer, but the server keeps its own", name)
     return ready.adapters[0]

@@ -135,7 +135,9 @@ def make_adapted(
             with timeline.stage(decision.mode):
                 if decision.mode == "attach":
                     prove_kept(settings, *sources)
-                    ready = attach(taken.base.path, adapters, output)
+                    ready = attach(
+                        taken.base.path, adapters, output, allow_pickle=settings.allow_pickle
+                    )
                 else:
                     ready = _merge_proved(job, taken.base, sources, output)
     if output.is_dir():

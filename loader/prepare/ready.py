@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from loader.adapters.attach import Ask
@@ -24,8 +26,10 @@ from loader.prepare.consolidated import (
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, ReadyModel, Snapshot
 from loader.weights.formats.refused import find_refusal
+from loader.weights.vocabulary import warn_of_ids
 
 _WEIGHTS = (".safetensors", ".bin")
+_log = logging.getLogger("podloader")
 _RANK = re.compile(r"(?<=/)rank-\d+/")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _HEARING = ("preprocessor_config.json", "processor_config.json")  # how a Whisper hears
@@ -77,8 +81,21 @@ def make_ready(
         )
     if not adapters:
         models = [*models, *([base] if base else [])]
-        return _whole_model(settings, models, timeline, progress)
-    return make_adapted(settings, base, adapters, timeline, late, progress, ask)
+        ready = _whole_model(settings, models, timeline, progress)
+    else:
+        ready = make_adapted(settings, base, adapters, timeline, late, progress, ask)
+    return _warn_of_ids(ready)
+
+
+def _warn_of_ids(ready: ReadyModel) -> ReadyModel:
+    """Return *ready*, with a warning where its tokenizer gives ids that the model lacks."""
+    warning = warn_of_ids(ready.tokenizer, ready.path)
+    if warning is None:
+        return ready
+    _log.warning("%s: %s", ready.tokenizer, warning)
+    told = ready.provenance.get("warnings")
+    warnings = [*(told if isinstance(told, list) else ()), warning]
+    return replace(ready, provenance={**ready.provenance, "warnings": warnings})
 
 
 def _refuse_unservable(sources: Sequence[Source]) -> None:

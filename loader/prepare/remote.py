@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from loader.config.settings import Settings
+from loader.errors import LoaderError
 from loader.fetch.snapshot import read_artifact
 from loader.resolve.manifest import check_count, check_names
 from loader.stores.base import Store
 from loader.stores.registry import Stores, is_remote
-from loader.types import Artifact, Checkpoint, Listing
+from loader.types import Artifact, Checkpoint, Listing, Manifest
 from loader.weights.inspect import find_checkpoints, open_checkpoint
 from loader.weights.publishing import temporary_folder
+from loader.weights.vocabulary import describe_ids
 
+CONFIG = "config.json"
+ADDED_TOKENS = ("tokenizer_config.json", "added_tokens.json")
 _TELLING = ("/config.json", "/adapter_config.json", ".index.json", "/latest")
 
 
@@ -61,6 +67,27 @@ def read_checkpoints(
         if artifact.name.endswith(_TELLING):
             _put(artifact, root, store)
     return find_checkpoints(root, names)
+
+
+def warn_of_ids(manifest: Manifest, store: Store, root: Path) -> list[str]:
+    """Return a warning for each model whose tokenizer's added tokens have no row in it.
+
+    Of a model in *manifest* only small files are read; one that cannot be is left out.
+    """
+    folders: dict[str, dict[str, Artifact]] = {}
+    for artifact in manifest.files:
+        folder, _, name = artifact.path.rpartition("/")
+        folders.setdefault(folder, {})[name] = artifact
+    found = []
+    for folder, files in folders.items():
+        names = [name for name in ADDED_TOKENS if name in files]
+        if names and CONFIG in files:
+            with contextlib.suppress(LoaderError, ValueError):
+                read = {n: json.loads(read_artifact(files[n], root, store)) for n in names}
+                config = json.loads(read_artifact(files[CONFIG], root, store))
+                if warning := describe_ids(read, config):
+                    found.append(f"{folder}: {warning}")
+    return found
 
 
 def _put(artifact: Artifact, root: Path, store: Store) -> None:

@@ -139,15 +139,14 @@ def test_everything_that_does_not_fit_is_listed(base: Path, tmp_path: Path) -> N
 
 
 def test_everything_wrong_with_all_adapters_is_listed(base: Path, tmp_path: Path) -> None:
-    """Misfits and tensors without effect, of one adapter and of another."""
+    """Misfits and empty tensors, of one adapter and of another."""
     one, two, good = (draw(base, tmp_path / name) for name in ("one", "two", "good"))
-    edit_tensors(one, q_A=torch.ones(4, 99), v_B=torch.zeros(64, 4))
+    edit_tensors(one, q_A=torch.ones(4, 99), v_B=torch.zeros(64, 0))
     edit_tensors(two, k_A=torch.ones(4, 128))
     with pytest.raises(AdapterError, match="does not fit its base") as error:
         attach(base, [one, good, two], tmp_path / "out")
     text = "\n".join(error.value.problems)
-    assert len(error.value.problems) == 3
-    for part in ("one", "q_proj.lora_A", "v_proj.lora_B.weight: all zero", "two", "k_proj"):
+    for part in ("one", "q_proj.lora_A", "v_proj.lora_B.weight: empty", "two", "k_proj"):
         assert part in text
     assert "good" not in text
     assert "change nothing" in error.value.what
@@ -192,11 +191,6 @@ def test_rank_that_disagrees_with_the_tensors(base: Path, tmp_path: Path) -> Non
 
 
 def test_adapters_without_effect(base: Path, tmp_path: Path) -> None:
-    zero = draw(base, tmp_path / "zero")
-    edit_tensors(zero, q_B=torch.zeros(128, 4), v_B=torch.zeros(64, 4))
-    with pytest.raises(AdapterError, match="change nothing") as error:
-        attach(base, [zero], tmp_path / "out")
-    assert len(error.value.problems) == 2
     empty = draw(base, tmp_path / "empty")
     edit_tensors(empty, q_A=torch.zeros(0), q_B=torch.zeros(0))
     with pytest.raises(AdapterError, match="fit its base") as error:
@@ -236,17 +230,35 @@ def test_pickled_adapter(base: Path, tmp_path: Path) -> None:
     adapter = draw(base, tmp_path / "a", safe_serialization=False)
     with pytest.raises(FormatError, match="pickle"):
         attach(base, [adapter], tmp_path / "out")
-    assert attach(base, [adapter], tmp_path / "out", allow_pickle=True).adapters
     path = adapter.folder / "adapter_model.bin"
+    for _ in range(2):  # what an earlier run made is made anew
+        (served,) = attach(base, [adapter], tmp_path / "out", allow_pickle=True).adapters
+        assert served.path != adapter.folder
+        assert not list(served.path.glob("*.bin"))
+        ours, theirs = load_file(served.path / "adapter_model.safetensors"), torch.load(path)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert (served.path / "adapter_config.json").is_file()
     prefix = "base_model.model.model.layers.0.self_attn"
     wrong = {
         f"{prefix}.q_proj.lora_A.weight": torch.ones(4, 99),
-        f"{prefix}.v_proj.lora_B.weight": torch.zeros(64, 4),
+        f"{prefix}.v_proj.lora_B.weight": torch.zeros(64, 0),
     }
     torch.save(torch.load(path) | wrong, path)
     with pytest.raises(AdapterError, match=r"does not fit .*; .* change nothing") as error:
         attach(base, [adapter], tmp_path / "out", allow_pickle=True)
-    assert len(error.value.problems) == 2
+    assert error.value.where == str(adapter.folder)
+
+
+def test_embeddings_of_its_own_in_a_pickle(base: Path, tmp_path: Path) -> None:
+    adapter = draw(base, tmp_path / "a", target_modules=["embed_tokens"], safe_serialization=False)
+    assert attach(base, [adapter], tmp_path / "out", allow_pickle=True).adapters
+    path = adapter.folder / "adapter_model.bin"
+    tensors = torch.load(path)
+    tensors["base_model.model.model.embed_tokens.base_layer.weight"][7] += 1
+    torch.save(tensors, path)
+    with pytest.raises(AdapterError, match="embeddings of its own"):
+        attach(base, [adapter], tmp_path / "out", allow_pickle=True)
 
 
 def test_tokenizer_of_the_adapter_wins(base: Path, tmp_path: Path) -> None:

@@ -1,52 +1,61 @@
-"""What no adapter may hold, told from its bytes."""
+"""Zeros in an adapter: a module that was never reached, or an adapter that changes nothing."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from loader.adapters.effect import check_finite, is_finite
+from loader.adapters.attach import NamedAdapter, attach
+from loader.adapters.merge import WeightedAdapter, merge
 from loader.errors import AdapterError
-from loader.weights.header import TensorInfo
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
+from tests.adapters.peft import differing, merged_state, state
+from tests.models import tiny_llama, train_or_draw_lora
 
 
-def raw(values: torch.Tensor) -> bytes:
-    return bytes(values.view(torch.uint8).numpy())
+def zero(adapter: Path, *parts: str) -> None:
+    """Make zeros of every tensor whose name holds one of *parts*."""
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if any(part in name for part in parts):
+            tensors[name] = torch.zeros_like(tensor)
+    save_file(tensors, file)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_value_of_a_dtype_is_told_as_torch_tells_it(dtype: str) -> None:
-    kind = DTYPES[dtype]
-    bits = torch.arange(256 if kind.itemsize == 1 else 65536)
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[kind.itemsize]
-    values = (bits << 8 * max(kind.itemsize - 2, 0)).to(integers).view(kind)
-    for value, finite in zip(values, values.double().isfinite(), strict=True):
-        assert is_finite(raw(value.reshape(1)), dtype) == finite, value
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return tiny_llama(tmp_path / "base", dtype=torch.bfloat16)
 
 
-def test_one_spoiled_value_among_many_is_found(tmp_path: Path) -> None:
-    tensors = {"lora_A": torch.ones(2_000_000), "lora_B": torch.ones(3)}
-    infos = {n: TensorInfo(n, "F32", tuple(t.shape), 0, t.nbytes) for n, t in tensors.items()}
-    check_finite(tmp_path, infos, lambda name: raw(tensors[name]))
-    for place in (0, 1_048_576, 1_999_999):
-        tensors["lora_A"][place] = -math.inf
-        with pytest.raises(AdapterError, match="NaN or infinite") as error:
-            check_finite(tmp_path, infos, lambda name: raw(tensors[name]))
-        assert error.value.problems == ("lora_A",)
-        tensors["lora_A"][place] = 1
+def test_modules_that_training_never_reached(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = train_or_draw_lora(base, tmp_path / "adapter")
+    zero(adapter, "layers.1.self_attn.q_proj.lora_B", "layers.1.self_attn.v_proj.lora_B")
+    ready = attach(base, [NamedAdapter("a", adapter)], tmp_path / "tokenizer")
+    assert [a.name for a in ready.adapters] == ["a"]
+    assert "no effect of 2 of its modules" in caplog.text
+    out = merge(base, [WeightedAdapter(adapter)], tmp_path / "out", exact="peft").path
+    assert not differing(state(out), merged_state(base, adapter))
 
 
-def test_bytes_without_a_float_are_finite() -> None:
-    assert is_finite(b"\xff\xff", "I16")
+@pytest.mark.parametrize("part", ["lora_B", "lora_A"])
+def test_an_adapter_of_which_nothing_works(base: Path, tmp_path: Path, part: str) -> None:
+    adapter = train_or_draw_lora(base, tmp_path / "adapter")
+    zero(adapter, part)
+    with pytest.raises(AdapterError, match="change nothing") as error:
+        attach(base, [NamedAdapter("a", adapter)], tmp_path / "tokenizer")
+    assert len(error.value.problems) == 4
+    with pytest.raises(AdapterError, match="change nothing"):
+        merge(base, [WeightedAdapter(adapter)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_was_trained_beside_zeros(base: Path, tmp_path: Path) -> None:
+    adapter = train_or_draw_lora(base, tmp_path / "adapter", modules_to_save=["lm_head"])
+    zero(adapter, "lora_B")
+    out = merge(base, [WeightedAdapter(adapter)], tmp_path / "out", exact="peft").path
+    assert not differing(state(out), merged_state(base, adapter))
