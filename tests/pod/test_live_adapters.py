@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from loader.pod.plugin import register
 from loader.serve.vllm.arguments import serve_arguments
 from loader.serve.vllm.resolver import Adapters, AdapterSource
 from loader.types import CONFIG_VARIABLE, ReadyModel, ServedAdapter
+from tests import origin as faults
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin, serving, write_listing
 from tests.serve.test_transformers import PROMPT, expected_text
@@ -213,6 +214,31 @@ async def test_no_job_keeps_another_waiting(tmp_path: Path) -> None:
     assert 17 <= len(busy) <= 40
     over.set()
     assert len(await asyncio.gather(*stalled)) == 200
+
+
+async def test_first_uses_on_a_stalling_origin_keep_no_healthy_one_waiting(
+    job: Job, base: Path, adapters: list[Path]
+) -> None:
+    for number in range(16):
+        job.put(adapters[0], f"slow-{number}")
+        name = f"rank-0/slow-{number}/adapter_model.safetensors"
+        job.origin.fail(name, *[faults.stall(30)] * 20)
+    settings = replace(settings_of(job), retries=1, stall_timeout_s=4)
+    served = AdapterSource(
+        settings.adapter_jobs,
+        job.root,
+        lambda base, name: fetch_named(settings, Path(base), name),
+        lambda *_: pytest.fail("nobody asks for a folder"),
+    )
+    asked = Adapters(served)
+    slow = [asyncio.create_task(asked.find(str(base), f"job1/slow-{i}")) for i in range(16)]
+    await asyncio.sleep(1)
+    async with asyncio.timeout(10):
+        assert (await asked.find(str(base), "job1/checkpoint-10")).rank == 4
+    assert not any(task.done() for task in slow)
+    for task in slow:
+        task.cancel()
+    job.origin.faults.clear()
 
 
 async def test_paths_stay_below_the_download_folder(tmp_path: Path) -> None:

@@ -122,6 +122,30 @@ def test_another_engine_has_no_server(start: Start) -> None:
     assert pod.wait() == 2
 
 
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_ends_what_does_not_heed_it(start: Start, tmp_path: Path, signals: int) -> None:
+    """An engine that is loading and deaf; nobody takes the spans either."""
+    deaf = tmp_path / "deaf" / "vllm"
+    deaf.mkdir(parents=True)
+    (deaf / "__init__.py").write_text(
+        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(100)"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = {"PYTHONPATH": str(deaf.parent), "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
+        pod = start(environment=environment)
+        pod.wait_for(lambda body: body["files"]["total"] and body["stage"] == "engine import")
+        family = [pod.pod, *pod.pod.children(recursive=True)]
+        pod.stop_probing()
+        began = time.monotonic()
+        for _ in range(signals):
+            pod.signal(signal.SIGTERM)
+            time.sleep(0.1)
+        assert pod.wait(20) == 143
+        assert time.monotonic() - began < 3  # two seconds, on a machine that is not busy
+        assert not [process for process in family if process.is_running()]
+
+
 @pytest.mark.engine
 def test_a_signal_ends_the_load_of_an_engine_at_once(start: Start) -> None:
     """Though nobody takes its spans."""

@@ -23,7 +23,7 @@ import logging
 import secrets
 import shutil
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +112,9 @@ class EngineAdapters:
         number, path = loaded.lora_int_id, Path(loaded.lora_path)
         folder = self._files.keep(path, number)
         self._adapters.setdefault(name, ServedAdapter(name, path, 0))
-        self._models.lora_requests[name] = self._make_version(
-            own or _own_name(name, number), number, folder, loaded.is_3d_lora_weight
-        )
+        own = own or _own_name(name, number)
+        version, _ = self._make_version(own, number, folder, loaded.is_3d_lora_weight)
+        self._models.lora_requests[name] = version
 
     async def remove(self, name: str) -> None:
         """Serve the adapter *name* no more; requests under way are answered to their end.
@@ -136,8 +136,17 @@ class EngineAdapters:
         number = self._models.lora_id_counter.inc(1)
         folder = await asyncio.to_thread(self._files.keep, adapter.path, number)
         await asyncio.to_thread(_check_numbers, folder)
-        own = _own_name(adapter.name, number)
-        version = self._make_version(own, number, folder, is_3d)
+        version, leave = self._make_version(_own_name(adapter.name, number), number, folder, is_3d)
+        try:
+            await self._load(version, adapter.path)
+            if self._canary:
+                await self._prove(version)
+        except BaseException:
+            leave()  # whoever keeps the error would keep the version
+            raise
+        return version
+
+    async def _load(self, version: Any, path: Path) -> None:
         try:
             await self._engine.add_lora(version)
         except Exception as error:
@@ -145,20 +154,20 @@ class EngineAdapters:
                 raise EngineError("the engine is not running", got=str(error)) from error
             raise AdapterError(
                 "the engine does not take the adapter",
-                where=str(adapter.path),
+                where=str(path),
                 got=str(error),
                 next_step="engine_args max_lora_rank says what it can take",
             ) from error
-        if self._canary:
-            await self._prove(version)
-        return version
 
-    def _make_version(self, own: str, number: int, folder: Path, is_3d: bool) -> Any:
+    def _make_version(
+        self, own: str, number: int, folder: Path, is_3d: bool
+    ) -> tuple[Any, Callable[[], object]]:
+        """Return the version, and what makes it leave the engine before its time."""
         version = version_type()(own, number, str(folder), is_3d_lora_weight=is_3d)
         # Whoever answers a request holds this object until its last token.
         gone = weakref.finalize(version, self._on_gone, own, number, folder)
         gone.atexit = False
-        return version
+        return version, gone
 
     def _on_gone(self, own: str, number: int, folder: Path) -> None:
         """Runs in whatever thread let go of the last reference."""

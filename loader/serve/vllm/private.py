@@ -102,6 +102,7 @@ IMPORTED = {
             "lora_id_counter",
             "lora_requests",
             "lora_resolver_lock",
+            "lora_resolvers",
             "model_config",
             "model_name(lora_request)",
             "resolve_lora(lora_name)",

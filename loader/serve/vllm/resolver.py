@@ -68,16 +68,19 @@ class Adapters:
         self._refused: dict[str, tuple[float, LoaderError]] = {}
         self._turns: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(_WORKERS))
 
+    def may_fetch(self, name: str) -> bool:
+        """Return whether *name* is of a job that is allowed."""
+        return name.partition("/")[0] in self._source.jobs
+
     async def find(self, base: str, name: str) -> ServedAdapter:
         """Return the adapter *name*, fetched.
 
         Raises:
             LoaderError: it is not to be had.
         """
-        job = name.partition("/")[0]
-        if job not in self._source.jobs:
+        if not self.may_fetch(name):
             return self._source.fetch(base, name)  # which refuses it
-        async with self._turns[job]:  # in the order of asking
+        async with self._turns[name.partition("/")[0]]:  # in the order of asking
             return await _on_thread(self._source.fetch, base, name)
 
     async def locate(self, base: str, path: str, name: str, *, ours: bool = False) -> ServedAdapter:
@@ -107,12 +110,14 @@ class Adapters:
         """
         until, error = self._refused.get(what, (0.0, None))
         if error is not None and time.monotonic() < until:
-            raise error
+            raise error.with_traceback(None)
         try:
             yield
         except LoaderError as problem:
             self._remember(what, problem)
-            raise
+            # What is kept must not keep all that stood on the stack.
+            problem.__cause__ = problem.__context__ = None
+            raise problem.with_traceback(None) from None
         except Exception as problem:
             _log.exception("the adapter %r is not to be had", what[:_LONGEST_NAME])
             raise LoaderError(f"{type(problem).__name__}: {problem}") from problem
@@ -212,7 +217,7 @@ class LoadedOnRequest:
         self._versions = EngineAdapters(models, canary=canary)
         self._base = models.model_config.model
         self._resolve_elsewhere = models.resolve_lora
-        self._under_way: dict[str, asyncio.Task[None]] = {}
+        self._under_way: dict[str, asyncio.Task[Any]] = {}
         self._at_the_start = {
             (lora_module.name, lora_module.path) for lora_module in models.static_lora_modules or ()
         }
@@ -229,10 +234,10 @@ class LoadedOnRequest:
             task = self._under_way[name] = asyncio.create_task(self._bring(name))
             task.add_done_callback(lambda _: self._under_way.pop(name))
         try:
-            await asyncio.shield(task)  # whoever asks first may go away
+            refusal = await asyncio.shield(task)  # whoever asks first may go away
         except LoaderError as error:
             raise HTTPException(status_of(error), error.line) from None
-        return self._models.lora_requests.get(name)
+        return self._models.lora_requests.get(name) or refusal
 
     async def load(self, request: Any, base_model_name: str | None = None) -> Any:
         """Answer ``/v1/load_lora_adapter``."""
@@ -269,15 +274,18 @@ class LoadedOnRequest:
             is_3d=request.is_3d_lora_weight,
         )
 
-    async def _bring(self, name: str) -> None:
-        if self._adapters is None:
-            await self._resolve_elsewhere(name)
+    async def _bring(self, name: str) -> Any:
+        """Serve the adapter *name*; returns what other resolvers of vLLM's answer, if any."""
+        adapters = self._adapters
+        if adapters is None or (self._models.lora_resolvers and not adapters.may_fetch(name)):
+            answer = await self._resolve_elsewhere(name)
             self._versions.adopt(name)
-            return
-        with self._adapters.asked(name):
-            found = await self._adapters.find(self._base, name)
+            return answer
+        with adapters.asked(name):
+            found = await adapters.find(self._base, name)
             if name not in self._models.lora_requests:
                 await self._versions.put(found)
+        return None
 
 
 async def _find_anywhere(name: str, path: str) -> ServedAdapter:
