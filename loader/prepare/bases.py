@@ -134,6 +134,23 @@ def _identify_cached(
     return BaseModel(folder, {**named, "files": files}, kept)
 
 
+def bring_base(
+    settings: Settings, name: str, timeline: Timeline, progress: Progress | None = None
+) -> BaseModel:
+    """Return the base called *name*, all of it on this disk.
+
+    Raises:
+        LoaderError: as ``find_base``, or its weights cannot be fetched.
+    """
+    if is_remote(name) and not Path(name).expanduser().is_dir():
+        with SpanProgress(progress, timeline, _WHOLE) as watched:
+            return fetch_base(settings, name, watched)
+    found = find_base(settings, name, timeline, progress)
+    if is_on_hub(found):
+        return fetch_hub_weights(settings, found, timeline, progress, is_input=True)
+    return identify_local(settings, found.path, weights=True)
+
+
 def fetch_hub_weights(
     settings: Settings,
     small: BaseModel,

@@ -37,8 +37,9 @@ from loader.prepare.inputs import prove
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, Snapshot
 from loader.weights.formats.learning import learning_names
-from loader.weights.formats.places import has_config, home_folders
-from loader.weights.formats.rank_files import Files
+from loader.weights.formats.places import has_config, home_folders, weight_folders
+from loader.weights.formats.rank_files import Files, LocalFiles
+from loader.weights.formats.refused import find_refusal
 from loader.weights.formats.serving import serving_files
 from loader.weights.header import read_header
 from loader.weights.index import read_weight_map
@@ -151,18 +152,23 @@ def make_whole(
     settings: Settings,
     timeline: Timeline,
     find_base: Callable[[], BaseModel | None],
+    bring_base: Callable[[], BaseModel | None],
     shards: LateShards | None = None,
 ) -> Source:
     """Return *source*, consolidated where it is sharded.
 
-    ``find_base`` is asked for the small files of the base model where no rank has a config.
+    ``find_base`` is asked for the small files of the base model where no rank has a config,
+    ``bring_base`` for all of it where the frozen parameters were not saved.
 
     Raises:
         CheckpointError: see ``loader.weights.formats.consolidation.consolidate``.
     """
     if source.checkpoint.kind not in SHARDED:
         return source
-    base = None if has_config(source.checkpoint) else find_base()
+    if source.checkpoint.kind is Kind.ZERO and _needs_base(source.checkpoint, shards):
+        base = bring_base()
+    else:
+        base = None if has_config(source.checkpoint) else find_base()
     is_coming = shards is not None and shards.identities is None
     cache = cache_folder(settings)
     sweep(cache, _COMING)
@@ -184,6 +190,18 @@ def make_whole(
             output = give_name(output, _named(source, base, settings))
     use(output)
     return replace(source, checkpoint=open_checkpoint(output), kept={})
+
+
+def _needs_base(checkpoint: Checkpoint, shards: LateShards | None) -> bool:
+    from loader.weights.formats.frozen import needs_base  # torch
+
+    if find_refusal(checkpoint):  # which says more
+        return False
+    with contextlib.ExitStack() as stack:
+        if shards is not None:
+            files, _ = stack.enter_context(shards.opened(checkpoint))
+            return needs_base(checkpoint, files)
+        return needs_base(checkpoint, stack.enter_context(LocalFiles(weight_folders(checkpoint))))
 
 
 def prove_kept(settings: Settings, *inputs: Source | BaseModel) -> None:

@@ -14,7 +14,7 @@ from loader.config.settings import Settings
 from loader.errors import CheckpointError
 from loader.fetch.progress import Progress
 from loader.prepare.adapted import make_adapted
-from loader.prepare.bases import WHOLE, check_weights, find_base, not_a_base
+from loader.prepare.bases import WHOLE, bring_base, check_weights, find_base, not_a_base
 from loader.prepare.consolidated import (
     SHARDED,
     BaseModel,
@@ -63,11 +63,19 @@ def make_ready(
     def find_small_files() -> BaseModel | None:
         return _find_small_files(settings, found, timeline)
 
+    def bring_all() -> BaseModel | None:
+        if settings.base_model is None or settings.base_checkpoint is not None:
+            return find_small_files()  # a checkpoint is here as a whole
+        return bring_base(settings, settings.base_model, timeline)
+
     if late is not None and any(s.kind is Kind.RANK_SHARDS for s in found):
         with late.fetching() as arriving:  # consolidated they are the base, not as they arrive
             snapshot = arriving.wait()
         return make_ready(settings, snapshot, checkpoints, timeline, progress=progress, ask=ask)
-    sources = [make_whole(source, settings, timeline, find_small_files, shards) for source in found]
+    sources = [
+        make_whole(source, settings, timeline, find_small_files, bring_all, shards)
+        for source in found
+    ]
     base = _base_source(settings, sources)
     rest = [s for s in sources if s is not base]
     adapters = [s for s in rest if s.checkpoint.kind is Kind.ADAPTER]

@@ -29,12 +29,13 @@ from loader.weights.formats.assembly import (
 from loader.weights.formats.dcp import DcpSource
 from loader.weights.formats.dtensors import DTensorSource
 from loader.weights.formats.expected import ModelNames, read_model_names
+from loader.weights.formats.frozen import FROZEN_LEFT_OUT, FilledSource
 from loader.weights.formats.hfstorage import SafetensorsStorageSource, is_storage
 from loader.weights.formats.layouts import find_view
 from loader.weights.formats.pieces import SourceTensor
 from loader.weights.formats.places import CONFIG, home_folders, weight_folders
 from loader.weights.formats.rank_files import Files, LocalFiles
-from loader.weights.formats.ranks import RankShardsSource
+from loader.weights.formats.ranks import RankShardsSource, has_weights
 from loader.weights.formats.refused import find_refusal, optimizer_alone
 from loader.weights.formats.sidecars import find_sidecars, write_sidecars
 from loader.weights.formats.tensor_names import is_of_model, match_names
@@ -101,7 +102,8 @@ def consolidate(
 
     The folder appears when all of it is written. Tensors are named as the model names them, from
     the checkpoint's config.json, else from the one in *base*; or *names* (name -> shape) are
-    expected; *learn* returns those of a folder's config.json. *files* are the checkpoint's where
+    expected; *learn* returns those of a folder's config.json. What ZeRO left out of a checkpoint
+    because it was frozen comes from the weights in *base*. *files* are the checkpoint's where
     they are not (all) on this disk. ``dtype`` ("bfloat16") casts floating tensors, None leaves them
     as they were trained. ``on_progress(done, total)`` is told of bytes. Some blocks of 8 MiB are
     in memory at a time.
@@ -120,8 +122,9 @@ def consolidate(
     with contextlib.ExitStack() as stack:
         if files is None:
             files = stack.enter_context(LocalFiles(weight_folders(checkpoint)))
+        weights = stack.enter_context(LocalFiles([base])) if base else None
         plan = plan_consolidation(
-            checkpoint, files, base=base, names=names, dtype=code, learn=learn
+            checkpoint, files, base, weights, names=names, dtype=code, learn=learn
         )
         specs = [TensorSpec(t.name, t.dtype, t.source.shape) for t in plan.targets]
         even = min(max_shard_bytes, even_shard_bytes(plan.size_bytes))
@@ -145,15 +148,16 @@ def _open_writer(
 def plan_consolidation(
     checkpoint: Checkpoint,
     files: Files,
-    *,
     base: Path | None = None,
+    base_files: Files | None = None,
+    *,
     names: Mapping[str, tuple[int, ...]] | None = None,
     dtype: str | None = None,
     learn: Learn = read_model_names,
 ) -> Consolidation:
     """Return what ``consolidate`` would write; only descriptions of tensors are read.
 
-    ``dtype`` as in "BF16".
+    ``dtype`` as in "BF16". ``base_files`` are those of *base*, which may lack weights.
 
     Raises:
         LoaderError: as ``consolidate``, but for the disk.
@@ -172,7 +176,12 @@ def plan_consolidation(
     expected = ModelNames(names) if names is not None else _expected(sidecars, learn, where)
     if CONFIG in sidecars:
         source = find_view(source, files, sidecars[CONFIG], where) or source
-    match = match_names(source.shapes, expected, where)
+    hint = ""
+    if isinstance(source, ZeroSource) and source.lacks_frozen:
+        hint = FROZEN_LEFT_OUT
+        if base_files is not None and has_weights(base_files):
+            source = FilledSource(source, base_files, expected.shapes)
+    match = match_names(source.shapes, expected, where, hint)
     targets = _targets(match.names, source, dtype)
     _check_copies(targets, match.copies, source, dtype, where)
     return Consolidation(targets, sidecars, "model", _main_dtype(targets))

@@ -63,6 +63,11 @@ class RankShardsSource:
         return tuple(self._found[name] for name in names)
 
 
+def has_weights(files: Files) -> bool:
+    """Return whether there are weight files among *files*."""
+    return any(_shards(files, kind) for kind in (_SAFE, _PICKLED))
+
+
 def _shards(files: Files, kind: str) -> list[str]:
     found = (n for n in files.names if (m := _SHARD.match(n)) and m["kind"] == kind)
     whole = {_WHOLE[kind]} | ({FSDP_WEIGHTS} if kind == _PICKLED else set())

@@ -65,8 +65,12 @@ def is_of_model(name: str) -> bool:
     return not (_NOT_MODEL.match(name) or _COMPUTED.search(name))
 
 
-def match_names(found: Mapping[str, tuple[int, ...]], expected: ModelNames, where: str) -> Match:
+def match_names(
+    found: Mapping[str, tuple[int, ...]], expected: ModelNames, where: str, hint: str = ""
+) -> Match:
     """Return which tensor of the checkpoint is which of the model; *found*: name -> shape.
+
+    *hint* says why tensors may be missing, and what to do then.
 
     Of tied tensors one is given, the one that the others are tied to; ``copies`` names the rest
     that the checkpoint holds as well.
@@ -98,7 +102,8 @@ def match_names(found: Mapping[str, tuple[int, ...]], expected: ModelNames, wher
         for name, source in names.items()
         if found[source] != expected.shapes[name]
     ]
-    _refuse(where, missing, unexpected, shaped, [n for n in by_model if n in expected.shapes])
+    known = [name for name in by_model if name in expected.shapes]
+    _refuse(where, missing, unexpected, shaped, known, hint if missing else "")
     return Match(MappingProxyType(names), MappingProxyType(copies))
 
 
@@ -139,6 +144,7 @@ def _refuse(
     unexpected: Sequence[str],
     shaped: Sequence[str],
     known: Sequence[str],
+    hint: str,
 ) -> None:
     problems = [
         *(f"missing: {name}" for name in missing),
@@ -153,6 +159,6 @@ def _refuse(
             got=f"{len(known)} of them, {len(missing)} missing, {len(unexpected)} unexpected, "
             f"{len(shaped)} of another shape",
             problems=problems,
-            next_step="give the folders of all ranks, and the config.json of the model that was "
-            "trained",
+            next_step=hint
+            or "give the folders of all ranks, and the config.json of the model that was trained",
         )

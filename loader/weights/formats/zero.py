@@ -63,6 +63,7 @@ class ZeroSource:
         self._states = read_model_states(self._archive(self._models[min(self._models)]))
         self.shapes: Mapping[str, tuple[int, ...]] = self._states.shapes
         self.dtypes: Mapping[str, str] = self._states.dtypes
+        self.lacks_frozen = self._states.lacks_frozen
 
     def open(self, names: Sequence[str], dtype: str | None) -> tuple[SourceTensor, ...]:
         """Return the tensors of these names: as trained, or float32 where *dtype* is another.

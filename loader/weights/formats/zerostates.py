@@ -25,6 +25,7 @@ class ModelStates:
     ``shapes`` and ``dtypes`` (as trained) are of all tensors; ``whole`` are those that lie in this
     file entirely, ``groups`` those that are partitioned, in their order, ``frozen`` this rank's
     fragments of those that were not trained, ``shared`` names that are another tensor's.
+    ``lacks_frozen``: the latter were not saved (``exclude_frozen_parameters``).
     """
 
     archive: Archive
@@ -35,6 +36,7 @@ class ModelStates:
     groups: tuple[Shapes, ...]
     frozen: Mapping[str, TensorRef]
     shared: Mapping[str, str]
+    lacks_frozen: bool
 
     def is_partitioned(self, name: str) -> bool:
         """Return whether float32 partitions hold this tensor."""
@@ -137,6 +139,7 @@ def _read_model(archive: Archive, state: Mapping[str, object]) -> ModelStates:
         groups,
         frozen,
         shared,
+        state.get("frozen_param_shapes") is None,
     )
 
 

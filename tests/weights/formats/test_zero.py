@@ -13,6 +13,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from loader import boot
 from loader.errors import CheckpointError, FormatError, UnsupportedError
 from loader.types import Checkpoint, Kind
 from loader.weights.formats.consolidation import consolidate
@@ -281,3 +282,22 @@ def test_a_frozen_part_of_another_run_is_refused(zero: Path, tmp_path: Path) -> 
     torch.save(states, path)
     with pytest.raises(FormatError, match="frozen parameter"):
         consolidate(found(copy), tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", ["zero2-without", "zero3-without"])
+def test_frozen_parameters_that_were_not_saved_come_from_the_base(
+    zero: Path, base: Path, case: str, publish: Any, tmp_path: Path
+) -> None:
+    name = "model.embed_tokens.weight"
+    frozen = load_file(base / "model.safetensors")[name].to(torch.bfloat16)
+    wanted = reference(zero / case, torch.bfloat16)
+    assert name not in wanted
+    out = consolidate(found(zero / case), tmp_path / "out", base=base)
+    assert_same(tensors_of(out), wanted | {name: frozen})
+    with pytest.raises(CheckpointError, match="not the model") as error:
+        consolidate(found(zero / case), tmp_path / "without")
+    assert error.value.problems == (f"missing: {name}",)
+    assert "base_model" in error.value.next_step
+    for only in (True, False):
+        ready = boot.prepare(publish(zero / case, base_model=str(base), weights_only_fetch=only))
+        assert_same(tensors_of(ready.path), wanted | {name: frozen})

@@ -112,6 +112,17 @@ def frozen(stage: int) -> Callable[[str], None]:
     return case
 
 
+def without_frozen(stage: int) -> Callable[[str], None]:
+    """Embeddings frozen, and not saved."""
+
+    def case(name: str) -> None:
+        model = LlamaForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+        model.model.embed_tokens.weight.requires_grad_(False)
+        run(name, model, stage, "bf16", exclude_frozen_parameters=True)
+
+    return case
+
+
 def lora(name: str) -> None:
     """As the Trainer saves PEFT over ZeRO-3: frozen parameters left out."""
     settings = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
@@ -150,6 +161,8 @@ CASES: dict[str, Callable[[str], None]] = {
     "zero3-fp16": lambda name: run(name, build(), 3, "fp16"),
     "zero3-tied": lambda name: run(name, build(tied=True), 3, "bf16"),
     "zero3-frozen": frozen(3),
+    "zero2-without": without_frozen(2),
+    "zero3-without": without_frozen(3),
     "zero3-lora": lora,
     "universal": universal,
 }
