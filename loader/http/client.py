@@ -186,7 +186,7 @@ class HttpClient:
                 common = range_headers(wanted.span, wanted.version)
                 whole = Request(request.method, {**common, **headers}, request.body)
                 sent = self._send(whole, url)
-            got, answer = self._receive(sent, request.method)
+            got, answer = self._receive(sent, request.method, wanted)
             if answer.status not in _REDIRECTS or request.body is not None:
                 break
             target = answer.fields.get("location")
@@ -313,12 +313,12 @@ class HttpClient:
             raise translate(error, url, origin.proxy) from None
         return Sent(connection, origin, url, message, is_kept=False, at=time.monotonic())
 
-    def _receive(self, sent: Sent, method: str) -> tuple[Sent, Answer]:
+    def _receive(self, sent: Sent, method: str, wanted: Wanted) -> tuple[Sent, Answer]:
         stall_s = self._options.stall_timeout_s
         try:
             if sent.is_next:
                 sent.connection.sock.settimeout(min(_NEXT_S, stall_s))
-            answer = sent.connection.take_answer(method, sent.url)
+            answer = sent.connection.take_answer(method, sent.url, wanted)
             if sent.is_next:
                 sent.connection.sock.settimeout(stall_s)
             else:
@@ -332,7 +332,8 @@ class HttpClient:
                 self.distrust(sent.origin)
             elif not sent.is_kept or not isinstance(error, _STALE):
                 raise translate(error, sent.url) from None
-        return self._receive(self._send_anew(sent.origin, sent.url, sent.message), method)
+        anew = self._send_anew(sent.origin, sent.url, sent.message)
+        return self._receive(anew, method, wanted)
 
     def _follow(self, url: str, target: str | None) -> str:
         if not target:

@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable
 
 from loader.http.grammar import AnswerError
+from loader.http.request import Wanted
 from loader.http.response import Answer, Inbox
 from loader.http.sockets import PlainSocket
 
 _OF_BODIES = ("content-length", "content-range", "etag", "last-modified", "content-encoding")
 
 
-class RepeatedError(AnswerError):
-    """An answer that is the one before, once more."""
+class DoubtError(AnswerError):
+    """An answer that may be to something else than what was asked."""
 
 
 class Connection:
@@ -23,7 +24,8 @@ class Connection:
     def __init__(self, sock: PlainSocket) -> None:
         self.sock = sock
         self.inbox = Inbox(sock)
-        self._last: tuple[str, object] = ("", None)  # what was asked for, what the answer said
+        # What was asked for, and what the answer said of its body.
+        self._last: tuple[str, tuple[int | str | None, ...]] = ("", (0,))
 
     def peek(self) -> bytes | None:
         """Return what has come that nobody asked for, b"" at the end, None where that is nothing.
@@ -32,28 +34,31 @@ class Connection:
         """
         return b"\0" if self.inbox.held_bytes else self.sock.peek()
 
-    def take_answer(self, method: str, url: str) -> Answer:
+    def take_answer(self, method: str, url: str, wanted: Wanted) -> Answer:
         """Return the next answer, which is to *url*.
 
-        The one before may come again, when this was asked for already. Then it says the same of its
-        body, which begins alike. Two files may do so as well, and nobody can tell the difference.
+        Something may come on a connection before this is asked for. The answer before, once more,
+        says the same of its body, which begins alike; two files may do so as well, and nobody can
+        tell the difference. All of an object, from an origin that has just sent a range, may be all
+        of another one. Both are left to a new connection to tell.
 
         Raises:
             AnswerError: it is none.
-            RepeatedError: it looks like the one before.
+            DoubtError: it may be an answer to something else.
             OSError: it did not come.
         """
         (asked, before), sample = self._last, self.inbox.sample
         answer = Answer(self.inbox, method)
         said = (answer.status, *map(answer.fields.get, _OF_BODIES))
         self._last = (url, said)
-        if said == before and asked != url:
-            try:
-                if answer.begins_with(sample):
-                    raise RepeatedError("the answer before, once more")
-            except BaseException:
-                answer.close()
-                raise
+        try:
+            if answer.status == 200 and before[0] == 206 and wanted.span and not wanted.version:
+                raise DoubtError("all of what was asked for a range of")
+            if said == before and asked != url and answer.begins_with(sample):
+                raise DoubtError("the answer before, once more")
+        except BaseException:
+            answer.close()
+            raise
         return answer
 
     def close(self) -> None:

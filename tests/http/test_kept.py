@@ -110,7 +110,7 @@ def transport(
     if request.param == "plain":
         return None, None
     if request.param == "buffered tls":
-        monkeypatch.setattr(openssl, "attach", lambda tls, fd: None)
+        monkeypatch.setattr(openssl, "attach", lambda *_: None)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     bundle = tmp_path / "ca.pem"

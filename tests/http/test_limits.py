@@ -78,7 +78,7 @@ def test_an_endless(name: str, kind: str, tmp_path: Path, monkeypatch: pytest.Mo
         authority.cert_pem.write_to_path(tmp_path / "ca.pem")
         options = HttpOptions(2, 0.4, ca_bundle=tmp_path / "ca.pem")
     if kind == "buffered tls":
-        monkeypatch.setattr(openssl, "attach", lambda tls, fd: None)
+        monkeypatch.setattr(openssl, "attach", lambda *_: None)
     with answering(talk, context) as origin, closing(HttpClient(options)) as client:
         assert cut_off(client, origin.url) < GENEROUS_S
 
@@ -100,7 +100,7 @@ def test_a_handshake_without_an_end(
     say: Callable[[socket.socket], None], buffered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if buffered:
-        monkeypatch.setattr(openssl, "attach", lambda tls, fd: None)
+        monkeypatch.setattr(openssl, "attach", lambda *_: None)
 
     def serve() -> None:
         with suppress(OSError), listener.accept()[0] as taken:
