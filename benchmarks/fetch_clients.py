@@ -171,11 +171,10 @@ def s5cmd(job: dict[str, Any]) -> None:
         f"cp s3://{job['bucket']}/{f['path']} {job['folder']}/{f['path']}\n" for f in job["files"]
     )
     command = [str(Path(sys.executable).with_name("s5cmd")), "--no-sign-request"]
-    command += ["--endpoint-url", job["endpoint"], "--no-verify-ssl", "--log", "error"]
+    command += ["--endpoint-url", job["endpoint"], "--log", "error"]
+    own = {"AWS_REGION": "x"} | ({"SSL_CERT_FILE": job["ca"]} if job["ca"] else {})
     Path(job["folder"]).mkdir(parents=True, exist_ok=True)
-    subprocess.run(
-        [*command, "run"], input=lines.encode(), check=True, env={**os.environ, "AWS_REGION": "x"}
-    )
+    subprocess.run([*command, "run"], input=lines.encode(), check=True, env={**os.environ, **own})
 
 
 def boto3(job: dict[str, Any]) -> None:

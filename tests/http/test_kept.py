@@ -226,6 +226,30 @@ def test_what_comes_to_an_idle_connection(transport: Transport) -> None:
         assert origin.connections == len(FILES)
 
 
+@pytest.mark.parametrize("stray", ["a copy", "all of another object"])
+def test_what_comes_just_when_the_next_is_asked_for(
+    stray: str, transport: Transport, tmp_path: Path
+) -> None:
+    context, bundle = transport
+    before: dict[socket.socket, bytes] = {}
+
+    def talk(sock: socket.socket, request: bytes) -> bool:
+        answer = object_of(request)
+        if sock in before:
+            other = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwrong"
+            sock.sendall(before[sock] if stray == "a copy" else other)
+        before[sock] = answer
+        sock.sendall(answer)
+        return True
+
+    options = HttpOptions(stall_timeout_s=2, ca_bundle=bundle)
+    with answering(talk, context) as origin, closing(PresignedStore(HttpClient(options))) as store:
+        files = tuple(Artifact("j", 0, name, f"{origin.url}/{name}?s=1") for name in FILES)
+        snapshot = fetch(Manifest(files), tmp_path / "d", store, FetchOptions(concurrency=2))
+    folder = snapshot.root / "j/rank-0"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
+
+
 def test_an_answer_behind_a_tunnels_is_none() -> None:
     from loader.http.grammar import AnswerError
     from loader.http.proxies import Proxy, open_tunnel
