@@ -141,8 +141,10 @@ def plan(settings: Settings, *, with_sizes: bool = True) -> Manifest:
     with open_origin(settings, laid, Timeline(quiet=True)) as origin:
         manifest = _leave_out(settings, resolve(wanted_checkpoints(settings), origin.listings))
         here = presence(manifest, settings.training.download_folder, laid)
-        told = warn_of_ids(manifest, origin.store, settings.training.download_folder)
-        manifest = replace(manifest, presence=here, warnings=(*manifest.warnings, *told))
+        manifest = replace(manifest, presence=here)
+        if with_sizes:
+            told = warn_of_ids(manifest, origin.store, settings.training.download_folder)
+            manifest = replace(manifest, warnings=(*manifest.warnings, *told))
         asked = (*manifest.files, *manifest.left_out)
         unknown = sum(1 for artifact in asked if artifact.size_bytes is None)
         if not with_sizes or not unknown:

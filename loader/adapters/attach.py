@@ -174,8 +174,12 @@ def _whole_tensors(folder: Path) -> list[str]:
     return [name for name in names if not _ATTACHABLE.search(name)]
 
 
-Ask = Callable[[Path, Mapping[str, Sequence[str]]], Mapping[str, str]]
-"""Returns why vLLM would not use all of an adapter, by its name: of a model and tensors' names."""
+Reason = tuple[str, bool]
+Ask = Callable[[Path, Mapping[str, Sequence[str]]], Mapping[str, Reason]]
+"""Returns why vLLM would not use all of an adapter, by its name, and whether that is sure.
+
+Of a model's folder, and the names of each adapter's tensors.
+"""
 
 
 def reconsider(
@@ -201,9 +205,12 @@ def reconsider(
     unbound = ask(base, odd) if odd else {}
     if not unbound:
         return decision
-    problems = [f"{name}: {text}" for name, text in unbound.items()]
+    problems = [f"{name}: {text}" for name, (text, _) in unbound.items()]
     if len(adapters) == 1 and policy == "auto":
         return Decision("merge", f"merge: vLLM would not serve all of {problems[0]}")
+    if not any(certain for _, certain in unbound.values()):
+        _log.warning("vLLM will say whether it uses all of them: %s", "; ".join(problems))
+        return decision
     raise AdapterError(
         "adapters that vLLM would not serve in full",
         where=str(base),
@@ -288,8 +295,10 @@ def check_all(
     *,
     allow_pickle: bool = False,
     base: Path | None = None,
-) -> None:
-    """Check that every adapter fits *view*, told from headers alone.
+) -> bool:
+    """Return whether it is known that every adapter fits *view*, told from headers alone.
+
+    It is not where it takes transformers to say, which *view* is not to ask.
 
     With ``base``, whose weights are there, also that vLLM would leave nothing of theirs out.
 
@@ -298,12 +307,13 @@ def check_all(
         FormatError: broken files, or pickles without ``allow_pickle``.
     """
 
-    def check(folder: Path) -> None:
+    def check(folder: Path) -> bool:
         plan = check_fit(folder, view, allow_pickle=allow_pickle)
         if base is not None and plan is not None:
             _check_own_embeddings(folder, plan, base)
+        return plan is not None
 
-    run_all(partial(check, adapter.folder) for adapter in adapters)
+    return all(run_all(partial(check, adapter.folder) for adapter in adapters))
 
 
 def check_fit(folder: Path, base: Base, *, allow_pickle: bool = False) -> MergePlan | None:

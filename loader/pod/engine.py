@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loader.errors import EngineError, LoaderError
-from loader.serve.vllm.bound import Names
+from loader.serve.vllm.bound import Names, Reason, read_reasons
 from loader.serve.vllm.channel import Channel, error_from_json
 from loader.status.state import Boot
 from loader.timeline import Open, Timeline
@@ -52,7 +52,7 @@ class EngineProcess:
         self._tell = tell
         self._error: LoaderError | None = None
         self._loading = self._serving = False
-        self._unbound: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+        self._unbound: queue.SimpleQueue[dict[str, Reason]] = queue.SimpleQueue()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", _WORKER, str(theirs.fileno()), str(listening.fileno())],
@@ -102,7 +102,7 @@ class EngineProcess:
         """Let the process look at the model's *config*, which is here before the weights."""
         self._channel.send("hint", config=str(config))
 
-    def ask_unbound(self, model: Path, adapters: Names) -> Mapping[str, str]:
+    def ask_unbound(self, model: Path, adapters: Names) -> Mapping[str, Reason]:
         """Return why vLLM would not use all of an adapter, by its name, once it can say.
 
         Empty, too, where the process is gone, which ``tell`` is told of.
@@ -161,7 +161,7 @@ class EngineProcess:
                 span = begun.pop(message["name"])
                 self._timeline.end(span, at=message["at"], failed=message["failed"])
             elif kind == "unbound":
-                self._unbound.put(message["found"])
+                self._unbound.put(read_reasons(message["found"]))
             elif kind == "loaded":
                 self._tell(EngineLoaded())
             elif kind == "failed":

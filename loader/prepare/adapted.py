@@ -16,11 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 from loader.adapters.attach import (
     Ask,
     Decision,
     NamedAdapter,
+    Reason,
     attach,
     check_all,
     decide,
@@ -59,7 +61,7 @@ from loader.prepare.named_base import named_base, named_revision
 from loader.stores.registry import is_remote
 from loader.timeline import Timeline
 from loader.types import Checkpoint, ReadyModel, Snapshot
-from loader.weights.architecture import is_at_hand
+from loader.weights.architecture import is_at_hand, read_architecture
 from loader.weights.header import TensorInfo
 from loader.weights.publishing import check_room, scratch_folder, sweep, use
 from loader.weights.quantised import (
@@ -199,7 +201,7 @@ def _reconsider(job: _Job, base: Path, ask: Ask | None) -> _Job:
     """Return *job*, with another decision where vLLM would not use all of an adapter."""
     from loader.serve.vllm.forkserver import ask_forked
 
-    def ask_beside(model: Path, adapters: Mapping[str, Sequence[str]]) -> Mapping[str, str]:
+    def ask_beside(model: Path, adapters: Mapping[str, Sequence[str]]) -> Mapping[str, Reason]:
         return ask_forked(model, job.settings.engine_args, adapters)
 
     with job.timeline.stage("adapter layers"):
@@ -285,7 +287,9 @@ def _check_fit(
     plain = plain_tensors(tensors, packed, plain_dtype(config))
     # The download does not wait for transformers: what takes its word is checked beside it.
     base = Base(plain, config, quick=not is_at_hand())
-    check_all(job.adapters, base, allow_pickle=job.settings.allow_pickle)
+    if not check_all(job.adapters, base, allow_pickle=job.settings.allow_pickle):
+        beside = Thread(target=read_architecture, args=(config, {}), name="fit", daemon=True)
+        beside.start()  # the imports, and the model's own module
     return plain
 
 

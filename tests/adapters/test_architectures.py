@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from benchmarks.architectures import list_cases, try_case
 from loader.adapters.merge import WeightedAdapter, merge
 from loader.errors import AdapterError
 from tests.adapters.peft import differing
-from tests.models import draw_adapter, tiny_llama
+from tests.models import draw_adapter, tiny_llama, train_or_draw_lora
 
 CLASSES = {
     "AriaForConditionalGeneration": "experts stored (in, out)",
@@ -189,3 +191,17 @@ def test_a_base_of_float64(tmp_path: Path) -> None:
         merged(base, adapter, tmp_path / "out"), dtype=torch.float64
     )
     assert not differing(dict(out.state_dict()), dict(wanted))
+
+
+def test_a_plain_family_is_merged_without_transformers(tmp_path: Path) -> None:
+    """Its import takes longer than most merges."""
+    base = tiny_llama(tmp_path / "base", dtype=torch.bfloat16)
+    adapter = train_or_draw_lora(base, tmp_path / "adapter")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from loader.adapters.merge import WeightedAdapter, merge\n"
+        f"merge(Path({str(base)!r}), [WeightedAdapter(Path({str(adapter)!r}))], "
+        f"Path({str(tmp_path / 'out')!r}))\n"
+        "assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from loader.adapters.attach import NamedAdapter, attach, decide, name_adapters
+from loader.adapters.attach import NamedAdapter, attach, check_all, decide, name_adapters
 from loader.adapters.merge import WeightedAdapter, merge
+from loader.adapters.plan_builder import Base
 from loader.errors import AdapterError, FormatError
+from loader.weights.stored import find_weight_files, list_tensors
 from tests.models import tiny_llama, tiny_tokenizer, train_or_draw_lora
 
 
@@ -293,3 +295,17 @@ def test_adapters_must_agree_on_the_tokenizer(base: Path, tmp_path: Path) -> Non
 def test_torch_stays_out() -> None:
     code = "import sys, loader.adapters.attach; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_takes_transformers_is_not_asked_before_the_download(
+    base: Path, tmp_path: Path
+) -> None:
+    plain = draw(base, tmp_path / "plain")
+    head = draw(base, tmp_path / "head", target_modules=["q_proj", "lm_head"])
+    tensors = {n: t.info for n, t in list_tensors(find_weight_files(base)).items()}
+    view = Base(tensors, json.loads((base / "config.json").read_text()), quick=True)
+    assert check_all([plain], view)
+    assert not check_all([plain, head], view)
+    edit_tensors(plain, q_A=torch.ones(4, 99))
+    with pytest.raises(AdapterError, match="does not fit"):
+        check_all([plain, head], view)

@@ -16,6 +16,9 @@ from typing import Any
 Names = Mapping[str, Sequence[str]]
 """The names of an adapter's tensors, by the adapter's."""
 
+Reason = tuple[str, bool]
+"""Why vLLM would not use all of it, and whether that is sure: a model may fail to be built."""
+
 _STACKED = ".base_layer"  # the first parameter of stacked experts, as PEFT wraps them
 _TOWERS = "enable_tower_connector_lora"
 
@@ -68,7 +71,9 @@ def prove_adapters() -> None:
     WorkerLoRAManager._load_adapter = load_proved
 
 
-def ask_unbound(model: Path, engine_args: Mapping[str, object], adapters: Names) -> dict[str, str]:
+def ask_unbound(
+    model: Path, engine_args: Mapping[str, object], adapters: Names
+) -> dict[str, Reason]:
     """Return why vLLM would not use all of an adapter, by its name; none where it would.
 
     *model* is a folder with a ``config.json``. In a process with vLLM imported and no threads: what
@@ -83,7 +88,8 @@ def ask_unbound(model: Path, engine_args: Mapping[str, object], adapters: Names)
             os.dup2(1, 2)  # vLLM's log lines would look like those of the engine itself
             found = _tell_unbound(model, engine_args, adapters)
         except BaseException as error:
-            found = dict.fromkeys(adapters, f"vLLM: {type(error).__name__}: {error}"[:300])
+            text = f"{type(error).__name__}: {error}"[:300]
+            found = dict.fromkeys(adapters, (text, type(error).__name__ == "NoLoRAError"))
         with os.fdopen(writer, "w") as answer:
             json.dump(found, answer)
         os._exit(0)
@@ -92,14 +98,18 @@ def ask_unbound(model: Path, engine_args: Mapping[str, object], adapters: Names)
         text = answer.read()
     os.waitpid(child, 0)
     if not text:
-        return dict.fromkeys(adapters, "vLLM's model of it cannot be built")
-    told: dict[str, str] = json.loads(text)
-    return told
+        return dict.fromkeys(adapters, ("its model cannot be built", False))
+    return read_reasons(json.loads(text))
+
+
+def read_reasons(found: Mapping[str, Sequence[Any]]) -> dict[str, Reason]:
+    """Return what came through JSON."""
+    return {name: (str(text), bool(certain)) for name, (text, certain) in found.items()}
 
 
 def _tell_unbound(
     model: Path, engine_args: Mapping[str, object], adapters: Names
-) -> dict[str, str]:
+) -> dict[str, Reason]:
     import torch
 
     from loader.serve.vllm.private import (
@@ -127,5 +137,6 @@ def _tell_unbound(
             modules = {parse_fine_tuned_lora_name(name, mapper)[0] for name in parts}
             if unbound := find_unbound(lora_manager, modules):
                 shown = ", ".join(unbound[:3]) + (", …" if len(unbound) > 3 else "")
-                found[adapter] = f"{len(unbound)} modules that it would leave out ({shown})"
+                text = f"{len(unbound)} modules that it would leave out ({shown})"
+                found[adapter] = (text, True)
         return found

@@ -20,7 +20,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from loader.serve.vllm.bound import Names, ask_unbound
+from loader.serve.vllm.bound import Names, Reason, ask_unbound
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 _KEPT = "OMP_NUM_THREADS"  # OpenMP has read the fork server's own, see import_engine
@@ -69,7 +69,7 @@ def start_forkserver() -> None:
 
 def ask_forked(
     model: Path, engine_args: Mapping[str, object], adapters: Names
-) -> Mapping[str, str]:
+) -> Mapping[str, Reason]:
     """Return why vLLM would not use all of an adapter, by its name, as ``ask_unbound`` does.
 
     Empty where vLLM is not here to say it: its workers will.
@@ -84,7 +84,7 @@ def ask_forked(
     process.start()
     theirs.close()
     try:
-        found: Mapping[str, str] = ours.recv()
+        found: Mapping[str, Reason] = ours.recv()
         return found
     except EOFError:
         return {}

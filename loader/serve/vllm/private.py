@@ -346,6 +346,10 @@ def inspect_architecture(name: str) -> None:
     architecture.inspect_model_cls()
 
 
+class NoLoRAError(Exception):
+    """Adapters cannot be attached to a model of this architecture."""
+
+
 @contextlib.contextmanager
 def built_on_meta(model: Path, *, towers: bool) -> Iterator[tuple[Any, Any]]:
     """Give vLLM's config and its model of the folder *model*, without a weight.
@@ -353,7 +357,7 @@ def built_on_meta(model: Path, *, towers: bool) -> Iterator[tuple[Any, Any]]:
     For a process that ends afterwards: vLLM's groups of processes are begun in it.
 
     Raises:
-        ValueError: vLLM has no LoRA for this architecture.
+        NoLoRAError: vLLM has none for this architecture.
     """
     import torch
 
@@ -375,7 +379,7 @@ def built_on_meta(model: Path, *, towers: bool) -> Iterator[tuple[Any, Any]]:
             with torch.device("meta"):
                 built = find("initialize_model")(vllm_config=vllm_config)
             if not find("supports_lora")(built):
-                raise ValueError(f"no LoRA for {type(built).__name__}")
+                raise NoLoRAError(f"no LoRA for {type(built).__name__}")
             yield vllm_config, built
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -20,7 +20,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from loader.adapters.attach import Decision, NamedAdapter, reconsider
+from loader.adapters.attach import Decision, NamedAdapter, Reason, reconsider
 from loader.errors import AdapterError, EngineError, LoaderError
 from loader.serve.vllm.forkserver import METHOD, ask_forked
 from loader.serve.vllm.inprocess import VLLMModel
@@ -74,7 +74,9 @@ def test_what_it_would_leave_out_is_told_before_anything_is_loaded(
     config, path, module, expected = UNUSED[case]
     told = ask_forked(make_config(tmp_path / "model", config), {}, {"mine": tensors(path, module)})
     assert list(told) == ["mine"]
-    assert re.search(expected, told["mine"])
+    text, certain = told["mine"]
+    assert re.search(expected, text)
+    assert certain is (case != "experts")
 
 
 @pytest.mark.engine
@@ -135,9 +137,12 @@ def test_an_adapter_is_merged_where_it_would_be_left_out(llama: tuple[Path, Path
     base, plain, head = llama
     asked: list[Any] = []
 
-    def ask(model: Path, names: Mapping[str, Any]) -> Mapping[str, str]:
+    def ask(model: Path, names: Mapping[str, Any]) -> Mapping[str, Reason]:
         asked.append((model, list(names)))
-        return dict.fromkeys(names, "1 module that it would leave out")
+        return dict.fromkeys(names, ("1 module that it would leave out", True))
+
+    def unsure(_: Path, names: Mapping[str, Any]) -> Mapping[str, Reason]:
+        return dict.fromkeys(names, ("it could not be built", False))
 
     attach = Decision("attach", "attach")
     ours, theirs = NamedAdapter("plain", plain), NamedAdapter("head", head)
@@ -151,6 +156,10 @@ def test_an_adapter_is_merged_where_it_would_be_left_out(llama: tuple[Path, Path
         with pytest.raises(AdapterError, match="would not serve in full"):
             reconsider(attach, policy, adapters, base, ask)  # type: ignore[arg-type]
     assert reconsider(attach, "auto", [theirs], base, lambda *_: {}) is attach
+    # Where vLLM cannot say it, its workers will; a merge is right whatever they would say.
+    assert reconsider(attach, "auto", [theirs], base, unsure).mode == "merge"
+    assert reconsider(attach, "attach", [theirs], base, unsure) is attach
+    assert reconsider(attach, "auto", [ours, theirs], base, unsure) is attach
 
 
 def test_without_vllm_nothing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
