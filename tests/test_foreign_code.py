@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
-from loader.errors import EngineError
+from loader.errors import EngineError, UnsupportedError
 from loader.serve.transformers import TransformersModel
 from loader.serve.vllm.arguments import parse_arguments, serve_arguments
 from loader.types import ReadyModel
+from loader.weights import meta_models
 from loader.weights.formats import expected
 from tests.models import tiny_llama
 
@@ -57,7 +58,7 @@ def test_every_maker_is_told_whether_code_may_run() -> None:
             assert isinstance(told[0], ast.Name | ast.Attribute) or (
                 isinstance(told[0], ast.Constant) and told[0].value is False
             ), where
-    assert seen >= 6
+    assert seen >= 5
 
 
 def test_every_child_is_told_what_its_standard_input_is() -> None:
@@ -124,12 +125,40 @@ def test_an_architecture_is_a_model_of_transformers(name: str, tmp_path: Path) -
     assert "lm_head.weight" in expected.read_model_names(tmp_path).shapes
 
 
+@pytest.mark.parametrize(
+    "change_to",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 10**400},
+        {"num_attention_heads": 10**12},
+        {
+            "model_type": "mixtral",
+            "architectures": ["MixtralForCausalLM"],
+            "num_local_experts": 10**8,
+        },
+    ],
+)
+def test_no_config_asks_for_work_without_end(change_to: dict[str, object], tmp_path: Path) -> None:
+    tiny_llama(tmp_path)
+    change(tmp_path, **change_to)
+    with pytest.raises(UnsupportedError, match="transformers makes no model"):
+        expected.read_model_names(tmp_path)
+
+
+def test_modules_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_llama(tmp_path)
+    monkeypatch.setattr(meta_models, "_MOST_MODULES", 10)
+    with pytest.raises(UnsupportedError) as caught:
+        expected.read_model_names(tmp_path)
+    assert "more than 10 modules" in caught.value.got
+
+
 def test_no_config_wishes_for_kernels(tmp_path: Path) -> None:
     LlamaConfig().save_pretrained(tmp_path)
     change(tmp_path, attn_implementation="somebody/kernel", experts_implementation="sonicmoe")
     wish = AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
     assert wish._attn_implementation == "somebody/kernel"
-    config = expected.read_model_config(tmp_path, trust_remote_code=False)
+    config = meta_models.read_model_config(tmp_path, trust_remote_code=False)
     assert config._attn_implementation is config._experts_implementation is None
 
 

@@ -23,7 +23,7 @@ from loader.serve.prompts import encode_prompts
 from loader.serve.request_body import check_request
 from loader.serve.sampling import Sampling, read_sampling
 from loader.types import ReadyModel
-from loader.weights.formats.expected import read_model_config
+from loader.weights.meta_models import read_model_config
 
 _USED = ("dtype", "max_model_len")  # of vLLM's engine arguments
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions; a chat may fill the context

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from loader.import_lock import importing
 from loader.weights.header import TensorInfo
+from loader.weights.meta_models import build_on_meta, check_counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,24 +116,14 @@ def read_architecture(
 
 
 def _build(config: Mapping[str, object]) -> PreTrainedModel:
+    check_counts(config)
     with importing:
-        import torch
         import transformers
         import transformers.conversion_mapping
 
         plain = {key: value for key, value in config.items() if key != "quantization_config"}
         config_class = transformers.CONFIG_MAPPING[str(config.get("model_type"))]
-        names = config.get("architectures")
-        name = str(names[0]) if isinstance(names, list) and names else ""
-        found = getattr(transformers, name, None)  # which imports the model's own module
-    settings = config_class.from_dict(config_class._decode_special_floats(plain))
-    with torch.device("meta"):
-        if found is not None:
-            return found(settings)
-        auto = transformers.AutoModelForCausalLM
-        if type(settings) not in auto._model_mapping:
-            auto = transformers.AutoModel
-        return auto.from_config(settings)
+    return build_on_meta(config_class.from_dict(config_class._decode_special_floats(plain)))
 
 
 def _describe(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> Architecture:

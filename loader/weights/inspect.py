@@ -30,6 +30,7 @@ _WRAPPED = {
     "lacks": "a model's own tensors: these are the state dict of a PeftModel, not merged",
     "next_step": "save the adapter with the PeftModel's save_pretrained, or merge_and_unload first",
 }
+_MOST_JSON_BYTES = 256 << 20
 _SHARD = re.compile(r"^(model|pytorch_model)-(\d{5,})-of-(\d{5,})\.(safetensors|bin)$")
 
 
@@ -240,6 +241,8 @@ def read_json(path: Path) -> dict[str, object]:
         FormatError: it cannot be read or is no JSON object.
     """
     try:
+        if path.stat().st_size > _MOST_JSON_BYTES:
+            raise ValueError(f"more than {_MOST_JSON_BYTES >> 20} MiB")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         value = str(error)

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from loader.errors import ConfigError, UnsupportedError
+from loader.errors import ConfigError, FormatError, UnsupportedError
 from loader.import_lock import importing
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+from loader.weights.inspect import read_json
+from loader.weights.meta_models import build_on_meta, check_counts, read_model_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,12 @@ def read_model_names(folder: Path) -> ModelNames:
         ConfigError: transformers is not installed.
     """
     try:
-        model = _build(folder)
+        check_counts(read_json(folder / "config.json"))
+        with importing:
+            config = read_model_config(folder, trust_remote_code=False)
+        model = build_on_meta(config)
+    except FormatError:
+        raise
     except ImportError as error:
         raise ConfigError(
             "the checkpoint's tensor names cannot be checked without transformers",
@@ -89,30 +93,3 @@ def read_model_names(folder: Path) -> ModelNames:
         tuple(re.compile(pattern) for pattern in sorted(patterns)),
         model.base_model_prefix or "",
     )
-
-
-def _build(folder: Path) -> PreTrainedModel:
-    with importing:
-        import torch
-        import transformers
-
-        config = read_model_config(folder, trust_remote_code=False)
-        name = next(iter(config.architectures or ()), "")
-        found = getattr(transformers, name, None)  # which imports the model's own module
-    with torch.device("meta"):
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found(config)
-        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
-def read_model_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
-    """Return transformers' config of the model in *folder*, without its wishes for kernels.
-
-    An implementation of attention or experts may be one of the Hub's, whose code is then fetched
-    and run. ``save_pretrained`` writes none: it says nothing about the weights.
-    """
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    config._attn_implementation = config._experts_implementation = None
-    return config

@@ -17,12 +17,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from loader.errors import UnsupportedError
 from loader.weights.architecture import is_at_hand
 from loader.weights.formats.expected import ModelNames, read_model_names
 
 # Large packages that transformers imports where it finds them, and one that fetches code. A few
 # models of its cannot be built without, which then fails there, and is done here.
 _LEFT_OUT = ("accelerate", "kernels", "scipy", "sklearn")
+_LIMIT_S = 600.0  # seconds are usual, where the machine is not busy
 _MAIN = (
     "import json, sys\n"
     "sys.path[:] = json.loads(sys.argv[1])\n"
@@ -49,9 +51,19 @@ def learning_names() -> Iterator[Callable[[Path], ModelNames]]:
 def _ask(process: subprocess.Popen[bytes], folder: Path) -> ModelNames | None:
     """Return what the process says, None where it could not learn the names."""
     try:
-        answered, _ = process.communicate(os.fsencode(folder.absolute()))
+        answered, _ = process.communicate(os.fsencode(folder.absolute()), _LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise UnsupportedError(
+            "a config.json of which transformers makes no model in time",
+            where=str(folder / "config.json"),
+            expected=f"an answer within {_LIMIT_S:.0f} s",
+            next_step="save the model with save_pretrained in the training job",
+        ) from None
+    except OSError:
+        return None
+    try:
         return ModelNames.from_json(json.loads(answered))
-    except (OSError, ValueError):
+    except ValueError:
         return None
 
 
