@@ -304,7 +304,7 @@ def _take_late(job: _Job, coming: LateBase, stack: contextlib.ExitStack) -> _Tak
         check_room([(coming.path, coming.weights.missing_bytes), (job.cache, made_bytes)])
     with coming.weights.fetching() as arriving:
         merged = None
-        if job.is_merge and not packed:
+        if job.is_merge and quantisation_of(config) is None:
             folder = stack.enter_context(scratch_folder(job.cache, _MERGING))
             with job.timeline.stage("merge"):
                 merged = _merge(job, coming.path, folder / "model", arriving.weights)

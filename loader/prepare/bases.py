@@ -34,6 +34,7 @@ from loader.prepare.inputs import (
     weight_names,
 )
 from loader.resolve.manifest import check_names
+from loader.retry import ask_again
 from loader.stores.hub import REPO_ID, HubModel, fetch_model
 from loader.stores.hub_cache import declared_sha256
 from loader.stores.model_files import (
@@ -267,13 +268,15 @@ def read_hub_weights(settings: Settings, small: BaseModel) -> HubWeights | None:
         return None
     name, commit = str(small.identity[_HUB]), str(small.identity["commit"])
     token = _hub_token(settings)
-    tensors = read_tensors(name, commit, token=token)
+    tensors = ask_again(lambda: read_tensors(name, commit, token=token), settings.retries)
     if tensors is None:
         return None
     described = {tensor: t for tensor, t in tensors.items() if is_description(tensor)}
     return HubWeights(
         {n: TensorInfo(n, t.dtype, t.shape, t.start, t.end) for n, t in tensors.items()},
-        read_values(name, commit, described, token=token) if described else {},
+        ask_again(lambda: read_values(name, commit, described, token=token), settings.retries)
+        if described
+        else {},
     )
 
 

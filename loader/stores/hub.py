@@ -210,24 +210,40 @@ def _look_up(repo_id: str, revision: str | None, token: str | None, retries: int
         LoaderError: the Hub does not say, and the cache holds nothing; or there is no such model.
     """
 
+    def cached(refusal: LoaderError) -> _Listed | None:
+        with contextlib.suppress(Exception):  # whatever it is, the cache lacks the model
+            folder = _find_cached(repo_id, revision)
+            return _Listed(folder, _sizes_here(folder), refusal)
+        return None
+
     def ask() -> _Listed:
         try:
             return _list_model(repo_id, revision, token)
         except Exception as error:  # the HTTP library's own changes with the hub's version
-            raise translate_error(error, repo_id, revision) from None
+            refusal = translate_error(error, repo_id, revision)
+            if isinstance(refusal, LoaderError) and leaves_the_cache(refusal):
+                here = cached(refusal)
+                if here is not None and _is_whole(here.sizes):  # not worth asking again
+                    return here
+            raise refusal from None
 
     try:
-        return ask_again(ask, retries)
+        found = ask_again(ask, retries)
     except LoaderError as refusal:
-        if not leaves_the_cache(refusal):
+        here = cached(refusal) if leaves_the_cache(refusal) else None
+        if here is None:
             raise
-        try:
-            folder = _find_cached(repo_id, revision)
-        except Exception:
-            raise refusal from None
-        if not is_offline():
-            _log.warning("%s is taken from the cache: %s, %s", repo_id, refusal.what, refusal.got)
-        return _Listed(folder, _sizes_here(folder), refusal)
+        found = here
+    if found.refusal is not None and not is_offline():
+        why = found.refusal
+        _log.warning("%s is taken from the cache: %s, %s", repo_id, why.what, why.got)
+    return found
+
+
+def _is_whole(sizes: Mapping[str, int]) -> bool:
+    """Return whether the weights are there: the small files came before them."""
+    weights = weight_files(sizes, allow_pickle=True)
+    return bool(weights) and not missing_files(weights, sizes)
 
 
 def _list_model(repo_id: str, revision: str | None, token: str | None) -> _Listed:

@@ -64,7 +64,7 @@ def find_zero(places: Sequence[Place], by_folder: Mapping[str, Place]) -> dict[s
         chosen = next((p for p in tagged_places if [p.base] == named), highest)
         roots = [chosen.folder(rank).parent for rank in chosen.ranks]
         detail: dict[str, object] = {
-            "tag": " and ".join(named) or chosen.base,
+            "tag": " and ".join(named) if named else chosen.base,
             "folders": [str(root) for root in roots],
             "tags": [p.base for p in tagged_places],
             "files": len(chosen.names),

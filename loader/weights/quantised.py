@@ -214,7 +214,7 @@ def plain_tensors(
     found: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         if name not in parts:
-            if not packed or not _OF_CACHE.search(name):
+            if not _OF_CACHE.search(name):
                 found[name] = info
         elif parts[name].parts["weight"] == name:
             was = parts[name]

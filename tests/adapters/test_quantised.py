@@ -422,6 +422,15 @@ def test_modelopt(base: Path, adapter: Path, tmp_path: Path, beside: bool) -> No
     check(quantised, plain(base, tmp_path / "seen", seen.__getitem__), adapter, tmp_path)
 
 
+def test_a_quantised_cache_alone(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """The weights are plain; the scales of the cache go with the config that names them."""
+    about = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": {}}
+    folder = rewrite(base, tmp_path / "kv", lambda name, weight: {name: weight}, about)
+    scales = {f"{Q.removesuffix('.q_proj')}.{kind}_scale": torch.ones(1) for kind in "kv"}
+    change(folder, lambda tensors: tensors | scales)
+    check(folder, base, adapter, tmp_path)
+
+
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32, torch.float16, torch.int8])
 def test_bitsandbytes_in_other_storage(
     base: Path, adapter: Path, tmp_path: Path, storage: torch.dtype

@@ -168,7 +168,7 @@ def test_zero_beside_a_model_of_empty_tensors(tmp_path: Path) -> None:
     assert find_checkpoints(tmp_path)[0].kind is Kind.FULL
 
 
-@pytest.mark.parametrize("texts", [("global_step99",), ("global_step20", "global_step30")])
+@pytest.mark.parametrize("texts", [("global_step99",), ("global_step20", "global_step30"), ("",)])
 def test_a_tag_that_is_missing_is_refused_with_those_that_are_there(
     tmp_path: Path, texts: tuple[str, ...]
 ) -> None:

@@ -77,10 +77,10 @@ def _without_its_tag(checkpoint: Checkpoint) -> CheckpointError | None:
     return CheckpointError(
         "a DeepSpeed checkpoint whose file `latest` names a tag that is not there",
         where=str(checkpoint.path),
-        expected=f"{tag}/",
+        expected=f"{tag}/" if tag else "the name of a tag in `latest`",
         got=", ".join(f"{name}/" for name in tags),
-        next_step=f"take {tag}/ into the paths, or leave `latest` out of them and choose one tag "
-        "that is there",
+        next_step=f"take {tag or 'it'}/ into the paths, or leave `latest` out of them and choose "
+        "one tag that is there",
     )
 
 

@@ -19,12 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loader import boot
 from loader.cli.documents import plan_document
-from loader.errors import ChangedError, CheckpointError
+from loader.errors import ChangedError, CheckpointError, FormatError
 from loader.status.state import BootState
 from loader.timeline import Timeline
 from loader.types import ReadyModel
 from tests.origin import FaultyHandler, FaultyOrigin, act, cut, status
-from tests.weights.formats.conftest import assert_same, tensors_of
+from tests.weights.formats.conftest import assert_same, copy_case, tensors_of
 
 PROMPT = "what is the capital of"
 
@@ -272,3 +272,21 @@ async def test_vllm_answers_like_the_model_that_was_trained(
     assert answer["choices"][0]["text"] == tokenizer.decode(expected, skip_special_tokens=True)
     assert answer["choices"][0]["text"].startswith(" france? the capital of france is paris.")
     assert json.loads((ready.path / "config.json").read_text())["architectures"]
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_copies_on_several_nodes(
+    fsdp: Path, publish: Any, origin: FaultyOrigin, tmp_path: Path, only: bool
+) -> None:
+    """A copy serves; bytes of another run, of the same size, are refused wherever they are."""
+    case = copy_case(fsdp / "fsdp2", tmp_path / "case")
+    name = "checkpoint-10/__0_0.distcp"
+    shutil.copy(case / "rank-0" / name, case / "rank-1" / name)
+    settings = publish(case, weights_only_fetch=only)
+    ready = boot.prepare(settings)
+    assert_same(tensors_of(ready.path), load_file(fsdp / "fsdp2/full.safetensors"))
+    shutil.rmtree(settings.training.download_folder)
+    other = origin.folder("job1", 1) / name
+    other.write_bytes(other.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(FormatError, match="under one name"):
+        boot.prepare(settings)
