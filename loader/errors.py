@@ -10,6 +10,7 @@ LoaderError                 base; ``exit_code`` is what the command line ends wi
 │   ├── DeniedError         the origin refuses access
 │   ├── ExpiredError        a signed URL is no longer honoured
 │   ├── ChangedError        the object changed while it was being read
+│   ├── UnsizedError        nothing tells how long an object is
 │   └── DiskError           no room, or the disk refused
 ├── CheckpointError    (5)  the files are here and cannot be used
 │   ├── FormatError         a file is not what its format says

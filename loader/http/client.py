@@ -64,7 +64,8 @@ class HttpOptions:
 
     ``connect_timeout_s`` is for all of a connection's beginning, ``stall_timeout_s`` for all of an
     answer's head, and for a body's silence. ``link_local``: whether a URL or a redirect may lead to
-    the machine's own link; ``insecure_redirects``: whether one from https may lead to http.
+    the machine's own link; ``insecure_redirects``: whether one from https may lead to http;
+    ``link_local_redirects``: whether a redirect may lead there where a URL may.
     ``openssl_reads``: whether OpenSSL may read a socket by itself (see ``openssl``).
     """
 
@@ -74,6 +75,7 @@ class HttpOptions:
     ca_bundle: Path | None = None
     link_local: bool = False
     insecure_redirects: bool = False
+    link_local_redirects: bool = False
     openssl_reads: bool = True
 
 
@@ -87,6 +89,7 @@ class HttpClient:
         self._lock = threading.Lock()
         self._closed = False
         self._proxies = Proxies()
+        self._led_to: set[str] = set()  # hosts, by redirects
         self._origins: dict[str, Origin] = {}  # by the URLs' beginning
         self._latency_s: dict[Origin, float] = {}  # the shortest so far
         self._alone: set[Origin] = set()  # that are asked nothing ahead
@@ -350,7 +353,15 @@ class HttpClient:
                 got=found,
                 next_step="have the origin redirect to https, or set allow_insecure_redirects",
             )
+        host = _split(found).hostname
+        if host and host != _split(url).hostname:
+            self._led_to.add(host)
         return found
+
+    def _may_be_local(self, host: str) -> bool:
+        """Return whether *host* may be of the machine's own link: whoever asks has named it so."""
+        options = self._options
+        return options.link_local and (options.link_local_redirects or host not in self._led_to)
 
     def _place(self, url: str) -> tuple[Origin, str]:
         """Return where a connection leads, and the target of the request there."""
@@ -371,14 +382,14 @@ class HttpClient:
             port = 0
         if parts.scheme not in ("http", "https") or not parts.hostname or not port:
             raise FetchError("not an http(s) URL", where=url)
-        if not self._options.link_local and is_link_local(parts.hostname):
+        if not self._may_be_local(parts.hostname) and is_link_local(parts.hostname):
             raise leads_here(url)
         proxy = self._proxies.find(parts.scheme, parts.hostname, port)
         return Origin(parts.scheme, parts.hostname, port, proxy)
 
     def _check_peer(self, connected: PlainSocket, origin: Origin, url: str) -> None:
         """Refuse a name that was resolved to the machine's own link, before anything is sent."""
-        if not self._options.link_local and origin.proxy is None:
+        if not self._may_be_local(origin.host) and origin.proxy is None:
             address = str(connected.getpeername()[0])
             if is_link_local(address):
                 raise leads_here(url)

@@ -50,6 +50,7 @@ class Stores:
             ca_bundle=settings.ca_bundle,
             link_local=settings.allow_local_urls,
             insecure_redirects=settings.allow_insecure_redirects,
+            link_local_redirects=settings.allow_local_urls,
             openssl_reads=settings.openssl_reads,
         )
         self._client = HttpClient(options)

@@ -441,3 +441,24 @@ def test_a_redirect_to_https_and_back_to_http_is_one(origin: FaultyOrigin, tmp_p
         origin.fail("x", redirect(secure.url))
         with pytest.raises(FetchError, match="from https to http"):
             client.get(url)
+
+
+def test_a_redirect_is_named_by_nobody(
+    origin: FaultyOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who names the machine's own link may go there; who is sent there may not."""
+    url = origin.sign(origin.put("x.bin", b"x").relative_to(origin.root).as_posix())
+    named = HttpClient(HttpOptions(link_local=True))
+    for target in ("http://169.254.169.254/latest/", "http://[64:ff9b::a9fe:a9fe]/", "//metadata/"):
+        origin.fail("x.bin", redirect(target))
+        with pytest.raises(FetchError, match="own link"):
+            named.get(url)
+    monkeypatch.setattr("loader.http.client.is_link_local", lambda host: host == "127.0.0.1")
+    named.get(url).close()
+    elsewhere = url.replace("127.0.0.1", "localhost")
+    origin.fail("x.bin", redirect(elsewhere))
+    with pytest.raises(FetchError):  # a name, and what is behind it
+        named.get(url)
+    options = HttpOptions(link_local=True, link_local_redirects=True)
+    origin.fail("x.bin", redirect(elsewhere))
+    HttpClient(options).get(url).close()
