@@ -21,6 +21,8 @@ from typing import Literal
 
 from loader.errors import CheckpointError, ExpiredError, FormatError
 from loader.fetch.files import (
+    WHOLE,
+    Places,
     Record,
     boot_id,
     disk_errors,
@@ -44,7 +46,7 @@ from loader.fetch.sizes import ask_version
 from loader.fetch.snapshot import FetchOptions
 from loader.fetch.spans import SpanProgress
 from loader.fetch.sums import Check, Sum, choose_check
-from loader.fetch.verify import check_structure, is_intact
+from loader.fetch.verify import Verify, check_structure, is_intact
 from loader.http.objects import ObjectInfo
 from loader.stores.base import Store
 from loader.threads import map_on_threads
@@ -106,7 +108,7 @@ def adopt(
     rejected = [candidate for candidate in tried if candidate.reason]
     for candidate in rejected:
         _log.warning("%s is not taken: %s", candidate.path, candidate.reason)
-        places(root, candidate.artifact).remove("record")  # of when no origin could be asked
+        _forget(places(root, candidate.artifact), candidate.path)
     if alone := [c for c in rejected if not c.has_origin]:
         raise CheckpointError(
             "files that lie in the download folder cannot be taken",
@@ -123,6 +125,8 @@ def presence(manifest: Manifest, root: Path, laid: LaidFiles) -> Mapping[str, Pr
         place = places(root.absolute(), artifact)
         record = read_record(place)
         if record is not None and is_intact(place, record, "size", record.boot_id):
+            return "proved"
+        if root != laid.folder and _earlier(artifact, laid, "size"):
             return "proved"
         path = laid.find(artifact)
         if path is None or not path.is_file():
@@ -142,10 +146,11 @@ def _unproved(
         return []
     found = []
     for artifact in manifest.files:
-        path = laid.find(artifact)
+        path, place = laid.find(artifact), places(root, artifact)
         if path is None:
+            if place.final.is_symlink():
+                _forget(place, path)
             continue
-        place = places(root, artifact)
         record = read_record(place)
         believed = record is not None and record.compared
         if record is not None and artifact.url == _url(path):
@@ -153,6 +158,22 @@ def _unproved(
         if not believed:
             found.append((artifact, path))
     return found
+
+
+def _forget(place: Places, path: Path | None) -> None:
+    """Drop what was once taken from *path*: its record, and the symlink that led there."""
+    record = read_record(place)
+    place.remove("record")
+    if record is not None and record.target and str(path) != place.whole:
+        place.remove(WHOLE)
+
+
+def _earlier(artifact: Artifact, laid: LaidFiles, verify: Verify) -> Record | None:
+    """Return the record of a file that podloader itself once fetched to where it lies."""
+    place = places(laid.folder, artifact)
+    record = read_record(place)
+    whole = record is not None and record.compared and is_intact(place, record, verify, boot_id())
+    return record if whole else None
 
 
 def _url(path: Path) -> str:
@@ -184,7 +205,9 @@ class _Candidate:
             real = Path(os.path.realpath(self.path))
             with _open_regular(real, self.laid.folder) as fd:
                 _wait_until_settled(fd, self.options.settle_s)
-                record = self._prove(fd)
+                elsewhere = root != self.laid.folder
+                known = _earlier(self.artifact, self.laid, self.options.verify)
+                record = known if elsewhere and known else self._prove(fd)
         except _RejectedError as error:
             self.reason = str(error)
             return

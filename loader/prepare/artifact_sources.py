@@ -35,15 +35,19 @@ def place_downloads(settings: Settings) -> tuple[Settings, LaidFiles]:
     """Return the settings with a download folder to write to, and what may lie in their own.
 
     Where that is read-only, as a mounted volume is, files of it are taken by symlinks in a folder
-    of the cache.
+    of the cache, and what it lacks is fetched there.
     """
     folder = settings.training.download_folder.absolute()
     jobs = _jobs(settings)
     laid = LaidFiles(folder, jobs[0] if len(jobs) == 1 and has_ranks(folder) else None)
     if not folder.is_dir() or os.access(folder, os.W_OK):
         return settings, laid
+    cache = settings.user_cache
+    made = next(path for path in (cache, *cache.absolute().parents) if path.exists())
+    if not os.access(made, os.W_OK):  # what is here has to be enough
+        return settings, laid
     key = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:16]
-    training = replace(settings.training, download_folder=settings.user_cache / "downloads" / key)
+    training = replace(settings.training, download_folder=cache / "downloads" / key)
     return replace(settings, training=training), laid
 
 

@@ -424,6 +424,41 @@ def test_a_read_only_download_folder(job: Job, tmp_path: Path) -> None:
         assert reused == "True"
 
 
+def fetch_read_only(job: Job, cache: Path, **own: Any) -> list[list[str]]:
+    """Fetch with the download folder mounted read-only; return path, where it leads, reused."""
+    settings = job.settings("rank-0/checkpoint-1/")
+    references = [{"training_job_id": "job1", "paths": ["rank-0/checkpoint-1/"]}]
+    checkpoints = {"download_folder": str(job.root), "artifact_references": references}
+    own = {"cache_folder": str(cache), "artifacts": list(settings.artifacts)} | own
+    config = {"training_checkpoints": checkpoints, "model_metadata": {"podloader": own}}
+    fetch = [sys.executable, "-c", _FETCH, json.dumps(config)]
+    mounted = ["unshare", "--mount", "sh", "-c", _READ_ONLY, "sh", str(job.root), *fetch]
+    done = subprocess.run(mounted, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
+def test_what_podloader_fetched_itself_is_known_in_a_read_only_folder(
+    job: Job, tmp_path: Path
+) -> None:
+    boot.fetch_files(job.settings("rank-0/checkpoint-1/"))
+    sent, cache = job.origin.bytes_sent, tmp_path / "cache"
+    for _, real, reused in fetch_read_only(job, cache):
+        assert real.startswith(str(job.root))
+        assert reused == "True"
+    assert job.origin.bytes_sent - sent < 100
+    weights = job.root / "job1/rank-0/checkpoint-1" / WEIGHTS
+    weights.unlink()  # the symlink to it leads nowhere now
+    (_, _, kept), (path, real, reused) = fetch_read_only(job, cache)
+    assert (kept, reused, path) == ("True", "False", real)
+    assert Path(path).read_bytes() == at_origin(job).read_bytes()
+    shutil.copy(at_origin(job), weights)
+    spoil_sparse(weights)
+    assert fetch_read_only(job, cache)[1][0] == path
+    assert Path(path).read_bytes() == at_origin(job).read_bytes()
+
+
 def test_the_plan_says_what_is_here(job: Job) -> None:
     settings = job.settings("rank-0/checkpoint-1/")
     names = [f"job1/rank-0/checkpoint-1/{name}" for name in ("config.json", WEIGHTS)]

@@ -45,6 +45,7 @@ set -e
 down=$1/down python=$2
 mkdir $down
 mount -t tmpfs none $down || exit 77
+export PODLOADER_CACHE_FOLDER=$down/cache
 run() { $python -m loader $1 $down/../config.yaml --json > $down/../$2.json 2> /dev/null; }
 run fetch first
 mount -o remount,ro $down
