@@ -29,6 +29,11 @@ from loader.config.settings import Settings
 from loader.errors import (
     AdapterError,
     CheckpointError,
+    DeniedError,
+    DiskError,
+    EngineError,
+    FormatError,
+    ListingError,
     LoaderError,
     RequestError,
     ResolveError,
@@ -37,7 +42,7 @@ from loader.errors import (
 from loader.pod.live_adapters import LiveAdapters, fetch_adapter, fetch_named, live_environment
 from loader.pod.plugin import register
 from loader.serve.vllm.arguments import serve_arguments
-from loader.serve.vllm.resolver import Adapters, AdapterSource
+from loader.serve.vllm.resolver import Adapters, AdapterSource, status_of
 from loader.types import CONFIG_VARIABLE, ReadyModel, ServedAdapter
 from tests import origin as faults
 from tests.models import tiny_llama, train_or_draw_lora
@@ -196,6 +201,24 @@ async def test_what_was_refused_is_asked_for_again_after_a_pause(
         with pytest.raises(type(problem)), adapters.asked("job1/x"):
             await adapters.find("base", "job1/x")
     assert asked == ["job1/x"] * 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RequestError("no such name", status=404), 404),
+        (ResolveError("nothing matches"), 404),
+        (AdapterError("does not fit"), 400),
+        (FormatError("broken"), 400),
+        (TransientError("the origin is down"), 503),
+        (DiskError("full"), 503),
+        (ListingError("none"), 503),
+        (DeniedError("403"), 502),
+        (EngineError("dead"), 500),
+    ],
+)
+def test_the_status_of_a_refusal(error: LoaderError, status: int) -> None:
+    assert status_of(error) == status
 
 
 async def test_no_job_keeps_another_waiting(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from loader.fetch.files import STATE
@@ -32,7 +33,7 @@ class AdapterFiles:
 
     def __init__(self) -> None:
         self._stack = ExitStack()
-        self._folders: dict[Path, Path] = {}
+        self._folders: dict[Path | None, Path] = {}
 
     def keep(self, folder: Path, number: int) -> Path:
         """Return a folder with the adapter that is in *folder* now.
@@ -41,14 +42,12 @@ class AdapterFiles:
             DiskError: the disk refused.
         """
         fetched = next((p for p in folder.absolute().parents if (p / STATE).is_dir()), None)
-        parent = (
-            fetched / STATE if fetched else Path(tempfile.gettempdir()) / f"podloader-{os.getuid()}"
-        )
-        put = os.link if fetched else shutil.copyfile
-        if parent not in self._folders:
-            scratch = scratch_folder(parent / _LIVE, _OWNER)
-            self._folders[parent] = self._stack.enter_context(scratch)
-        kept = self._folders[parent] / str(number)
+        if fetched and not os.access(fetched / STATE, os.W_OK):
+            fetched = None
+        if fetched not in self._folders:
+            self._folders[fetched] = self._stack.enter_context(_open_folder(fetched))
+        put = _link if fetched else shutil.copyfile
+        kept = self._folders[fetched] / str(number)
         try:
             kept.mkdir()
             for file in (file for pattern in _FILES for file in folder.glob(pattern)):
@@ -61,3 +60,20 @@ class AdapterFiles:
     def close(self) -> None:
         """Remove them all."""
         self._stack.close()
+
+
+def _link(file: Path, other: Path) -> None:
+    try:
+        other.hardlink_to(file)
+    except OSError:  # not on every file system
+        shutil.copyfile(file, other)
+
+
+@contextmanager
+def _open_folder(fetched: Path | None) -> Iterator[Path]:
+    if fetched is None:
+        with tempfile.TemporaryDirectory(prefix="podloader-") as folder:
+            yield Path(folder)
+    else:
+        with scratch_folder(fetched / STATE / _LIVE, _OWNER) as folder:
+            yield folder
