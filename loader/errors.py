@@ -172,12 +172,14 @@ class FetchError(LoaderError):
 class TransientError(FetchError):
     """A failure that asking again may cure, not before ``retry_after_s`` where it is given.
 
-    ``busy``: the origin asks for fewer requests.
+    ``busy``: the origin asks for fewer requests. ``hasty``: it was given up on sooner than counts
+    as a failure; the next try has more patience.
     """
 
     retryable = True
     retry_after_s: float | None = None
     busy = False
+    hasty = False
 
 
 class DeniedError(FetchError):

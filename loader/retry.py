@@ -12,7 +12,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception
 from tenacity.nap import sleep_using_event
 
-from loader.errors import LoaderError
+from loader.errors import LoaderError, TransientError
 
 _PROGRESS_BYTES = 1 << 16  # a try that brought so much more was not in vain
 _FIRST_WAIT_S = 0.2
@@ -35,11 +35,11 @@ class Tries:
         self._in_vain = 0
         self._since = time.monotonic()
 
-    def note(self, place: int) -> None:
-        """Take note of a try that ended at *place*."""
+    def note(self, place: int, error: LoaderError) -> None:
+        """Take note of a try that ended at *place* with *error*."""
         if place - self._furthest >= _PROGRESS_BYTES:
             self._furthest, self._in_vain, self._since = place, 0, time.monotonic()
-        else:
+        elif not (isinstance(error, TransientError) and error.hasty):
             self._in_vain += 1
 
     def are_over(self, _: RetryCallState) -> bool:

@@ -44,6 +44,6 @@ def read_range(
                 if done < len(buffer):
                     raise TransientError("the body ended before its length", where=artifact.source)
             except TransientError as error:
-                tries.note(done)
+                tries.note(done, error)
                 on_retry(error.what)
                 raise

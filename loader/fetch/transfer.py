@@ -202,7 +202,7 @@ class _Worker:
             if claim.is_over():  # taken over by another worker, which ended the stream
                 return
             self._schedule.give_back(claim)
-            tries.note(claim.place)
+            tries.note(claim.place, error)
             if isinstance(error, TransientError):
                 self._events.progress.retry(claim.part.artifact.path, error.what)
                 if error.busy:

@@ -14,13 +14,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from loader.errors import FetchError, TransientError
 from loader.http.codings import check_name, content_coding, decode, too_long
 from loader.http.connection import Connection
 from loader.http.grammar import AnswerError
 from loader.http.objects import ObjectInfo
+from loader.http.pool import Pool
 from loader.http.request import Origin, Wanted
 from loader.http.response import Answer
 from loader.http.sockets import PlainSocket
@@ -87,54 +87,30 @@ class Asked:
             return None if self._is_lost else self._sent
 
 
-class Keeper(Protocol):
-    """Whom a body gives its connection back to."""
-
-    least_bytes_per_s: int
-
-    def give_back(self, origin: Origin, connection: Connection) -> None:
-        """Keep a connection whose last body was read to its end."""
-
-    def latency_s(self, origin: Origin) -> float:
-        """Return the shortest time that an answer took, 0 where none is to be asked for ahead."""
-
-    def distrust(self, origin: Origin) -> None:
-        """Ask nothing ahead of it any more."""
-
-    def isolate(self, origin: Origin) -> None:
-        """Let each connection bear one request: it sends what nobody asked for."""
-
-    def patience_s(self, url: str) -> float:
-        """Return how long a body may be slow."""
-
-    def note_slow(self, url: str) -> None:
-        """Have more patience with *url* the next time."""
-
-
 class HttpStream:
     """One response body; see ``ByteStream``.
 
-    It has to bring the *keeper*'s least rate, of the time that is spent waiting for it. *sent* is
+    It has to bring the *pool*'s least rate, of the time that is spent waiting for it. *sent* is
     what was asked, for what of an object that is *wanted*.
     """
 
     def __init__(
         self,
-        keeper: Keeper,
+        pool: Pool,
         sent: Sent,
         answer: Answer,
         info: ObjectInfo,
         wanted: Wanted,
         url: str,
     ) -> None:
-        self._keeper = keeper
+        self._pool = pool
         self._origin = sent.origin
         self._connection = sent.connection
         self._is_first = not (sent.is_kept or sent.is_next)
         self._answer = answer
         self._url = url
         self._began = time.monotonic()
-        self._patience_s = keeper.patience_s(url)
+        self._patience_s = pool.patience_s(url)
         self._waited_s, self._brought = 0.0, 0
         self._next: Asked | None = None
         self._coding = content_coding(answer.fields)
@@ -161,9 +137,10 @@ class HttpStream:
             count = answer.readinto(buffer)
         except (OSError, AnswerError) as error:
             self._blame()
-            if isinstance(error, TimeoutError):
-                self._keeper.note_slow(self._url)
-            raise translate(error, self._url) from None
+            known = translate(error, self._url)
+            if isinstance(error, TimeoutError) and isinstance(known, TransientError):
+                raise self._too_slow(known) from None
+            raise known from None
         finally:
             sock.deadline = math.inf
         if not count and answer.left:
@@ -182,21 +159,28 @@ class HttpStream:
         return count
 
     def _check_rate(self) -> None:
-        least, rate = self._keeper.least_bytes_per_s, self._brought / self._waited_s
+        least, rate = self._pool.least_bytes_per_s, self._brought / self._waited_s
         if rate < least and self._answer.left != 0:
-            self._keeper.note_slow(self._url)
-            raise TransientError(
-                "the connection brings next to nothing",
-                where=self._url,
-                expected=f"at least {least} bytes a second",
-                got=f"{rate:.0f}",
+            raise self._too_slow(
+                TransientError(
+                    "the connection brings next to nothing",
+                    where=self._url,
+                    expected=f"at least {least} bytes a second",
+                    got=f"{rate:.0f}",
+                )
             )
         self._waited_s, self._brought = 0.0, 0
+
+    def _too_slow(self, error: TransientError) -> TransientError:
+        """Return *error*, and have more patience the next time; the first ones do not count."""
+        error.hasty = self._patience_s < self._pool.longest_s
+        self._pool.note_slow(self._url)
+        return error
 
     def _check_end(self) -> None:
         """Raise TransientError where it is not sure that this was the answer to what was asked."""
         if self._next is None and self._answer.is_ahead:
-            self._keeper.isolate(self._origin)
+            self._pool.isolate(self._origin)
             raise TransientError(
                 "the origin sent more answers than it was asked for", where=self._url
             )
@@ -234,7 +218,7 @@ class HttpStream:
             return False
         if not length or not left or left != wanted:
             return False
-        latency_s = self._keeper.latency_s(self._origin)
+        latency_s = self._pool.latency_s(self._origin)
         spent_s = time.monotonic() - self._began
         return latency_s >= _FAR_S and left * spent_s <= (length - left) * (latency_s + _READ_S)
 
@@ -285,10 +269,10 @@ class HttpStream:
         if following is not None:
             following.come(in_turn=whole)
         elif whole and not answer.is_ahead and not answer.will_close:
-            self._keeper.give_back(self._origin, connection)
+            self._pool.give_back(self._origin, connection)
         else:
             if whole and answer.is_ahead:
-                self._keeper.isolate(self._origin)
+                self._pool.isolate(self._origin)
             connection.close()
 
     def abort(self) -> None:
@@ -298,7 +282,7 @@ class HttpStream:
     def _blame(self) -> None:
         """A body that breaks off behind a request that was sent ahead may do so because of it."""
         if self._next is not None:
-            self._keeper.distrust(self._origin)
+            self._pool.distrust(self._origin)
 
 
 def shut(sock: PlainSocket) -> None:

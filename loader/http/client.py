@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import re
 import ssl
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from loader.http.body import Asked, HttpStream, Sent, drop
 from loader.http.connection import Connection, connect
 from loader.http.grammar import AnswerError
 from loader.http.objects import ObjectInfo
+from loader.http.pool import Pool
 from loader.http.proxies import Proxies, open_tunnel
 from loader.http.request import (
     Origin,
@@ -54,7 +54,6 @@ from loader.http.trust import Trust
 _REDIRECTS = {301, 302, 303, 307, 308}
 _SITE = re.compile(r"https?://[^/?#]+(?=/)")
 _NEXT_S = 2.0  # for the answer to a request that was sent ahead, from the end of the body before it
-_PATIENCE_S = 2.0  # with a body that is slow, doubled each time that the same one is
 _STALE = (ConnectionError, ssl.SSLEOFError, AnswerError)  # nothing that a new connection has to be
 
 
@@ -80,22 +79,15 @@ class HttpOptions:
 
 
 class HttpClient:
-    """A pool of connections. Every method may be called from any thread."""
+    """Asks, on connections that it keeps. Every method may be called from any thread."""
 
     def __init__(self, options: HttpOptions) -> None:
         self._options = options
         self._trust = Trust(options.ca_bundle)
-        self._idle: dict[Origin, list[Connection]] = {}
-        self._lock = threading.Lock()
-        self._closed = False
+        self._pool = Pool(options.least_bytes_per_s, options.stall_timeout_s)
         self._proxies = Proxies()
         self._led_to: set[str] = set()  # hosts, by redirects
         self._origins: dict[str, Origin] = {}  # by the URLs' beginning
-        self._latency_s: dict[Origin, float] = {}  # the shortest so far
-        self._alone: set[Origin] = set()  # that are asked nothing ahead
-        self._isolated: set[Origin] = set()  # whose connections bear one request
-        self._slow: dict[str, int] = {}  # how often a URL's bodies were
-        self.least_bytes_per_s = options.least_bytes_per_s
 
     def get(
         self,
@@ -145,7 +137,7 @@ class HttpClient:
         answered as it should be, behind another one, is asked once more, alone.
         """
         origin, target = self._place(url)
-        if origin in self._alone:
+        if not self._pool.is_trusted(origin):
             return None
         request = Request("GET", {})
         head = Request("GET", range_headers(span, version))
@@ -162,7 +154,7 @@ class HttpClient:
             except FetchError:
                 if sent is None:
                     raise
-                self.distrust(origin)
+                self._pool.distrust(origin)
             return self._ask(request, url, wanted)
 
         asked = Asked(take, sent)
@@ -208,7 +200,7 @@ class HttpClient:
         except BaseException:
             drop(got.connection, answer)
             raise
-        stream = HttpStream(self, got, answer, info, wanted, first)
+        stream = HttpStream(self._pool, got, answer, info, wanted, first)
         try:
             stream.check_empty()
         except BaseException:
@@ -227,65 +219,19 @@ class HttpClient:
             drop(got.connection, answer)
             return self._ask(request, url, wanted._replace(span=None))
         with contextlib.closing(
-            HttpStream(self, got, answer, ObjectInfo(0), Wanted(), url)
+            HttpStream(self._pool, got, answer, ObjectInfo(0), Wanted(), url)
         ) as body:
             size_bytes = body.count()
         return self._ask(request, url, wanted._replace(size_bytes=size_bytes))
 
     def close(self) -> None:
         """Close every idle connection."""
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, {}
-        for connections in idle.values():
-            for connection in connections:
-                connection.close()
-
-    def give_back(self, origin: Origin, connection: Connection) -> None:
-        """Keep a connection whose last body was read to its end."""
-        with self._lock:
-            if not self._closed and origin not in self._isolated:
-                self._idle.setdefault(origin, []).append(connection)
-                return
-        connection.close()
-
-    def latency_s(self, origin: Origin) -> float:
-        """Return the shortest time that an answer took, 0 where none is to be asked for ahead."""
-        return 0.0 if origin in self._alone else self._latency_s.get(origin, 0.0)
-
-    def distrust(self, origin: Origin) -> None:
-        """Ask nothing ahead of it any more."""
-        self._alone.add(origin)
-
-    def isolate(self, origin: Origin) -> None:
-        """Let each connection bear one request: it sends what nobody asked for."""
-        self.distrust(origin)
-        self._isolated.add(origin)
-
-    def patience_s(self, url: str) -> float:
-        """Return how long a body may be slow: longer each time that it was cut off for it."""
-        return min(_PATIENCE_S * (1 << self._slow.get(url, 0)), self._options.stall_timeout_s)
-
-    def note_slow(self, url: str) -> None:
-        """Have more patience with *url* the next time."""
-        self._slow[url] = min(self._slow.get(url, 0) + 1, 10)
-
-    def _take_idle(self, origin: Origin) -> Connection | None:
-        """Return a connection that is open, and on which nothing came since it was given back."""
-        while True:
-            with self._lock:
-                idle = self._idle.get(origin)
-                kept = idle.pop() if idle else None
-            if kept is None or (more := kept.peek()) is None:
-                return kept
-            if more:
-                self.isolate(origin)
-            kept.close()
+        self._pool.close()
 
     def _send(self, request: Request, url: str) -> Sent:
         origin, target = self._place(url)
         message = write_message(request, origin, target, url)
-        kept = self._take_idle(origin)
+        kept = self._pool.take(origin)
         if kept is not None:
             # The origin may have closed it meanwhile: that is no failure, and asked anew at once.
             try:
@@ -325,14 +271,12 @@ class HttpClient:
             if sent.is_next:
                 sent.connection.sock.settimeout(stall_s)
             else:
-                taken_s = time.monotonic() - sent.at
-                known_s = self._latency_s.get(sent.origin, taken_s)
-                self._latency_s[sent.origin] = min(known_s, taken_s)
+                self._pool.note_latency(sent.origin, time.monotonic() - sent.at)
             return sent, answer
         except BaseException as error:
             sent.connection.close()
             if sent.is_next and isinstance(error, OSError | AnswerError):
-                self.distrust(sent.origin)
+                self._pool.distrust(sent.origin)
             elif not sent.is_kept or not isinstance(error, _STALE):
                 raise translate(error, sent.url) from None
         anew = self._send_anew(sent.origin, sent.url, sent.message)

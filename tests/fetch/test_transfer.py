@@ -14,7 +14,7 @@ from loader.errors import DiskError, TransientError
 from loader.fetch import schedule, transfer
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.fetch.stopping import StoppedError
-from loader.http import client as http
+from loader.http import pool
 from loader.http.client import HttpClient, HttpOptions
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest, Snapshot
@@ -189,7 +189,7 @@ def test_next_to_nothing_is_cut(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(http, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(pool, "_PATIENCE_S", 0.3)
     demanding = PresignedStore(HttpClient(HttpOptions(least_bytes_per_s=4 * MIB)))
     origin.fail("big.bin", act(lambda: None), slow(0.1))
     options = FetchOptions(concurrency=1, range_bytes=MIB)

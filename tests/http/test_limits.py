@@ -18,8 +18,7 @@ import trustme
 from loader.arriving.rangefiles import RemoteFile
 from loader.errors import FetchError, ListingError, TransientError
 from loader.fetch.snapshot import FetchOptions, fetch, read_artifact
-from loader.http import client as http
-from loader.http import openssl
+from loader.http import openssl, pool
 from loader.http.client import HttpClient, HttpOptions
 from loader.http.objects import ObjectInfo
 from loader.stores.presigned import PresignedStore, UrlListing
@@ -145,7 +144,7 @@ def slow_once(count: int = 1) -> Talk:
 def test_every_way_cuts_a_slow_connection(
     way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(pool, "_PATIENCE_S", 0.3)
     began = time.monotonic()
     store = PresignedStore(HttpClient(HttpOptions()))
     with answering(slow_once()) as origin, closing(store):
@@ -164,18 +163,17 @@ def test_every_way_cuts_a_slow_connection(
 
 
 def test_more_patience_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "_PATIENCE_S", 0.5)
-    with closing(HttpClient(HttpOptions(stall_timeout_s=3))) as client:
-        waits = []
-        for _ in range(4):
-            waits.append(client.patience_s("u"))
-            client.note_slow("u")
-        assert waits == [0.5, 1.0, 2.0, 3.0]
-        assert client.patience_s("other") == 0.5
+    monkeypatch.setattr(pool, "_PATIENCE_S", 0.5)
+    connections, waits = pool.Pool(1, 3.0), []
+    for _ in range(4):
+        waits.append(connections.patience_s("u"))
+        connections.note_slow("u")
+    assert waits == [0.5, 1.0, 2.0, 3.0]
+    assert connections.patience_s("other") == 0.5
 
 
 def test_the_least_rate_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(pool, "_PATIENCE_S", 0.2)
 
     def talk(sock: socket.socket, request: bytes) -> None:
         sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 40\r\n\r\n")
@@ -203,3 +201,24 @@ def test_a_listing_is_not_waited_for_without_an_end() -> None:
         listing = UrlListing(origin.url, client)
         with pytest.raises((FetchError, ListingError)):
             listing.read()
+
+
+def test_giving_up_soon_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_PATIENCE_S", 0.3)
+    with answering(slow_once(2)) as origin:
+        store = PresignedStore(HttpClient(HttpOptions()))
+        with closing(store):
+            file = RemoteFile(
+                Artifact("j", 0, "x", f"{origin.url}/x"), store, ObjectInfo(len(CONTENT), '"1"'), 0
+            )
+            found = bytearray(len(CONTENT))
+            file.read_into(0, memoryview(found))
+            assert found == CONTENT
+    with answering(slow_once(9)) as origin:
+        store = PresignedStore(HttpClient(HttpOptions(stall_timeout_s=0.5)))
+        with closing(store):
+            file = RemoteFile(
+                Artifact("j", 0, "x", f"{origin.url}/x"), store, ObjectInfo(len(CONTENT), '"1"'), 0
+            )
+            with pytest.raises(TransientError):
+                file.read_into(0, memoryview(bytearray(len(CONTENT))))
