@@ -86,9 +86,11 @@ def test_a_file_system_without_links(fetched: Path, monkeypatch: pytest.MonkeyPa
         raise PermissionError
 
     monkeypatch.setattr(os, "link", refuse)
-    kept = AdapterFiles().keep(fetched, 1)
+    files = AdapterFiles()
+    kept = files.keep(fetched, 1)
     assert (kept / WEIGHTS).read_text() == "first"
     assert not (kept / WEIGHTS).samefile(fetched / WEIGHTS)
+    files.close()
 
 
 def test_a_download_folder_that_cannot_be_written(
