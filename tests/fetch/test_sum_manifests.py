@@ -166,3 +166,16 @@ def test_the_command(tmp_path: Path) -> None:
     (file,) = document["files"]
     assert file["sha256"] == hashlib.sha256(b"a").hexdigest()
     assert "1 files" in done.stderr
+
+
+def test_a_version_that_tells_nothing_of_new_bytes(origin: FaultyOrigin, tmp_path: Path) -> None:
+    path = origin.put("ck/deep/x.txt", b"x")
+    fetch(origin, tmp_path)
+    stamp = path.stat().st_mtime_ns
+    path.write_bytes(b"y")
+    os.utime(path, ns=(stamp, stamp))  # the origin's ETag is made of this
+    assert fetch(origin, tmp_path).files[0].reused
+    sum_folder(origin.folder() / "ck")
+    (file,) = fetch(origin, tmp_path, "ck/deep/x.txt").files
+    assert not file.reused
+    assert (tmp_path / "files" / file.path).read_bytes() == b"y"

@@ -113,6 +113,20 @@ def test_only_the_models_bytes_leave_the_origin(
     assert not [r for p, r in origin.requests[before:] if p.endswith(".distcp") and r > "bytes=1"]
 
 
+def test_shards_that_nothing_pins_come_whole(
+    fsdp: Path, publish: Any, origin: FaultyOrigin
+) -> None:
+    """A weak ETag does not say that two ranges are of the same bytes: their digests have to."""
+    origin.headers = lambda path: {"ETag": f'W/"{path}"'}
+    settings = publish(fsdp / "fsdp1", weights_only_fetch=True)
+    ready = boot.prepare(settings)
+    assert_same(tensors_of(ready.path), load_file(fsdp / "fsdp1/full.safetensors"))
+    assert list((settings.training.download_folder / "job1").rglob("*.distcp"))
+    files = ready.provenance["files"]
+    assert isinstance(files, dict)
+    assert all(digest.startswith("crc64nvme:") for digest in files.values())
+
+
 @pytest.mark.parametrize("name", ["zero2-fp16", "zero3-bf16", "zero3-frozen", "zero3-lora"])
 def test_zero_reads_the_float32_partition_at_the_origin(
     zero: Path, base: Path, publish: Any, origin: FaultyOrigin, name: str
