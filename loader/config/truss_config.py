@@ -28,8 +28,15 @@ def read_config(config: Path | str | Mapping[str, Any]) -> tuple[str, Mapping[st
     path = Path(config)
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+    except RecursionError:
+        raise ConfigError(
+            "the config is not valid YAML",
+            where=str(path),
+            got="lists in lists without end",
+            next_step="give a Truss config.yaml with training_checkpoints in it",
+        ) from None
+    except (OSError, ValueError) as error:  # of a date or a number that is none, too
+        reason = error.strerror if isinstance(error, OSError) else _text_fault(error)
         raise ConfigError(
             "the config cannot be read",
             where=str(path),
@@ -53,6 +60,10 @@ def read_config(config: Path | str | Mapping[str, Any]) -> tuple[str, Mapping[st
             next_step="give a Truss config.yaml with training_checkpoints in it",
         )
     return str(path), document
+
+
+def _text_fault(error: ValueError) -> str:
+    return "not UTF-8 text" if isinstance(error, UnicodeError) else str(error)
 
 
 def _yaml_place(error: yaml.YAMLError) -> str:

@@ -81,7 +81,7 @@ class Api:
             ) from None
         try:
             document = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             document = None
         if not isinstance(document, dict):
             raise ListingError("the REST API answers no JSON object", where=where)

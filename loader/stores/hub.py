@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from loader.errors import FetchError, LoaderError, TransientError
+from loader.errors import FetchError, FormatError, LoaderError, TransientError
 from loader.retry import ask_again
 from loader.stores.hub_cache import drop_rotten
 from loader.stores.hub_errors import is_offline, leaves_the_cache, translate_error
@@ -177,7 +177,12 @@ def describe_model(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        config = str(error)
+    if not isinstance(config, dict):
+        raise FormatError("the model's config.json is no JSON object", where=str(path))
     return config
 
 

@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from loader.errors import FormatError
-from loader.weights.header import TensorInfo, size_bytes
+from loader.weights.header import MAX_DIMENSIONS, TensorInfo, size_bytes
 
 Form = Literal["scaled", "four bits", "mxfp4", "packed"]
 STATE = ".quant_state.bitsandbytes__"
@@ -69,6 +70,9 @@ def _present(
     return {leaf: f"{module}.{leaf}" for leaf in leaves if f"{module}.{leaf}" in tensors}
 
 
+_BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
 def find_four_bits(
     name: str, tensors: Mapping[str, TensorInfo], read: Callable[[str], bytes | memoryview]
 ) -> Packed | None:
@@ -77,10 +81,23 @@ def find_four_bits(
         return None
     try:
         state = json.loads(bytes(read(name)))
-        shape = tuple(int(size) for size in state["shape"])
-        float(state["blocksize"])
+        shape = tuple(state["shape"])
+        sizes = [state["blocksize"], state.get("nested_blocksize", 1), *shape]
+        if len(shape) > MAX_DIMENSIONS or not all(
+            type(s) is int and 0 < s < 1 << 40 for s in sizes
+        ):
+            raise ValueError(f"sizes {reprlib.repr(sizes)}")
+        if not math.isfinite(state.get("nested_offset", 0.0)):
+            raise ValueError("an offset that is no number")
         size = size_bytes("U8", shape)
-    except (ValueError, TypeError, KeyError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise FormatError("a quant_state that is not bitsandbytes'", where=name) from error
     parts = {"weight": weight, "state": name, **_present(weight, _ABOUT, tensors)}
     if tensors[weight].size_bytes * 2 < size:

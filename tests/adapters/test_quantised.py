@@ -29,8 +29,10 @@ from loader.errors import AdapterError, FormatError, UnsupportedError
 from loader.serve.transformers import TransformersModel
 from loader.serve.vllm.inprocess import VLLMModel
 from loader.weights.dequantise import DequantisedReader
+from loader.weights.header import TensorInfo
 from loader.weights.quantised import check_dequantisable, find_packed
 from loader.weights.readers import SafetensorsReader, open_weights
+from loader.weights.stored_forms import find_four_bits
 from tests.adapters.peft import differing, load, merged_state, state
 from tests.adapters.test_methods import build
 from tests.models import tiny_llama, train_or_draw_lora
@@ -257,6 +259,37 @@ def test_a_broken_description(base: Path, adapter: Path, tmp_path: Path) -> None
     quantised = rewrite(base, tmp_path / "q", quantise, {"quant_method": "bitsandbytes"})
     with pytest.raises(FormatError, match="quant_state"):
         merge(quantised, [WeightedAdapter(adapter)], tmp_path / "out", dequantise=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"blocksize": 0},
+        {"blocksize": 0.5},
+        {"blocksize": 10**400},
+        {"blocksize": True},
+        {"shape": [4.0, 4]},
+        {"shape": [-4, 4]},
+        {"shape": [1] * 65},
+        {"shape": 4},
+        {"nested_blocksize": 0},
+        {"nested_offset": float("nan")},
+        {"nested_offset": "x"},
+    ],
+)
+def test_values_of_a_description_that_are_none(change: dict[str, object]) -> None:
+    right: dict[str, object] = {"shape": [4, 4], "blocksize": 64}
+    right |= {"nested_blocksize": 256, "nested_offset": 0.5}
+    name = "w.quant_state.bitsandbytes__nf4"
+    tensors = {
+        n: TensorInfo(n, "U8", (size,), 0, size)
+        for n, size in (("w", 8), (name, 9), ("w.nested_absmax", 4))
+    }
+    found = find_four_bits(name, tensors, lambda _: json.dumps(right).encode())
+    assert found is not None
+    assert found.shape == (4, 4)
+    with pytest.raises(FormatError, match="quant_state"):
+        find_four_bits(name, tensors, lambda _: json.dumps(right | change).encode())
 
 
 def with_scheme(base: Path, folder: Path, args: dict[str, Any], form: str, seen: Tensors) -> Path:

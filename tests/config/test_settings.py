@@ -219,3 +219,21 @@ def test_repr_shows_no_secret() -> None:
     )
     assert "S3CR3T" not in repr(settings)
     assert "base_model='https://h/model?…" in repr(settings)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 5000,
+        "a: 2025-99-99",
+        "a: " + "9" * 5000,
+        "a: \ud7ff\x00",
+        "- a\n- &b [*b]",
+        "? [a]\n: b",
+    ],
+)
+def test_yaml_that_is_none(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError):
+        Settings.load(path)

@@ -105,8 +105,10 @@ def _find_switches(files: Files) -> Mapping[str, Sequence[str]]:
     if _ARGUMENTS in files.names:
         found[_ARGUMENTS] = _read_switches(Archive(files.open(_ARGUMENTS)))
     if _RUN_CONFIG in files.names:
-        text = read_all(files.open(_RUN_CONFIG), limit_bytes=_MAX_CONFIG_BYTES).decode("utf-8")
-        pattern = re.compile(r"^\s*(\w+):\s*true\s*$", re.MULTILINE)
+        text = read_all(files.open(_RUN_CONFIG), limit_bytes=_MAX_CONFIG_BYTES).decode(
+            "utf-8", "replace"
+        )
+        pattern = re.compile(r"^[ \t]*(\w+):[ \t]*true[ \t\r]*$", re.MULTILINE)
         found[_RUN_CONFIG] = sorted(set(pattern.findall(text)) & _SWITCHES.keys())
     return found
 
