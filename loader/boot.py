@@ -168,12 +168,14 @@ def _resolved(
         sensitive = is_case_sensitive(root)
         manifest = resolve(wanted_checkpoints(settings), origin.listings, case_sensitive=sensitive)
         manifest = _leave_out(settings, manifest)
-        indexes = tuple(a for a in manifest.files if a.name.endswith(_INDEXES))
-        adopt_files(Manifest(indexes))  # their origin may not give them any more
-        _check_indexes(indexes, root, origin)
         from loader.fetch.sum_manifests import declare_sums  # the first request is ahead of it
+        from loader.resolve.sum_files import find_sum_files
 
-        listed = (artifact for listing in origin.listings for artifact in listing.artifacts)
+        indexes = tuple(a for a in manifest.files if a.name.endswith(_INDEXES))
+        listed = [artifact for listing in origin.listings for artifact in listing.artifacts]
+        # Their origin may not give them any more.
+        adopt_files(Manifest((*indexes, *find_sum_files(listed, manifest.files))))
+        _check_indexes(indexes, root, origin)
         files = declare_sums(manifest.files, listed, root, origin.store)
         manifest = replace(manifest, files=files)
     adopt_files(manifest)

@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -67,12 +67,12 @@ class LaidFiles:
     folder: Path
     flat_job: str | None = None
 
-    def find(self, artifact: Artifact) -> Path | None:
-        """Return where *artifact* lies, None where it does not."""
-        found = [self.folder / artifact.path]
+    def find(self, artifact: Artifact) -> tuple[Path, ...]:
+        """Return where *artifact* lies: at either place, both, or none."""
+        found = [f"{self.folder}/{artifact.path}"]
         if artifact.job == self.flat_job:
-            found.append(self.folder / artifact.name)
-        return next((path for path in found if os.path.lexists(path)), None)
+            found.append(f"{self.folder}/{artifact.name}")
+        return tuple(Path(path) for path in found if os.path.lexists(path))
 
 
 def adopt(
@@ -92,23 +92,34 @@ def adopt(
         CheckpointError: files that cannot be taken, and that there is no origin for.
         FetchError: the origin does not answer.
     """
-    root, found = root.absolute(), _unproved(manifest, root.absolute(), laid, options)
+    root = root.absolute()
+    folders = Folders(str(root))
+    found = _unproved(manifest, folders, laid, options)
     if not found:
         return
     with SpanProgress(progress, timeline, "adoption") as watched:
-        size_bytes = sum(path.stat().st_size for _, path in found if path.exists())
-        watched.start(len(found), size_bytes, 0)
+        looked = _Look({p: _stamp(p.stat()) for _, paths in found for p in paths if p.exists()})
+        first = (looked.stamps.get(paths[0]) for _, paths in found)
+        watched.start(len(found), sum(stamp[0] for stamp in first if stamp), 0)
 
-        def take(one: tuple[Artifact, Path]) -> _Candidate:
-            candidate = _Candidate(*one, laid, store, options, watched)
-            candidate.prove(root)
-            return candidate
+        def take(one: tuple[Artifact, tuple[Path, ...]]) -> list[_Candidate]:
+            """Return those of one artifact's files that are not taken, empty where one is."""
+            artifact, paths = one
+            place, rejected = Places(folders, artifact.path), []
+            for path in paths:
+                candidate = _Candidate(artifact, path, laid, store, options, watched, looked)
+                candidate.prove(place)
+                if not candidate.reason:
+                    return []
+                rejected.append(candidate)
+            with disk_errors(place.whole):
+                _make_way(place, laid)
+            return rejected
 
         tried = map_on_threads(take, found, options.concurrency)
-    rejected = [candidate for candidate in tried if candidate.reason]
+    rejected = [candidate for candidates in tried for candidate in candidates]
     for candidate in rejected:
         _log.warning("%s is not taken: %s", candidate.path, candidate.reason)
-        _forget(places(root, candidate.artifact), candidate.path)
     if alone := [c for c in rejected if not c.has_origin]:
         raise CheckpointError(
             "files that lie in the download folder cannot be taken",
@@ -121,51 +132,46 @@ def adopt(
 def presence(manifest: Manifest, root: Path, laid: LaidFiles) -> Mapping[str, Presence]:
     """Return of each file, by its path, whether it is here; only sizes and time stamps are read."""
 
+    folders = Folders(str(root.absolute()))
+
     def look(artifact: Artifact) -> Presence:
-        place = places(root.absolute(), artifact)
+        place = Places(folders, artifact.path)
         record = read_record(place)
         if record is not None and is_intact(place, record, "size", record.boot_id):
             return "proved"
         if root != laid.folder and _earlier(artifact, laid, "size"):
             return "proved"
-        path = laid.find(artifact)
-        if path is None or not path.is_file():
-            return "missing"
+        files = [path for path in laid.find(artifact) if path.is_file()]
         wanted = artifact.size_bytes
-        return "unproved" if wanted in (None, path.stat().st_size) else "missing"
+        fits = any(wanted in (None, path.stat().st_size) for path in files)
+        return "unproved" if fits else "missing"
 
     return {artifact.path: look(artifact) for artifact in manifest.files}
 
 
 def _unproved(
-    manifest: Manifest, root: Path, laid: LaidFiles, options: FetchOptions
-) -> list[tuple[Artifact, Path]]:
+    manifest: Manifest, folders: Folders, laid: LaidFiles, options: FetchOptions
+) -> list[tuple[Artifact, tuple[Path, ...]]]:
     """Return what lies here, and has no record that a fetch would believe."""
     jobs = {artifact.job for artifact in manifest.files}
     if not laid.flat_job and not any((laid.folder / job).is_dir() for job in jobs):
         return []
+    is_elsewhere = folders.root != str(laid.folder)
     found = []
     for artifact in manifest.files:
-        path, place = laid.find(artifact), places(root, artifact)
-        if path is None:
-            if place.final.is_symlink():
-                _forget(place, path)
+        paths, place = laid.find(artifact), Places(folders, artifact.path)
+        if not paths:
+            if is_elsewhere and place.final.is_symlink():
+                _make_way(place, laid)
             continue
         record = read_record(place)
-        believed = record is not None and record.compared
-        if record is not None and artifact.url == _url(path):
-            believed = is_intact(place, record, options.verify, boot_id())
+        is_local = artifact.url in map(_url, paths)
+        believed = record is not None and (record.compared or is_local)
+        if record is not None and (record.target or is_local):
+            believed &= is_intact(place, record, options.verify, boot_id())
         if not believed:
-            found.append((artifact, path))
+            found.append((artifact, paths))
     return found
-
-
-def _forget(place: Places, path: Path | None) -> None:
-    """Drop what was once taken from *path*: its record, and the symlink that led there."""
-    record = read_record(place)
-    place.remove("record")
-    if record is not None and record.target and str(path) != place.whole:
-        place.remove(WHOLE)
 
 
 def _earlier(artifact: Artifact, laid: LaidFiles, verify: Verify) -> Record | None:
@@ -176,6 +182,18 @@ def _earlier(artifact: Artifact, laid: LaidFiles, verify: Verify) -> Record | No
     return record if whole else None
 
 
+def _make_way(place: Places, laid: LaidFiles) -> None:
+    """Remove what was said of files that are not taken, and a symlink to one of them."""
+    place.remove("record")  # of when no origin could be asked
+    real = os.path.realpath(place.whole)
+    if place.final.is_symlink() and _is_within(real, laid.folder):
+        place.remove(WHOLE)
+
+
+def _is_within(real: str, folder: Path) -> bool:
+    return Path(real).is_relative_to(os.path.realpath(folder))
+
+
 def _url(path: Path) -> str:
     """Return what the store for local files calls *path*."""
     return f"file://{path}"
@@ -183,6 +201,29 @@ def _url(path: Path) -> str:
 
 class _RejectedError(Exception):
     """Why a file is not taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """How the files were when they were first looked at, all of them at once."""
+
+    stamps: Mapping[Path, tuple[int, ...]]
+    at_s: float = field(default_factory=time.monotonic)
+
+    def wait_until_settled(self, fd: int, path: Path, limit_s: float) -> None:
+        """Wait until nothing has changed a file for a while; its own clock may not be ours."""
+        now_s, found = time.monotonic(), os.fstat(fd)
+        if time.time() - found.st_ctime >= _RECENT_S:
+            return
+        deadline_s, seen = now_s + limit_s, _stamp(found)
+        since_s = self.at_s if seen == self.stamps.get(path) else now_s
+        while time.monotonic() - since_s < _RECENT_S:
+            if time.monotonic() > deadline_s:
+                raise _RejectedError(f"it has been written to for {limit_s:.0f} s, and still is")
+            time.sleep(_LOOK_S)
+            stamp = _stamp(os.fstat(fd))
+            if stamp != seen:
+                seen, since_s = stamp, time.monotonic()
 
 
 @dataclass(slots=True)
@@ -195,35 +236,35 @@ class _Candidate:
     store: Store
     options: FetchOptions
     progress: Progress
+    looked: _Look
     reason: str = ""
     has_origin: bool = True
 
-    def prove(self, root: Path) -> None:
+    def prove(self, place: Places) -> None:
         """Write the record of a file that is proved."""
         self.has_origin = self.artifact.url != _url(self.path)
         try:
             real = Path(os.path.realpath(self.path))
             with _open_regular(real, self.laid.folder) as fd:
-                _wait_until_settled(fd, self.options.settle_s)
-                elsewhere = root != self.laid.folder
-                known = _earlier(self.artifact, self.laid, self.options.verify)
-                record = known if elsewhere and known else self._prove(fd)
+                self.looked.wait_until_settled(fd, self.path, self.options.settle_s)
+                record = self._known(place) or self._prove(fd)
         except _RejectedError as error:
             self.reason = str(error)
             return
-        place = places(root, self.artifact)
         if place.whole != str(real):
             record = replace(record, target=str(real))
         with disk_errors(place.whole):
             if os.path.realpath(place.whole) != str(real):
-                link = Path(f"{place.part}.link")
-                for path in (link, place.final):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                link.unlink(missing_ok=True)
-                link.symlink_to(real)
-                link.replace(place.final)
-        write_record(place, record)
+                place.link(str(real))
+        write_record(place, record, shared=True)
         self.progress.finish_file(self.artifact.path)
+
+    def _known(self, place: Places) -> Record | None:
+        """Return what podloader, which fetched the file to where it lies, wrote of it there."""
+        folder = self.laid.folder
+        if place.folders.root == str(folder) or self.path != folder / self.artifact.path:
+            return None
+        return _earlier(self.artifact, self.laid, self.options.verify)
 
     def _prove(self, fd: int) -> Record:
         before = os.fstat(fd)
@@ -264,7 +305,7 @@ class _Candidate:
             before.st_mtime_ns,
             boot_id(),
             tuple(scan.ranges),
-            compared=info is not None or self.artifact.url == _url(self.path),
+            compared=info is not None,
         )
 
     def _ask_origin(self) -> ObjectInfo | None:
@@ -309,7 +350,7 @@ class _Candidate:
 @contextlib.contextmanager
 def _open_regular(real: Path, folder: Path) -> Iterator[int]:
     """Give a descriptor of a file that nobody but us and root can have laid below *folder*."""
-    if not real.is_relative_to(os.path.realpath(folder)):
+    if not _is_within(str(real), folder):
         raise _RejectedError(f"it leads out of the download folder, to {real}")
     folders = Folders(str(real.parent))
     try:
@@ -326,21 +367,6 @@ def _open_regular(real: Path, folder: Path) -> Iterator[int]:
         raise _RejectedError(f"it cannot be read: {error.strerror}") from None
     finally:
         os.close(fd)
-
-
-def _wait_until_settled(fd: int, limit_s: float) -> None:
-    """Wait until nothing has changed the file for a while; its own clock may not be ours."""
-    deadline = time.monotonic() + limit_s
-    seen, since = os.fstat(fd), time.monotonic()
-    if time.time() - seen.st_ctime >= _RECENT_S:
-        return
-    while time.monotonic() - since < _RECENT_S:
-        if time.monotonic() > deadline:
-            raise _RejectedError(f"it has been written to for {limit_s:.0f} s, and still is")
-        time.sleep(_LOOK_S)
-        found = os.fstat(fd)
-        if _stamp(found) != _stamp(seen):
-            seen, since = found, time.monotonic()
 
 
 def _stamp(found: os.stat_result) -> tuple[int, ...]:
@@ -360,6 +386,7 @@ def _sums_agree(checks: Sequence[Check], sums: Sequence[Sum], ranges: Sequence[D
     for check, one in zip(checks, sums, strict=True):
         same = one.result(ranges) == check.checksum.digest
         if not same and not check.guessed:
-            raise _RejectedError(f"its {check.checksum.algorithm} is not what the origin tells")
+            says = check.checksum.said_by or "the origin"
+            raise _RejectedError(f"its {check.checksum.algorithm} is not what {says} says")
         proved |= same
     return proved

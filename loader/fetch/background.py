@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from loader.fetch.arrivals import Arrivals
-from loader.fetch.files import WHOLE, places, read_record
+from loader.fetch.files import WHOLE, places, read_record, whole_place
 from loader.fetch.progress import Progress
 from loader.fetch.sizes import ask_version
 from loader.fetch.snapshot import FetchOptions, fetch
@@ -136,7 +136,8 @@ def are_here(artifacts: Sequence[Artifact], root: Path) -> bool:
 
     def is_here(artifact: Artifact) -> bool:
         place = places(root.absolute(), artifact)
-        return place.size(WHOLE) is not None and read_record(place) is not None
+        record = read_record(place)
+        return record is not None and whole_place(place, record).size(WHOLE) is not None
 
     return all(map(is_here, artifacts))
 

@@ -24,6 +24,8 @@ import fcntl
 import json
 import os
 import stat
+import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +126,12 @@ class Places:
     def rename(self, kind: str, to_kind: str) -> None:
         """Give a file the other's name."""
         self.folders.rename(*self.entry(kind), *self.entry(to_kind))
+
+    def link(self, target: str) -> None:
+        """Make the whole file a symlink to *target*, in the place of what lies there."""
+        with tempfile.TemporaryDirectory(prefix=f"{STATE}-", dir=self.folders.root) as aside:
+            os.symlink(target, f"{aside}/link")
+            self.folders.rename(os.path.basename(aside), "link", *self.entry(WHOLE))
 
     def entry(self, kind: str) -> tuple[str, str]:
         """Return the file's folder below the root, and its name."""
@@ -310,8 +318,11 @@ def read_record(place: Places) -> Record | None:
     return record if typed else None
 
 
-def write_record(place: Places, record: Record) -> None:
-    """Write the record. One that is not whole is no JSON, and so no record."""
+def write_record(place: Places, record: Record, *, shared: bool = False) -> None:
+    """Write the record. One that is not whole is no JSON, and so no record.
+
+    *shared*: other processes may read it meanwhile, and see one that is whole or the earlier one.
+    """
     fields = {
         "size_bytes": record.size_bytes,
         "digest": record.digest,
@@ -325,12 +336,15 @@ def write_record(place: Places, record: Record) -> None:
         fields["target"] = record.target
     if not record.compared:
         fields["compared"] = False
+    kind = f"record.{os.getpid()}-{threading.get_native_id()}" if shared else "record"
     with disk_errors(place.record):
-        fd = place.create("record", os.O_WRONLY)
+        fd = place.create(kind, os.O_WRONLY)
         try:
             _write(fd, msgspec.json.encode(fields))
         finally:
             os.close(fd)
+        if shared:
+            place.rename(kind, "record")
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -131,8 +132,9 @@ def _fetch(
         seen = {a: r for a, place in at.items() if (r := read_record(place))}
     kept = _kept(seen, at, options, boot, arrivals.stop)
     check_way(root, [artifact for artifact in manifest.files if artifact not in kept])
-    infos = _ask(kept, store, options, arrivals.stop)
-    reused = {a.path: r for a, r in kept.items() if is_same(a, r, infos[a])}
+    own = {a for a in kept if _is_own_origin(a, at[a])}
+    infos = _ask([a for a in kept if a not in own], store, options, arrivals.stop)
+    reused = {a.path: r for a, r in kept.items() if a in own or is_same(a, r, infos[a])}
     for artifact in kept:
         if artifact.path in reused:
             arrivals.arrive(fetched_file(artifact, reused[artifact.path], reused=True))
@@ -222,8 +224,14 @@ def _kept(
     return {a: r for (a, r), kept in zip(seen.items(), found, strict=True) if kept}
 
 
+def _is_own_origin(artifact: Artifact, place: Places) -> bool:
+    """Return whether *artifact* was found where it would be fetched to."""
+    url = artifact.url
+    return url.startswith("file://") and os.path.realpath(url[7:]) == os.path.realpath(place.whole)
+
+
 def _ask(
-    kept: Mapping[Artifact, Record], store: Store, options: FetchOptions, stop: threading.Event
+    kept: Sequence[Artifact], store: Store, options: FetchOptions, stop: threading.Event
 ) -> dict[Artifact, ObjectInfo | None]:
     """Return the version of every kept file's object, None where the origin does not answer."""
     silent: list[LoaderError] = []
@@ -235,7 +243,7 @@ def _ask(
             silent.append(error)
             return None
 
-    infos = map_on_threads(ask, tuple(kept), options.concurrency, partial(check_stop, stop))
+    infos = map_on_threads(ask, kept, options.concurrency, partial(check_stop, stop))
     if silent:
         _log.warning(
             "the origin does not tell whether %d files here are its newest: %s",

@@ -12,7 +12,7 @@ from loader.errors import CheckpointError, DiskError, FetchError, FormatError
 from loader.fetch.background import are_here
 from loader.fetch.digests import read_digest
 from loader.fetch.files import STATE
-from loader.fetch.snapshot import read_small
+from loader.fetch.snapshot import read_artifact, read_small
 from loader.resolve.sum_files import (
     OURS,
     SUM_FILES,
@@ -46,10 +46,13 @@ def declare_sums(
         try:
             text = read_small(manifest, store)
         except FetchError as error:
-            if not are_here(files, root):
+            if are_here([manifest], root):
+                text = read_artifact(manifest, root, store)
+            elif are_here(files, root):
+                _log.warning("%s cannot be read: %s", manifest.path, error.what)
+                continue
+            else:
                 raise
-            _log.warning("%s cannot be read: %s", manifest.path, error.what)
-            continue
         found[manifest.path] = parse_sums(text, manifest.path)
     return declare(files, found) if found else tuple(files)
 

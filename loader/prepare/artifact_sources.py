@@ -7,14 +7,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from loader.config.settings import Settings
 from loader.errors import ConfigError, ListingError, LoaderError, redact
 from loader.fetch.adoption import LaidFiles
 from loader.fetch.completed import read_completed
-from loader.stores.job_folders import has_ranks
+from loader.stores.laid_files import has_ranks
 from loader.stores.registry import LOCAL, Stores
 from loader.timeline import Timeline
 from loader.types import ArtifactReference, Listing, TrainingCheckpoints
@@ -84,11 +84,11 @@ def _read_listings(settings: Settings, store: Stores, laid: LaidFiles) -> tuple[
     jobs = _jobs(settings)
     loops = {reference.training_job_id for reference in references if reference.loops}
     found: list[Listing] = []
-    for source in settings.artifacts or (LOCAL,):
-        if source == LOCAL:
-            found += store.read_download_folder(laid.folder, jobs)
-        else:
+    for source in settings.artifacts:
+        if source != LOCAL:
             found += store.read_listings(source, jobs, loops=loops)
+    if not settings.artifacts or LOCAL in settings.artifacts:
+        found += _only_here(store.read_download_folder(laid.folder, jobs), found)
     if not found and not settings.artifacts:
         raise ConfigError(
             "it is not said where the artifacts are",
@@ -104,6 +104,15 @@ def _read_listings(settings: Settings, store: Stores, laid: LaidFiles) -> tuple[
             next_step="lay the files there, or name an origin in artifacts",
         )
     return tuple(found)
+
+
+def _only_here(here: Sequence[Listing], origins: Sequence[Listing]) -> Iterator[Listing]:
+    """Yield the files of *here* that none of *origins* has: those are compared with it."""
+    listed = {artifact.path for listing in origins for artifact in listing.artifacts}
+    for listing in here:
+        yield replace(
+            listing, artifacts=tuple(a for a in listing.artifacts if a.path not in listed)
+        )
 
 
 def _jobs(settings: Settings) -> tuple[str, ...]:

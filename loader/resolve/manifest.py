@@ -178,13 +178,15 @@ def _folder_problems(folder: str, paths: set[str]) -> list[str]:
 
 
 def _is_longer(text: str, most_bytes: int) -> bool:
-    return len(text) > most_bytes // 4 and len(text.encode()) > most_bytes
+    return len(text) > most_bytes // 4 and len(text.encode(errors="replace")) > most_bytes
 
 
 def _part_problems(part: str) -> list[str]:
     problems: list[str] = []
     if part in ("", ".", "..") or "\0" in part or "\\" in part:
         problems.append("leaves its folder, or is no relative file name")
+    if not part.isascii() and any("\ud800" <= letter <= "\udfff" for letter in part):
+        problems.append("a name that is not valid Unicode")
     if _CONTROL.search(part):
         problems.append("a control character in a name")
     if _is_longer(part, _NAME_BYTES):

@@ -39,7 +39,7 @@ class FsspecStore:
     def __init__(self, options: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self._options = options or {}
         self._systems: dict[str, Any] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def stat(self, artifact: Artifact) -> ObjectInfo:
         """Return size and version."""
@@ -99,9 +99,9 @@ class FsspecStore:
 
     def _place(self, url: str) -> tuple[Any, str]:
         scheme = url.partition("://")[0]
-        system = self._systems.get(scheme)
-        if system is None:
-            self.tree(url)
+        with self._lock:  # to each thread, fsspec gives a driver of its own
+            if scheme not in self._systems:
+                self.tree(url)
             system = self._systems[scheme]
         return system, system._strip_protocol(url)
 

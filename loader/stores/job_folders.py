@@ -14,13 +14,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from loader.errors import ListingError
 from loader.types import JOB_ID, Artifact, Listing
 
-_RANK = re.compile(r"rank-(0|[1-9]\d{0,8})")
+RANK = re.compile(r"rank-(0|[1-9]\d{0,8})")
 _PROJECTS, _JOBS = "training_projects", "jobs"
 _DEEPEST = 4  # training_projects, a project, jobs, a job
 
@@ -63,11 +62,6 @@ class Listed:
     def has_news(self) -> bool:
         """Return True: files may have changed."""
         return True
-
-
-def has_ranks(folder: Path) -> bool:
-    """Return whether *folder*, on this disk, is one of a job's ranks."""
-    return folder.is_dir() and any(_RANK.fullmatch(path.name) for path in folder.iterdir())
 
 
 def list_jobs(tree: Tree, root: str, jobs: Sequence[str]) -> tuple[Listing, ...]:
@@ -121,7 +115,7 @@ def _find(tree: Tree, folder: str, jobs: tuple[str, ...], depth: int) -> Iterato
         below: Sequence[str] = jobs  # asked for one by one: a project may have thousands
     else:
         below = tree.folders(folder)
-        if any(map(_RANK.fullmatch, below)):
+        if any(map(RANK.fullmatch, below)):
             if job := _job_of(tree, folder, name, parent.endswith(f"/{_JOBS}"), jobs):
                 yield job, folder
             return
@@ -158,7 +152,7 @@ def _artifacts(tree: Tree, job: str, folder: str) -> tuple[Artifact, ...]:
     artifacts = []
     for file in tree.files(folder):
         rank, _, name = file.path.partition("/")
-        if name and _RANK.fullmatch(rank):
+        if name and RANK.fullmatch(rank):
             url = tree.url(f"{folder}/{file.path}")
             artifacts.append(Artifact(job, int(rank[5:]), name, url, file.size_bytes))
     return tuple(artifacts)

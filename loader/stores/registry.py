@@ -17,7 +17,8 @@ from loader.stores.base import Asked, ByteStream, Store
 from loader.stores.baseten import NAME as BASETEN
 from loader.stores.baseten import Api, JobFiles
 from loader.stores.fs import FsspecStore
-from loader.stores.job_folders import Listed, Tree, has_ranks, list_folder, list_jobs
+from loader.stores.job_folders import Listed, Tree, list_folder, list_jobs
+from loader.stores.laid_files import has_ranks, is_link_to, list_ranks
 from loader.stores.presigned import FileListing, PresignedStore, UrlListing
 from loader.stores.s3 import SCHEME as S3
 from loader.stores.s3 import S3Options, S3Store
@@ -86,18 +87,22 @@ class Stores:
     def read_download_folder(self, folder: Path, jobs: Sequence[str]) -> tuple[Listing, ...]:
         """Return the listings of those *jobs* of which something lies in the download *folder*.
 
-        Of a job named alone, the ranks may lie in *folder* itself.
+        Of a job named alone, the ranks may lie in *folder* itself, or some of its files may.
+
+        Raises:
+            DiskError: a folder cannot be read.
         """
-        places = {job: folder / job for job in jobs if has_ranks(folder / job)}
-        if len(jobs) == 1 and not places and has_ranks(folder):
-            places = {jobs[0]: folder}
-        tree = self._fs.tree("file://") if places else None
-        return tuple(
-            listing
-            for job, place in places.items()
-            if tree is not None
-            for listing in list_jobs(tree, str(place), (job,))
-        )
+        found = []
+        for job in jobs:
+            flat = list_ranks(folder, folder, job) if len(jobs) == 1 else ()
+            files = {artifact.path: artifact for artifact in flat}
+            for artifact in list_ranks(folder / job, folder, job):
+                known = files.get(artifact.path)
+                if known is None or not is_link_to(artifact, known):
+                    files[artifact.path] = artifact
+            if files or has_ranks(folder / job):
+                found.append(Listing(job, tuple(files.values())))
+        return tuple(found)
 
     def read_folder(self, url: str, name: str) -> Listing:
         """Return the files below *url*, a model's folder, as rank 0 of a job called *name*.

@@ -1,0 +1,87 @@
+"""What lies in the ranks of a job on this disk, whoever laid it there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from loader.errors import DiskError
+from loader.stores.job_folders import RANK
+from loader.types import Artifact
+
+_FILE = "file://"
+_log = logging.getLogger("podloader")
+
+
+def has_ranks(folder: Path) -> bool:
+    """Return whether *folder* holds a job's ranks.
+
+    Raises:
+        DiskError: it cannot be read.
+    """
+    return bool(_ranks(folder))
+
+
+def list_ranks(folder: Path, within: Path, job: str) -> Iterator[Artifact]:
+    """Yield all files of *job*, whose ranks lie in *folder*.
+
+    Symlinks to folders are entered, but for those that lead out of *within*, or to where they are
+    themselves.
+
+    Raises:
+        DiskError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error, folder)
+
+    top = Path(os.path.realpath(within))
+    for rank in _ranks(folder):
+        if _leads_away(rank, top):
+            continue
+        for parent, folders, names in os.walk(rank, onerror=refuse, followlinks=True):
+            folders[:] = [name for name in folders if not _leads_away(Path(parent, name), top)]
+            for name in names:
+                path = Path(parent, name)
+                own = path.relative_to(rank).as_posix()
+                size_bytes = path.stat().st_size if path.exists() else None
+                yield Artifact(job, int(rank.name[5:]), own, f"{_FILE}{path}", size_bytes)
+
+
+def is_link_to(artifact: Artifact, other: Artifact) -> bool:
+    """Return whether a file that ``list_ranks`` found is a symlink to the other."""
+    here, there = (one.url.removeprefix(_FILE) for one in (artifact, other))
+    return here != there and os.path.realpath(here) == os.path.realpath(there)
+
+
+def _ranks(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if RANK.fullmatch(path.name))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise _unreadable(error, folder) from None
+
+
+def _leads_away(path: Path, top: Path) -> bool:
+    """Return whether *path* is a symlink out of *top*, or to a folder that it lies in."""
+    if not path.is_symlink():
+        return False
+    real = Path(os.path.realpath(path))
+    if Path(os.path.realpath(path.parent)).is_relative_to(real):
+        return True
+    if real.is_relative_to(top):
+        return False
+    _log.warning("%s leads out of the download folder, and is not looked into", path)
+    return True
+
+
+def _unreadable(error: OSError, folder: Path) -> DiskError:
+    return DiskError(
+        "a folder cannot be read",
+        where=str(error.filename or folder),
+        got=error.strerror or type(error).__name__,
+        next_step="give this user the right to read it",
+    )
