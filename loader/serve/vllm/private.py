@@ -132,6 +132,7 @@ IMPORTED = {
     "parse_fine_tuned_lora_name": Private("its names of a tensor's module", ("vllm.lora.utils",)),
     "supports_lora": Private("", ("vllm.model_executor.models.interfaces",)),
     "EngineArgs": Private("", ("vllm.engine.arg_utils",), ("create_engine_config",)),
+    "get_model_cls": Private("", ("vllm.model_executor.model_loader.utils",)),
     "initialize_model": Private("builds it", ("vllm.model_executor.model_loader.utils",)),
     "set_current_vllm_config": Private("", ("vllm.config.vllm",)),
     "init_distributed_environment": Private("", ("vllm.distributed.parallel_state",)),
@@ -371,6 +372,9 @@ def built_on_meta(model: Path, *, towers: bool) -> Iterator[tuple[Any, Any]]:
         enable_tower_connector_lora=towers,
     )
     vllm_config = wanted.create_engine_config()
+    model_class = find("get_model_cls")(vllm_config.model_config)
+    if not find("supports_lora")(model_class):
+        raise NoLoRAError(f"no LoRA for {model_class.__name__}")
     folder = tempfile.mkdtemp(prefix="podloader-")
     try:
         with find("set_current_vllm_config")(vllm_config):
@@ -378,8 +382,6 @@ def built_on_meta(model: Path, *, towers: bool) -> Iterator[tuple[Any, Any]]:
             find("ensure_model_parallel_initialized")(1, 1)
             with torch.device("meta"):
                 built = find("initialize_model")(vllm_config=vllm_config)
-            if not find("supports_lora")(built):
-                raise NoLoRAError(f"no LoRA for {type(built).__name__}")
             yield vllm_config, built
     finally:
         shutil.rmtree(folder, ignore_errors=True)
