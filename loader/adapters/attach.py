@@ -330,7 +330,7 @@ def check_fit(folder: Path, base: Base, *, allow_pickle: bool = False) -> MergeP
 
     def fits() -> MergePlan | None:
         with contextlib.suppress(UnaskedError):
-            return plan_merge(config, shapes, base)
+            return plan_merge(config, shapes, base, only_fit=True)
         return None
 
     moves, is_sound = (partial(c, folder, shapes, read) for c in (check_effect, check_finite))

@@ -15,7 +15,7 @@ from loader.adapters.experts import plan_experts
 from loader.adapters.methods import plan_method
 from loader.adapters.parts import ModuleParts, group_parts
 from loader.adapters.plan_builder import Base, Draft, Place, Shapes
-from loader.errors import AdapterError
+from loader.errors import AdapterError, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,15 @@ class MergePlan:
     shapes: Mapping[str, tuple[int, ...]]
 
 
-def plan_merge(config: AdapterConfig, tensors: Shapes, base: Base) -> MergePlan:
-    """Return what the adapter's *tensors* do to *base*.
+def plan_merge(
+    config: AdapterConfig, tensors: Shapes, base: Base, *, only_fit: bool = False
+) -> MergePlan:
+    """Return what the adapter's *tensors* do to *base*; with ``only_fit``, as far as it is known.
 
     Raises:
         AdapterError: tensors that nothing uses, modules that the base lacks, shapes or ranks that
             do not fit: all are listed.
+        UnsupportedError: they fit, and podloader does not know how to merge them.
     """
     draft = Draft(config, base, tensors)
     grouped = group_parts(tensors)
@@ -59,6 +62,13 @@ def plan_merge(config: AdapterConfig, tensors: Shapes, base: Base) -> MergePlan:
             problems=draft.problems,
             next_step="give the base that the adapter was trained over: "
             + (config.base_model or "its config does not name it"),
+        )
+    if draft.unmergeable and not only_fit:
+        raise UnsupportedError(
+            "an adapter that podloader does not merge into this base",
+            where=str(config.folder),
+            problems=draft.unmergeable,
+            next_step="merge it in the training job, with PEFT's merge_and_unload",
         )
     frozen = {target: tuple(edits) for target, edits in draft.edits.items()}
     return MergePlan(
@@ -87,7 +97,7 @@ def _plan_whole(draft: Draft, module: ModuleParts) -> None:
 def _is_shared(draft: Draft, place: Place, *names: str) -> bool:
     """Say so, and return True, where a change of *place* would be one of several other modules."""
     if place.shared > 1:
-        draft.blame(f"{place.name} is one tensor with {place.shared} others of the model", *names)
+        draft.leave(f"{place.name} is one tensor with {place.shared} others of the model", *names)
     return place.shared > 1
 
 

@@ -38,7 +38,7 @@ def plan_experts(draft: Draft, module: ModuleParts) -> None:
     if place.shape != (experts, *inner):
         draft.blame(f"change {(experts, *inner)}, the base has {place.shape}", a, b)
     elif not place.pieces:
-        draft.blame(f"the base stores {place.name} in a layout that is not merged", a, b)
+        draft.leave(f"the base stores {place.name} in a layout of its own", a, b)
     else:
         edit = ExpertLowRank("", a, b, draft.config.scaling_of(name), experts, turned)
         for piece in place.pieces:

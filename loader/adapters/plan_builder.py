@@ -151,6 +151,7 @@ class Draft:
     edits: dict[str, list[Edit]] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
+    unmergeable: list[str] = field(default_factory=list)
     origins: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     tied: tuple[str, str] | None = None
@@ -161,12 +162,12 @@ class Draft:
             self.take(replace(edit, target=place.whole))
             return
         if not place.pieces:
-            self.blame(f"the base stores {place.name} in a layout that is not merged", *edit.inputs)
+            self.leave(f"the base stores {place.name} in a layout of its own", *edit.inputs)
             return
         for piece in place.pieces:
             made = _cut(edit, piece, is_all=len(place.pieces) == 1)
             if made is None:
-                self.blame(f"the base stores {place.name} in parts or turned", *edit.inputs)
+                self.leave(f"the base stores {place.name} in parts or turned", *edit.inputs)
                 return
             self.take(made)
 
@@ -178,6 +179,11 @@ class Draft:
     def blame(self, text: str, *names: str) -> None:
         """Say what is wrong with the adapter's tensors *names*."""
         self.problems.append(f"{', '.join(names)}: {text}")
+        self.used.update(names)
+
+    def leave(self, text: str, *names: str) -> None:
+        """Say why the adapter's tensors *names*, which fit the base, cannot be merged into it."""
+        self.unmergeable.append(f"{', '.join(names)}: {text}")
         self.used.update(names)
 
     def shape_of(self, target: str) -> tuple[int, ...]:

@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from benchmarks.architectures import list_cases, try_case
+from loader.adapters.attach import NamedAdapter, attach
 from loader.adapters.merge import WeightedAdapter, merge
-from loader.errors import AdapterError
+from loader.errors import UnsupportedError
 from tests.adapters.peft import differing
 from tests.models import draw_adapter, tiny_llama, train_or_draw_lora
 
@@ -131,8 +132,9 @@ def test_one_tensor_of_three_modules_is_refused(tmp_path: Path) -> None:
     base, adapter = make(
         T5ForConditionalGeneration(config), tmp_path, target_modules=["shared", "q"]
     )
-    with pytest.raises(AdapterError) as error:
+    with pytest.raises(UnsupportedError) as error:
         merged(base, adapter, tmp_path / "out")
+    assert attach(base, [NamedAdapter("a", adapter)], tmp_path / "tokenizer").adapters
     assert "shared.weight is one tensor with 3 others" in "".join(error.value.problems)
 
 
