@@ -170,6 +170,18 @@ def test_settings_and_where_they_came_from(config: Path) -> None:
     assert "retries, from PODLOADER_RETRIES: " in wrong.stderr
 
 
+def test_a_folder_that_holds_a_config_is_one_everywhere(config: Path) -> None:
+    folder = config.parent
+    done = run("settings", folder)
+    assert f"(from {folder / 'config.yaml'})" in done.stdout
+    part = folder / "down/.podloader/files/job1/rank-0/old.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x")
+    os.utime(part, (0, 0))
+    done = run("clean", folder, "--json", "--dry-run")
+    assert json.loads(done.stdout)["freed_bytes"] > 0
+
+
 def test_the_surroundings_without_secrets(tmp_path: Path) -> None:
     proxies = {"HTTPS_PROXY": "http://me:hush@proxy:3128", "http_proxy": "me:hush@proxy:3128"}
     found = json.loads(run("env", "--json", **proxies).stdout)["env"]
@@ -224,6 +236,9 @@ def test_artifacts_and_settings_from_the_command_line(config: Path, tmp_path: Pa
         (["help"], 0, "usage: podloader"),
         (["prepare", "c.yaml", "--timeline", "/none/x.json"], 2, "there is no folder /none"),
         (["plan", "baseten"], 2, "--job-id"),
+        (["fetch", "x.json", "rank-0/*", "--checkpoint", "latest"], 2, "give one of them"),
+        (["fetch", "/", "--output", "out"], 3, "as a URL: file:///"),
+        (["plan", "x.json", "--set", "concurrency=abc"], 2, "concurrency, from the command line"),
         (["-V"], 0, "podloader 0."),
         (["merge", "--base", "/none", "--adapter", "/none", "--output", "out"], 5, "/none"),
         (["merge", "--base", "b", "--adapter", "a=nan", "--output", "out"], 2, "a finite number"),

@@ -194,7 +194,7 @@ def clean(
         from loader.prepare.cleaning import clean as clean_folders
         from loader.prepare.consolidated import cache_folder, models_folder
 
-        if place.is_dir():
+        if place.is_dir() and Selection(str(place)).config_file is None:
             root, cache = place, models_folder(place)
         else:
             settings = Selection(config=place).settings(_overrides(set_))
@@ -214,8 +214,8 @@ def settings(config: Path | None, set_: Words, as_json: bool) -> None:
         from loader.cli.bug_report import setting_rows
         from loader.config.settings import Settings
 
-        over = _overrides(set_)
-        found = Settings.load(config, overrides=over) if config else Settings.without_config(over)
+        over, file = _overrides(set_), Selection(config=config).config_file
+        found = Settings.load(file, overrides=over) if file else Settings.without_config(over)
         rows = setting_rows(found)
         width = max(len(name) for name, _, _ in rows)
         for name, value, origin in rows:

@@ -332,8 +332,8 @@ class Settings:
                 problems.append(f"{name}, from {origins[name]}: {error}")
         if problems:
             raise ConfigError(
-                f"settings that are wrong in {_SECTION} or {_PREFIX}* variables",
-                where=where,
+                "settings that are wrong",
+                where=where if where in origins.values() else "",
                 problems=problems,
                 next_step="correct them; the README's table lists every setting",
             )

@@ -56,7 +56,7 @@ def resolve(
         raise ResolveError(
             "patterns that match no file of the listing",
             problems=unmatched,
-            next_step="correct training_checkpoints.artifact_references[].paths",
+            next_step="correct the patterns: artifact_references[].paths, or the command line's",
         )
     files = tuple(sorted(chosen.values(), key=lambda a: a.path))
     check_names(files, case_sensitive=case_sensitive)

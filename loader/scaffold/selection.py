@@ -65,6 +65,12 @@ class Selection:
                 patterns = (self.target, *patterns)
             else:
                 artifacts = (self.target,)
+        if patterns and self.checkpoints:
+            raise ConfigError(
+                "--checkpoint and patterns both say which files to take",
+                got=f"--checkpoint {self.checkpoints[0]}, and the pattern {patterns[0]}",
+                next_step="give one of them; a pattern names a checkpoint's folder, too",
+            )
         own = dict(overrides) | ({"artifacts": artifacts} if artifacts else {})
         settings = Settings.load(config, overrides=own) if config else Settings.without_config(own)
         training = settings.training
@@ -75,7 +81,7 @@ class Selection:
             references = chosen._references(settings)
             training = TrainingCheckpoints(training.download_folder, references)
         if self.download_folder is not None:
-            training = replace(training, download_folder=self.download_folder)
+            training = replace(training, download_folder=self.download_folder.absolute())
         return replace(settings, training=training)
 
     def _references(self, settings: Settings) -> tuple[ArtifactReference, ...]:

@@ -234,7 +234,9 @@ class FileListing:
                 where=str(self._path),
                 expected="a file that `truss train get_checkpoint_urls` wrote, or its URL",
                 got=error.strerror or type(error).__name__,
-                next_step="correct --artifacts or the setting artifacts",
+                next_step=f"give a folder of jobs or ranks as a URL: file://{self._path}"
+                if self._path.is_dir()
+                else "correct the source, or the setting artifacts",
             ) from None
         listings = parse_listings(text, str(self._path), local_urls=self._local_urls)
         self._read = stamp

@@ -44,7 +44,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(
             "no such checkpoint folder",
-            where=str(folder),
+            where=str(folder.absolute()),
             expected="a folder with a model or an adapter",
             got="a file" if folder.exists() else "nothing",
             next_step="correct the path",
