@@ -159,7 +159,7 @@ def test_quantised_tensors(adapter: Path, tmp_path: Path) -> None:
     path = base / "model.safetensors"
     small = torch.float8_e4m3fn
     save_file({n: t.to(small) if "q_proj" in n else t for n, t in load_file(path).items()}, path)
-    assert len(refused(base, adapter, UnsupportedError, "cannot take up").problems) == 2
+    assert len(refused(base, adapter, UnsupportedError, "names no quantisation").problems) == 2
 
 
 @pytest.mark.parametrize(
