@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -56,6 +57,7 @@ from loader.types import Artifact, Checksum, Manifest
 Presence = Literal["proved", "unproved", "missing"]
 _RECENT_S = 2.0  # what was written so lately may still be written to
 _LOOK_S = 0.2
+_UNFINISHED = ".aria2"  # beside a file that aria2, which may have written zeros first, still fills
 _COMPARED_BYTES = 16 << 20  # of one request
 _log = logging.getLogger("podloader")
 
@@ -245,6 +247,8 @@ class _Candidate:
         self.has_origin = self.artifact.url != _url(self.path)
         try:
             real = Path(os.path.realpath(self.path))
+            if (control := Path(f"{real}{_UNFINISHED}")).exists():
+                raise _RejectedError(f"it is not finished: {control.name} lies beside it")
             with _open_regular(real, self.laid.folder) as fd:
                 self.looked.wait_until_settled(fd, self.path, self.options.settle_s)
                 record = self._known(place) or self._prove(fd)
@@ -358,8 +362,14 @@ def _open_regular(real: Path, folder: Path) -> Iterator[int]:
     except OSError as error:
         raise _RejectedError(f"it cannot be opened: {error.strerror}") from None
     try:
-        if not folders.is_ours(os.fstat(fd)):
-            raise _RejectedError("it belongs to another user, or everybody may write to it")
+        found = os.fstat(fd)
+        if not folders.is_ours(found):
+            is_open = found.st_mode & stat.S_IWOTH
+            raise _RejectedError(
+                "everybody may write to it (chmod o-w)"
+                if is_open
+                else f"it belongs to user {found.st_uid}, not to this one or root (chown)"
+            )
         yield fd
     except EOFError:
         raise _RejectedError("it became shorter while it was read") from None

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from loader import boot
-from loader.errors import CheckpointError, DiskError, ResolveError
+from loader.errors import CheckpointError, DiskError, LoaderError, ResolveError
 from loader.fetch import adoption, scan
 from loader.fetch.sum_manifests import sum_folder
 from loader.types import Snapshot
@@ -27,6 +27,7 @@ from tests.fetch.test_adoption import (
     spoil_with_written_zeros,
     without_origin,
 )
+from tests.origin import status
 from tests.test_boot import Job
 
 __all__ = ["files_settle_soon", "job"]
@@ -171,6 +172,35 @@ def test_sums_that_lie_beside_are_read_where_the_urls_have_ended(job: Job) -> No
     (job.root / ".podloader/files" / f"{NAMES[1]}.record").unlink()
     with pytest.raises(CheckpointError, match=r"not what .*podloader.sums says"):
         boot.fetch_files(end_urls(job))
+
+
+def test_a_file_that_aria2_has_not_finished(job: Job) -> None:
+    path = lay(job)
+    spoil_with_written_zeros(path)
+    control = path.with_name(f"{path.name}.aria2")
+    control.write_bytes(b"\x00\x01")
+    with pytest.raises(CheckpointError, match=r"not finished: .*\.aria2 lies beside it"):
+        boot.fetch_files(without_origin(job))
+    control.unlink()
+    assert all_taken(boot.fetch_files(without_origin(job)))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving files away takes root")
+def test_what_another_user_owns_is_told_with_its_remedy(job: Job) -> None:
+    os.chown(lay(job), 12345, 12345)
+    with pytest.raises(CheckpointError, match=r"belongs to user 12345, .*\(chown\)"):
+        boot.fetch_files(without_origin(job))
+
+
+@pytest.mark.parametrize("code", [403, 404, 500])
+def test_an_origin_that_refuses_one_file(job: Job, code: int) -> None:
+    lay(job)
+    job.origin.fail(WEIGHTS, *[status(code)] * 20)
+    with pytest.raises(LoaderError) as found:
+        boot.fetch_files(job.settings("rank-0/checkpoint-1/", retries=0))
+    assert WEIGHTS in str(found.value)
+    job.origin.faults.clear()
+    assert all_taken(boot.fetch_files(job.settings("rank-0/checkpoint-1/")))
 
 
 def test_a_name_that_is_no_text(job: Job) -> None:
