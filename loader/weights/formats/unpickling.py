@@ -65,6 +65,8 @@ class _Machine:
         self._stack: list[object] = []
         self._memo: dict[int, object] = {}
         self._made = 0
+        if len(data) > _MOST_VALUES:  # else it is too short to push so many
+            self.push = self._push_counted  # type: ignore[method-assign]
 
     def run(self) -> object:
         """Return what lies on the stack when the pickle ends."""
@@ -78,7 +80,7 @@ class _Machine:
         if len(self._stack) != 1:
             raise _broken(self._where, f"{len(self._stack)} values left on the stack")
         value = self.pop()
-        _check_tree(value, _COPIES * self._made + 1)
+        _check_tree(value, _COPIES * (len(self._data) + self._made))
         return value
 
     def take(self, count: int) -> bytes:
@@ -100,6 +102,9 @@ class _Machine:
 
     def push(self, value: object) -> None:
         """Put a value on the stack."""
+        self._stack.append(value)
+
+    def _push_counted(self, value: object) -> None:
         self._stack.append(value)
         self.count(1)
 

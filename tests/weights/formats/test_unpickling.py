@@ -137,6 +137,14 @@ def test_what_nests_or_repeats_without_end(data: bytes) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
 
 
+def test_what_is_pushed_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpickling, "_MOST_VALUES", 1000)
+    assert unpickle(b"(" + b"N" * 900 + b"l.", "here") == [None] * 900
+    with pytest.raises(FormatError, match="cannot be read") as caught:
+        unpickle(b"(" + b"N" * 1001 + b"l.", "here")
+    assert "more than 1000 values" in caught.value.got
+
+
 def test_copies_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpickling, "_MOST_VALUES", 100_000)
     big = b"(" + b"K\x01" * 1000 + b"lq\x00"
