@@ -44,11 +44,6 @@ _USERINFO = re.compile(
     r"|[^\s/:\[]*:(?!\d*(?:[/?#\s]|$))[^@\n]*(?:@[^\s@/]*)*?"  # a password of any letters
     r"|[^\s/?#:]+ [^/?#@\n]*)@"
 )
-# What a terminal or a collector of logs takes for a command, the end of a line or another order of
-# its letters; and what is no text at all.
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-)
 
 
 def redact(text: str) -> str:
@@ -70,8 +65,14 @@ def redact_url(url: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return *text*, whose letters and newlines are all that it shows, the rest as escapes."""
-    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
+    """Return *text*, whose letters, tabs and newlines are all that it shows, the rest as escapes.
+
+    The rest is what a terminal or a collector of logs takes for a command, the end of a line or
+    another order of the letters, and what is no letter at all.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def one_line(text: str) -> str:
