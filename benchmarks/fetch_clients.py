@@ -172,7 +172,7 @@ def s5cmd(job: dict[str, Any]) -> None:
     )
     command = [str(Path(sys.executable).with_name("s5cmd")), "--no-sign-request"]
     command += ["--endpoint-url", job["endpoint"], "--log", "error"]
-    own = {"AWS_REGION": "x"} | ({"SSL_CERT_FILE": job["ca"]} if job["ca"] else {})
+    own = {"AWS_REGION": "x"} | ({"AWS_CA_BUNDLE": job["ca"]} if job["ca"] else {})
     Path(job["folder"]).mkdir(parents=True, exist_ok=True)
     subprocess.run([*command, "run"], input=lines.encode(), check=True, env={**os.environ, **own})
 
