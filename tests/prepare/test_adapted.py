@@ -19,6 +19,7 @@ from loader import boot
 from loader.adapters.merge import WeightedAdapter, merge
 from loader.config.settings import Settings
 from loader.errors import AdapterError, DiskError, UnsupportedError
+from loader.weights.vocabulary import warn_of_ids
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin
 from tests.test_boot import Job
@@ -260,3 +261,27 @@ def test_what_a_killed_merge_left_is_swept(job: Job, base: Path, adapter: Path) 
     assert list(cache.glob(".merging.*.partial/model"))
     ready = boot.prepare(settings)  # all is here: nothing is merged
     assert [path.name for path in cache.iterdir()] == [ready.path.name]
+
+
+def test_tokens_without_a_row_are_told(job: Job, base: Path, tmp_path: Path) -> None:
+    """By `plan`, of what its small files say, and by `prepare`."""
+    rows = json.loads((base / "config.json").read_text())["vocab_size"]
+    model = Path(shutil.copytree(base, tmp_path / "model"))
+    (model / "added_tokens.json").write_text(json.dumps({"<|new|>": rows}))
+    job.put(model, "checkpoint-10")
+    settings = job.settings("rank-0/")
+    expected = f"1 tokens of the tokenizer are beyond the model's {rows} rows: '<|new|>' is {rows}"
+    assert any(expected in warning for warning in boot.plan(settings).warnings)
+    told = boot.prepare(settings).provenance["warnings"]
+    assert isinstance(told, list)
+    assert expected in told
+    assert warn_of_ids(base, base) is None
+
+
+def test_a_pickled_adapter_is_attached_as_safetensors(job: Job, base: Path, tmp_path: Path) -> None:
+    lora = train_or_draw_lora(base, tmp_path / "pickled", safe_serialization=False)
+    job.put(lora, "checkpoint-10")
+    settings = behind_url(job, base, adapter_policy="attach", allow_pickle=True)
+    (served,) = boot.prepare(settings).adapters
+    assert (served.path / "adapter_model.safetensors").is_file()
+    assert not list(served.path.glob("*.bin"))
