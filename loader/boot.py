@@ -28,7 +28,7 @@ from loader.timeline import Timeline
 from loader.types import Artifact, Manifest, ReadyModel, Snapshot
 
 if TYPE_CHECKING:
-    from loader.adapters.attach import Ask
+    from loader.adapters.layers import Ask
     from loader.serve.model import ServedModel
 
 _INDEXES = (".safetensors.index.json", ".bin.index.json")

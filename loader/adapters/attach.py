@@ -29,8 +29,6 @@ from loader.adapters.edit_plan import MergePlan, plan_merge
 from loader.adapters.edits import Replace
 from loader.adapters.effect import check_effect, check_finite
 from loader.adapters.plan_builder import (
-    PLAIN_FAMILIES,
-    PLAIN_LAYERS,
     Base,
     UnaskedError,
     check_base_folder,
@@ -59,10 +57,6 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _ATTACHABLE = re.compile(
     r"\.lora_[AB]\.weight$|\.lora_embedding_[AB]$|\.(score|classifier)\.(weight|bias)$"
     r"|\.(embed_tokens|lm_head)\.base_layer\.weight$"
-)
-_PLAIN = re.compile(
-    r"base_model\.model\.model\.layers\.\d+\.(self_attn|mlp)\."
-    rf"({'|'.join(sorted(PLAIN_LAYERS))})\.lora_[AB]\.weight"
 )
 _log = logging.getLogger("podloader")
 
@@ -174,54 +168,6 @@ def _whole_tensors(folder: Path) -> list[str]:
     return [name for name in names if not _ATTACHABLE.search(name)]
 
 
-Reason = tuple[str, bool]
-Ask = Callable[[Path, Mapping[str, Sequence[str]]], Mapping[str, Reason]]
-"""Returns why vLLM would not use all of an adapter, by its name, and whether that is sure.
-
-Of a model's folder, and the names of each adapter's tensors.
-"""
-
-
-def reconsider(
-    decision: Decision,
-    policy: Policy,
-    adapters: Sequence[NamedAdapter],
-    base: Path,
-    ask: Ask,
-    *,
-    allow_pickle: bool = False,
-) -> Decision:
-    """Return *decision*, or another where vLLM would leave something of an adapter out.
-
-    *ask* is not called for what every vLLM has layers for.
-
-    Raises:
-        AdapterError: several adapters, or the policy ``attach``, and vLLM would.
-    """
-    family = read_json(base / "config.json").get("model_type")
-    names = {a.name: list(_open_adapter(a.folder, allow_pickle)[0]) for a in adapters}
-    plain = family in PLAIN_FAMILIES
-    odd = {n: t for n, t in names.items() if not (plain and all(map(_PLAIN.match, t)))}
-    unbound = ask(base, odd) if odd else {}
-    if not unbound:
-        return decision
-    problems = [f"{name}: {text}" for name, (text, _) in unbound.items()]
-    if len(adapters) == 1 and policy == "auto":
-        return Decision("merge", f"merge: vLLM would not serve all of {problems[0]}")
-    if not any(certain for _, certain in unbound.values()):
-        _log.warning("vLLM will say whether it uses all of them: %s", "; ".join(problems))
-        return decision
-    raise AdapterError(
-        "adapters that vLLM would not serve in full",
-        where=str(base),
-        problems=problems,
-        expected="a layer of vLLM's for every tensor",
-        next_step="serve each alone, merged"
-        + ("" if len(adapters) > 1 else ": set the policy to auto")
-        + ", or towers with engine_args enable_tower_connector_lora",
-    )
-
-
 def attach(
     base: Path, adapters: Sequence[NamedAdapter], output: Path, *, allow_pickle: bool = False
 ) -> ReadyModel:
@@ -326,7 +272,7 @@ def check_fit(folder: Path, base: Base, *, allow_pickle: bool = False) -> MergeP
         FormatError: broken files, or pickles without ``allow_pickle``.
     """
     config = read_adapter_config(folder)
-    shapes, read = _open_adapter(folder, allow_pickle)
+    shapes, read = open_adapter(folder, allow_pickle)
 
     def fits() -> MergePlan | None:
         with contextlib.suppress(UnaskedError):
@@ -338,7 +284,7 @@ def check_fit(folder: Path, base: Base, *, allow_pickle: bool = False) -> MergeP
     return plan
 
 
-def _open_adapter(
+def open_adapter(
     folder: Path, allow_pickle: bool
 ) -> tuple[Mapping[str, TensorInfo], Callable[[str], bytes | memoryview]]:
     """Return the adapter's tensors, and what reads the bytes of one."""

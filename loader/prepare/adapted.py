@@ -19,18 +19,16 @@ from pathlib import Path
 from threading import Thread
 
 from loader.adapters.attach import (
-    Ask,
     Decision,
     NamedAdapter,
-    Reason,
     attach,
     check_all,
     decide,
     name_adapters,
-    reconsider,
 )
 from loader.adapters.base_task import decide_for_base
 from loader.adapters.incoming import IncomingWeights
+from loader.adapters.layers import Ask, Reason, reconsider
 from loader.adapters.plan_builder import Base
 from loader.arriving.late import LateWeights
 from loader.config.settings import Settings

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
-from loader.adapters.attach import Ask
+from loader.adapters.layers import Ask
 from loader.arriving.late import read_late
 from loader.config.settings import Settings
 from loader.fetch.background import SplitFetch, are_here, join

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from loader.adapters.attach import Ask
+from loader.adapters.layers import Ask
 from loader.arriving.late import LateWeights
 from loader.config.settings import Settings
 from loader.errors import CheckpointError

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from loader.adapters.attach import Ask
+from loader.adapters.layers import Ask
 from loader.arriving.rangefiles import ArrivingFile, RemoteFile, ShardFiles
 from loader.config.settings import Settings
 from loader.fetch.arrivals import Arrivals

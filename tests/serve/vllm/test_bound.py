@@ -20,7 +20,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from loader.adapters.attach import Decision, NamedAdapter, Reason, reconsider
+from loader.adapters.attach import Decision, NamedAdapter
+from loader.adapters.layers import Reason, reconsider
 from loader.errors import AdapterError, EngineError, LoaderError
 from loader.serve.vllm.forkserver import METHOD, ask_forked
 from loader.serve.vllm.inprocess import VLLMModel
