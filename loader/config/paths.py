@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 _NO_PATH = re.compile(r"[a-z][a-z0-9+.-]*:|(baseten|local)$", re.IGNORECASE)
 _log = logging.getLogger("podloader")
 
 
-def place_path(text: str, folder: Path, name: str, *, may_be_id: bool = False) -> str:
+def place_path(text: str, folders: Sequence[Path], name: str, *, may_be_id: bool = False) -> str:
     """Return *text*, the value of *name*, as an absolute path; URLs and sources' names as they are.
 
-    A path that exists below the working folder alone is still taken, with a warning. *may_be_id*:
-    what does not exist is a Hugging Face id, unless it begins with a dot.
+    *folders*: of the config, and of the file that it is a symlink to. A path that exists below the
+    working folder alone is still taken, with a warning. *may_be_id*: what does not exist is a
+    Hugging Face id, unless it begins with a dot.
     """
     path = Path(text).expanduser()
     if not text or _NO_PATH.match(text) or path.is_absolute():
         return text
-    own = (folder / path).absolute()
-    if own.exists():
-        return str(own)
+    own = [(folder / path).absolute() for folder in folders]
+    for place in own:
+        if place.exists():
+            return str(place)
     if path.exists():
         _log.warning(
             "%s: %s is not in %s, the config's folder, but in the working folder, from which it is "
             "taken for now; write it relative to the config",
             name,
             text,
-            folder.absolute(),
+            folders[0].absolute(),
         )
         return str(path.absolute())
-    return text if may_be_id and not text.startswith(".") else str(own)
+    return text if may_be_id and not text.startswith(".") else str(own[0])

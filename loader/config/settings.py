@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -284,15 +284,16 @@ class Settings:
             )
         given, origins = _given(where, overrides)
         training = training_checkpoints(document, where)
-        if folder is None and not isinstance(config, Mapping):
-            folder = Path(config).parent
-        if folder is not None:
-            down = place_path(str(training.download_folder), folder, "download_folder")
+        folders = [folder] if folder is not None else []
+        if not folders and not isinstance(config, Mapping):
+            folders = [Path(config).parent, Path(os.path.realpath(config)).parent]
+        if folders:
+            down = place_path(str(training.download_folder), folders, "download_folder")
             training = replace(training, download_folder=Path(down))
-        own = set() if folder is None else set(section) - set(given)
+        own = set(section) - set(given) if folders else set()
         origins = dict.fromkeys(section, where) | origins
         settings = cls._build(where, {**section, **given}, training, secrets, origins)
-        return replace(settings, **{n: _placed(n, getattr(settings, n), folder) for n in own})
+        return replace(settings, **{n: _placed(n, getattr(settings, n), folders) for n in own})
 
     @classmethod
     def without_config(
@@ -361,16 +362,14 @@ class Settings:
         }
 
 
-def _placed(name: str, value: Any, folder: Path | None) -> Any:
-    """Return the *value* of a setting, where it is a path, as it is below *folder*."""
-    if folder is None:
-        return value
+def _placed(name: str, value: Any, folders: Sequence[Path]) -> Any:
+    """Return the *value* of a setting, where it is a path, as it is below one of *folders*."""
     if isinstance(value, Path):
-        return Path(place_path(str(value), folder, name))
+        return Path(place_path(str(value), folders, name))
     if name == "artifacts":
-        return tuple(place_path(source, folder, name) for source in value)
+        return tuple(place_path(source, folders, name) for source in value)
     if name == "base_model" and value is not None:
-        return place_path(value, folder, name, may_be_id=True)
+        return place_path(value, folders, name, may_be_id=True)
     return value
 
 

@@ -88,3 +88,16 @@ def test_in_a_truss_from_the_truss(tmp_path: Path) -> None:
     config = yaml.safe_load(write_config(tmp_path, artifacts=["data/listing.json"]).read_text())
     model = TrussModel(config, data_dir=tmp_path / "data")
     assert model.settings().artifacts == (str(tmp_path / "data/listing.json"),)
+
+
+def test_a_config_that_is_a_symlink(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "truss", artifacts=["data/listing.json"])
+    (config.parent / "data").mkdir()
+    (config.parent / "data/listing.json").touch()
+    link = tmp_path / "other/config.yaml"
+    link.parent.mkdir()
+    link.symlink_to("../truss/config.yaml")
+    assert Settings.load(link).artifacts == (str(config.parent / "data/listing.json"),)
+    (link.parent / "data").mkdir()
+    (link.parent / "data/listing.json").touch()  # beside the link goes before
+    assert Settings.load(link).artifacts == (str(link.parent / "data/listing.json"),)

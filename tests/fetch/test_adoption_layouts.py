@@ -10,6 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from loader import boot
 from loader.errors import CheckpointError, DiskError, LoaderError, ResolveError
@@ -27,6 +30,7 @@ from tests.fetch.test_adoption import (
     spoil_with_written_zeros,
     without_origin,
 )
+from tests.models import tiny_llama
 from tests.origin import status
 from tests.test_boot import Job
 
@@ -201,6 +205,23 @@ def test_an_origin_that_refuses_one_file(job: Job, code: int) -> None:
     assert WEIGHTS in str(found.value)
     job.origin.faults.clear()
     assert all_taken(boot.fetch_files(job.settings("rank-0/checkpoint-1/")))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize("flat", [False, True])
+def test_shards_that_lie_there_are_consolidated_without_any_network(job: Job, flat: bool) -> None:
+    model = tiny_llama(job.folder / "model")
+    weights = load_file(model / "model.safetensors")
+    place = job.root / ("rank-0" if flat else "job1/rank-0") / "checkpoint-7"
+    shutil.copytree(model, place, ignore=shutil.ignore_patterns("*.safetensors"))
+    save({"app": {"model": weights}}, checkpoint_id=place / "pytorch_model_fsdp_0", no_dist=True)
+    save({"app": {"step": torch.ones(9)}}, checkpoint_id=place / "optimizer_0", no_dist=True)
+    settings = job.settings("rank-0/checkpoint-7/", artifacts=[], weights_only_fetch=True)
+    for _ in range(2):
+        made = load_file(boot.prepare(settings).path / "model.safetensors")
+        assert all(torch.equal(made[name], weights[name]) for name in made)
+        assert len(made) >= len(weights) - 1  # the head may be tied
+    assert not job.origin.requests
 
 
 def test_a_name_that_is_no_text(job: Job) -> None:
