@@ -18,8 +18,8 @@ def place_path(text: str, folders: Sequence[Path], name: str, *, may_be_id: bool
     working folder alone is still taken, with a warning. *may_be_id*: what does not exist is a
     Hugging Face id, unless it begins with a dot.
     """
-    path = Path(text).expanduser()
-    if not text or _NO_PATH.match(text) or path.is_absolute():
+    path = Path(text)
+    if not text or _NO_PATH.match(text) or path.is_absolute() or text.startswith("~"):
         return text
     own = [(folder / path).absolute() for folder in folders]
     for place in own:

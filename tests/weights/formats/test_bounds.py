@@ -75,7 +75,12 @@ def write_zero(folder: Path, tensors: dict[str, torch.Tensor], *, moments: bool)
         states = {"module": module, "param_shapes": [shapes], "dp_world_size": 2}
         torch.save(states, folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
         inner = {"state": {0: {"exp_avg": flat * 2, "exp_avg_sq": flat * 3}}} if moments else {}
-        optimizer = {"zero_stage": 3, "fp32_flat_groups": [flat], "optimizer_state_dict": inner}
+        optimizer = {
+            "zero_stage": 3,
+            "partition_count": 2,
+            "fp32_flat_groups": [flat],
+            "optimizer_state_dict": inner,
+        }
         path = folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         torch.save({"optimizer_state_dict": optimizer}, path)
 
