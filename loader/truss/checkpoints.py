@@ -18,21 +18,25 @@ _log = logging.getLogger("podloader")
 
 
 def fetch_checkpoints(
-    config: Mapping[str, Any] | Path | str, secrets: Secrets | None = None
+    config: Mapping[str, Any] | Path | str,
+    secrets: Secrets | None = None,
+    data_dir: Path | None = None,
 ) -> tuple[Path, ...]:
     """Return the folders that the ``training_checkpoints`` of *config* name, whole on this disk.
 
     *config* is a Truss config, as a Truss model gets it or as a file; *secrets* are Truss's, looked
-    up by name only. A pattern with ``/`` at its end gives the folder that it names, once for each
-    rank; another gives the folders of its files. They are in the order of the patterns. What an
-    earlier call fetched is proved and taken.
+    up by name only. Relative paths in a config that is no file are relative to the Truss, which
+    *data_dir*, as a Truss model gets it, lies in. A pattern with ``/`` at its end gives the folder
+    that it names, once for each rank; another gives the folders of its files. They are in the order
+    of the patterns. What an earlier call fetched is proved and taken.
 
     Raises:
         LoaderError: see ``loader.errors``; another call goes on from what is on disk.
     """
     if _log.level == logging.NOTSET:
         _log.setLevel(logging.INFO)
-    settings = Settings.load(config, secrets=secrets)
+    truss = Path(data_dir).parent if data_dir is not None else None
+    settings = Settings.load(config, secrets=secrets, folder=truss)
     snapshot = boot.fetch_files(settings, LogProgress())
     names = [tuple(file.path.split("/", 1)) for file in snapshot.files]
     found: dict[Path, None] = {}

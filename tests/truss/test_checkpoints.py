@@ -80,3 +80,15 @@ def test_errors_are_those_of_every_fetch(job: FaultyOrigin, tmp_path: Path) -> N
     job.fail("weights.pt", *[status(404)] * 9)
     with pytest.raises(FetchError):
         folders(job, tmp_path, "rank-0/checkpoint-2/")
+
+
+def test_a_relative_listing_is_the_trusss(job: FaultyOrigin, tmp_path: Path) -> None:
+    data = tmp_path / "truss/data"
+    data.mkdir(parents=True)
+    write_listing(job, data / "listing.json")
+    references = [{"training_job_id": "job1", "paths": ["rank-0/checkpoint-2/"]}]
+    checkpoints = {"download_folder": str(tmp_path / "down"), "artifact_references": references}
+    own = {"podloader": {"artifacts": ["data/listing.json"]}}
+    config = {"training_checkpoints": checkpoints, "model_metadata": own}
+    (folder,) = fetch_checkpoints(config, data_dir=data)
+    assert folder == tmp_path / "down/job1/rank-0/checkpoint-2"

@@ -23,15 +23,16 @@ class Classifier(torch.nn.Module):
 class Model:
     """Answers ``{"inputs": [[…], …]}`` with the label of each row and its probability."""
 
-    def __init__(self, config, secrets):
+    def __init__(self, config, secrets, data_dir):
         self._config = config
+        self._data_dir = data_dir
         self._secrets = secrets
         self._labels = []
         self._model = None
 
     def load(self):
         # One folder for each checkpoint. Whole or an error; a second call finds what is there.
-        (folder,) = fetch_checkpoints(self._config, self._secrets)
+        (folder,) = fetch_checkpoints(self._config, self._secrets, self._data_dir)
         shape = json.loads((folder / "config.json").read_text())
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = Classifier(shape["inputs"], shape["hidden"], len(shape["labels"]))
