@@ -135,6 +135,7 @@ def test_a_listing_alone_is_enough(origin: FaultyOrigin, tmp_path: Path) -> None
     assert (down / "job1/rank-0/checkpoint-2/config.json").is_file()
     forced = run("plan", "--artifacts", listing)
     assert "4 files" in forced.stdout, forced.stderr
+    assert "warning" not in forced.stdout + forced.stderr
     ready = run("prepare", listing, "--output", down)  # the latest, whose tokenizer is missed
     assert "job1/rank-0/checkpoint-10" in ready.stderr
     assert "without a tokenizer" in ready.stderr
@@ -236,6 +237,8 @@ def test_artifacts_and_settings_from_the_command_line(config: Path, tmp_path: Pa
         (["help"], 0, "usage: podloader"),
         (["prepare", "c.yaml", "--timeline", "/none/x.json"], 2, "there is no folder /none"),
         (["plan", "baseten"], 2, "--job-id"),
+        (["fetch", "x.json", "--output", ""], 2, "an empty argument"),
+        (["fetch", "x.json", "--output="], 2, "an empty argument of --output"),
         (["fetch", "x.json", "rank-0/*", "--checkpoint", "latest"], 2, "give one of them"),
         (["fetch", "/", "--output", "out"], 3, "as a URL: file:///"),
         (["plan", "x.json", "--set", "concurrency=abc"], 2, "concurrency, from the command line"),

@@ -24,6 +24,9 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         parser.print_help()
         parser.exit(2)
     _check_command(parser, own)
+    for word in own:
+        if not word or (word.startswith("--") and word.partition("=")[1:] == ("=", "")):
+            parser.error(f"an empty argument{' of ' + word[:-1] if word else ''}")
     given, unknown = parser.parse_known_args(own)
     found = vars(given)
     chosen: argparse.ArgumentParser = found.pop("parser")

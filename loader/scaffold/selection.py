@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from loader.config.settings import Settings
 
 _CONFIG = "config.yaml"
-_ALL = "rank-*"  # an asterisk crosses slashes: every file of every node
+_ALL = "rank-*/"  # every file of every node
 
 
 @dataclass(frozen=True, slots=True)
