@@ -212,7 +212,8 @@ class Settings:
     trusted_folders: Words = _setting(
         (),
         description="Folders that what was fetched may lead to, such as the local base that an "
-        "adapter's config names; besides them only the download and the cache folder.",
+        "adapter's config names, and symlinks of files that lie in the download folder; besides "
+        "them only the download and the cache folder.",
     )
     allow_insecure_redirects: bool = _setting(
         False, description="Follow redirects from https to http."

@@ -50,6 +50,7 @@ from loader.fetch.sums import Check, Sum, choose_check
 from loader.fetch.verify import Verify, check_structure, is_intact
 from loader.http.objects import ObjectInfo
 from loader.stores.base import Store
+from loader.stores.laid_files import is_within
 from loader.threads import map_on_threads
 from loader.timeline import Timeline
 from loader.types import Artifact, Checksum, Manifest
@@ -64,10 +65,14 @@ _log = logging.getLogger("podloader")
 
 @dataclass(frozen=True, slots=True)
 class LaidFiles:
-    """Where other tools may have laid files. ``flat_job``: whose ranks lie in *folder* itself."""
+    """Where other tools may have laid files. ``flat_job``: whose ranks lie in *folder* itself.
+
+    ``trusted``: further folders that symlinks may lead to.
+    """
 
     folder: Path
     flat_job: str | None = None
+    trusted: tuple[Path, ...] = ()
 
     def find(self, artifact: Artifact) -> tuple[Path, ...]:
         """Return where *artifact* lies: at either place, both, or none."""
@@ -75,6 +80,10 @@ class LaidFiles:
         if artifact.job == self.flat_job:
             found.append(f"{self.folder}/{artifact.name}")
         return tuple(Path(path) for path in found if os.path.lexists(path))
+
+    def may_lead_to(self, real: str) -> bool:
+        """Return whether a resolved path is one that symlinks may lead to."""
+        return is_within(real, (self.folder, *self.trusted))
 
 
 def adopt(
@@ -188,12 +197,8 @@ def _make_way(place: Places, laid: LaidFiles) -> None:
     """Remove what was said of files that are not taken, and a symlink to one of them."""
     place.remove("record")  # of when no origin could be asked
     real = os.path.realpath(place.whole)
-    if place.final.is_symlink() and _is_within(real, laid.folder):
+    if place.final.is_symlink() and laid.may_lead_to(real):
         place.remove(WHOLE)
-
-
-def _is_within(real: str, folder: Path) -> bool:
-    return Path(real).is_relative_to(os.path.realpath(folder))
 
 
 def _url(path: Path) -> str:
@@ -249,7 +254,7 @@ class _Candidate:
             real = Path(os.path.realpath(self.path))
             if (control := Path(f"{real}{_UNFINISHED}")).exists():
                 raise _RejectedError(f"it is not finished: {control.name} lies beside it")
-            with _open_regular(real, self.laid.folder) as fd:
+            with _open_regular(real, self.laid) as fd:
                 self.looked.wait_until_settled(fd, self.path, self.options.settle_s)
                 record = self._known(place) or self._prove(fd)
         except _RejectedError as error:
@@ -352,10 +357,12 @@ class _Candidate:
 
 
 @contextlib.contextmanager
-def _open_regular(real: Path, folder: Path) -> Iterator[int]:
-    """Give a descriptor of a file that nobody but us and root can have laid below *folder*."""
-    if not _is_within(str(real), folder):
-        raise _RejectedError(f"it leads out of the download folder, to {real}")
+def _open_regular(real: Path, laid: LaidFiles) -> Iterator[int]:
+    """Give a descriptor of a file that nobody but us and root can have laid there."""
+    if not laid.may_lead_to(str(real)):
+        raise _RejectedError(
+            f"it leads out of the download folder, to {real}; trusted_folders may allow that"
+        )
     folders = Folders(str(real.parent))
     try:
         fd = folders.open("", real.name, os.O_RDONLY)

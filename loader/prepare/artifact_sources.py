@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from loader.config.settings import Settings
 from loader.errors import ConfigError, ListingError, LoaderError, redact
@@ -39,7 +40,8 @@ def place_downloads(settings: Settings) -> tuple[Settings, LaidFiles]:
     """
     folder = settings.training.download_folder.absolute()
     jobs = _jobs(settings)
-    laid = LaidFiles(folder, jobs[0] if len(jobs) == 1 and has_ranks(folder) else None)
+    flat_job = jobs[0] if len(jobs) == 1 and has_ranks(folder) else None
+    laid = LaidFiles(folder, flat_job, tuple(map(Path, settings.trusted_folders)))
     if not folder.is_dir() or os.access(folder, os.W_OK):
         return settings, laid
     cache = settings.user_cache

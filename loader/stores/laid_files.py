@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from loader.errors import DiskError
@@ -24,7 +24,7 @@ def has_ranks(folder: Path) -> bool:
     return bool(_ranks(folder))
 
 
-def list_ranks(folder: Path, within: Path, job: str) -> Iterator[Artifact]:
+def list_ranks(folder: Path, within: Sequence[Path], job: str) -> Iterator[Artifact]:
     """Yield all files of *job*, whose ranks lie in *folder*.
 
     Symlinks to folders are entered, but for those that lead out of *within*, or to where they are
@@ -37,12 +37,11 @@ def list_ranks(folder: Path, within: Path, job: str) -> Iterator[Artifact]:
     def refuse(error: OSError) -> None:
         raise _unreadable(error, folder)
 
-    top = Path(os.path.realpath(within))
     for rank in _ranks(folder):
-        if _leads_away(rank, top):
+        if _leads_away(rank, within):
             continue
         for parent, folders, names in os.walk(rank, onerror=refuse, followlinks=True):
-            folders[:] = [name for name in folders if not _leads_away(Path(parent, name), top)]
+            folders[:] = [name for name in folders if not _leads_away(Path(parent, name), within)]
             for name in names:
                 path = Path(parent, name)
                 own = path.relative_to(rank).as_posix()
@@ -65,14 +64,19 @@ def _ranks(folder: Path) -> list[Path]:
         raise _unreadable(error, folder) from None
 
 
-def _leads_away(path: Path, top: Path) -> bool:
-    """Return whether *path* is a symlink out of *top*, or to a folder that it lies in."""
+def is_within(real: str, folders: Iterable[Path]) -> bool:
+    """Return whether a resolved path lies below one of *folders*."""
+    return any(Path(real).is_relative_to(os.path.realpath(folder)) for folder in folders)
+
+
+def _leads_away(path: Path, within: Iterable[Path]) -> bool:
+    """Return whether *path* is a symlink out of *within*, or to a folder that it lies in."""
     if not path.is_symlink():
         return False
     real = Path(os.path.realpath(path))
     if Path(os.path.realpath(path.parent)).is_relative_to(real):
         return True
-    if real.is_relative_to(top):
+    if is_within(str(real), within):
         return False
     _log.warning("%s leads out of the download folder, and is not looked into", path)
     return True

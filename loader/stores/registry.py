@@ -93,10 +93,11 @@ class Stores:
             DiskError: a folder cannot be read.
         """
         found = []
+        within = (folder, *map(Path, self._settings.trusted_folders))
         for job in jobs:
-            flat = list_ranks(folder, folder, job) if len(jobs) == 1 else ()
+            flat = list_ranks(folder, within, job) if len(jobs) == 1 else ()
             files = {artifact.path: artifact for artifact in flat}
-            for artifact in list_ranks(folder / job, folder, job):
+            for artifact in list_ranks(folder / job, within, job):
                 known = files.get(artifact.path)
                 if known is None or not is_link_to(artifact, known):
                     files[artifact.path] = artifact

@@ -375,6 +375,24 @@ def test_symlinks_end_below_the_download_folder(job: Job, tmp_path: Path) -> Non
     path.symlink_to(outside)
     with pytest.raises(CheckpointError, match="leads out of the download folder"):
         boot.fetch_files(without_origin(job))
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    shutil.move(outside, mount)
+    path.unlink()
+    path.symlink_to(mount / "outside")
+    trusting = without_origin(job, trusted_folders=[str(mount)])
+    assert all(file.reused for file in boot.fetch_files(trusting).files)
+
+
+def test_a_folder_of_a_mount_that_is_trusted(job: Job, tmp_path: Path) -> None:
+    mount = tmp_path / "mount"
+    lay(job)
+    shutil.move(job.root / "job1/rank-0", mount)
+    (job.root / "job1/rank-0").symlink_to(mount)
+    with pytest.raises(ResolveError):
+        boot.fetch_files(without_origin(job))
+    trusting = without_origin(job, trusted_folders=[str(mount)])
+    assert len(boot.fetch_files(trusting).files) == 2
 
 
 def test_what_others_may_write_to(job: Job) -> None:
