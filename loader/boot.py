@@ -135,24 +135,25 @@ def fetch_files(
 
 def plan(settings: Settings, *, with_sizes: bool = True) -> Manifest:
     """Return what would be fetched; with sizes where the origin tells them."""
-    from loader.prepare.remote import warn_of_ids
-
     settings, laid = place_downloads(settings)
+    root = settings.training.download_folder
     with open_origin(settings, laid, Timeline(quiet=True)) as origin:
         manifest = _leave_out(settings, resolve(wanted_checkpoints(settings), origin.listings))
-        here = presence(manifest, settings.training.download_folder, laid)
-        manifest = replace(manifest, presence=here)
-        if with_sizes:
-            told = warn_of_ids(manifest, origin.store, settings.training.download_folder)
-            manifest = replace(manifest, warnings=(*manifest.warnings, *told))
+        manifest = replace(manifest, presence=presence(manifest, root, laid))
+        if not with_sizes:
+            return manifest
         asked = (*manifest.files, *manifest.left_out)
         unknown = sum(1 for artifact in asked if artifact.size_bytes is None)
-        if not with_sizes or not unknown:
-            return manifest
-        if unknown <= _MOST_SIZES:
-            return ask_sizes(manifest, origin.store, settings.concurrency)
-        reason = f"the listing lacks {unknown} of them, too many to ask for one by one"
-        return replace(manifest, warnings=(*manifest.warnings, f"sizes are unknown: {reason}"))
+        told: tuple[str, ...] = ()
+        if unknown > _MOST_SIZES:
+            reason = f"the listing lacks {unknown} of them, too many to ask for one by one"
+            told = (f"sizes are unknown: {reason}",)
+        elif unknown:
+            manifest = ask_sizes(manifest, origin.store, settings.concurrency)
+        from loader.prepare.remote import warn_of_ids  # the first request is ahead of it
+
+        told += tuple(warn_of_ids(manifest, origin.store, root))
+        return replace(manifest, warnings=(*manifest.warnings, *told))
 
 
 def _resolved(

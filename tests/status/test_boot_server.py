@@ -75,7 +75,7 @@ def test_health_answers_under_many_slow_connections(listening: socket.socket) ->
             slow.append(client)
             if number % 100 == 99:
                 assert httpx.get(f"{url(listening)}/health", timeout=10).status_code == 503
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads
         assert len(server._loop._open) <= _MOST_CONNECTIONS
     finally:
         for client in slow:
