@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import replace
@@ -14,6 +16,7 @@ _Message = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]
 _Send = Callable[[_Message], Awaitable[None]]
 _ANSWERED = ("/metrics", *STATUS_PATHS)
+_BODY_S = 2.0  # for the body of a request that is refused
 _ADMITTED_S = 0.1  # for what was let in before the signal to reach the engine
 
 
@@ -48,6 +51,7 @@ class Refusing:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif self._drain.begun and scope["path"] not in _ANSWERED:
+            await _take_body(receive)
             await _refuse(scope["path"], self._drain.boot, send)
         else:
             await self._app(scope, receive, self._retried(send))
@@ -62,6 +66,14 @@ class Refusing:
             await send(message)
 
         return sent
+
+
+async def _take_body(receive: _Receive) -> None:
+    """Read a request to its end: what is closed with bytes unread is reset, answer and all."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_BODY_S):
+            while (await receive()).get("more_body"):
+                pass
 
 
 async def _refuse(path: str, boot: Boot, send: _Send) -> None:
