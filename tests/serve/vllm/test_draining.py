@@ -25,7 +25,7 @@ async def never(scope: Any, receive: Any, send: Any) -> None:
 def draining() -> Iterator[tuple[str, int]]:
     drain = Drain(SimpleNamespace(shutdown=lambda timeout: None), BootState(Timeline()).boot())
     drain.begun = True
-    config = uvicorn.Config(Refusing(never, drain), lifespan="off", log_level="error")
+    config = uvicorn.Config(Refusing(never, drain), lifespan="off", ws="none", log_level="error")
     server = uvicorn.Server(config)
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
