@@ -15,7 +15,7 @@ from loader.cli.ending import ending
 from loader.cli.parser import parse
 from loader.cli.report import errors_shown, set_up_report, show, write_json
 from loader.log_lines import set_up_logging
-from loader.scaffold.selection import Selection
+from loader.scaffold.selection import LATEST, Selection
 
 if TYPE_CHECKING:
     from loader.adapters.combine import Combination
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from loader.config.settings import Settings
 
 Words = list[str] | None
-LATEST = "latest"
 
 
 def plan(selection: Selection, set_: Words, sizes: bool, as_json: bool) -> None:

@@ -41,9 +41,10 @@ class Options:
 def init(given: Options) -> None:
     """Make the Truss that serves a training job's checkpoints."""
     with errors_shown(given.as_json):
-        from loader.scaffold.choice import LATEST, check_together, choose
+        from loader.scaffold.choice import check_together, choose
         from loader.scaffold.deployment import Secret, Wishes, decide
         from loader.scaffold.folder import write_truss
+        from loader.scaffold.selection import LATEST
         from loader.scaffold.survey import survey
 
         asks = (

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loader.errors import ConfigError
+from loader.scaffold.selection import LATEST
 from loader.scaffold.survey import Found
 from loader.types import Kind
-
-LATEST = "latest"
 
 
 def by_step(found: Sequence[Found]) -> list[Found]:

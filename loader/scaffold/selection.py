@@ -13,6 +13,7 @@ from loader.types import ArtifactReference, TrainingCheckpoints
 if TYPE_CHECKING:
     from loader.config.settings import Settings
 
+LATEST = "latest"  # among checkpoints, the one of the highest step
 _CONFIG = "config.yaml"
 _ALL = "rank-*/"  # every file of every node
 
