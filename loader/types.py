@@ -141,6 +141,14 @@ class Snapshot:
     fetched_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The first bytes of a file, and how many it has in all."""
+
+    content: bytes
+    size_bytes: int
+
+
 class Kind(StrEnum):
     """What a folder of files is."""
 

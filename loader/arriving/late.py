@@ -20,10 +20,10 @@ from loader.errors import ChangedError
 from loader.fetch.arrivals import Arrivals
 from loader.fetch.background import SplitFetch, join
 from loader.fetch.files import WHOLE, places, read_record
-from loader.fetch.heads import Head, read_head
+from loader.fetch.heads import read_head
 from loader.threads import map_on_threads
 from loader.timeline import Timeline
-from loader.types import Artifact, Snapshot
+from loader.types import Artifact, Head, Snapshot
 from loader.weights.header import Header, TensorInfo, header_length, parse_header, read_header
 from loader.weights.quantised import find_packed, is_description
 from loader.weights.stored import StoredTensor, join_headers

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from loader.fetch.range_read import read_range
 from loader.fetch.sizes import ask_version
 from loader.stores.base import Store
-from loader.types import Artifact
+from loader.types import Artifact, Head
 
 _FIRST_BYTES = 1 << 16  # holds the header of most safetensors files
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The first bytes of an artifact, and how many it has in all."""
-
-    content: bytes
-    size_bytes: int
 
 
 def read_head(
