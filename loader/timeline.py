@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from loader.units import show_seconds
+
 Kind = Literal["stage", "file"]
 _log = logging.getLogger("podloader")
 
@@ -174,7 +176,7 @@ class Timeline:
         for listener in self._listeners:
             listener.ended(span, begun)
         if span.kind == "stage" and not span.note:
-            _log.log(self._level, "%s: %.2f s", span.name, span.seconds)
+            _log.log(self._level, "%s: %s", span.name, show_seconds(span.seconds))
         return span
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 # A room may import what stands below it, and itself.
 LAYERS = [
-    {"errors"},
+    {"errors", "units"},
     {"types", "timeline", "retry", "threads", "import_lock", "log_lines"},
     {"config"},
     {"http"},

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from loader.errors import AdapterError
+from loader.units import show_seconds
 
 _LIMIT_S = 2.0
 _LONGEST = 2000
@@ -130,7 +131,7 @@ def _ask(pattern: str, names: Sequence[str]) -> bytes:
         raise AdapterError(
             "a pattern of the adapter's config that takes too long to match",
             where=pattern[:200],
-            expected=f"an answer for {len(names)} modules within {_LIMIT_S:.0f} s",
+            expected=f"an answer for {len(names)} modules within {show_seconds(_LIMIT_S)}",
             next_step="write the modules' names into adapter_config.json instead of the pattern",
         )
     return found

@@ -15,6 +15,7 @@ from loader import __version__
 from loader.config.settings import Settings, setting_names
 from loader.config.values import show_value
 from loader.errors import redact
+from loader.units import show_bytes
 
 _PACKAGES = (
     "vllm",
@@ -83,4 +84,4 @@ def _room(folder: Path) -> str:
         free = shutil.disk_usage(folder).free
     except OSError:
         return "-"
-    return f"{folder}, {free / 2**30:.1f} GiB free"
+    return f"{folder}, {show_bytes(free)} free"

@@ -13,6 +13,7 @@ from loader.errors import LoaderError
 from loader.pod.pod import Pod
 from loader.pod.signals import StopSignal
 from loader.timeline import Timeline
+from loader.units import show_seconds
 
 if TYPE_CHECKING:
     from loader.config.settings import Settings
@@ -61,5 +62,5 @@ def _run(
             say("/health answers with this until a signal comes")
             pod.hold()
         return error.exit_code
-    say(f"ready after {timeline.now_s:.1f} s")
+    say(f"ready after {show_seconds(timeline.now_s)}")
     return pod.serve()

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from loader.cli.documents import total_bytes
 from loader.cli.report import say, show
-from loader.fetch.progress import show_bytes
 from loader.prepare.cleaning import Cleaned
 from loader.status.table import timeline_lines
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, Manifest, ReadyModel, Snapshot
+from loader.units import show_bytes, show_rate, show_seconds
 from loader.weights.formats.refused import find_refusal
 from loader.weights.formats.serving import serving_files
 
@@ -70,13 +70,13 @@ def _show_unused(manifest: Manifest) -> None:
 def show_snapshot(snapshot: Snapshot, *, each: bool) -> None:
     """Show the sum; of *each* file, too, its size, rate, digest and source."""
     for file in snapshot.files if each else ():
-        rate = f"{show_bytes(file.size_bytes / file.seconds)}/s" if file.seconds else "kept"
+        rate = show_rate(file.size_bytes / file.seconds) if file.seconds else "kept"
         show(f"{show_bytes(file.size_bytes):>10}  {rate:>12}  {file.digest}  {file.path}")
         show(f"{'':>24}  from {file.source}")
     kept = sum(1 for file in snapshot.files if file.reused)
     show(
         f"{len(snapshot.files)} files in {snapshot.root}: {show_bytes(snapshot.fetched_bytes)} "
-        f"fetched, {kept} files kept, {snapshot.seconds:.1f} s"
+        f"fetched, {kept} files kept, {show_seconds(snapshot.seconds)}"
     )
 
 

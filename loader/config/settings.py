@@ -31,7 +31,7 @@ from loader.config.truss_config import (
     read_config,
     training_checkpoints,
 )
-from loader.config.values import Bytes, Words, read_value, show_bytes, show_value
+from loader.config.values import Bytes, Words, read_value, show_value
 from loader.errors import ConfigError, redact
 from loader.types import CONFIG_VARIABLE, JOB_ID, TrainingCheckpoints
 
@@ -42,7 +42,6 @@ _JSON = {"engine_args": '{"max_model_len": 4096}', "storage_options": '{"gs": {"
 _CHECKPOINT = re.compile(rf"{CHECKPOINT_SCHEME}{JOB_ID.pattern}/rank-[^/]+(/.*)?")
 _OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _OTLP_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-_SIZES = {"range_size", "least_bytes_per_s"}
 _OUTSIDE = {"training", "hf_token", "api_key", "s3", "origins"}
 COMMAND_LINE = "the command line"
 
@@ -55,9 +54,18 @@ class CheckpointName:
     name: str
 
 
-def _setting(default: Any, *, description: str, repr: bool = True) -> Any:  # noqa: A002 - as field's
-    """Return a field of ``Settings`` with its line of the README's table."""
-    metadata = {"description": description}
+def _setting(
+    default: Any,
+    *,
+    description: str,
+    written: str = "",
+    repr: bool = True,  # noqa: A002 - as field's
+) -> Any:
+    """Return a field of ``Settings`` with its line of the README's table.
+
+    *written*: how a person would write the default, where that is not its JSON.
+    """
+    metadata = {"description": description, "written": written}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata, repr=repr)
     return field(default=default, metadata=metadata, repr=repr)
@@ -135,6 +143,7 @@ class Settings:
     )
     range_size: Annotated[Bytes, Meta(ge=2**16)] = _setting(
         16 * 2**20,
+        written="16MiB",
         description="The least that is asked for of a large file, such as `16MiB`; proved and "
         "resumed alone.",
     )
@@ -188,7 +197,9 @@ class Settings:
         "is proved first. `false`: Python's `ssl` alone, in more processor time.",
     )
     least_bytes_per_s: Annotated[Bytes, Meta(ge=0)] = _setting(
-        4 * 2**10, description="What a connection has to bring not to count as slow."
+        4 * 2**10,
+        written="4KiB",
+        description="What a connection has to bring not to count as slow.",
     )
     s3_endpoint_url: Annotated[str, Meta(pattern="^https?://")] | None = _setting(
         None,
@@ -384,7 +395,7 @@ def settings_table() -> str:
     rows = ["| setting | variable | default | what it does |", "|---|---|---|---|"]
     for name, one in _settings().items():
         default = _default(one)
-        shown = show_bytes(default) if name in _SIZES else show_value(default)
+        shown = one.metadata["written"] or show_value(default)
         told = one.metadata["description"]
         rows.append(f"| `{name}` | `{_PREFIX}{name.upper()}` | `{shown}` | {told} |")
     return "\n".join(rows)

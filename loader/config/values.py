@@ -54,14 +54,6 @@ def show_value(value: object) -> str:
     return msgspec.json.encode(value, enc_hook=str).decode()
 
 
-def show_bytes(count: int) -> str:
-    """Return a count of bytes as ``read_value`` takes it, such as ``16MiB``."""
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if count and not count % (1 << power):
-            return f"{count >> power}{unit}"
-    return f"{count}B"
-
-
 def _read_text(text: str, kind: Any) -> object:
     if kind == Words:
         return _read_words(text)

@@ -33,7 +33,7 @@ from loader.fetch.files import (
 )
 from loader.fetch.folders import Folders
 from loader.fetch.missing_ranges import DoneRange, Range, combine
-from loader.fetch.progress import Progress, show_bytes
+from loader.fetch.progress import Progress
 from loader.fetch.range_read import read_range
 from loader.fetch.scan import (
     allocated_only,
@@ -54,6 +54,7 @@ from loader.stores.laid_files import is_within
 from loader.threads import map_on_threads
 from loader.timeline import Timeline
 from loader.types import Artifact, Checksum, Manifest
+from loader.units import show_bytes, show_seconds
 
 Presence = Literal["proved", "unproved", "missing"]
 _RECENT_S = 2.0  # what was written so lately may still be written to
@@ -226,7 +227,9 @@ class _Look:
         since_s = self.at_s if seen == self.stamps.get(path) else now_s
         while time.monotonic() - since_s < _RECENT_S:
             if time.monotonic() > deadline_s:
-                raise _RejectedError(f"it has been written to for {limit_s:.0f} s, and still is")
+                raise _RejectedError(
+                    f"it has been written to for {show_seconds(limit_s)}, and still is"
+                )
             time.sleep(_LOOK_S)
             stamp = _stamp(os.fstat(fd))
             if stamp != seen:

@@ -14,12 +14,13 @@ from loader.fetch.declared import is_as_declared
 from loader.fetch.files import STATE, Record, boot_id, disk_errors, read_record
 from loader.fetch.pace import Pace
 from loader.fetch.part import PartFile
-from loader.fetch.progress import Progress, show_bytes
+from loader.fetch.progress import Progress
 from loader.fetch.transfer import Events, Limits, transfer
 from loader.fetch.verify import Verify, is_intact
 from loader.http.objects import ObjectInfo, is_same_version
 from loader.stores.base import Asked, ByteStream, Store
 from loader.types import Artifact
+from loader.units import show_bytes
 
 _log = logging.getLogger("podloader")
 _SPARE_BYTES = 64 << 20  # journals, records, folders

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Protocol
 
+from loader.units import show_bytes, show_rate, show_seconds
+
 _log = logging.getLogger("podloader")
 _EVERY_S = 5.0
 
@@ -92,14 +94,16 @@ class LogProgress:
         seconds = max(time.monotonic() - self._began, 1e-9)
         rate = (self._bytes - self._had_bytes) / seconds
         left_bytes = self._total_bytes - self._bytes
-        left = f", {left_bytes / max(rate, 1e-9):.0f} s left" if rate > 0 or not left_bytes else ""
+        left = ""
+        if rate > 0 or not left_bytes:
+            left = f", {show_seconds(left_bytes / max(rate, 1e-9))} left"
         _log.info(
-            "%d/%d files, %s of %s, %s/s%s",
+            "%d/%d files, %s of %s, %s%s",
             self._files,
             self._total_files,
             show_bytes(self._bytes),
             show_bytes(self._total_bytes),
-            show_bytes(rate),
+            show_rate(rate),
             left,
         )
 
@@ -129,12 +133,3 @@ class Retries:
         with self._lock:
             untold, self._untold, self._told = self._untold, 0, None
         return f"asked for again: {untold} others" if untold else ""
-
-
-def show_bytes(count: float) -> str:
-    """Return *count* in the unit that fits, such as ``1.5 GB`` (decimal, as networks count)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -32,7 +32,7 @@ from loader.fetch.opening import Hooks, Opening
 from loader.fetch.pace import FIRST, Pace
 from loader.fetch.part import LARGE_BYTES, PartFile, fetched_file
 from loader.fetch.path_check import check_still, check_way
-from loader.fetch.progress import LogProgress, Progress, show_bytes
+from loader.fetch.progress import LogProgress, Progress
 from loader.fetch.range_read import read_range
 from loader.fetch.sizes import ask_version
 from loader.fetch.stopping import check_stop
@@ -43,6 +43,7 @@ from loader.http.objects import ObjectInfo
 from loader.stores.base import Store
 from loader.threads import map_on_threads
 from loader.types import Artifact, Manifest, Snapshot
+from loader.units import show_bytes
 
 if TYPE_CHECKING:
     from loader.config.settings import Settings

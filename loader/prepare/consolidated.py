@@ -32,10 +32,10 @@ from loader.errors import FormatError
 from loader.fetch.crc import crc64nvme
 from loader.fetch.digests import Digests
 from loader.fetch.files import STATE
-from loader.fetch.progress import show_bytes
 from loader.prepare.inputs import prove
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, Snapshot
+from loader.units import show_bytes
 from loader.weights.formats.learning import learning_names
 from loader.weights.formats.places import has_config, home_folders, weight_folders
 from loader.weights.formats.rank_files import Files, LocalFiles

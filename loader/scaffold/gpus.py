@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from loader.errors import ConfigError
 from loader.scaffold.size import ModelSize
+from loader.units import show_bytes
 
 GIB = 1 << 30
 _UTILIZATION = 0.9  # what is planned with; vLLM's own gpu_memory_utilization is a little more
@@ -102,11 +103,14 @@ def place(size: ModelSize, load: Load, asked: str | None = None) -> Placement:
         room = int(candidate.memory_gib * GIB * _UTILIZATION)
         if needed <= room:
             return Placement(candidate, number, _explain(size, load, candidate, number))
-        tried.append(f"{candidate.name}:{number}: {_gib(needed)} needed, {_gib(room)} usable")
+        tried.append(
+            f"{candidate.name}:{number}: {show_bytes(needed)} needed, {show_bytes(room)} usable"
+        )
     raise ConfigError(
         "the model does not fit",
         where=asked or "one node",
-        expected=f"{_gib(size.weight_bytes)} of weights and {load.requests} x {load.tokens} tokens",
+        expected=f"{show_bytes(size.weight_bytes)} of weights and "
+        f"{load.requests} x {load.tokens} tokens",
         problems=tried[-8:],
         next_step="give a smaller --max-model-len or --requests, or larger GPUs by --accelerator",
     )
@@ -153,11 +157,7 @@ def _explain(size: ModelSize, load: Load, gpu: Gpu, gpus: int) -> tuple[str, ...
         rows.append((f"{load.adapters} adapters of rank {load.rank}{each}", lora))
     rows.append(("CUDA graphs and activations", _RUNTIME_BYTES))
     total = sum(count for _, count in rows)
-    lines = [f"{_gib(count):>11}  {text}" for text, count in rows]
-    usable = f"{_UTILIZATION:.0%} of {gpu.name}'s {gpu.memory_gib} GiB"
-    room = _gib(int(gpu.memory_gib * GIB * _UTILIZATION))
-    return (*lines, f"{_gib(total):>11}  of {room}, {usable}")
-
-
-def _gib(count: int) -> str:
-    return f"{count / GIB:.2f} GiB"
+    lines = [f"{show_bytes(count):>11}  {text}" for text, count in rows]
+    usable = f"{_UTILIZATION:.0%} of {gpu.name}'s {show_bytes(gpu.memory_gib * GIB)}"
+    room = show_bytes(int(gpu.memory_gib * GIB * _UTILIZATION))
+    return (*lines, f"{show_bytes(total):>11}  of {room}, {usable}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from loader.timeline import Open, Span
+from loader.units import show_seconds
 
 MOST_FILES = 12
 _LEAST_SHARE = 0.01  # of the whole; files that took less are not drawn
@@ -61,11 +62,11 @@ def _bars(spans: Sequence[Span], running: Sequence[Open], now_s: float, kind: st
     open_now = [span for span in running if span.kind == kind]
     bars = [
         *(
-            _Bar(s.name, s.start_s, s.end_s, _colour(s), f"{s.seconds:.2f} s{_why(s)}")
+            _Bar(s.name, s.start_s, s.end_s, _colour(s), f"{show_seconds(s.seconds)}{_why(s)}")
             for s in over
         ),
         *(
-            _Bar(s.name, s.start_s, now_s, _colour(s), f"{now_s - s.start_s:.1f} s …")
+            _Bar(s.name, s.start_s, now_s, _colour(s), f"{show_seconds(now_s - s.start_s)} …")
             for s in open_now
         ),
     ]
@@ -96,7 +97,8 @@ def _draw(bar: _Bar, y: int, scale: float) -> str:
     if len(label) > _LABEL_CHARACTERS:
         label = "…" + label[1 - _LABEL_CHARACTERS :]
     return (
-        f"<g><title>{escape(bar.label)}: {bar.start_s:.2f} to {bar.end_s:.2f} s</title>"
+        f"<g><title>{escape(bar.label)}: {show_seconds(bar.start_s)} to "
+        f"{show_seconds(bar.end_s)}</title>"
         f'<text x="{_LEFT - 8}" y="{text_y}" text-anchor="end" fill="#333333">{escape(label)}'
         f'</text><rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_BAR}" rx="2" '
         f'fill="{bar.colour}"/>{_note(bar.note, x, width, text_y)}</g>'

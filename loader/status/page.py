@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from html import escape
 
-from loader.fetch.progress import show_bytes
 from loader.status.gantt import gantt_svg
 from loader.status.state import Boot
+from loader.units import show_bytes, show_rate, show_seconds
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #f4f5f7; margin: 0; }
@@ -56,7 +56,7 @@ def part(boot: Boot) -> str:
 
 def _headline(boot: Boot) -> str:
     if boot.phase == "ready":
-        title = f"Ready after {boot.ready_s or 0.0:.1f} s"
+        title = f"Ready after {show_seconds(boot.ready_s or 0.0)}"
     elif boot.phase == "failed":
         title = "The start failed"
     elif boot.phase == "stopping":
@@ -69,11 +69,11 @@ def _headline(boot: Boot) -> str:
         facts.append(f"{boot.files_done} of {boot.files} files")
         facts.append(f"{show_bytes(boot.bytes_done)} of {show_bytes(boot.bytes)}")
     if boot.bytes_per_s:
-        facts.append(f"{show_bytes(boot.bytes_per_s)}/s")
+        facts.append(show_rate(boot.bytes_per_s))
     if boot.left_s is not None:
-        facts.append(f"{boot.left_s:.0f} s of download left")
+        facts.append(f"{show_seconds(boot.left_s)} of download left")
     if boot.phase == "starting":
-        facts.append(f"{boot.now_s:.0f} s so far")
+        facts.append(f"{show_seconds(boot.now_s)} so far")
     facts += [f"{name.replace('_', ' ')}: {n}" for name, n in sorted(boot.counts.items()) if n]
     bar = f'<div class="bar"><div style="width: {share:.1f}%"></div></div>' if boot.files else ""
     return (

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from loader.errors import CheckpointError, FormatError
 from loader.types import Checkpoint, Kind
+from loader.units import show_bytes
 from loader.weights.frameworks import BESIDE, find_cut, find_optimizers, find_zero
 from loader.weights.header import read_header
 from loader.weights.index import MOST_SHARDS, read_weight_map
@@ -242,7 +243,7 @@ def read_json(path: Path) -> dict[str, object]:
     """
     try:
         if path.stat().st_size > _MOST_JSON_BYTES:
-            raise ValueError(f"more than {_MOST_JSON_BYTES >> 20} MiB")
+            raise ValueError(f"more than {show_bytes(_MOST_JSON_BYTES)}")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         value = str(error)

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from loader.errors import DiskError
+from loader.units import show_bytes
 
 
 class PartialFolder:
@@ -182,8 +183,8 @@ def check_room(needs: Iterable[tuple[Path, int]]) -> None:
             raise DiskError(
                 "not enough free space",
                 where=str(folders[device]),
-                expected=f"{count} bytes",
-                got=f"{free} bytes",
+                expected=f"{show_bytes(count)} free",
+                got=f"{show_bytes(free)} free",
                 next_step="free some space, or choose another output folder",
             )
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from msgspec import Meta
 
-from loader.config.values import Bytes, Words, read_value, show_bytes, show_value
+from loader.config.values import Bytes, Words, read_value, show_value
 
 COUNT = Annotated[int, Meta(ge=1, le=9)]
 CHOICE = Literal["a", "b"] | None
@@ -65,11 +65,6 @@ def test_what_is_refused_without_showing_it(value: object, kind: Any, said: str)
     with pytest.raises(ValueError, match=said.replace("[", r"\[")) as caught:
         read_value(value, kind)
     assert "S3CR3T" not in str(caught.value)
-
-
-@pytest.mark.parametrize("count", [1, 1000, 1 << 10, 3 << 20, 5 << 30])
-def test_counts_of_bytes_are_shown_as_they_are_read(count: int) -> None:
-    assert read_value(show_bytes(count), Bytes) == count
 
 
 def test_values_are_shown_as_json() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from loader.fetch.progress import show_bytes
+from loader.units import show_bytes
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin
 from tests.prepare.test_adapted import four_bits

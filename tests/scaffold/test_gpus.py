@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from truss.base.truss_config import Accelerator
 
+from loader.config.values import Bytes, read_value
 from loader.errors import ConfigError
-from loader.scaffold.gpus import GIB, GPUS, Load, place
+from loader.scaffold.gpus import GPUS, Load, place
 from loader.scaffold.size import ModelSize, size_of
 from tests.scaffold.test_size import LLAMA_8B
 
@@ -69,7 +70,7 @@ def test_what_does_not_fit_says_by_how_much() -> None:
     with pytest.raises(ConfigError, match="does not fit") as error:
         place(sized(70), LOAD, "L4:2")
     assert "needed" in error.value.problems[0]
-    assert "19.80 GiB usable" in error.value.problems[0]
+    assert "21.3 GB usable" in error.value.problems[0]
 
 
 def test_heads_that_cannot_be_split() -> None:
@@ -83,8 +84,13 @@ def test_heads_that_cannot_be_split() -> None:
 def test_the_calculation_adds_up() -> None:
     found = place(sized(70), Load(8192, 4, rank=16, adapters=2), "H100:4")
     *terms, total = found.calculation
-    figures = [float(line.split()[0]) for line in terms]
-    assert float(total.split()[0]) == pytest.approx(sum(figures), abs=0.02)
-    assert figures[0] == pytest.approx(70 * 2e9 / 4 / GIB, abs=0.01)
+    figures = [_read(line) for line in terms]
+    assert _read(total) == pytest.approx(sum(figures), rel=0.01)
+    assert figures[0] == pytest.approx(70 * 2e9 / 4, rel=0.01)
     assert "4 requests of 8192 tokens / 4 GPUs" in terms[1]
     assert "2 adapters of rank 16" in terms[2]
+
+
+def _read(line: str) -> float:
+    """Return the bytes that a line of the calculation begins with."""
+    return float(read_value(" ".join(line.split()[:2]), Bytes))

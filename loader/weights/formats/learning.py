@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from loader.errors import UnsupportedError
+from loader.units import show_seconds
 from loader.weights.architecture import is_at_hand
 from loader.weights.formats.expected import ModelNames, read_model_names
 
@@ -56,7 +57,7 @@ def _ask(process: subprocess.Popen[bytes], folder: Path) -> ModelNames | None:
         raise UnsupportedError(
             "a config.json of which transformers makes no model in time",
             where=str(folder / "config.json"),
-            expected=f"an answer within {_LIMIT_S:.0f} s",
+            expected=f"an answer within {show_seconds(_LIMIT_S)}",
             next_step="save the model with save_pretrained in the training job",
         ) from None
     except OSError:
