@@ -24,8 +24,8 @@ RequestError                a caller's request is wrong; the engine stays well
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 _MOST_TEXT = 20_000  # characters of a field; what is foreign may be of any length
 _MOST_PROBLEMS = 1000
@@ -230,3 +230,17 @@ class RequestError(LoaderError):
     def __init__(self, what: str, *, status: int = 400, **fields: str) -> None:
         super().__init__(what, **fields)
         self.status = status
+
+
+def error_from_json(document: Mapping[str, Any]) -> LoaderError:
+    """Return the error whose ``to_json`` another process sent."""
+    kind: Any = globals().get(str(document.get("error")))
+    if not (isinstance(kind, type) and issubclass(kind, LoaderError)):
+        kind = EngineError
+    fields = ("where", "expected", "got", "next_step")
+    error: LoaderError = kind(
+        str(document.get("what", "the engine did not start")),
+        problems=[str(problem) for problem in document.get("problems", ())],
+        **{name: str(document.get(name, "")) for name in fields},
+    )
+    return error

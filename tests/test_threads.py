@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from loader.threads import map_on_threads
+from loader.threads import Broadcast, map_on_threads
 
 
 class EndedError(Exception):
@@ -57,3 +57,32 @@ def test_what_look_raises_ends_the_wait(
 
     with pytest.raises(EndedError):
         map_on_threads(stuck, values, 2, look)
+
+
+def test_everyone_hears_all_of_a_broadcast() -> None:
+    told: Broadcast[int] = Broadcast()
+    early = told.follow(0.001)
+    heard: list[int] = []
+    told.put((1, 2))
+    assert list(next(early)) == [1, 2]
+    assert list(next(early)) == []  # nothing came in the time
+    thread = threading.Thread(
+        target=lambda: heard.extend(n for some in told.follow() for n in some)
+    )
+    thread.start()
+    told.put((3,))
+    told.end()
+    told.end(EndedError())  # too late
+    thread.join()
+    assert heard == [n for some in told.follow() for n in some] == [1, 2, 3]
+    assert list(next(early)) == [3]
+    assert next(early, None) is None
+    assert told.error is None
+
+
+def test_the_error_that_ends_a_broadcast_is_everyones() -> None:
+    told: Broadcast[int] = Broadcast()
+    told.end(EndedError())
+    for _ in range(2):
+        with pytest.raises(EndedError):
+            list(told.follow())

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loader.errors import EngineError, LoaderError
+from loader.errors import EngineError, LoaderError, error_from_json
 from loader.serve.vllm.bound import Names, Reason, read_reasons
-from loader.serve.vllm.channel import Channel, error_from_json
+from loader.serve.vllm.channel import Channel
 from loader.status.state import Boot
 from loader.timeline import Open, Timeline
 

@@ -50,7 +50,7 @@ class PartialFolder:
             check_room([(parent, self._needed_bytes - self._used_bytes())])
             if not self._kept:
                 self.path = Path(tempfile.mkdtemp(".partial", f".{self.folder.name}.", parent))
-                self._lock = _lock(self.path)
+                self._lock = lock_folder(self.path)
             self.path.chmod(0o755)
         except DiskError:
             self._leave()
@@ -64,7 +64,7 @@ class PartialFolder:
         """Take the folder that outlives its writer, unless another process is writing it."""
         path.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # that process has published it just now
-            lock = _lock(path)
+            lock = lock_folder(path)
             if lock is not None and not os.path.samestat(os.fstat(lock), path.stat()):
                 os.close(lock)
             elif lock is not None:
@@ -108,7 +108,7 @@ def scratch_folder(parent: Path, what: str) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         sweep(parent, what)
         folder = Path(tempfile.mkdtemp(".partial", f".{what}.", parent))
-        lock = _lock(folder)
+        lock = lock_folder(folder)
     except OSError as error:
         raise disk_error(parent, error) from error
     try:
@@ -156,7 +156,7 @@ def use(folder: Path) -> None:
 @contextlib.contextmanager
 def take(folder: Path) -> Iterator[bool]:
     """Give whether no process uses *folder*, which none does then until the block's end."""
-    lock = _lock(folder)
+    lock = lock_folder(folder)
     try:
         yield lock is not None
     finally:
@@ -215,7 +215,8 @@ def _publish(partial: Path, folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _lock(path: Path) -> int | None:
+def lock_folder(path: Path) -> int | None:
+    """Return a descriptor that locks a folder until it is closed; None where another holds it."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -234,7 +235,7 @@ def sweep(parent: Path, name: str, *, but: str | None = None) -> None:
         if but is not None and left.name.startswith(f".{but}."):
             continue
         try:
-            lock = _lock(left)
+            lock = lock_folder(left)
         except OSError:  # its writer has just published or removed it
             continue
         if lock is not None:

@@ -31,6 +31,8 @@ class ResumableWriter(CheckpointWriter):
     *folder* and *plan* have to tell every byte that is to be written from any other version of it.
     """
 
+    _own_files = (_JOURNAL,)
+
     def __init__(
         self,
         folder: Path,
@@ -81,7 +83,7 @@ class ResumableWriter(CheckpointWriter):
             for name, at, size, digest in _read(path):
                 if self._is_right(name, at, size, digest):
                     self._written.add((name, at, size))
-                    self._left[name] -= size
+                    self._count(name, size)
                     file.write(_line(name, at, size, digest))
         fresh.replace(path)
         self._journal = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)

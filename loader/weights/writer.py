@@ -10,7 +10,8 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -19,6 +20,8 @@ from typing import Self
 import torch
 
 from loader.errors import CheckpointError
+from loader.threads import Broadcast
+from loader.types import Head
 from loader.weights.dequantise import DequantisedReader
 from loader.weights.header import METADATA_KEY, TensorInfo, size_bytes
 from loader.weights.publishing import PartialFolder, disk_error
@@ -107,6 +110,8 @@ class CheckpointWriter:
     With *plan* the next run finds it, if this one fails: see ``PartialFolder``.
     """
 
+    _own_files: Collection[str] = ()  # in the folder while it is unpublished
+
     def __init__(
         self, folder: Path, shards: Sequence[ShardPlan], *, stem: str = "model", plan: str = ""
     ) -> None:
@@ -116,6 +121,7 @@ class CheckpointWriter:
         self._stem = stem
         self._left = {name: info.size_bytes for s in shards for name, info in s.tensors.items()}
         self._lock = threading.Lock()  # parts of one tensor may come from several threads
+        self._whole: Broadcast[str] = Broadcast()
         self._descriptors: dict[str, int] = {}
         self.path = folder
         needed = sum(plan.size_bytes for plan in self._plans)
@@ -129,11 +135,15 @@ class CheckpointWriter:
                 flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
                 descriptor = os.open(self.path / plan.file_name, flags, 0o644)
                 self._descriptors[plan.file_name] = descriptor
+                # Its whole length from the start on: whoever maps it reads no further than that.
+                os.ftruncate(descriptor, plan.size_bytes)
                 _pwrite(descriptor, memoryview(plan.head), 0)
+            self._write_index()
         except OSError as error:
             problem = disk_error(self.folder, error)
             self.__exit__(type(problem), problem, None)
             raise problem from error
+        self._whole.put(name for name, left in self._left.items() if not left)
         return self
 
     def __exit__(
@@ -146,9 +156,11 @@ class CheckpointWriter:
             if error is None:
                 self._finish()
         except BaseException as problem:
+            self._whole.end(problem)
             self._close()
             self._partial.__exit__(type(problem), problem, None)
             raise
+        self._whole.end(error)
         self._close()
         self._partial.__exit__(kind, error, trace)
 
@@ -208,8 +220,7 @@ class CheckpointWriter:
             _pwrite(self._descriptors[shard.file_name], data, info.start + offset_bytes)
         except OSError as error:
             raise disk_error(self.folder, error) from error
-        with self._lock:
-            self._left[name] -= len(data)
+        self._count(name, len(data))
 
     def copy_bytes(self, name: str, offset_bytes: int, source: int, start: int, count: int) -> None:
         """Copy *count* bytes of the file *source* from *start* on, inside the kernel; once each.
@@ -223,8 +234,7 @@ class CheckpointWriter:
             _copy_range(source, start, self._descriptors[shard.file_name], at, count)
         except OSError as error:
             raise disk_error(self.folder, error) from error
-        with self._lock:
-            self._left[name] -= count
+        self._count(name, count)
 
     def copy(self, names: Sequence[str], reader: Reader) -> None:
         """Copy tensors byte for byte; from local files inside the kernel, neighbours together.
@@ -253,7 +263,25 @@ class CheckpointWriter:
             except OSError as error:
                 raise disk_error(self.folder, error) from error
             for name in run:
-                self._left[name] = 0
+                self._count(name, self._left[name])
+
+    def fill(self) -> Filling:
+        """Return the folder as it fills up; the files in it that hold no weights are all there.
+
+        Raises:
+            DiskError: a weight file cannot be opened for reading.
+        """
+        try:
+            return Filling(self.path, self._plans, self._whole, self._own_files)
+        except OSError as error:
+            raise disk_error(self.folder, error) from error
+
+    def _count(self, name: str, count: int) -> None:
+        with self._lock:
+            self._left[name] -= count
+            is_whole = count > 0 and not self._left[name]
+        if is_whole:
+            self._whole.put((name,))
 
     def _find_runs(self, names: Sequence[str], reader: SafetensorsReader) -> list[list[str]]:
         """Return *names* in runs that lie side by side in both the source and the target."""
@@ -275,13 +303,54 @@ class CheckpointWriter:
                 where=str(self.folder),
                 problems=missing,
             )
+
+    def _write_index(self) -> None:
         if [plan.file_name for plan in self._plans] != [f"{self._stem}.safetensors"]:
             index = self.path / f"{self._stem}.safetensors.index.json"
             index.write_text(json.dumps(describe_index(self._plans), indent=2), encoding="utf-8")
 
     def _close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        _close_all(self._descriptors)
+
+
+class Filling:
+    """What a ``CheckpointWriter`` writes, for whoever follows it while it does.
+
+    See ``loader.arriving.filling.FillingFolder``. *but* are no files of the model.
+    """
+
+    def __init__(
+        self, folder: Path, plans: Sequence[ShardPlan], whole: Broadcast[str], but: Collection[str]
+    ) -> None:
+        self.heads = {plan.file_name: Head(plan.head, plan.size_bytes) for plan in plans}
+        self.small_files = {
+            path.relative_to(folder).as_posix(): path
+            for path in folder.rglob("*")
+            if path.is_file() and path.name not in {*self.heads, *but}
+        }
+        # The folder gets its name, and maybe another, before a follower asks.
+        self._descriptors: dict[str, int] = {}
+        weakref.finalize(self, _close_all, self._descriptors)
+        for name in self.heads:
+            self._descriptors[name] = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
+        self._whole = whole
+
+    def open(self, file_name: str) -> int:
+        """Return a descriptor for reading a weight file: the caller's to close."""
+        return os.dup(self._descriptors[file_name])
+
+    def follow(self) -> Iterator[Collection[str]]:
+        """Yield names of tensors as they are written.
+
+        Raises:
+            LoaderError: what ended the writing.
+        """
+        return self._whole.follow()
+
+
+def _close_all(descriptors: dict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
 
 
 def describe_index(plans: Sequence[ShardPlan]) -> dict[str, object]:

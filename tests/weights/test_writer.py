@@ -217,3 +217,37 @@ def test_shards_missing_and_twice(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / names["b"])
     with pytest.raises(FormatError, match="twice"):
         open_weights(tmp_path)
+
+
+def test_what_is_written_can_be_followed(tmp_path: Path) -> None:
+    """By any number of threads, over the folder's renames, from the first tensor on."""
+    plans = plan_shards(SPECS, max_shard_bytes=40)
+    with CheckpointWriter(tmp_path / "out", plans) as writer:
+        (writer.path / "config.json").write_text("{}")
+        filling = writer.fill()
+        assert set(filling.small_files) == {"config.json", "model.safetensors.index.json"}
+        assert filling.heads[plans[0].file_name].size_bytes == plans[0].size_bytes
+        early = filling.follow()
+        assert list(next(early)) == ["empty"]
+        writer.write_rows("a", 0, TENSORS["a"][:2])
+        writer.write("b", TENSORS["b"])
+        assert list(next(early)) == ["b"]
+        writer.write_rows("a", 2, TENSORS["a"][2:])
+        for name in ("c", "empty", "z"):
+            writer.write(name, TENSORS[name])
+    assert [name for names in early for name in names] == ["a", "c", "z"]
+    (tmp_path / "out").rename(tmp_path / "renamed")
+    assert sorted(name for names in filling.follow() for name in names) == sorted(TENSORS)
+    for plan in plans:
+        descriptor = filling.open(plan.file_name)
+        with os.fdopen(descriptor, "rb") as file:
+            assert file.read() == (tmp_path / "renamed" / plan.file_name).read_bytes()
+
+
+def test_who_follows_hears_why_the_writing_ended(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path / "out", plan_shards(SPECS)).__enter__()
+    followed = writer.fill().follow()
+    with pytest.raises(CheckpointError):
+        writer.__exit__(None, None, None)
+    with pytest.raises(CheckpointError, match="not written"):
+        list(followed)

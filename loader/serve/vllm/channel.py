@@ -6,11 +6,7 @@ import contextlib
 import json
 import socket
 import threading
-from collections.abc import Mapping
 from typing import Any
-
-from loader import errors
-from loader.errors import EngineError, LoaderError
 
 
 class Channel:
@@ -41,16 +37,3 @@ class Channel:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._reader.close()
         self._socket.close()
-
-
-def error_from_json(document: Mapping[str, Any]) -> LoaderError:
-    """Return the error whose ``to_json`` the other process sent."""
-    kind = getattr(errors, str(document.get("error")), EngineError)
-    if not (isinstance(kind, type) and issubclass(kind, LoaderError)):
-        kind = EngineError
-    fields = ("where", "expected", "got", "next_step")
-    return kind(
-        str(document.get("what", "the engine did not start")),
-        problems=[str(problem) for problem in document.get("problems", ())],
-        **{name: str(document.get(name, "")) for name in fields},
-    )

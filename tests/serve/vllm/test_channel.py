@@ -6,8 +6,14 @@ import socket
 
 import pytest
 
-from loader.errors import AdapterError, ConfigError, EngineError, LoaderError
-from loader.serve.vllm.channel import Channel, error_from_json
+from loader.errors import (
+    AdapterError,
+    ConfigError,
+    EngineError,
+    LoaderError,
+    error_from_json,
+)
+from loader.serve.vllm.channel import Channel
 
 
 def test_messages_arrive_whole_and_in_order() -> None:
