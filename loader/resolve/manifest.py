@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 
 from loader.errors import ListingError, ResolveError
 from loader.resolve.patterns import compile_pathwise, compile_pattern
 from loader.types import JOB_ID, Artifact, Listing, Manifest, TrainingCheckpoints
 
-_SHARD = re.compile(r"^(?P<stem>.*)-(?P<i>\d{5,})-of-(?P<n>\d{5,})(?P<ext>\.safetensors|\.bin)$")
+_SHARD = re.compile(r"^(?P<stem>.*)-(?P<i>\d{5,9})-of-(?P<n>\d{5,9})(?P<ext>\.safetensors|\.bin)$")
 _CONTROL = re.compile(r"[\x01-\x1f\x7f-\x9f]")
 _PATH_BYTES = 3000  # leaves room below PATH_MAX for the download folder
+_MOST_SHARDS = 100_000  # that are looked for, whatever count the names say
 _NAME_BYTES = 240  # leaves room below NAME_MAX for the temporary file's suffix
 
 
@@ -210,13 +211,13 @@ def check_shards(files: Sequence[Artifact], listed: set[str]) -> None:
             sets.setdefault(key, set()).add(int(match["i"]))
             if path in wanted:
                 chosen.add(key)
-    holes = []
-    for job, stem, n, ext in sorted(chosen):
-        have = sets[job, stem, n, ext]
-        first = 0 if 0 in have else 1
-        missing = (i for i in range(first, first + min(n, 100_000)) if i not in have)
-        holes += [f"{job}: {stem}-{i:05d}-of-{n:05d}{ext}" for i in missing]
-    _refuse_holes(holes)
+    holes = (
+        f"{key[0]}: {key[1]}-{i:05d}-of-{key[2]:05d}{key[3]}"
+        for key in sorted(chosen)
+        for i in range(key[2] + 1)
+        if i not in sets[key] and i != (key[2] if 0 in sets[key] else 0)
+    )
+    _refuse_holes(list(islice(holes, _MOST_SHARDS)))
 
 
 def check_index(job: str, index_name: str, shard_names: Iterable[str], listed: set[str]) -> None:

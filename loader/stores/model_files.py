@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from itertools import islice
 from pathlib import Path
 
 from loader.errors import FetchError
@@ -18,13 +19,13 @@ _MODULES = "modules.json"
 _PART = re.compile(r"[^/]+/config\.json|\d+_[^/]*/([^/]+\.json|model\.safetensors)")
 _PICKLED_PART = re.compile(r"(?P<folder>\d+_[^/]*)/pytorch_model\.bin")
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+_SHARD = re.compile(r"model-\d{5,9}-of-\d{5,9}\.safetensors")
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
 _NUMBERED = re.compile(
-    r"(?P<stem>model|pytorch_model)-\d{5,}-of-(?P<n>\d{5,})(?P<end>\.safetensors|\.bin)"
+    r"(?P<stem>model|pytorch_model)-\d{5,9}-of-(?P<n>\d{5,9})(?P<end>\.safetensors|\.bin)"
 )
 _MOST_SHARDS = 100_000
-_PICKLE = re.compile(r"(pytorch_model|model)(-\d{5,}-of-\d{5,})?\.bin")
+_PICKLE = re.compile(r"(pytorch_model|model)(-\d{5,9}-of-\d{5,9})?\.bin")
 
 
 def side_files(names: Iterable[str]) -> tuple[str, ...]:
@@ -82,13 +83,15 @@ def missing_files(
     """Return which of *weights* are not among *names*; without an index their numbers count."""
     there = set(names)
     wanted = set(weights)
-    for match in filter(None, map(_NUMBERED.fullmatch, () if indexed else sorted(wanted))):
-        first = 0 if match["stem"] + f"-{0:05d}-of-{match['n']}{match['end']}" in wanted else 1
-        wanted |= {
-            f"{match['stem']}-{i:05d}-of-{match['n']}{match['end']}"
-            for i in range(first, first + min(int(match["n"]), _MOST_SHARDS))
-        }
-    return tuple(sorted(wanted - there))
+    matches = filter(None, map(_NUMBERED.fullmatch, () if indexed else wanted))
+    sets = sorted({match.group("stem", "n", "end") for match in matches})
+    counted = (
+        f"{stem}-{i:05d}-of-{n}{end}"
+        for stem, n, end in sets
+        for i in range(int(n) + 1)
+        if i != (int(n) if f"{stem}-{0:05d}-of-{n}{end}" in wanted else 0)
+    )
+    return tuple(sorted(wanted.union(islice(counted, _MOST_SHARDS)) - there))
 
 
 def absent_shards(where: str, missing: Iterable[str]) -> FetchError:

@@ -36,6 +36,7 @@ _ZERO = re.compile(r"mp_rank_\d+_(optim|model)_states\.pt$")
 _ZERO_TAG = re.compile(r"^global_step\d+(_universal)?$")
 _MEGATRON_RANK = re.compile(r"^mp_rank_\d{2,}(_\d{3})*$")
 _MEGATRON = frozenset({"model_optim_rng.pt", "model_rng.pt"})
+_MOST_OF_NAME = 4096  # letters, more than any folder's
 _ITERATION = re.compile(r"^iter_\d+$")
 
 
@@ -94,10 +95,10 @@ def _is_optimizer(place: Place) -> bool:
 
 def _read_latest(owner: Place) -> list[str]:
     """Return the tags that ``latest`` names on the ranks that have it: one, as it should be."""
-    texts = {
-        (owner.folder(rank) / "latest").read_text(encoding="utf-8", errors="replace").strip()
-        for rank in owner.holders("latest")
-    }
+    texts = set()
+    for rank in owner.holders("latest"):
+        with (owner.folder(rank) / "latest").open(encoding="utf-8", errors="replace") as file:
+            texts.add(file.read(_MOST_OF_NAME).strip())
     return sorted(texts)
 
 

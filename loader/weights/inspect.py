@@ -32,7 +32,7 @@ _WRAPPED = {
     "next_step": "save the adapter with the PeftModel's save_pretrained, or merge_and_unload first",
 }
 _MOST_JSON_BYTES = 256 << 20
-_SHARD = re.compile(r"^(model|pytorch_model)-(\d{5,})-of-(\d{5,})\.(safetensors|bin)$")
+_SHARD = re.compile(r"^(model|pytorch_model)-(\d{5,9})-of-(\d{5,9})\.(safetensors|bin)$")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

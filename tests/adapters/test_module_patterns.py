@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,43 @@ def test_numbers_that_are_none(field: str, value: object) -> None:
     with pytest.raises(AdapterError, match="PEFT refuses") as caught:
         parse_adapter_config(values, Path("x"))
     assert len(str(caught.value)) < 2000
+
+
+@pytest.fixture
+def matcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One that has matched nothing yet."""
+    made = patterns._Matcher()
+    monkeypatch.setattr(patterns, "_matcher", made)
+    yield
+    made.close()
+
+
+@pytest.mark.usefixtures("matcher")
+def test_a_matcher_that_has_done_much_is_followed_by_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It ends by its limit of processor time, in the middle of a pattern that is right."""
+    monkeypatch.setattr(patterns, "_LIMIT_CPU_S", 1)
+    monkeypatch.setattr(patterns, "_LIMIT_S", 20.0)
+    slow, module = "(a+)+b|(x|a)*", "a" * 21  # a while, and then a match
+    for turn in range(9):
+        assert matches_suffix(f"{slow}|{turn}", module), turn
+
+
+@pytest.mark.usefixtures("matcher")
+def test_one_that_ends_each_time_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "_MATCHER", "import sys; sys.stdin.readline()")
+    with pytest.raises(AdapterError, match="takes too long"):
+        matches_suffix("(q|v)_projection", "v_projection")
+
+
+@pytest.mark.usefixtures("matcher")
+def test_many_slow_patterns_are_not_all_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "_LIMIT_ALL_S", 0.5)
+    monkeypatch.setattr(patterns, "_SLOW_S", 0.0)
+    config = parse_adapter_config(
+        {"peft_type": "LORA", "rank_pattern": {f"(a+)+b|(x|a)*|{n}": 4 for n in range(2000)}},
+        Path("x"),
+    )
+    with pytest.raises(AdapterError, match="takes too long"):
+        config.check_patterns(["a" * 19])

@@ -145,3 +145,14 @@ def test_index_that_names_absent_shards() -> None:
     with pytest.raises(ResolveError) as error:
         check_index("j1", "rank-0/c/i.json", ["z", "a.safetensors", "b"], listed)
     assert [p.split()[-1] for p in error.value.problems] == ["b", "z"]
+
+
+@pytest.mark.parametrize("count", ["99999", "9" * 9, "9" * 5000])
+def test_counts_in_names_are_not_counted_to(count: str) -> None:
+    names = [f"0:c/m{i}-00001-of-{count}.safetensors" for i in range(300)]
+    if len(count) > 9:  # no shard of anything
+        assert len(resolve(config("rank-0/d"), [listing("0:d", *names)]).files) == 1
+        return
+    with pytest.raises(ResolveError) as caught:
+        resolve(config("rank-0/c/"), [listing(*names)])
+    assert caught.value.problems[0].endswith(f"/m0-00002-of-{count}.safetensors")

@@ -62,3 +62,10 @@ def test_what_numbers_count_without_an_index() -> None:
     assert missing_files(SHARDS[:1], SHARDS[:1]) == (SHARDS[1],)
     from_zero = ["model-00000-of-00002.safetensors", "model-00001-of-00002.safetensors"]
     assert missing_files(from_zero, from_zero) == ()
+
+
+def test_counts_in_names_are_not_counted_to() -> None:
+    names = [f"model-00001-of-{999_999_000 + number}.safetensors" for number in range(200)]
+    names += [f"model-00001-of-{'9' * 5000}.safetensors"]
+    assert len(missing_files(names, names)) <= 100_000
+    assert "model-00002-of-999999000.safetensors" in missing_files(names, names)

@@ -277,3 +277,15 @@ def test_torch_stays_out() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"\xff\xfeg\0", b"\0", b"x" * (1 << 20)])
+def test_a_latest_that_is_no_text(tmp_path: Path, content: bytes) -> None:
+    put(tmp_path, "j/rank-0/c/global_step20/mp_rank_00_model_states.pt")
+    (tmp_path / "j/rank-0/c/latest").write_bytes(content)
+    (found,) = find_checkpoints(tmp_path)
+    refusal = find_refusal(found)
+    assert refusal is not None
+    assert refusal.got == "global_step20/"
+    assert str(refusal).isprintable() or "\n" in str(refusal)
+    assert len(str(refusal)) < 10_000

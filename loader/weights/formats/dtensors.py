@@ -19,7 +19,14 @@ from loader.errors import CheckpointError, FormatError, UnsupportedError
 from loader.weights.formats.archive import Archive
 from loader.weights.formats.pieces import Piece, SourceTensor, find_holes
 from loader.weights.formats.rank_files import Files
-from loader.weights.formats.records import PartRef, Record, TensorRef, counts, is_count
+from loader.weights.formats.records import (
+    MOST_RANKS,
+    PartRef,
+    Record,
+    TensorRef,
+    counts,
+    is_count,
+)
 from loader.weights.frameworks import DTENSOR_FILE
 
 _OPENED_AT_ONCE = 8
@@ -37,6 +44,13 @@ class DTensorSource:
                 problems=[match.string for match in found],
                 expected="model_world_size_<N>_rank_<r>.pt of one N",
                 next_step="leave out those of the earlier run",
+            )
+        if worlds[0] > MOST_RANKS:
+            raise CheckpointError(
+                "a file whose name speaks of more ranks than any job has",
+                where=found[0].string,
+                expected=f"at most {MOST_RANKS}",
+                next_step="fetch the file again under the name that the training job gave it",
             )
         ranks = {int(match["rank"]): match.string for match in found}
         absent = [str(rank) for rank in range(worlds[0]) if rank not in ranks]

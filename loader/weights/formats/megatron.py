@@ -103,7 +103,17 @@ def _find_switches(files: Files) -> Mapping[str, Sequence[str]]:
     """Return those that are on, by the file that says so."""
     found: dict[str, Sequence[str]] = {}
     if _ARGUMENTS in files.names:
-        found[_ARGUMENTS] = _read_switches(Archive(files.open(_ARGUMENTS)))
+        archive = Archive(files.open(_ARGUMENTS))
+        if len(archive.pickled) > _MAX_CONFIG_BYTES:
+            raise FormatError(
+                "a file of training arguments that is too large for one",
+                where=archive.where,
+                expected=f"at most {_MAX_CONFIG_BYTES} bytes beside its tensors",
+                got=f"{len(archive.pickled)} bytes",
+                next_step="fetch it again; if it is what the trainer wrote, convert the checkpoint "
+                "in the training job",
+            )
+        found[_ARGUMENTS] = _read_switches(archive)
     if _RUN_CONFIG in files.names:
         text = read_all(files.open(_RUN_CONFIG), limit_bytes=_MAX_CONFIG_BYTES).decode(
             "utf-8", "replace"

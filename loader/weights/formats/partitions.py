@@ -57,7 +57,7 @@ def cut_each(shapes: Shapes, sizes: Sequence[int], ranks: int) -> dict[str, list
         total = math.prod(shape)
         part = math.ceil(total / ranks)
         runs: list[Run] = []
-        for rank in range(ranks):
+        for rank in range(min(ranks, math.ceil(total / part) if part else 0)):
             offset = rank * part
             inner = _split(at, max(0, min(part, total - offset)), rank, sizes)
             runs += [Run(rank, r.rank, r.start, r.count, offset + r.offset) for r in inner]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 from loader.errors import CheckpointError, FormatError
 from loader.weights.formats.archive import Archive
@@ -27,7 +28,7 @@ from loader.weights.index import MOST_SHARDS, weight_map
 MAX_INDEX_BYTES = 1 << 28
 _SAFE, _PICKLED = "safetensors", "bin"
 _SHARD = re.compile(
-    r"^(?P<stem>model|pytorch_model)-(?P<i>\d{5,})-of-(?P<n>\d{5,})\.(?P<kind>safetensors|bin)$"
+    r"^(?P<stem>model|pytorch_model)-(?P<i>\d{5,9})-of-(?P<n>\d{5,9})\.(?P<kind>safetensors|bin)$"
 )
 _WHOLE = {_SAFE: "model.safetensors", _PICKLED: "pytorch_model.bin"}
 
@@ -110,12 +111,13 @@ def _refuse_missing(names: Sequence[str], index: Mapping[str, str], kind: str) -
     have = {(m["stem"], int(m["i"]), m["n"]) for m in matches}
     first = 0 if any(i == 0 for _, i, _ in have) else 1
     if not index:
-        problems += [
+        holes = (
             f"no rank has {stem}-{i:05d}-of-{n}.{kind}"
             for stem, n in sorted({(stem, n) for stem, _, n in have})
-            for i in range(first, first + min(int(n), MOST_SHARDS))
+            for i in range(first, first + int(n))
             if (stem, i, n) not in have
-        ]
+        )
+        problems += islice(holes, MOST_SHARDS)
     if problems or not names:
         raise CheckpointError(
             "shards of the model that no rank's folder holds",

@@ -19,6 +19,8 @@ from loader.weights.formats.allowed import (
 )
 from loader.weights.header import MAX_DIMENSIONS
 
+MOST_RANKS = 1 << 16  # of a job, by whatever a file or its name says
+
 
 @dataclass(eq=False, slots=True)
 class Record:

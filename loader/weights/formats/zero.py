@@ -24,10 +24,9 @@ from loader.weights.formats.archive import Archive
 from loader.weights.formats.partitions import Run, cut_each, cut_flattened
 from loader.weights.formats.pieces import Piece, SourceTensor, find_holes
 from loader.weights.formats.rank_files import Files
-from loader.weights.formats.records import TensorRef
-from loader.weights.formats.zerochecks import check_partitions, other_run
+from loader.weights.formats.records import MOST_RANKS, TensorRef
+from loader.weights.formats.zerochecks import check_partitions, other_run, refuse_many_absent
 from loader.weights.formats.zerostates import (
-    MOST_RANKS,
     ModelStates,
     OptimStates,
     read_model_states,
@@ -125,6 +124,7 @@ class ZeroSource:
                     else:
                         pieces[name].append(rank.piece(run))
         if frozen:
+            refuse_many_absent(len(self._models), states.ranks, self._tag)
             models = self._read_ranks(self._models, read_model_states, "model_states")
             for name in frozen:
                 for run in _cut_frozen(states.shapes[name], states.ranks):
@@ -149,15 +149,15 @@ class ZeroSource:
         ranks = range(max(self._states.ranks, max(names, default=-1) + 1))
 
         def look(rank: int) -> States | str:
-            if rank not in names:
-                return f"no rank has …zero_pp_rank_{rank}_mp_rank_00_{what}.pt"
             try:
                 return read(self._archive(names[rank]))
             except FormatError as error:
                 return f"{names[rank]}: {error.what}: {error.got}"
 
         with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
-            return list(pool.map(look, ranks))
+            found = dict(zip(names, pool.map(look, names), strict=True))
+        absent = f"no rank has …zero_pp_rank_{{}}_mp_rank_00_{what}.pt"
+        return [found[rank] if rank in found else absent.format(rank) for rank in ranks]
 
     def _archive(self, name: str) -> Archive:
         return Archive(self._files.open(f"{self._tag}/{name}"))

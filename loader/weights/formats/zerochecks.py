@@ -39,14 +39,19 @@ def check_partitions(
     if problems:
         expected = f"{count} partitions in stage {first.stage}, as {first.archive.where} says"
         raise other_run(tag, problems, expected)
-    if count - len(known) > _MOST_ABSENT:
-        raise other_run(tag, [f"{len(known)} of them are here"], f"{count} partitions")
+    refuse_many_absent(len(known), count, tag)
     absent = f"no rank has …zero_pp_rank_{{}}_mp_rank_00_optim_states.pt of {count}"
     ranks = [*ranks[:count], *(absent.format(n) for n in range(len(ranks), count))]
     check = _check_each if first.stage == 3 else _check_flattened
     if problems := list(check(states, ranks, first)):
         raise other_run(tag, problems, "partitions that make up the parameters")
     return ranks
+
+
+def refuse_many_absent(here: int, count: int, tag: str) -> None:
+    """Raise CheckpointError where so many of *count* ranks are missing that none is named."""
+    if count - here > _MOST_ABSENT:
+        raise other_run(tag, [f"{here} of them are here"], f"{count} partitions")
 
 
 def other_run(tag: str, problems: Sequence[str], expected: str = "") -> CheckpointError:

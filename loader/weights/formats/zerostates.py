@@ -12,9 +12,15 @@ from loader.errors import FormatError, UnsupportedError
 from loader.weights.formats.archive import Archive
 from loader.weights.formats.partitions import Run, Shapes
 from loader.weights.formats.pieces import Piece
-from loader.weights.formats.records import Record, TensorRef, counts, dimensions, is_count
+from loader.weights.formats.records import (
+    MOST_RANKS,
+    Record,
+    TensorRef,
+    counts,
+    dimensions,
+    is_count,
+)
 
-MOST_RANKS = 1 << 16  # of a job, by whatever a file or its name says
 _PARTITIONS = ("single_partition_of_fp32_groups", "fp32_flat_groups")  # stages 1 and 2, stage 3
 
 

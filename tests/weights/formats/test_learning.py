@@ -98,3 +98,18 @@ def test_the_command_imports_no_transformers(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["kind"] == "full"
     shards = [load_file(p) for f in folders for p in f.glob("*.safetensors")]
     assert_same(tensors_of(out), {k: v for shard in shards for k, v in shard.items()})
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_it_is_not_waited_for_without_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr(learning, "_LIMIT_S", 0.5)
+    monkeypatch.setattr(learning, "_MAIN", "import sys, time; sys.stdin.read(); time.sleep(600)")
+    with (
+        learning.learning_names() as learn,
+        pytest.raises(UnsupportedError, match="in time") as caught,
+    ):
+        learn(tmp_path)
+    assert caught.value.where.endswith("config.json")

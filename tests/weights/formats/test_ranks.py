@@ -13,7 +13,8 @@ from loader.errors import CheckpointError, FormatError
 from loader.types import Kind
 from loader.weights.formats import slabs
 from loader.weights.formats.consolidation import consolidate
-from loader.weights.formats.rank_files import LocalFile
+from loader.weights.formats.rank_files import LocalFile, LocalFiles
+from loader.weights.formats.ranks import RankShardsSource
 from tests.models import tiny_llama
 from tests.weights.formats.conftest import assert_same, found, tensors_of
 
@@ -116,3 +117,13 @@ def test_pickled_shards_are_read_without_torch(
     assert_same(tensors_of(out), everything)
     # Each is read once, in however many slabs it is written; directories and pickles come on top.
     assert read < 1.1 * sum(tensor.nbytes for tensor in everything.values())
+
+
+def test_counts_in_names_are_not_counted_to(tmp_path: Path) -> None:
+    folder = tmp_path / "rank-0/c"
+    folder.mkdir(parents=True)
+    for number in range(200):
+        (folder / f"model-00001-of-{999_999_000 + number}.safetensors").touch()
+    with pytest.raises(CheckpointError, match="no rank's folder holds") as caught:
+        RankShardsSource(LocalFiles([folder]))
+    assert caught.value.problems[0].endswith("00002-of-999999000.safetensors")
