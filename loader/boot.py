@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +30,10 @@ from loader.types import Artifact, Manifest, ReadyModel, Snapshot
 
 if TYPE_CHECKING:
     from loader.adapters.layers import Ask
+    from loader.prepare.forecast import Forecast
     from loader.serve.model import ServedModel
 
+_log = logging.getLogger("podloader")
 _INDEXES = (".safetensors.index.json", ".bin.index.json")
 _MOST_SIZES = 5_000  # more are not asked for one by one by ``plan``
 
@@ -49,6 +52,7 @@ def prepare(
         LoaderError: see ``loader.errors``.
     """
     from loader.fetch.background import SplitFetch
+    from loader.prepare.fits import check_fits
     from loader.prepare.overlap import find_late, prepare_while_fetching
     from loader.prepare.ready import make_ready  # fetch and plan do without these
     from loader.prepare.shards import find_shards, prepare_from_shards
@@ -59,7 +63,9 @@ def prepare(
     root = settings.training.download_folder
     options = FetchOptions.of(settings)
     with open_origin(settings, laid, timeline) as origin:
-        manifest = _resolved(settings, origin, progress, timeline)
+        manifest, indexed = _resolved(settings, origin, progress, timeline)
+        for warning in check_fits(settings, manifest, origin.store, indexed):
+            _log.warning("this may be too little: %s", warning)
         if late := find_late(settings, manifest):
             parts = SplitFetch.split(manifest, late, root, origin.store, options, progress)
             return prepare_while_fetching(settings, parts, timeline, ask)
@@ -126,7 +132,7 @@ def fetch_files(
     settings, laid = place_downloads(settings)
     root = settings.training.download_folder
     with open_origin(settings, laid, timeline) as origin:
-        manifest = _resolved(settings, origin, progress, timeline)
+        manifest, _ = _resolved(settings, origin, progress, timeline)
         with SpanProgress(progress, timeline) as watched:
             snapshot = fetch(manifest, root, origin.store, FetchOptions.of(settings), watched)
         write_completed(root, completed_key(settings), manifest)
@@ -136,12 +142,27 @@ def fetch_files(
 def plan(settings: Settings, *, with_sizes: bool = True) -> Manifest:
     """Return what would be fetched; with sizes where the origin tells them."""
     settings, laid = place_downloads(settings)
-    root = settings.training.download_folder
     with open_origin(settings, laid, Timeline(quiet=True)) as origin:
-        manifest = _leave_out(settings, resolve(wanted_checkpoints(settings), origin.listings))
-        manifest = replace(manifest, presence=presence(manifest, root, laid))
+        return _planned(settings, origin, with_sizes)
+
+
+def look_ahead(settings: Settings, *, with_sizes: bool = True) -> Forecast:
+    """Return what a start would do and take; without sizes, nothing is asked but the listings."""
+    settings, laid = place_downloads(settings)
+    with open_origin(settings, laid, Timeline(quiet=True)) as origin:
+        manifest = _planned(settings, origin, with_sizes)
+        from loader.prepare.forecast import begin, forecast
+
         if not with_sizes:
-            return manifest
+            return begin(settings, manifest)
+        return forecast(settings, manifest, origin.store)
+
+
+def _planned(settings: Settings, origin: Origin, with_sizes: bool) -> Manifest:
+    root = settings.training.download_folder
+    manifest = _leave_out(settings, resolve(wanted_checkpoints(settings), origin.listings))
+    manifest = replace(manifest, presence=presence(manifest, root, origin.laid))
+    if with_sizes:
         asked = (*manifest.files, *manifest.left_out)
         unknown = sum(1 for artifact in asked if artifact.size_bytes is None)
         told: tuple[str, ...] = ()
@@ -153,13 +174,17 @@ def plan(settings: Settings, *, with_sizes: bool = True) -> Manifest:
         from loader.prepare.remote import warn_of_ids  # the first request is ahead of it
 
         told += tuple(warn_of_ids(manifest, origin.store, root))
-        return replace(manifest, warnings=(*manifest.warnings, *told))
+        manifest = replace(manifest, warnings=(*manifest.warnings, *told))
+    return manifest
 
 
 def _resolved(
     settings: Settings, origin: Origin, progress: Progress | None, timeline: Timeline
-) -> Manifest:
-    """Return the files that are wanted; those that lie here already are taken."""
+) -> tuple[Manifest, Mapping[str, int]]:
+    """Return the files that are wanted; those that lie here already are taken.
+
+    With them what indexes say: the bytes of the weights in their folders.
+    """
     root, options = settings.training.download_folder, FetchOptions.of(settings)
 
     def adopt_files(manifest: Manifest) -> None:
@@ -176,11 +201,11 @@ def _resolved(
         listed = [artifact for listing in origin.listings for artifact in listing.artifacts]
         # Their origin may not give them any more.
         adopt_files(Manifest((*indexes, *find_sum_files(listed, manifest.files))))
-        _check_indexes(indexes, root, origin)
+        indexed = _check_indexes(indexes, root, origin)
         files = declare_sums(manifest.files, listed, root, origin.store)
         manifest = replace(manifest, files=files)
     adopt_files(manifest)
-    return manifest
+    return manifest, indexed
 
 
 def _leave_out(settings: Settings, manifest: Manifest) -> Manifest:
@@ -200,13 +225,20 @@ def _leave_out(settings: Settings, manifest: Manifest) -> Manifest:
     )
 
 
-def _check_indexes(indexes: Sequence[Artifact], root: Path, origin: Origin) -> None:
-    """Read every index among the files and refuse holes, before anything large is fetched."""
+def _check_indexes(indexes: Sequence[Artifact], root: Path, origin: Origin) -> Mapping[str, int]:
+    """Read every index among the files and refuse holes, before anything large is fetched.
+
+    Returns the bytes of the weights in each one's folder, where it says them.
+    """
     if not indexes:
-        return
-    from loader.weights.index import shard_names
+        return {}
+    from loader.weights.index import indexed_bytes, shard_names
 
     listed = {artifact.path for listing in origin.listings for artifact in listing.artifacts}
+    found = {}
     for artifact in indexes:
         text = read_artifact(artifact, root, origin.store)
         check_index(artifact.job, artifact.name, shard_names(text, artifact.path), listed)
+        if size := indexed_bytes(text):
+            found[artifact.path.rpartition("/")[0]] = size
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -112,6 +112,16 @@ class Manifest:
     warnings: tuple[str, ...] = ()
     left_out: tuple[Artifact, ...] = ()
     presence: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+
+def total_bytes(artifacts: Sequence[Artifact]) -> int | None:
+    """Return the sum of their sizes, None where one is not known."""
+    return sum_or_unknown([artifact.size_bytes for artifact in artifacts])
+
+
+def sum_or_unknown(sizes: Sequence[int | None]) -> int | None:
+    """Return the sum of *sizes*, None where one is not known."""
+    return None if None in sizes else sum(size for size in sizes if size)
 
 
 @dataclass(frozen=True, slots=True)

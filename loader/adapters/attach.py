@@ -114,15 +114,21 @@ def _tell_apart(named: Sequence[NamedAdapter]) -> tuple[NamedAdapter, ...]:
 
 
 def decide(
-    policy: Policy, adapters: Sequence[NamedAdapter], *, base_is_fetched: bool = False
+    policy: Policy,
+    adapters: Sequence[NamedAdapter],
+    *,
+    base_is_fetched: bool = False,
+    by_configs: bool = False,
 ) -> Decision:
     """Return whether to attach or to merge; ``base_is_fetched``: podloader itself fetches the base.
+
+    ``by_configs``: their weights are not here yet, and may still be a reason to merge.
 
     Raises:
         AdapterError: several adapters of which one cannot be attached, several to be merged, or
             ``attach`` for what vLLM refuses; also a malformed ``adapter_config.json``.
     """
-    found = run_all(partial(_find_obstacles, adapter.folder) for adapter in adapters)
+    found = run_all(partial(_find_obstacles, adapter.folder, by_configs) for adapter in adapters)
     obstacles = {a.name: texts for a, texts in zip(adapters, found, strict=True)}
     refused = {name: texts for name, texts in obstacles.items() if texts}
     problems = [f"{name}: {'; '.join(texts)}" for name, texts in refused.items()]
@@ -150,10 +156,10 @@ def decide(
     return Decision("attach", "attach: vLLM serves plain LoRA as it is, nothing to write first")
 
 
-def _find_obstacles(folder: Path) -> tuple[str, ...]:
+def _find_obstacles(folder: Path, by_config: bool) -> tuple[str, ...]:
     config = read_adapter_config(folder)
     found = config.attach_obstacles()
-    whole = [] if found else _whole_tensors(folder)
+    whole = [] if found or by_config else _whole_tensors(folder)
     if whole:
         found = (f"tensors that replace the base's own ({', '.join(whole[:3])})",)
     if config.max_rank > LORA_RANKS[-1]:

@@ -26,20 +26,20 @@ Words = list[str] | None
 
 
 def plan(selection: Selection, set_: Words, sizes: bool, as_json: bool) -> None:
-    """Show what would be fetched: files, sizes, total, free disk."""
-    from loader.cli.documents import plan_document
-    from loader.cli.tables import show_plan
-
+    """Show what a start would fetch and do, and whether there is room for it."""
     with errors_shown(as_json):
         from loader import boot
 
         settings = selection.settings(_overrides(set_))
-        manifest = boot.plan(settings, with_sizes=sizes)
+        found = boot.look_ahead(settings, with_sizes=sizes)
+
+        from loader.cli.documents import plan_document
+        from loader.cli.tables import show_plan
+
         folder = settings.training.download_folder
-        document = plan_document(manifest, folder, _free_bytes(folder))
-        show_plan(manifest, folder, _free_bytes(folder))
+        show_plan(found, folder, _free_bytes(folder))
         if as_json:
-            write_json(document)
+            write_json(plan_document(found, folder, _free_bytes(folder)))
 
 
 def fetch(selection: Selection, set_: Words, as_json: bool, *, verbose: bool = False) -> None:
@@ -353,5 +353,6 @@ def _weighted(text: str) -> tuple[Path, float]:
 
 def _free_bytes(folder: Path) -> int:
     """Return the room where *folder* is or would be made."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
+    from loader.prepare.forecast import existing
+
+    return shutil.disk_usage(existing(folder)).free

@@ -5,40 +5,85 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from loader.errors import redact_url
 from loader.prepare.cleaning import Cleaned
+from loader.prepare.forecast import Forecast
 from loader.resolve.sum_files import Sums
-from loader.types import Artifact, Checkpoint, Manifest, ReadyModel, Snapshot
+from loader.types import (
+    Artifact,
+    Checkpoint,
+    ReadyModel,
+    Snapshot,
+    sum_or_unknown,
+    total_bytes,
+)
 from loader.weights.formats.serving import serving_files
 
 
-def plan_document(manifest: Manifest, folder: Path, free_bytes: int) -> dict[str, object]:
+def plan_document(found: Forecast, folder: Path, free_bytes: int) -> dict[str, object]:
     """Return ``files`` (path, job, rank, size_bytes or null), ``total_bytes`` (null: not known).
 
-    ``presence`` of a file: ``proved``, ``unproved`` (here, to be proved), ``missing``.
-    ``left_out`` are files as well, asked for and not fetched; ``all_bytes`` is the sum with them,
-    ``serving_bytes`` the sum of what serving uses.
+    ``presence`` of a file: ``proved``, ``unproved`` (here, to be proved), ``missing``. Files of a
+    base from the Hub or a URL have neither job nor rank. ``left_out`` are files as well, asked for
+    and not fetched; ``all_bytes`` is the sum with them, ``serving_bytes`` the sum of what serving
+    uses. ``room``: what is needed of disks, memory, GPUs and ``/dev/shm``, and what is there.
     """
+    manifest, base = found.manifest, found.base
     asked = (*manifest.files, *manifest.left_out)
     needed = serving_files(artifact.path for artifact in asked)
+    of_base = sum_or_unknown([file.size_bytes for file in found.base_files])
+
+    def with_base(size: int | None) -> int | None:
+        return None if size is None or of_base is None else size + of_base
+
     return {
         "download_folder": str(folder),
         "files": [
             _file(artifact) | {"presence": manifest.presence.get(artifact.path)}
             for artifact in manifest.files
+        ]
+        + [
+            {
+                "path": file.path,
+                "job": None,
+                "rank": None,
+                "size_bytes": file.size_bytes,
+                "presence": file.presence,
+            }
+            for file in found.base_files
         ],
         "left_out": [_file(artifact) for artifact in manifest.left_out],
-        "total_bytes": total_bytes(manifest.files),
-        "all_bytes": total_bytes(asked),
-        "serving_bytes": total_bytes([a for a in asked if a.path in needed]),
+        "total_bytes": with_base(total_bytes(manifest.files)),
+        "all_bytes": with_base(total_bytes(asked)),
+        "serving_bytes": with_base(total_bytes([a for a in asked if a.path in needed])),
         "free_bytes": free_bytes,
-        "warnings": list(manifest.warnings),
+        "base": base
+        and {
+            "name": redact_url(base.name),
+            "origin": base.origin,
+            "folder": str(base.folder) if base.folder else None,
+            "weight_bytes": base.weight_bytes,
+        },
+        "start": {
+            "engine": found.engine,
+            "mode": found.mode or None,
+            "consolidates": found.consolidates,
+            "why": found.why,
+        },
+        "room": [
+            {
+                "what": room.what,
+                "folder": str(room.folder) if room.folder else None,
+                "needed_bytes": room.needed_bytes,
+                "have_bytes": room.have_bytes,
+                "why": room.why,
+                "enough": None if room.have_bytes is None else not room.is_short,
+            }
+            for room in found.room
+        ],
+        "urls_end": found.urls_end and found.urls_end.isoformat(timespec="seconds"),
+        "warnings": [*manifest.warnings, *found.warnings],
     }
-
-
-def total_bytes(artifacts: Sequence[Artifact]) -> int | None:
-    """Return the sum of their sizes, None where one is not known."""
-    sizes = [artifact.size_bytes for artifact in artifacts]
-    return None if None in sizes else sum(size for size in sizes if size)
 
 
 def _file(artifact: Artifact) -> dict[str, object]:

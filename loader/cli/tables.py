@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
-from loader.cli.documents import total_bytes
 from loader.cli.report import say, show
 from loader.prepare.cleaning import Cleaned
+from loader.prepare.forecast import Forecast
 from loader.status.table import timeline_lines
 from loader.timeline import Timeline
-from loader.types import Checkpoint, Kind, Manifest, ReadyModel, Snapshot
+from loader.types import Checkpoint, Kind, Manifest, ReadyModel, Snapshot, total_bytes
 from loader.units import show_bytes, show_rate, show_seconds
 from loader.weights.formats.refused import find_refusal
 from loader.weights.formats.serving import serving_files
 
 _SHOWN = 50
+_ENGINES = {"vllm": "vLLM", "transformers": "transformers"}
 _HERE = {
     "proved": "here, proved",
     "unproved": "here, to prove",
@@ -33,22 +35,57 @@ _WOULD = {
 }
 
 
-def show_plan(manifest: Manifest, folder: Path, free_bytes: int) -> None:
-    """Show the files, the sum, the free disk and the warnings."""
-    for artifact in manifest.files[:_SHOWN]:
-        size = "?" if artifact.size_bytes is None else show_bytes(artifact.size_bytes)
-        show(f"{size:>10}  {_HERE[manifest.presence.get(artifact.path)]:15}  {artifact.path}")
-    if (more := len(manifest.files) - _SHOWN) > 0:
+def show_plan(found: Forecast, folder: Path, free_bytes: int) -> None:
+    """Show the files with those of the base, the sums, what is done with them, and the room."""
+    manifest, base = found.manifest, found.base
+    files = [(a.size_bytes, manifest.presence.get(a.path), a.path) for a in manifest.files]
+    of_base = [(file.size_bytes, file.presence, file.path) for file in found.base_files]
+    for size, presence, path in [*files, *of_base][:_SHOWN]:
+        show(f"{_size(size)}  {_HERE[presence]:15}  {path}")
+    if (more := len(files) + len(of_base) - _SHOWN) > 0:
         show(f"{'':>10}  … and {more} more")
-    known = [artifact.size_bytes for artifact in manifest.files if artifact.size_bytes is not None]
-    unknown = len(manifest.files) - len(known)
-    rest = f", {unknown} of them of unknown size" if unknown else ""
-    total = show_bytes(sum(known)) if known or not unknown else "?"
-    show(f"{total:>10}  {len(manifest.files)} files{rest} -> {folder}")
+    _show_sum([size for size, _, _ in files], f"-> {folder}")
     _show_unused(manifest)
-    show(f"{show_bytes(free_bytes):>10}  free")
-    for warning in manifest.warnings:
+    if base is not None and of_base:
+        _show_sum(
+            [size for size, _, _ in of_base], f"of the base, from {base.origin} -> {base.folder}"
+        )
+        _show_sum([size for size, _, _ in [*files, *of_base]], "in all")
+    if not found.room:
+        show(f"{show_bytes(free_bytes):>10}  free")
+    _show_start(found)
+    for warning in (*manifest.warnings, *found.warnings):
         show(f"warning: {warning}")
+
+
+def _show_start(found: Forecast) -> None:
+    """Show how the engine is started, the room that all of it takes, and when the URLs end."""
+    if found.mode:
+        way = {"as it is": "served as it is", "attach": "adapters attached", "merge": "merged"}
+        first = "consolidated, then " if found.consolidates else ""
+        show(f"start       {_ENGINES[found.engine]}, {first}{way[found.mode]}: {found.why}")
+    if found.base is not None and not found.base_files:
+        show(f"base        {found.base.name}, on this machine")
+    for room in found.room:
+        have = "?" if room.have_bytes is None else show_bytes(room.have_bytes)
+        place = f" free in {room.folder}" if room.folder else ""
+        show(f"{room.what:<10}  {show_bytes(room.needed_bytes)} of {have}{place}: {room.why}")
+    if found.urls_end is not None:
+        left = (found.urls_end - datetime.now(UTC)).total_seconds()
+        when = f"in {show_seconds(left)}" if left > 0 else f"{show_seconds(-left)} ago"
+        show(f"URLs end    {found.urls_end:%Y-%m-%d %H:%M} UTC, {when}")
+
+
+def _show_sum(sizes: Sequence[int | None], told: str) -> None:
+    known = [size for size in sizes if size is not None]
+    unknown = len(sizes) - len(known)
+    rest = f", {unknown} of them of unknown size" if unknown else ""
+    total = _size(sum(known) if known or not unknown else None)
+    show(f"{total}  {len(sizes)} files{rest} {told}")
+
+
+def _size(count: int | None) -> str:
+    return f"{'?' if count is None else show_bytes(count):>10}"
 
 
 def _show_unused(manifest: Manifest) -> None:
@@ -64,7 +101,7 @@ def _show_unused(manifest: Manifest) -> None:
         text = f"{len(used)} files with weights_only_fetch: true; serving uses no others"
     else:
         return
-    show(f"{'?' if total is None else show_bytes(total):>10}  {text}")
+    show(f"{_size(total)}  {text}")
 
 
 def show_snapshot(snapshot: Snapshot, *, each: bool) -> None:

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
+from urllib.parse import unquote
 
 from loader.errors import DeniedError, ExpiredError, FetchError
 
-_SIGNED = re.compile(r"(?:^|&)(x-amz-date|x-amz-expires|expires)=([^&#]+)", re.IGNORECASE)
+_SIGNED = re.compile(r"(?:^|&)(x-(?:amz|goog)-(?:date|expires)|expires|se)=([^&#]+)", re.IGNORECASE)
+_SIGNERS = ("x-amz-", "x-goog-")
 _CODE = re.compile(rb"<Code>(\w{1,64})</Code>")
 _EXPIRED_CODES = {"ExpiredToken", "RequestExpired", "TokenRefreshRequired"}
 
 
 def expiry(url: str) -> datetime | None:
-    """Return when the signature of *url* ends: SigV2's ``Expires``, or SigV4's date plus seconds.
+    """Return when the signature of *url* ends.
 
-    Source: Amazon S3 API reference, "Query string authentication".
+    SigV2's ``Expires``; SigV4's date plus seconds, as Google's; a shared access signature's ``se``.
+    Sources: Amazon S3 API reference, "Query string authentication"; Google Cloud Storage, "Signed
+    URLs"; Azure Storage, "Create a service SAS".
     """
     found = _SIGNED.findall(url.partition("?")[2])
     query = {name.lower(): value for name, value in reversed(found)}
     try:
-        if "x-amz-date" in query:
-            signed = datetime.strptime(query["x-amz-date"], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
-            return signed + timedelta(seconds=int(query["x-amz-expires"]))
+        for signer in _SIGNERS:
+            if date := query.get(f"{signer}date"):
+                signed = datetime.strptime(date, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+                return signed + timedelta(seconds=int(query[f"{signer}expires"]))
         if "expires" in query:
             return datetime.fromtimestamp(int(query["expires"]), UTC)
+        if "se" in query:
+            ends = datetime.fromisoformat(unquote(query["se"]))
+            return ends if ends.tzinfo else ends.replace(tzinfo=UTC)
     except (KeyError, ValueError, OverflowError):
         return None
     return None

@@ -54,6 +54,7 @@ from loader.prepare.consolidated import (
     output_folder,
     prove_kept,
 )
+from loader.prepare.fits import check_size
 from loader.prepare.inputs import UnprovedError, proving
 from loader.prepare.named_base import named_base, named_revision
 from loader.stores.registry import is_remote
@@ -259,6 +260,7 @@ def _check_on_hub(job: _Job, name: str, small: BaseModel) -> None:
     if weights is None:
         return
     plain = _check_fit(job, name, config, weights.tensors, weights.find_packed(config))
+    _check_room_to_serve(job, name, config, plain if job.is_merge else weights.tensors)
     if job.is_merge:
         sizes = [
             sum(t.size_bytes for t in tensors.values()) for tensors in (weights.tensors, plain)
@@ -291,12 +293,26 @@ def _check_fit(
     return plain
 
 
+def _check_room_to_serve(
+    job: _Job, where: str, config: Mapping[str, object], tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Raise EngineError where what is to be served of *tensors* will not fit this machine."""
+    from loader.serve.size import served_bytes  # the first request is ahead of it
+
+    args = job.settings.engine_args
+    size = served_bytes(config, sum(t.size_bytes for t in tensors.values()), args.get("dtype"))
+    for warning in check_size(job.settings, size, where):
+        _log.warning("this may be too little: %s", warning)
+
+
 def _take_late(job: _Job, coming: LateBase, stack: contextlib.ExitStack) -> _Taken:
     """Return a base that is fetched when the adapters have proved to fit; merged where they are."""
     config = read_model_config(coming.path)
     with job.timeline.stage("fit"):
         packed = coming.weights.find_packed(config)
         plain = _check_fit(job, str(coming.path), config, coming.weights.tensors, packed)
+    served = plain if job.is_merge else coming.weights.tensors
+    _check_room_to_serve(job, str(coming.path), config, served)
     if job.is_merge:
         made_bytes = sum(info.size_bytes for info in plain.values())
         check_room([(coming.path, coming.weights.missing_bytes), (job.cache, made_bytes)])

@@ -192,7 +192,7 @@ def _fetch_from_hub(
         name,
         revision,
         told=watched,
-        token=_hub_token(settings),
+        token=hub_token(settings),
         allow_pickle=settings.allow_pickle,
         concurrency=settings.concurrency,
         retries=settings.retries,
@@ -267,7 +267,7 @@ def read_hub_weights(settings: Settings, small: BaseModel) -> HubWeights | None:
     if any(small.path.glob("*.safetensors")):
         return None
     name, commit = str(small.identity[_HUB]), str(small.identity["commit"])
-    token = _hub_token(settings)
+    token = hub_token(settings)
     tensors = ask_again(lambda: read_tensors(name, commit, token=token), settings.retries)
     if tensors is None:
         return None
@@ -280,7 +280,7 @@ def read_hub_weights(settings: Settings, small: BaseModel) -> HubWeights | None:
     )
 
 
-def _hub_token(settings: Settings) -> str | None:
+def hub_token(settings: Settings) -> str | None:
     return settings.hf_token.value if settings.hf_token else None
 
 
@@ -294,7 +294,7 @@ def fetch_base(
         FetchError: it cannot be fetched, or has no weights.
     """
     with contextlib.closing(Stores(settings)) as stores:
-        files = _find_files(settings, stores, url, weights=weights)
+        files = find_base_files(settings, stores, url, weights=weights)
         snapshot = fetch(files.manifest, files.root, stores, FetchOptions.of(settings), progress)
     return files.identify(snapshot)
 
@@ -312,7 +312,7 @@ def opened_base(
         FetchError: it cannot be fetched, or has no weights.
     """
     with contextlib.closing(Stores(settings)) as stores:
-        files = _find_files(settings, stores, url, weights=True)
+        files = find_base_files(settings, stores, url, weights=True)
         options = FetchOptions.of(settings)
         late = tuple(a for a in files.manifest.files if a.name.endswith(".safetensors"))
         if not late or are_here(late, files.root):
@@ -326,7 +326,7 @@ def opened_base(
 
 
 @dataclass(frozen=True, slots=True)
-class _Files:
+class BaseFiles:
     """What an engine needs of the folder at *url*, and where it goes."""
 
     url: str
@@ -344,7 +344,13 @@ class _Files:
         return BaseModel(self.folder, {"url": redact(self.url), "files": found}, kept)
 
 
-def _find_files(settings: Settings, stores: Stores, url: str, *, weights: bool) -> _Files:
+def find_base_files(settings: Settings, stores: Stores, url: str, *, weights: bool) -> BaseFiles:
+    """Return what an engine needs of the folder at *url*: it is listed, its index is read.
+
+    Raises:
+        ConfigError: no such sort of place, or a package or credentials are missing.
+        FetchError: the place does not answer, or has no weights.
+    """
     root = cache_folder(settings) / "bases"
     last = url.rstrip("/").rpartition("/")[2]
     digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
@@ -370,7 +376,7 @@ def _find_files(settings: Settings, stores: Stores, url: str, *, weights: bool) 
     check_names(files)
     declared = declare_sums(files, listing.artifacts, root, stores)
     manifest = Manifest(tuple(sorted(declared, key=lambda a: a.path)))
-    return _Files(url, name, root, manifest)
+    return BaseFiles(url, name, root, manifest)
 
 
 def _read_shards(

@@ -15,8 +15,8 @@ from loader.config.truss_config import DOWNLOAD_FOLDER
 from loader.errors import AdapterError, ConfigError
 from loader.scaffold.base_model import choose_base, describe_base
 from loader.scaffold.gpus import Load, Placement, place
-from loader.scaffold.size import ModelSize, size_of
 from loader.scaffold.survey import Found
+from loader.serve.size import ModelSize, size_of
 from loader.serve.vllm.arguments import serve_arguments
 from loader.stores.hub import REPO_ID
 from loader.types import Kind, ReadyModel, ServedAdapter

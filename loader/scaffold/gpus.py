@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from loader.errors import ConfigError
-from loader.scaffold.size import ModelSize
+from loader.serve.size import ModelSize
 from loader.units import show_bytes
 
 GIB = 1 << 30

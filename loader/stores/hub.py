@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import re
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -168,12 +169,64 @@ def describe_model(
         size = listed_bytes()
         return HubDescription(_read_config(read(cached=False)), size)
     except Exception as error:
-        known = translate_error(error, repo_id, revision)
-        if not isinstance(known, LoaderError):  # of the HTTP library that huggingface-hub has now
-            known = TransientError(
-                "the Hub did not answer", where=repo_id, got=type(error).__name__
-            )
-        raise known from None
+        raise _known(error, repo_id, revision) from None
+
+
+def _known(error: Exception, repo_id: str, revision: str | None) -> LoaderError:
+    known = translate_error(error, repo_id, revision)
+    if isinstance(known, LoaderError):
+        return known
+    # Of the HTTP library that huggingface-hub has now.
+    return TransientError("the Hub did not answer", where=repo_id, got=type(error).__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class HubFiles:
+    """The files that an engine needs of a model, by name, with their bytes.
+
+    ``folder`` is where they lie in huggingface-hub's cache, or will. ``refusal``: why the Hub did
+    not tell, and the cache did.
+    """
+
+    folder: Path
+    sizes: Mapping[str, int]
+    config: Mapping[str, Any]
+    refusal: LoaderError | None
+
+
+def list_model_files(
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    token: str | None = None,
+    allow_pickle: bool = False,
+) -> HubFiles:
+    """Return what ``fetch_model`` would bring. Nothing is kept, and no weights are read.
+
+    Raises:
+        LoaderError: as ``fetch_model``; passing failures are not asked again.
+    """
+    try:
+        listed = _look_up(repo_id, revision, token, 0)
+        weights = weight_files(listed.sizes, allow_pickle=allow_pickle)
+        if not weights:
+            raise listed.refusal or _no_weights(repo_id)
+        chosen = {name: listed.sizes[name] for name in (*side_files(listed.sizes), *weights)}
+        config = _config_of(repo_id, listed.folder, token) if _CONFIG in chosen else {}
+    except Exception as error:
+        raise _known(error, repo_id, revision) from None
+    return HubFiles(listed.folder, chosen, config, listed.refusal)
+
+
+def _config_of(repo_id: str, folder: Path, token: str | None) -> dict[str, Any]:
+    """Return the config.json of the commit in *folder*, or of the Hub: then it is not kept."""
+    from huggingface_hub import hf_hub_download
+
+    if (folder / _CONFIG).is_file():
+        return _read_config(folder / _CONFIG)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+        path = hf_hub_download(repo_id, _CONFIG, revision=folder.name, token=token, cache_dir=cache)
+        return _read_config(Path(path))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

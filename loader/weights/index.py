@@ -53,6 +53,13 @@ def shard_names(text: bytes, where: str) -> frozenset[str]:
     return frozenset(weight_map(text, where).values())
 
 
+def indexed_bytes(text: bytes) -> int | None:
+    """Return the bytes of all tensors, where an index that is well formed says them."""
+    metadata = json.loads(text).get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return int(total) if isinstance(total, int | float) and total > 0 else None
+
+
 def read_weight_map(path: Path) -> Mapping[str, str]:
     """Return tensor name -> shard file name of a local index.
 

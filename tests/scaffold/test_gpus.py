@@ -8,8 +8,8 @@ from truss.base.truss_config import Accelerator
 from loader.config.values import Bytes, read_value
 from loader.errors import ConfigError
 from loader.scaffold.gpus import GPUS, Load, place
-from loader.scaffold.size import ModelSize, size_of
-from tests.scaffold.test_size import LLAMA_8B
+from loader.serve.size import ModelSize, size_of
+from tests.serve.test_size import LLAMA_8B
 
 LOAD = Load(tokens=8192, requests=4)
 

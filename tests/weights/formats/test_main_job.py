@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from loader import boot
 from loader.cli.documents import plan_document
 from loader.errors import ChangedError, CheckpointError, FormatError
+from loader.prepare.forecast import Forecast
 from loader.status.state import BootState
 from loader.timeline import Timeline
 from loader.types import ReadyModel
@@ -214,7 +215,7 @@ def test_shards_are_written_while_others_arrive(
 def test_plan_shows_both_totals(zero: Path, publish: Any) -> None:
     settings = publish(zero / "zero2-fp16", weights_only_fetch=True)
     manifest = boot.plan(settings)
-    document = plan_document(manifest, Path("/"), 0)
+    document = plan_document(Forecast(manifest), Path("/"), 0)
     names = {artifact.path.rpartition("/")[2] for artifact in manifest.left_out}
     assert names == {
         "zero_to_fp32.py",
@@ -228,7 +229,7 @@ def test_plan_shows_both_totals(zero: Path, publish: Any) -> None:
     assert document["all_bytes"] == everything
     assert document["total_bytes"] == document["serving_bytes"]
     assert int(str(document["total_bytes"])) < everything / 2
-    whole = plan_document(boot.plan(publish(zero / "zero2-fp16")), Path("/"), 0)
+    whole = plan_document(boot.look_ahead(publish(zero / "zero2-fp16")), Path("/"), 0)
     assert (whole["total_bytes"], whole["left_out"]) == (everything, [])
     assert whole["serving_bytes"] == document["total_bytes"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig
 
-from loader.scaffold.size import count_parameters, size_of
+from loader.serve.size import count_parameters, size_of
 
 LLAMA_8B: dict[str, Any] = {
     "dtype": "bfloat16",

@@ -7,6 +7,14 @@ from dataclasses import dataclass
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _GATED_MLP = 3  # gate, up and down
+# vllm/config/model.py, ModelDType.
+_ASKED = {
+    "half": "float16",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "float": "float32",
+    "float32": "float32",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +68,12 @@ def size_of(config: Mapping[str, object], stored_bytes: int | None, came_from: s
     counted from the config. ``came_from`` says where the bytes were read, for people.
     """
     text = _text_config(config)
-    stored = str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or "bfloat16")
-    stored = stored.removeprefix("torch.")
-    quantized = bool(config.get("quantization_config") or text.get("quantization_config"))
-    dtype = "auto" if quantized else _served_dtype(stored)
+    dtype = "auto" if is_quantized(config) else _served_dtype(stored_dtype(config) or "bfloat16")
     if stored_bytes is None:
         weight_bytes = count_parameters(config) * _DTYPE_BYTES.get(dtype, 2)
         came_from = "parameters counted from config.json"
-    elif quantized:
-        weight_bytes = stored_bytes
     else:
-        weight_bytes = stored_bytes * _DTYPE_BYTES[dtype] // _DTYPE_BYTES.get(stored, 2)
+        weight_bytes = served_bytes(config, stored_bytes)
     heads = _number(text, "num_attention_heads", "n_head", "decoder_attention_heads")
     hidden = _number(text, "hidden_size", "n_embd", "d_model")
     latent = _number(text, "kv_lora_rank")
@@ -92,6 +95,36 @@ def size_of(config: Mapping[str, object], stored_bytes: int | None, came_from: s
         encoder_positions=_number(text, "max_source_positions"),
         latent=bool(latent),
     )
+
+
+def served_bytes(config: Mapping[str, object], stored_bytes: int, asked: object = None) -> int:
+    """Return the bytes of weights as they are served, *stored_bytes* in their files.
+
+    *asked* is the engine's ``dtype``, if it is given.
+    """
+    stored = stored_dtype(config) or "bfloat16"
+    if is_quantized(config) or stored not in _DTYPE_BYTES:
+        return stored_bytes
+    served = _ASKED.get(str(asked), _served_dtype(stored))
+    return stored_bytes * _DTYPE_BYTES[served] // _DTYPE_BYTES[stored]
+
+
+def is_quantized(config: Mapping[str, object]) -> bool:
+    """Return whether the weights of a config.json are stored as they are served, packed."""
+    text = _text_config(config)
+    return bool(config.get("quantization_config") or text.get("quantization_config"))
+
+
+def stored_dtype(config: Mapping[str, object]) -> str:
+    """Return what a config.json says that its weights are stored in, empty where it does not."""
+    text = _text_config(config)
+    found = text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or ""
+    return str(found).removeprefix("torch.")
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Return the bytes of one number of *dtype*, two where it is not known."""
+    return _DTYPE_BYTES.get(dtype, 2)
 
 
 def count_parameters(config: Mapping[str, object]) -> int:
