@@ -131,7 +131,9 @@ IMPORTED = {
     ),
     "parse_fine_tuned_lora_name": Private("its names of a tensor's module", ("vllm.lora.utils",)),
     "supports_lora": Private("", ("vllm.model_executor.models.interfaces",)),
-    "EngineArgs": Private("", ("vllm.engine.arg_utils",), ("create_engine_config",)),
+    "EngineArgs": Private(
+        "", ("vllm.engine.arg_utils",), ("create_engine_config", "create_model_config")
+    ),
     "get_model_cls": Private("", ("vllm.model_executor.model_loader.utils",)),
     "initialize_model": Private("builds it", ("vllm.model_executor.model_loader.utils",)),
     "set_current_vllm_config": Private("", ("vllm.config.vllm",)),
@@ -371,10 +373,11 @@ def built_on_meta(model: Path, *, towers: bool) -> Iterator[tuple[Any, Any]]:
         enable_lora=True,
         enable_tower_connector_lora=towers,
     )
-    vllm_config = wanted.create_engine_config()
-    model_class = find("get_model_cls")(vllm_config.model_config)
+    # First: from 0.33 on an engine's config with LoRA is refused where the model has none.
+    model_class = find("get_model_cls")(wanted.create_model_config())
     if not find("supports_lora")(model_class):
         raise NoLoRAError(f"no LoRA for {model_class.__name__}")
+    vllm_config = wanted.create_engine_config()
     folder = tempfile.mkdtemp(prefix="podloader-")
     try:
         with find("set_current_vllm_config")(vllm_config):
