@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from loader.config.settings import Settings
 from loader.config.values import user_path
+from loader.errors import LoaderError
 from loader.fetch.adoption import adopt, presence
 from loader.fetch.completed import write_completed
 from loader.fetch.files import is_case_sensitive
@@ -19,6 +20,7 @@ from loader.fetch.snapshot import FetchOptions, fetch, read_artifact
 from loader.fetch.spans import SpanProgress
 from loader.prepare.artifact_sources import (
     Origin,
+    completed_before,
     completed_key,
     open_origin,
     place_downloads,
@@ -188,7 +190,10 @@ def _resolved(
     root, options = settings.training.download_folder, FetchOptions.of(settings)
 
     def adopt_files(manifest: Manifest) -> None:
-        adopt(manifest, root, origin.laid, origin.store, options, progress, timeline)
+        try:
+            adopt(manifest, root, origin.laid, origin.store, options, progress, timeline)
+        except LoaderError as error:
+            completed_before(settings, error)
 
     with timeline.stage("resolve"):
         sensitive = is_case_sensitive(root)

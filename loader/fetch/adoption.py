@@ -47,7 +47,7 @@ from loader.fetch.sizes import ask_version
 from loader.fetch.snapshot import FetchOptions
 from loader.fetch.spans import SpanProgress
 from loader.fetch.sums import Check, Sum, choose_check
-from loader.fetch.verify import Verify, check_structure, is_intact
+from loader.fetch.verify import Verify, check_json, check_structure, is_intact
 from loader.http.objects import ObjectInfo
 from loader.stores.base import Store
 from loader.stores.laid_files import is_within
@@ -288,6 +288,8 @@ class _Candidate:
                 raise _RejectedError(said)
         try:
             check_structure(fd, self.artifact.path)
+            if info is None:
+                check_json(fd, self.artifact.path)
         except FormatError as error:
             raise _RejectedError(
                 f"{error.what} ({error.got})" if error.got else error.what

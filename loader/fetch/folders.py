@@ -95,16 +95,30 @@ class Folders:
     def is_ours(self, found: os.stat_result) -> bool:
         """Return whether a file is this user's or root's, and nobody else may write to it.
 
-        On mounts that know no owners, every file is what a new one is there.
+        On mounts that know no owners, every file is what a new one is there. Nobody writes through
+        one that is read-only, whatever it says of owners: whoever mounted it vouches for it.
         """
         ours = found.st_uid in (os.geteuid(), 0) and not found.st_mode & stat.S_IWOTH
-        return ours or (found.st_uid, found.st_mode & stat.S_IWOTH) == self._new_files
+        return (
+            ours
+            or found.st_dev == self._read_only_device
+            or (found.st_uid, found.st_mode & stat.S_IWOTH) == self._new_files
+        )
 
     def moved(self) -> list[str]:
         """Return those folders that were opened which are not at their paths any more."""
         return [
             path for path, known in sorted(self._known.items()) if self._identity(path) != known
         ]
+
+    @cached_property
+    def _read_only_device(self) -> int | None:
+        """Return the device below the root where that is mounted read-only, else None."""
+        try:
+            is_read_only = os.statvfs(self.root).f_flag & os.ST_RDONLY
+            return os.stat(self.root).st_dev if is_read_only else None
+        except OSError:
+            return None
 
     @cached_property
     def _new_files(self) -> tuple[int, int] | None:

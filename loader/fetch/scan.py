@@ -22,6 +22,7 @@ _FS_IOC_FIEMAP = 0xC020660B
 _FIEMAP = struct.Struct("=QQIII4x")  # start, length, flags, extents that there are, room for them
 _EXTENT = struct.Struct("=Q8xQ16xI12x")  # logical start, length, flags
 _EXTENTS = 64
+_FLAG_SYNC = 1  # what waits is written back first: until then its extents are called unwritten
 _UNWRITTEN = 0x800
 Tell = Callable[[int], None]
 
@@ -106,7 +107,7 @@ def allocated_only(fd: int, zeros: Sequence[Range]) -> list[Range]:
 def _extents(fd: int, start: int, end: int) -> list[tuple[int, int, int]]:
     """Return start, end and flags of the first extents there; none where nobody can tell."""
     buffer = bytearray(_FIEMAP.size + _EXTENTS * _EXTENT.size)
-    _FIEMAP.pack_into(buffer, 0, start, end - start, 0, 0, _EXTENTS)
+    _FIEMAP.pack_into(buffer, 0, start, end - start, _FLAG_SYNC, 0, _EXTENTS)
     try:
         fcntl.ioctl(fd, _FS_IOC_FIEMAP, buffer)
     except OSError:

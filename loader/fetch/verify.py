@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import stat
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+from loader.errors import FormatError
 from loader.fetch.crc import crc64nvme
 from loader.fetch.files import WHOLE, Places, Record, whole_place
 from loader.fetch.missing_ranges import DoneRange, combine, missing_ranges
@@ -72,6 +74,19 @@ def check_structure(fd: int, named: str) -> None:
         size_bytes = os.fstat(fd).st_size
         length = 8 + header_length(os.pread(fd, 8, 0), size_bytes, named)
         parse_header(os.pread(fd, length, 0), size_bytes, named)
+
+
+def check_json(fd: int, named: str) -> None:
+    """Raise FormatError where a file *named* ``.json`` breaks off. Lines of JSON are whole, too."""
+    if not named.endswith(".json"):
+        return
+    try:
+        json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise FormatError("no whole JSON", where=named, got=str(error)) from None
+    except (UnicodeDecodeError, RecursionError):
+        pass  # not for us to judge
 
 
 def _sample(ranges: Sequence[DoneRange]) -> list[DoneRange]:

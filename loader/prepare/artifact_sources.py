@@ -15,11 +15,13 @@ from loader.config.settings import Settings
 from loader.errors import ConfigError, ListingError, LoaderError, redact
 from loader.fetch.adoption import LaidFiles
 from loader.fetch.completed import read_completed
+from loader.fetch.files import STATE
 from loader.stores.laid_files import has_ranks
 from loader.stores.registry import LOCAL, Stores
 from loader.timeline import Timeline
 from loader.types import ArtifactReference, Listing, TrainingCheckpoints
 
+_TOLD = 8  # names
 _log = logging.getLogger("podloader")
 
 
@@ -70,15 +72,24 @@ def open_origin(settings: Settings, laid: LaidFiles, timeline: Timeline) -> Iter
             try:
                 listings = _read_listings(settings, store, laid)
             except LoaderError as error:
-                root, key = settings.training.download_folder, completed_key(settings)
-                completed = read_completed(root, key) if error.retryable else ()
-                if not completed:
-                    raise
-                _log.warning("%s; an earlier run completed all files, which are taken", error.what)
-                listings = completed
+                listings = completed_before(settings, error)
         yield Origin(listings, store, laid)
     finally:
         store.close()
+
+
+def completed_before(settings: Settings, error: LoaderError) -> tuple[Listing, ...]:
+    """Return the listings of what an earlier run completed, where *error* is an origin's silence.
+
+    Raises:
+        LoaderError: *error*, where it is another, or not all that this config asks for is here.
+    """
+    root, key = settings.training.download_folder, completed_key(settings)
+    completed = read_completed(root, key) if error.retryable else ()
+    if not completed:
+        raise error
+    _log.warning("%s; an earlier run completed all files, which are taken", error.what)
+    return completed
 
 
 def _read_listings(settings: Settings, store: Stores, laid: LaidFiles) -> tuple[Listing, ...]:
@@ -96,6 +107,7 @@ def _read_listings(settings: Settings, store: Stores, laid: LaidFiles) -> tuple[
             "it is not said where the artifacts are",
             expected="a listing JSON (path or URL), s3://bucket/prefix, baseten, an fsspec URL, "
             f"or the files themselves in {laid.folder}/<job>/rank-<N>/",
+            got=_names_in(laid.folder),
             next_step="give --artifacts SRC, or set artifacts in model_metadata.podloader",
         )
     if not found and LOCAL in settings.artifacts:
@@ -103,9 +115,19 @@ def _read_listings(settings: Settings, store: Stores, laid: LaidFiles) -> tuple[
             "nothing of the jobs lies in the download folder",
             where=str(laid.folder),
             expected=", ".join(f"{job}/rank-<N>/…" for job in jobs),
+            got=_names_in(laid.folder),
             next_step="lay the files there, or name an origin in artifacts",
         )
     return tuple(found)
+
+
+def _names_in(folder: Path) -> str:
+    """Return what lies in *folder*, as far as it can be told in a line."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.name != STATE)
+    except OSError:
+        return ""
+    return ", ".join(names[:_TOLD]) + (", …" if len(names) > _TOLD else "")
 
 
 def _only_here(here: Sequence[Listing], origins: Sequence[Listing]) -> Iterator[Listing]:

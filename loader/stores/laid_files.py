@@ -12,6 +12,13 @@ from loader.stores.job_folders import RANK
 from loader.types import Artifact
 
 _FILE = "file://"
+_UNFINISHED = (
+    ".aria2",
+    ".crdownload",
+    ".incomplete",
+    ".part",
+    ".partial",
+)  # so other tools call it
 _log = logging.getLogger("podloader")
 
 
@@ -28,7 +35,7 @@ def list_ranks(folder: Path, within: Sequence[Path], job: str) -> Iterator[Artif
     """Yield all files of *job*, whose ranks lie in *folder*.
 
     Symlinks to folders are entered, but for those that lead out of *within*, or to where they are
-    themselves.
+    themselves. What by its name is a transfer that has not ended is no artifact.
 
     Raises:
         DiskError: a folder cannot be read.
@@ -44,6 +51,11 @@ def list_ranks(folder: Path, within: Sequence[Path], job: str) -> Iterator[Artif
             folders[:] = [name for name in folders if not _leads_away(Path(parent, name), within)]
             for name in names:
                 path = Path(parent, name)
+                if name.endswith(_UNFINISHED):
+                    _log.warning(
+                        "%s is left out: so transfers are called that have not ended", path
+                    )
+                    continue
                 own = path.relative_to(rank).as_posix()
                 size_bytes = path.stat().st_size if path.exists() else None
                 yield Artifact(job, int(rank.name[5:]), own, f"{_FILE}{path}", size_bytes)
@@ -57,7 +69,8 @@ def is_link_to(artifact: Artifact, other: Artifact) -> bool:
 
 def _ranks(folder: Path) -> list[Path]:
     try:
-        return sorted(path for path in folder.iterdir() if RANK.fullmatch(path.name))
+        found = (path for path in folder.iterdir() if RANK.fullmatch(path.name))
+        return sorted(path for path in found if path.is_dir())
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:

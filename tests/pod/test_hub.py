@@ -26,9 +26,9 @@ _JOB = "tuned"
 
 @pytest.fixture
 def pod(origin: FaultyOrigin, tmp_path: Path) -> Iterator[RunningPod]:
-    """A pod over a base of 100 MB, which the Hub gives in no less than 50 s."""
+    """A pod over a base of 100 MB, which the Hub gives in no less than 300 s."""
     hub = Hub(tiny_llama(tmp_path / "repo", **_LARGE))
-    hub.pause_s = 0.5
+    hub.pause_s = 3
     lora = train_or_draw_lora(hub.folder, tmp_path / _JOB)
     if not (origin.folder(_JOB) / "checkpoint-1").exists():
         shutil.copytree(lora, origin.folder(_JOB) / "checkpoint-1")
@@ -79,7 +79,7 @@ def rendered(pod: RunningPod) -> str:
 
 @pytest.mark.engine
 def test_the_models_class_is_looked_at_while_its_weights_come(pod: RunningPod) -> None:
-    pod.wait_for(lambda _: "model class: " in pod.text(), 120)
+    pod.wait_for(lambda _: "model class: " in pod.text(), 300)
     assert "download of the base: " not in pod.text()
     pod.stop_probing()
     pod.signal(signal.SIGTERM)
