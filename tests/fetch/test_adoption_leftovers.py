@@ -99,7 +99,7 @@ def test_owners_on_a_read_only_mount(
     for path in lay(job).parent.iterdir():
         path.chmod(mode)
         os.chown(path, user, user)
-    own = {} if named else {"artifacts": []}
+    own: dict[str, object] = {} if named else {"artifacts": []}
     for _ in range(2):
         for _, real, taken in fetch_read_only(job, tmp_path / "cache", **own):
             assert real.startswith(str(job.root))
