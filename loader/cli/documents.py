@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loader.errors import redact_url
 from loader.prepare.cleaning import Cleaned
-from loader.prepare.forecast import Forecast
 from loader.resolve.sum_files import Sums
 from loader.types import (
     Artifact,
@@ -18,6 +18,9 @@ from loader.types import (
     total_bytes,
 )
 from loader.weights.formats.serving import serving_files
+
+if TYPE_CHECKING:
+    from loader.prepare.forecast import Forecast
 
 
 def plan_document(found: Forecast, folder: Path, free_bytes: int) -> dict[str, object]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loader.cli.report import say, show
 from loader.prepare.cleaning import Cleaned
-from loader.prepare.forecast import Forecast
 from loader.status.table import timeline_lines
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Kind, Manifest, ReadyModel, Snapshot, total_bytes
 from loader.units import show_bytes, show_rate, show_seconds
 from loader.weights.formats.refused import find_refusal
 from loader.weights.formats.serving import serving_files
+
+if TYPE_CHECKING:
+    from loader.prepare.forecast import Forecast
 
 _SHOWN = 50
 _ENGINES = {"vllm": "vLLM", "transformers": "transformers"}
