@@ -36,9 +36,7 @@ from loader.demo.origin import Handler
 from loader.errors import ChangedError, FetchError, LoaderError, TransientError
 from loader.fetch.progress import Progress
 from loader.fetch.snapshot import FetchOptions, fetch
-from loader.http.body import Asked, HttpStream
 from loader.http.client import HttpClient, HttpOptions
-from loader.http.objects import ObjectInfo
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest
 from tests.origin import (
@@ -280,26 +278,6 @@ class Quiet:
         """Do nothing."""
 
 
-class CountingClient(HttpClient):
-    """A client that counts the requests it sends behind a body that still comes."""
-
-    ahead = 0
-
-    def ask_next(
-        self,
-        stream: HttpStream,
-        url: str,
-        *,
-        span: tuple[int, int],
-        version: ObjectInfo | None,
-        size_bytes: int | None = None,
-    ) -> Asked | None:
-        """Count, and ask."""
-        asked = super().ask_next(stream, url, span=span, version=version, size_bytes=size_bytes)
-        CountingClient.ahead += asked is not None
-        return asked
-
-
 class Transfer:
     """One job and the folder it is fetched into."""
 
@@ -345,7 +323,7 @@ class Transfer:
         entries = self.origin.listing(self.job)["checkpoint_artifacts"]
         assert isinstance(entries, list)
         files = (Artifact(self.job, 0, e["relative_file_name"], e["url"]) for e in entries)
-        client = CountingClient(HttpOptions(stall_timeout_s=0.4))
+        client = HttpClient(HttpOptions(stall_timeout_s=0.4))
         quiet: Progress = Quiet()
         try:
             fetch(Manifest(tuple(files)), self.root, PresignedStore(client), OPTIONS, quiet)
@@ -453,8 +431,7 @@ def report(transfers: int, seed: int, latency_s: float = 0.0) -> str:
         f"{'fault injected':<24}{'count':>7}",
         *(f"{fault:<24}{count:>7}" for fault, count in faults.most_common()),
         "",
-        f"asked for again within a run: {Quiet.retries}; "
-        f"asked for before the body before it had ended: {CountingClient.ahead}",
+        f"asked for again within a run: {Quiet.retries}",
         f"{'runs that ended in an error':<50}{'count':>7}",
         *(f"{why:<50}{count:>7}" for why, count in errors.most_common()),
     ]

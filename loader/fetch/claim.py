@@ -7,28 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from loader.fetch.crc import crc64nvme
-from loader.fetch.missing_ranges import DoneRange, Range
+from loader.fetch.missing_ranges import DoneRange
 from loader.fetch.part import PartFile
 from loader.fetch.sums import Tally
-from loader.stores.base import Asked, ByteStream
-
-
-@dataclass(eq=False, slots=True)
-class Ahead:
-    """What is to be brought next: a hole of *part*, or (None) its beginning, not known yet.
-
-    ``asked``: the request for its bytes, where that has been sent.
-    """
-
-    part: PartFile
-    hole: Range | None
-    asked: Asked | None = None
-
-    def drop(self) -> None:
-        """Let go of the request."""
-        asked, self.asked = self.asked, None
-        if asked is not None:
-            asked.close()
+from loader.stores.base import ByteStream
 
 
 @dataclass(eq=False, slots=True)
@@ -37,8 +19,7 @@ class Claim:
 
     Another thread may take the rest away: it lowers ``end`` under ``lock``, and nothing is written
     behind it any more. ``unit`` is how many bytes the journal takes at a time; ``stalls`` counts
-    how often these bytes were taken over. ``ahead`` is what its connection is to bring next, for
-    the schedule, which may take it back.
+    how often these bytes were taken over. ``opened``: their stream, where there is one already.
     """
 
     part: PartFile
@@ -50,8 +31,7 @@ class Claim:
     place: int = 0
     stream: ByteStream | None = None
     last_byte: float = 0.0
-    asked: Asked | None = None  # where its bytes have been asked for already
-    ahead: Ahead | None = None
+    opened: ByteStream | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     _mark: int = 0  # up to which the journal has it
     _crc: int = 0  # of the bytes since then
@@ -101,14 +81,14 @@ class Claim:
         with self.lock:
             self.cut(self.place)
         self.drop_stream()
-        if (asked := self.take_asked()) is not None:
-            asked.close()
+        if (opened := self.take_opened()) is not None:
+            opened.close()
 
-    def take_asked(self) -> Asked | None:
-        """Return the request that was sent for the claim, once."""
+    def take_opened(self) -> ByteStream | None:
+        """Return the stream that is there already, once."""
         with self.lock:
-            asked, self.asked = self.asked, None
-        return asked
+            opened, self.opened = self.opened, None
+        return opened
 
     def restart(self) -> int:
         """Go back to the start, for an origin without ranges; return how many bytes were lost."""

@@ -18,7 +18,7 @@ from loader.fetch.progress import Progress
 from loader.fetch.transfer import Events, Limits, transfer
 from loader.fetch.verify import Verify, is_intact
 from loader.http.objects import ObjectInfo, is_same_version
-from loader.stores.base import Asked, ByteStream, Store
+from loader.stores.base import Store
 from loader.types import Artifact
 from loader.units import show_bytes
 
@@ -56,12 +56,10 @@ class Download:
         reused: Mapping[str, Record],
         pace: Pace,
         see: Callable[[PartFile], None],
-        ask_next: Callable[[ByteStream, PartFile], Asked | None],
     ) -> None:
         """Bring all *parts*, beside the *reused* files and those that came whole already.
 
-        *see* asks the origin for what a part is, and begins with it; *ask_next* sends that request
-        on a stream's connection.
+        *see* asks the origin for what a part is, and begins with it.
         """
         # Configs, indexes and adapters first: whoever waits for files can begin with them.
         left = sorted((p for p in parts if p.done is None), key=lambda part: part.is_large)
@@ -75,7 +73,7 @@ class Download:
             self._progress.finish_file(path)
         self._tell_whole(parts)
         events = Events(
-            partial(self._begin, see), ask_next, self._arrived, self._progress, self._arrivals.stop
+            partial(self._begin, see), self._arrived, self._progress, self._arrivals.stop
         )
         try:
             transfer(left, store, self._limits, events, pace)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from loader.fetch.crc import combine_crc64nvme
 
-_MOST_RANGES = 4  # of one request: what the last bytes of a large file wait for
+_MOST_RANGES = 8  # of one request: what the last bytes of a large file wait for
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,11 @@ def missing_ranges(done: Sequence[DoneRange], size_bytes: int) -> tuple[Range, .
 def guided_bytes(hole_bytes: int, left_bytes: int, workers: int, range_bytes: int) -> int:
     """Return how much of a hole to ask for at once, in whole ranges where there is more.
 
-    Half of what would be one worker's share of all that is left: few requests first, small ones
-    at the end. Source: Polychronopoulos and Kuck, "Guided self-scheduling", 1987.
+    One worker's share of all that is left: each request costs its latency, so few large ones come
+    first and small ones at the end. Source: Polychronopoulos and Kuck, "Guided self-scheduling",
+    1987.
     """
-    ranges = left_bytes // (2 * workers * range_bytes)
+    ranges = left_bytes // (workers * range_bytes)
     size = max(1, min(ranges, _MOST_RANGES)) * range_bytes
     # A rest that is not worth a request of its own goes with it.
     return size if size + range_bytes // 4 < hole_bytes else hole_bytes

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from loader.errors import TransientError
 from loader.fetch.stopping import StoppedError
-from loader.stores.base import Asked, ByteStream
+from loader.stores.base import ByteStream, PendingResponse
 from loader.types import Artifact
 
 FAR_S = 0.01  # who waits so long for one file has time for others
@@ -30,7 +30,7 @@ class Task:
     end: int  # of the bytes that are asked for
     large: bool = False
     attempt: int = 1
-    asked: Asked | None = None
+    pending: PendingResponse | None = None
 
 
 class Work(Protocol):
@@ -96,8 +96,8 @@ class Opener:
         finally:
             self._clock = None
             for task in self._asked:
-                if task.asked is not None:
-                    task.asked.close()
+                if task.pending is not None:
+                    task.pending.close()
 
     def read(self, stream: ByteStream, count: int) -> memoryview:
         """Return the next *count* bytes, fewer where the stream ends; good until the next call."""
@@ -144,8 +144,8 @@ class Opener:
         return True
 
     def _take_answer(self, task: Task) -> None:
-        if self._asked and task.asked is not None:  # others wait behind it
-            self.watch(task.asked, task.attempt)
+        if self._asked and task.pending is not None:  # others wait behind it
+            self.watch(task.pending, task.attempt)
         self._work.look(task, self)
         self._work.land(task, done=True)
 

@@ -32,7 +32,7 @@ from loader.fetch.sizes import check_size
 from loader.fetch.stopping import StoppedError, check_stop
 from loader.http.objects import ObjectInfo
 from loader.retry import pause_s, retrying
-from loader.stores.base import Asked, ByteStream, Store
+from loader.stores.base import Store
 from loader.types import Artifact, FetchedFile
 
 _FIRST_BYTES = 16 << 10  # of a file of unknown size: about what a new connection brings at once
@@ -127,22 +127,12 @@ class Opening:
         for attempt in retrying(lambda state: state.attempt_number > self._retries, halt):
             with attempt:
                 try:
-                    asked = part.take_asked()
-                    asked = asked or self._store.ask_first(part.artifact, task.end)
-                    stream = asked.stream()
+                    stream = self._store.open_first(part.artifact, task.end)
                 except TransientError as error:
                     self._tell(task, error)
                     raise
                 part.opened = stream, task.end
                 part.see(check_size(part.artifact, stream.info, self._store))
-
-    def ask_next(self, stream: ByteStream, part: PartFile) -> Asked | None:
-        """Ask for that beginning on the connection of *stream*, whose end is near.
-
-        None where that cannot be.
-        """
-        end = self._task(-1, part.artifact).end
-        return self._store.ask_next(stream, part.artifact, 0, end, None)
 
     def take(self, held: int) -> Task | None:
         """Return a task for a thread that has *held* to answer, None where it is to have no more.
@@ -198,7 +188,7 @@ class Opening:
 
     def ask(self, task: Task) -> None:
         """Send the request for *task*."""
-        task.asked = self._store.ask_first(task.artifact, task.end)
+        task.pending = self._store.send_first(task.artifact, task.end)
 
     def look(self, task: Task, opener: Opener) -> None:
         """Take the answer for *task*: its part file, whole where it is small.
@@ -206,8 +196,8 @@ class Opening:
         Raises:
             LoaderError: it did not work this time.
         """
-        assert task.asked is not None
-        stream = task.asked.stream()
+        assert task.pending is not None
+        stream = task.pending.receive()
         opener.watch(stream, task.attempt)
         part: PartFile | None = None
         try:

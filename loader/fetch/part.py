@@ -36,7 +36,7 @@ from loader.fetch.stopping import StoppedError
 from loader.fetch.sums import Check
 from loader.fetch.verify import check_structure, proved_ranges
 from loader.http.objects import Checksum, ObjectInfo
-from loader.stores.base import Asked, ByteStream
+from loader.stores.base import ByteStream
 from loader.types import Artifact, FetchedFile
 
 LARGE_BYTES = 1 << 20  # smaller files come first, and several at a time
@@ -51,8 +51,8 @@ class PartFile:
     says which of the origin's sums is compared. *tell* is called with the artifact's path, the file
     that it is in, start and end of what has come, and with what was here; not of what comes whole
     at once.
-    ``is_seen``: ``info`` is the origin's, not the listing's. ``asked``: the request for the file's
-    beginning, ``opened``: the stream of it, and where it was to end. ``is_new``: ``lock`` found
+    ``is_seen``: ``info`` is the origin's, not the listing's. ``opened``: the stream of the file's
+    beginning, and where it was to end. ``is_new``: ``lock`` found
     nothing of it here. ``missing`` is what ``resume`` left to be fetched, ``done`` the file once it
     is whole.
     """
@@ -79,7 +79,6 @@ class PartFile:
         self.missing: tuple[Range, ...] = ()
         self.is_new = False
         self.is_seen = True
-        self.asked: Asked | None = None
         self.opened: tuple[ByteStream, int] | None = None
         self.fetched_bytes = 0
         self.place = place
@@ -137,15 +136,8 @@ class PartFile:
         stream.close()
         return None
 
-    def take_asked(self) -> Asked | None:
-        """Return the request for the file's beginning, once."""
-        asked, self.asked = self.asked, None
-        return asked
-
     def drop_opened(self) -> None:
         """Let go of the file's beginning: somebody else brings it."""
-        if (asked := self.take_asked()) is not None:
-            asked.close()
         if self.opened is not None:
             self.opened[0].close()
             self.opened = None

@@ -4,10 +4,6 @@ A request takes as much as leaves every connection another one (guided self-sche
 few requests wait for an answer and all connections end together. Whoever finds nothing left takes
 over from a connection that is slow: half of what it has still to bring, or all of it where it has
 as good as stopped.
-
-A connection whose range is about to end may ask for the next one already. That lies in front of all
-others when the range has ended, for whoever is the first to be free, and it is taken back where the
-connection turns out to be slow.
 """
 
 from __future__ import annotations
@@ -17,10 +13,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from loader.fetch.claim import Ahead, Claim
+from loader.fetch.claim import Claim
 from loader.fetch.missing_ranges import Range, guided_bytes, unit_end
 from loader.fetch.part import PartFile
-from loader.stores.base import Asked, Opened
 
 _SLOW_S = 0.25  # what a claim would still take, for its rest to be shared
 _STALLED_S = 2.0  # without a byte, doubled each time that the same bytes stall
@@ -44,7 +39,6 @@ class Schedule:
         self._begin = begin
         self._range_bytes = range_bytes
         self._holes: deque[tuple[PartFile, Range]] = deque()
-        self._asked: deque[Ahead] = deque()  # holes whose bytes have been asked for
         self._waiting = deque(parts)
         self._elsewhere: deque[PartFile] = deque()
         self._beginning = 0
@@ -58,8 +52,6 @@ class Schedule:
         with self.turn:
             self._stopped = True
             claims = tuple(self.active)
-            while self._asked:
-                self._asked.pop().drop()
             self.turn.notify_all()
         for claim in claims:
             claim.cease()
@@ -94,17 +86,12 @@ class Schedule:
                 if len(self.active) + self._beginning >= self.limit:
                     self.turn.wait()
                     continue
-                claim = None
-                if not self._is_opened():
-                    claim = self._deal()
-                    if claim is None and not self._can_begin():
-                        if self._take_back():
-                            continue
-                        claim = self._take_over()
+                claim = None if self._is_opened() else self._deal()
                 if claim is None and (self._is_opened() or self._can_begin()):
                     claim = self._begin_next()
                     if claim is None:
                         continue
+                claim = claim or self._take_over()
                 if claim is not None:
                     self.active.add(claim)
                     return claim
@@ -121,82 +108,12 @@ class Schedule:
             self.active.discard(claim)
             self._ended_bytes += claim.place - claim.start
             self._ended_s += time.monotonic() - claim.began
-            self._give_back(claim)
             self.turn.notify_all()
-
-    def look_ahead(self, claim: Claim) -> Ahead | None:
-        """Return what the connection of *claim*, which is about to end, is to bring next.
-
-        It is kept for it until ``done`` or until it is taken back. None where nothing is left.
-        """
-        with self.turn:
-            crowded = len(self.active) + self._beginning > self.limit
-            if self._stopped or crowded or claim.ahead is not None or self._is_opened():
-                return None
-            if self._holes:
-                claim.ahead = Ahead(*self._cut())
-            elif self._waiting and not self._waiting[0].is_seen:
-                claim.ahead = Ahead(self._waiting.popleft(), None)
-            return claim.ahead
-
-    def note_asked(self, claim: Claim, ahead: Ahead, asked: Asked) -> None:
-        """Say that what was kept for *claim* has been asked for."""
-        with self.turn:
-            if claim.ahead is ahead:
-                ahead.asked = asked
-                return
-        asked.close()
-
-    def give_back(self, claim: Claim) -> None:
-        """Let others bring what was kept for *claim*, whose connection has failed."""
-        with self.turn:
-            self._give_back(claim)
-            self.turn.notify_all()
-
-    def _give_back(self, claim: Claim) -> None:
-        ahead, claim.ahead = claim.ahead, None
-        if ahead is None:
-            return
-        if self._stopped:
-            ahead.drop()
-        if ahead.hole is None:
-            ahead.part.asked = ahead.asked
-            self._waiting.appendleft(ahead.part)
-            return
-        self._left_bytes += ahead.hole.size_bytes
-        if ahead.asked is not None:
-            self._asked.append(ahead)
-        else:
-            self._holes.appendleft((ahead.part, ahead.hole))
-
-    def _take_back(self) -> bool:
-        """Take back what is kept for a connection that will not come to it soon."""
-        now = time.monotonic()
-        for claim in self.active:
-            slow = claim.seconds_left(now) >= _SLOW_S or _is_stalled(claim, now)
-            if claim.ahead is not None and slow:
-                claim.ahead.drop()
-                self._give_back(claim)
-                return True
-        return False
 
     def _deal(self) -> Claim | None:
-        asked: Asked | None = None
-        if self._asked:
-            ahead = self._asked.popleft()
-            part, asked = ahead.part, ahead.asked
-            assert ahead.hole is not None
-            hole = ahead.hole
-            self._left_bytes -= hole.size_bytes
-        elif self._holes:
-            part, hole = self._cut()
-        else:
+        """Return as much of the first hole as one request is to bring, None where there is none."""
+        if not self._holes:
             return None
-        now = time.monotonic()
-        return Claim(part, hole.start, hole.end, self._unit(part), now, asked=asked)
-
-    def _cut(self) -> tuple[PartFile, Range]:
-        """Take as much of the first hole as one request is to bring."""
         part, hole = self._holes[0]
         size, unit = hole.size_bytes, self._unit(part)
         if part.info.ranges:
@@ -204,13 +121,13 @@ class Schedule:
             size = guided_bytes(size, self._left_bytes, self.limit, max(unit, whole))
             size = unit_end(hole.start, hole.start + size, whole) - hole.start
             size = min(size, hole.size_bytes)
-        taken = Range(hole.start, hole.start + size)
-        if size == hole.size_bytes:
+        end = hole.start + size
+        if end == hole.end:
             self._holes.popleft()
         else:
-            self._holes[0] = (part, Range(taken.end, hole.end))
+            self._holes[0] = (part, Range(end, hole.end))
         self._left_bytes -= size
-        return part, taken
+        return Claim(part, hole.start, end, unit, time.monotonic())
 
     def _unit(self, part: PartFile) -> int:
         """Return how many bytes of a file the journal takes at a time."""
@@ -219,7 +136,7 @@ class Schedule:
     def _is_opened(self) -> bool:
         """Return whether the next file's bytes are on their way already."""
         first = self._waiting[0] if self._waiting else None
-        return first is not None and (first.opened is not None or first.asked is not None)
+        return first is not None and first.opened is not None
 
     def _can_begin(self) -> bool:
         if self._waiting:
@@ -266,7 +183,7 @@ class Schedule:
         self._holes.extend(holes)
         self._left_bytes -= end
         now, unit = time.monotonic(), self._unit(part)
-        return Claim(part, 0, end, unit, now, asked=Opened(stream))
+        return Claim(part, 0, end, unit, now, opened=stream)
 
     def _take_over(self) -> Claim | None:
         """Return what a slow worker's claim is lightened by, None where nobody is slow."""

@@ -162,7 +162,7 @@ def _fetch(
     parts = opening.run(left, arrivals.stop)
     pace.begin_again(options.concurrency if opening.is_far else FIRST, time.monotonic())
     see = partial(opening.see, halt=arrivals.stop)
-    download.run(parts, store, reused, pace, see, opening.ask_next)
+    download.run(parts, store, reused, pace, see)
     check_still(folders)
     files = tuple(arrivals.file(a.path) for a in manifest.files)
     fetched_bytes = sum(part.fetched_bytes for part in parts)

@@ -22,7 +22,7 @@ from loader.fetch.progress import Progress
 from loader.fetch.schedule import Schedule
 from loader.fetch.stopping import StoppedError
 from loader.retry import Tries, retrying
-from loader.stores.base import Asked, ByteStream, Store
+from loader.stores.base import ByteStream, Store
 
 _BUFFER_BYTES = 3 << 19  # a larger one leaves a processor's cache, a smaller one takes more reads
 _BUFFERS_BYTES = 24 << 20  # of all threads together, somewhat more where they are very many
@@ -46,12 +46,10 @@ class Events:
     """What a transfer asks of those around it, on any thread.
 
     ``begin`` takes a part's lock and finds what is missing of it, False where another process has
-    the lock. ``ask_next`` asks for the beginning of a part that is not begun, behind a stream.
-    ``arrived`` is told of every part that is whole. ``stop`` ends the transfer.
+    the lock. ``arrived`` is told of every part that is whole. ``stop`` ends the transfer.
     """
 
     begin: Callable[[PartFile], bool]
-    ask_next: Callable[[ByteStream, PartFile], Asked | None]
     arrived: Callable[[PartFile], None]
     progress: Progress
     stop: threading.Event
@@ -201,7 +199,6 @@ class _Worker:
                 raise StoppedError from None
             if claim.is_over():  # taken over by another worker, which ended the stream
                 return
-            self._schedule.give_back(claim)
             tries.note(claim.place, error)
             if isinstance(error, TransientError):
                 self._events.progress.retry(claim.part.artifact.path, error.what)
@@ -213,11 +210,8 @@ class _Worker:
         if claim.is_over():
             return
         part = claim.part
-        asked = claim.take_asked()
-        stream = (
-            asked.stream()
-            if asked is not None
-            else self._store.open_range(part.artifact, claim.place, claim.end, part.info)
+        stream = claim.take_opened() or self._store.open_range(
+            part.artifact, claim.place, claim.end, part.info
         )
         with contextlib.closing(stream):
             claim.stream = stream
@@ -227,7 +221,6 @@ class _Worker:
                 claim.stream = None
 
     def _drain(self, claim: Claim, stream: ByteStream) -> None:
-        is_ending: Callable[[int], bool] | None = getattr(stream, "is_ending", None)
         while (wanted := claim.wanted()) > 0:
             if self._halt.is_set():
                 raise StoppedError
@@ -239,24 +232,6 @@ class _Worker:
                 raise claim.part.ended_early(claim.place, claim.end)
             count = claim.put(self._buffer[:count], now)
             self._tell(claim, count)
-            if is_ending is not None and is_ending(claim.end - claim.place):
-                self._ask_next(claim, stream)
-
-    def _ask_next(self, claim: Claim, stream: ByteStream) -> None:
-        """Ask for what comes next on the stream's connection, so that it follows at once."""
-        ahead = self._schedule.look_ahead(claim)
-        if ahead is None:
-            return
-        part, hole = ahead.part, ahead.hole
-        try:
-            if hole is None:
-                asked = self._events.ask_next(stream, part)
-            else:
-                asked = self._store.ask_next(stream, part.artifact, hole.start, hole.end, part.info)
-        except LoaderError:  # who brings it asks for it anew, and will say so
-            return
-        if asked is not None:
-            self._schedule.note_asked(claim, ahead, asked)
 
     def _tell(self, claim: Claim, count: int) -> None:
         self.bytes += count

@@ -1,18 +1,11 @@
-"""Answers on their way: bodies, and requests whose answer is taken later.
-
-A request may be sent on a connection while the body before it still comes (HTTP/1.1 pipelining,
-one deep), so that its answer follows that body at once. RFC 9112, 9.3.2: an origin answers in
-turn. Where it does not, or the connection ends, the request is asked anew on another one.
-"""
+"""Requests in flight, and the bodies of their answers."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import socket
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from loader.errors import FetchError, TransientError
@@ -26,16 +19,14 @@ from loader.http.response import Answer
 from loader.http.sockets import PlainSocket
 from loader.http.statuses import translate
 
-_FAR_S = 0.005  # from a request to its answer: nearer ones are not worth asking ahead of
 _READ_BYTES = 64 << 10
-_READ_S = 0.02  # what a read takes, see ``sockets``
 
 
 @dataclass(slots=True)
-class Sent:
-    """A request that is on its way, on a connection that was made for it or kept from another.
+class InFlight:
+    """A request whose answer has not been read.
 
-    ``is_next``: it was sent while the body before it came.
+    ``is_kept``: it was sent on a connection that had borne another one.
     """
 
     connection: Connection
@@ -43,48 +34,14 @@ class Sent:
     url: str = field(repr=False)
     message: bytes = field(repr=False)
     is_kept: bool
-    is_next: bool = False
-    at: float = 0.0
-
-
-class Asked:
-    """A request whose answer is taken later. Take it or close it, on any thread.
-
-    ``stream`` waits for the answer and returns its body. Raises as ``HttpClient.get`` does.
-    """
-
-    def __init__(self, take: Callable[[Sent | None], HttpStream], sent: Sent) -> None:
-        self.stream: Callable[[], HttpStream] = lambda: take(self._take_sent())
-        self._sent = sent
-        self._lock = threading.Lock()
-        self._is_turn = not sent.is_next  # the connection has no body before the answer
-        self._is_lost = False
 
     def abort(self) -> None:
         """Make a wait for the answer, in another thread, fail now."""
-        if self._is_turn:
-            shut(self._sent.connection.sock)
+        shut(self.connection.sock)
 
     def close(self) -> None:
         """Drop the connection: the answer is not wanted any more."""
-        with self._lock:
-            self._is_lost = True
-            if self._is_turn:
-                self._sent.connection.close()
-
-    def come(self, *, in_turn: bool) -> None:
-        """Note that the body before it has ended; *in_turn*: it was read to its last byte."""
-        with self._lock:
-            self._is_turn = True
-            self._is_lost |= not in_turn
-            if self._is_lost:
-                self._sent.connection.close()
-
-    def _take_sent(self) -> Sent | None:
-        """Return what was sent, None where no answer is to be had by it."""
-        with self._lock:
-            self._is_lost |= not self._is_turn
-            return None if self._is_lost else self._sent
+        self.connection.close()
 
 
 class HttpStream:
@@ -97,7 +54,7 @@ class HttpStream:
     def __init__(
         self,
         pool: Pool,
-        sent: Sent,
+        sent: InFlight,
         answer: Answer,
         info: ObjectInfo,
         wanted: Wanted,
@@ -106,13 +63,12 @@ class HttpStream:
         self._pool = pool
         self._origin = sent.origin
         self._connection = sent.connection
-        self._is_first = not (sent.is_kept or sent.is_next)
+        self._is_first = not sent.is_kept
         self._answer = answer
         self._url = url
         self._began = time.monotonic()
         self._patience_s = pool.patience_s(url)
         self._waited_s, self._brought = 0.0, 0
-        self._next: Asked | None = None
         self._coding = content_coding(answer.fields)
         # Where no length is told, but the size of what all of this is.
         tells = answer.length is not None or info.ranges or not wanted.is_sized
@@ -136,7 +92,6 @@ class HttpStream:
         try:
             count = answer.readinto(buffer)
         except (OSError, AnswerError) as error:
-            self._blame()
             known = translate(error, self._url)
             if isinstance(error, TimeoutError) and isinstance(known, TransientError):
                 raise self._too_slow(known) from None
@@ -144,7 +99,6 @@ class HttpStream:
         finally:
             sock.deadline = math.inf
         if not count and answer.left:
-            self._blame()
             raise TransientError(
                 "the body ended before its length",
                 where=self._url,
@@ -179,7 +133,7 @@ class HttpStream:
 
     def _check_end(self) -> None:
         """Raise TransientError where it is not sure that this was the answer to what was asked."""
-        if self._next is None and self._answer.is_ahead:
+        if self._answer.is_ahead:
             self._pool.isolate(self._origin)
             raise TransientError(
                 "the origin sent more answers than it was asked for", where=self._url
@@ -207,38 +161,6 @@ class HttpStream:
                 next_step="get a new listing",
             )
 
-    def is_ending(self, wanted: int) -> bool:
-        """Return whether the next request, sent now, would be answered at this body's end.
-
-        *wanted* bytes will be read. Only once, and where that is worth it: the way is far, and the
-        connection will bear another request.
-        """
-        length, left = self._answer.length, self._answer.left
-        if self._next is not None or self._answer.will_close or self._answer.is_ahead:
-            return False
-        if not length or not left or left != wanted:
-            return False
-        latency_s = self._pool.latency_s(self._origin)
-        spent_s = time.monotonic() - self._began
-        return latency_s >= _FAR_S and left * spent_s <= (length - left) * (latency_s + _READ_S)
-
-    def send_next(self, origin: Origin, url: str, message: bytes) -> Sent | None:
-        """Send the next request on this connection; None where it leads elsewhere, or has ended.
-
-        What is returned is to become an ``Asked`` that ``follow_with`` is told of.
-        """
-        if origin != self._origin or self._next is not None:
-            return None
-        try:
-            self._connection.sock.sendall(message)
-        except OSError:  # what is left of the body will tell
-            return None
-        return Sent(self._connection, origin, url, message, is_kept=True, is_next=True)
-
-    def follow_with(self, asked: Asked) -> None:
-        """Let *asked* have the connection when this body has ended."""
-        self._next = asked
-
     def count(self) -> int:
         """Read the whole body and return how long it is."""
         buffer, total = memoryview(bytearray(_READ_BYTES)), 0
@@ -265,10 +187,7 @@ class HttpStream:
         answer, connection = self._answer, self._connection
         whole = answer.left == 0
         answer.close()
-        following, self._next = self._next, None
-        if following is not None:
-            following.come(in_turn=whole)
-        elif whole and not answer.is_ahead and not answer.will_close:
+        if whole and not answer.is_ahead and not answer.will_close:
             self._pool.give_back(self._origin, connection)
         else:
             if whole and answer.is_ahead:
@@ -278,11 +197,6 @@ class HttpStream:
     def abort(self) -> None:
         """Make a read that waits in another thread fail now."""
         shut(self._connection.sock)
-
-    def _blame(self) -> None:
-        """A body that breaks off behind a request that was sent ahead may do so because of it."""
-        if self._next is not None:
-            self._pool.distrust(self._origin)
 
 
 def shut(sock: PlainSocket) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import re
 import ssl
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,14 +17,10 @@ from pathlib import Path
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from loader.errors import (
-    ChangedError,
-    DeniedError,
-    ExpiredError,
     FetchError,
-    TransientError,
 )
 from loader.http.addresses import is_link_local
-from loader.http.body import Asked, HttpStream, Sent, drop
+from loader.http.body import HttpStream, InFlight, drop
 from loader.http.connection import Connection, connect
 from loader.http.grammar import AnswerError
 from loader.http.objects import ObjectInfo
@@ -53,7 +48,6 @@ from loader.http.trust import Trust
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 _SITE = re.compile(r"https?://[^/?#]+(?=/)")
-_NEXT_S = 2.0  # for the answer to a request that was sent ahead, from the end of the body before it
 _STALE = (ConnectionError, ssl.SSLEOFError, AnswerError)  # nothing that a new connection has to be
 
 
@@ -116,50 +110,16 @@ class HttpClient:
         wanted = Wanted(span, version, size_bytes, is_sized)
         return self._ask(Request("GET", headers or {}), url, wanted)
 
-    def ask(self, url: str, *, span: tuple[int, int], size_bytes: int | None = None) -> Asked:
-        """Send what ``get`` sends, and leave the answer for later. Raises as it does."""
+    def send(self, url: str, *, span: tuple[int, int]) -> InFlight:
+        """Send what ``get`` sends, for ``receive``. Raises as ``get`` does."""
+        return self._send(Request("GET", range_headers(span, None)), url)
+
+    def receive(
+        self, sent: InFlight, url: str, *, span: tuple[int, int], size_bytes: int | None = None
+    ) -> HttpStream:
+        """Return the body that answers what was *sent* to *url*. Raises as ``get`` does."""
         wanted = Wanted(span, None, size_bytes, is_sized=True)
-        sent = self._send(Request("GET", range_headers(span, None)), url)
-        return Asked(lambda sent: self._ask(Request("GET", {}), url, wanted, sent), sent)
-
-    def ask_next(
-        self,
-        stream: HttpStream,
-        url: str,
-        *,
-        span: tuple[int, int],
-        version: ObjectInfo | None,
-        size_bytes: int | None = None,
-    ) -> Asked | None:
-        """Send what ``get`` sends on *stream*'s connection, to be answered behind its body.
-
-        None where that cannot be, or has failed with this origin before. A request that is not
-        answered as it should be, behind another one, is asked once more, alone.
-        """
-        origin, target = self._place(url)
-        if not self._pool.is_trusted(origin):
-            return None
-        request = Request("GET", {})
-        head = Request("GET", range_headers(span, version))
-        sent = stream.send_next(origin, url, write_message(head, origin, target, url))
-        if sent is None:
-            return None
-        wanted = Wanted(span, version, size_bytes, is_sized=True)
-
-        def take(sent: Sent | None) -> HttpStream:
-            try:
-                return self._ask(request, url, wanted, sent)
-            except (TransientError, DeniedError, ExpiredError, ChangedError):
-                raise
-            except FetchError:
-                if sent is None:
-                    raise
-                self._pool.distrust(origin)
-            return self._ask(request, url, wanted)
-
-        asked = Asked(take, sent)
-        stream.follow_with(asked)
-        return asked
+        return self._ask(Request("GET", {}), url, wanted, sent)
 
     def head(self, url: str, *, headers: Mapping[str, str] | None = None) -> ObjectInfo:
         """Return what *url* is, without its body. Raises as ``get`` does."""
@@ -172,7 +132,7 @@ class HttpClient:
         return self._ask(Request("POST", headers, body), url, Wanted())
 
     def _ask(
-        self, request: Request, url: str, wanted: Wanted, sent: Sent | None = None
+        self, request: Request, url: str, wanted: Wanted, sent: InFlight | None = None
     ) -> HttpStream:
         """Return the body of *url*, by the request that was *sent* already or by one sent here."""
         first, headers = url, request.headers
@@ -209,7 +169,7 @@ class HttpClient:
         return stream
 
     def _ask_size(
-        self, request: Request, url: str, wanted: Wanted, got: Sent, answer: Answer
+        self, request: Request, url: str, wanted: Wanted, got: InFlight, answer: Answer
     ) -> HttpStream:
         """Return the body once more, when all of it has been read to find out how long it is."""
         if request.method != "GET" or wanted.version is not None:
@@ -228,7 +188,7 @@ class HttpClient:
         """Close every idle connection."""
         self._pool.close()
 
-    def _send(self, request: Request, url: str) -> Sent:
+    def _send(self, request: Request, url: str) -> InFlight:
         origin, target = self._place(url)
         message = write_message(request, origin, target, url)
         kept = self._pool.take(origin)
@@ -236,7 +196,7 @@ class HttpClient:
             # The origin may have closed it meanwhile: that is no failure, and asked anew at once.
             try:
                 kept.sock.sendall(message)
-                return Sent(kept, origin, url, message, is_kept=True, at=time.monotonic())
+                return InFlight(kept, origin, url, message, is_kept=True)
             except _STALE:
                 kept.close()
             except BaseException as error:
@@ -244,7 +204,7 @@ class HttpClient:
                 raise translate(error, url) from None
         return self._send_anew(origin, url, message)
 
-    def _send_anew(self, origin: Origin, url: str, message: bytes) -> Sent:
+    def _send_anew(self, origin: Origin, url: str, message: bytes) -> InFlight:
         connection: Connection | None = None
         try:
             try:
@@ -260,24 +220,14 @@ class HttpClient:
             if connection is not None:
                 connection.close()
             raise translate(error, url, origin.proxy) from None
-        return Sent(connection, origin, url, message, is_kept=False, at=time.monotonic())
+        return InFlight(connection, origin, url, message, is_kept=False)
 
-    def _receive(self, sent: Sent, method: str, wanted: Wanted) -> tuple[Sent, Answer]:
-        stall_s = self._options.stall_timeout_s
+    def _receive(self, sent: InFlight, method: str, wanted: Wanted) -> tuple[InFlight, Answer]:
         try:
-            if sent.is_next:
-                sent.connection.sock.settimeout(min(_NEXT_S, stall_s))
-            answer = sent.connection.take_answer(method, sent.url, wanted)
-            if sent.is_next:
-                sent.connection.sock.settimeout(stall_s)
-            else:
-                self._pool.note_latency(sent.origin, time.monotonic() - sent.at)
-            return sent, answer
+            return sent, sent.connection.take_answer(method, sent.url, wanted)
         except BaseException as error:
             sent.connection.close()
-            if sent.is_next and isinstance(error, OSError | AnswerError):
-                self._pool.distrust(sent.origin)
-            elif not sent.is_kept or not isinstance(error, _STALE):
+            if not sent.is_kept or not isinstance(error, _STALE):
                 raise translate(error, sent.url) from None
         anew = self._send_anew(sent.origin, sent.url, sent.message)
         return self._receive(anew, method, wanted)

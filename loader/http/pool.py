@@ -22,8 +22,6 @@ class Pool:
         self._lock = threading.Lock()
         self._closed = False
         self._idle: dict[Origin, list[Connection]] = {}
-        self._latency_s: dict[Origin, float] = {}  # the shortest so far
-        self._alone: set[Origin] = set()  # that are asked nothing ahead
         self._isolated: set[Origin] = set()  # whose connections bear one request
         self._slow: dict[str, int] = {}  # how often a URL's bodies were
 
@@ -56,25 +54,8 @@ class Pool:
             for connection in connections:
                 connection.close()
 
-    def note_latency(self, origin: Origin, seconds: float) -> None:
-        """Take note of how long an answer took to begin."""
-        self._latency_s[origin] = min(self._latency_s.get(origin, seconds), seconds)
-
-    def latency_s(self, origin: Origin) -> float:
-        """Return the shortest time that an answer took, 0 where none is to be asked for ahead."""
-        return 0.0 if origin in self._alone else self._latency_s.get(origin, 0.0)
-
-    def is_trusted(self, origin: Origin) -> bool:
-        """Return whether it may be asked for something ahead."""
-        return origin not in self._alone
-
-    def distrust(self, origin: Origin) -> None:
-        """Ask nothing ahead of it any more."""
-        self._alone.add(origin)
-
     def isolate(self, origin: Origin) -> None:
         """Let each connection bear one request: it sends what nobody asked for."""
-        self.distrust(origin)
         self._isolated.add(origin)
 
     def patience_s(self, url: str) -> float:

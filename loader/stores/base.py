@@ -13,9 +13,7 @@ from loader.types import Artifact
 class ByteStream(Protocol):
     """The bytes of one range, in order. Close it, read to its end or not.
 
-    One that can has ``abort()``, which makes a read that waits in another thread fail at once, and
-    ``is_ending(wanted)``: whether it is time for ``Store.ask_next``, where all that is still to be
-    read are *wanted* bytes.
+    One that can has ``abort()``, which makes a read that waits in another thread fail at once.
     """
 
     @property
@@ -33,49 +31,18 @@ class ByteStream(Protocol):
         """Give the connection back, or drop it where bytes are left."""
 
 
-class Asked(Protocol):
-    """A request whose answer is taken later. Take it or close it."""
-
-    @property
-    def stream(self) -> Callable[[], ByteStream]:
-        """What waits for the answer and returns its body."""
-
-    def abort(self) -> None:
-        """Make a wait for the answer, in another thread, fail at once where that can be done."""
-
-    def close(self) -> None:
-        """Let go of it: its answer is not wanted any more."""
-
-
 @dataclass(frozen=True, slots=True)
-class Unasked:
-    """A request that is sent when its answer is taken: not every driver can do both apart."""
+class PendingResponse:
+    """A request whose response is read later. Read it or close it, on any thread.
 
-    stream: Callable[[], ByteStream]
+    ``receive`` waits for it and returns its body; ``abort`` makes a wait in another thread fail at
+    once; ``close`` drops it. A driver that cannot send first and read later does both in
+    ``receive``, and has nothing to abort.
+    """
 
-    def abort(self) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A stream that is there, in the place of a request for it."""
-
-    body: ByteStream
-
-    def stream(self) -> ByteStream:
-        """Return it."""
-        return self.body
-
-    def abort(self) -> None:
-        """Do nothing: nobody waits for it."""
-
-    def close(self) -> None:
-        """Close it."""
-        self.body.close()
+    receive: Callable[[], ByteStream]
+    abort: Callable[[], None] = lambda: None
+    close: Callable[[], None] = lambda: None
 
 
 class Store(Protocol):
@@ -100,22 +67,8 @@ class Store(Protocol):
             TransientError: asking again may help.
         """
 
-    def ask_first(self, artifact: Artifact, end: int) -> Asked:
-        """Ask what ``open_first`` asks, and leave the answer for later. Raises as it does."""
-
-    def ask_next(
-        self,
-        stream: ByteStream,
-        artifact: Artifact,
-        start: int,
-        end: int,
-        version: ObjectInfo | None,
-    ) -> Asked | None:
-        """Ask for what is to be read when *stream* has ended, on its connection.
-
-        That is what ``open_range`` returns, or ``open_first`` where *version* is None. None where
-        it cannot be asked for so soon. Its answer may be taken as soon as *stream* is closed.
-        """
+    def send_first(self, artifact: Artifact, end: int) -> PendingResponse:
+        """Send what ``open_first`` sends, and leave its response for later. Raises as it does."""
 
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo

@@ -21,7 +21,7 @@ from loader.errors import (
     TransientError,
 )
 from loader.http.objects import Checksum, ObjectInfo
-from loader.stores.base import ByteStream, Unasked
+from loader.stores.base import PendingResponse
 from loader.stores.job_folders import StoredFile
 from loader.types import Artifact
 
@@ -51,19 +51,9 @@ class FsspecStore:
         info = self.stat(artifact)
         return self.open_range(artifact, 0, min(end, info.size_bytes), info)
 
-    def ask_first(self, artifact: Artifact, end: int) -> Unasked:
+    def send_first(self, artifact: Artifact, end: int) -> PendingResponse:
         """Return what opens the bytes ``[0, end)`` of the version there is then."""
-        return Unasked(partial(self.open_first, artifact, end))
-
-    def ask_next(
-        self,
-        stream: ByteStream,
-        artifact: Artifact,
-        start: int,
-        end: int,
-        version: ObjectInfo | None,
-    ) -> None:
-        """Return None: a driver's requests are its own."""
+        return PendingResponse(partial(self.open_first, artifact, end))
 
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo

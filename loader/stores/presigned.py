@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from loader.errors import DeniedError, ExpiredError, FetchError, ListingError, LoaderError
-from loader.http.body import Asked, HttpStream
+from loader.http.body import HttpStream
 from loader.http.client import HttpClient
 from loader.http.objects import ObjectInfo
-from loader.stores.base import ByteStream
+from loader.stores.base import PendingResponse
 from loader.stores.listing import parse_listings
 from loader.stores.urls import SignedUrls
 from loader.types import Artifact, Listing
@@ -38,38 +38,19 @@ class PresignedStore:
 
     def open_first(self, artifact: Artifact, end: int) -> HttpStream:
         """Return the bytes ``[0, end)`` of the version there is now."""
-        return self.ask_first(artifact, end).stream()
+        return self._with_url(artifact, partial(self._get_first, artifact, end))
 
-    def ask_first(self, artifact: Artifact, end: int) -> Asked:
+    def send_first(self, artifact: Artifact, end: int) -> PendingResponse:
         """Ask for the bytes ``[0, end)`` of the version there is now."""
-        url, size_bytes = self._urls.current(artifact), artifact.size_bytes
-        asked = self._client.ask(url, span=(0, end), size_bytes=size_bytes)
+        url, span = self._urls.current(artifact), (0, end)
+        sent = self._client.send(url, span=span)
 
-        def again(newer: str) -> HttpStream:
-            return self._client.get(newer, span=(0, end), size_bytes=size_bytes)
+        def receive() -> HttpStream:
+            return self._client.receive(sent, url, span=span, size_bytes=artifact.size_bytes)
 
-        return self._with_renewal(asked, artifact, url, again)
-
-    def ask_next(
-        self,
-        stream: ByteStream,
-        artifact: Artifact,
-        start: int,
-        end: int,
-        version: ObjectInfo | None,
-    ) -> Asked | None:
-        """Ask for bytes on the connection of *stream*; see ``Store.ask_next``."""
-        url, size_bytes = self._urls.current(artifact), artifact.size_bytes
-        asked = ask_url_next(self._client, stream, url, start, end, version, size_bytes)
-        if asked is None:
-            return None
-
-        def again(newer: str) -> HttpStream:
-            if version is None:
-                return self._client.get(newer, span=(start, end), size_bytes=size_bytes)
-            return open_url(self._client, newer, start, end, version)
-
-        return self._with_renewal(asked, artifact, url, again)
+        again = partial(self._get_first, artifact, end)
+        renewing = partial(self._or_renewed, artifact, url, receive, again)
+        return PendingResponse(renewing, sent.abort, sent.close)
 
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo
@@ -87,12 +68,8 @@ class PresignedStore:
         """Drop every connection."""
         self._client.close()
 
-    def _with_renewal(
-        self, asked: Asked, artifact: Artifact, url: str, again: Callable[[str], HttpStream]
-    ) -> Asked:
-        """Let the answer to *asked* be that to a newer URL where *url* is refused by then."""
-        asked.stream = partial(self._or_renewed, artifact, url, asked.stream, again)
-        return asked
+    def _get_first(self, artifact: Artifact, end: int, url: str) -> HttpStream:
+        return self._client.get(url, span=(0, end), size_bytes=artifact.size_bytes)
 
     def _with_url(self, artifact: Artifact, ask: Callable[[str], _Out]) -> _Out:
         url = self._urls.current(artifact)
@@ -147,36 +124,6 @@ def open_url(client: HttpClient, url: str, start: int, end: int, version: Object
             "the origin does not honour ranges, so the file must be read from its start", where=url
         )
     stream = client.get(url, span=span, version=version, is_object=True)
-    return _with_ranges(stream, url, start, end, version)
-
-
-def ask_url_next(
-    client: HttpClient,
-    stream: ByteStream,
-    url: str,
-    start: int,
-    end: int,
-    version: ObjectInfo | None,
-    size_bytes: int | None = None,
-) -> Asked | None:
-    """Ask for what ``open_url`` returns, of any version where *version* is None, behind *stream*.
-
-    None where that cannot be.
-    """
-    if not isinstance(stream, HttpStream) or (version is not None and not version.ranges):
-        return None
-    asked = client.ask_next(stream, url, span=(start, end), version=version, size_bytes=size_bytes)
-    if asked is None or version is None:
-        return asked
-    take = asked.stream
-    asked.stream = lambda: _with_ranges(take(), url, start, end, version)
-    return asked
-
-
-def _with_ranges(
-    stream: HttpStream, url: str, start: int, end: int, version: ObjectInfo
-) -> HttpStream:
-    """Return *stream*, which has to be of a range where that was asked for."""
     whole = (start, end) == (0, version.size_bytes)
     if version.ranges and not stream.info.ranges and not whole:
         stream.close()

@@ -13,7 +13,7 @@ from loader.errors import ConfigError, ExpiredError, FetchError, ListingError, U
 from loader.http.client import HttpClient, HttpOptions
 from loader.http.objects import ObjectInfo
 from loader.retry import ask_again
-from loader.stores.base import Asked, ByteStream, Store
+from loader.stores.base import ByteStream, PendingResponse, Store
 from loader.stores.baseten import NAME as BASETEN
 from loader.stores.baseten import Api, JobFiles
 from loader.stores.fs import FsspecStore
@@ -126,20 +126,9 @@ class Stores:
         """Return the bytes ``[0, end)`` of the version there is. Raises as ``Store.open_first``."""
         return self._store(artifact).open_first(artifact, end)
 
-    def ask_first(self, artifact: Artifact, end: int) -> Asked:
-        """Ask what ``open_first`` asks, and leave the answer. Raises as ``Store.ask_first``."""
-        return self._store(artifact).ask_first(artifact, end)
-
-    def ask_next(
-        self,
-        stream: ByteStream,
-        artifact: Artifact,
-        start: int,
-        end: int,
-        version: ObjectInfo | None,
-    ) -> Asked | None:
-        """Ask for bytes on the connection of *stream*. See ``Store.ask_next``."""
-        return self._store(artifact).ask_next(stream, artifact, start, end, version)
+    def send_first(self, artifact: Artifact, end: int) -> PendingResponse:
+        """Send what ``open_first`` sends. Raises as ``Store.send_first`` does."""
+        return self._store(artifact).send_first(artifact, end)
 
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo

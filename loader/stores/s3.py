@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 
 from loader.config.credentials import S3Credentials, Secret
 from loader.errors import ExpiredError, FetchError, LoaderError, TransientError
-from loader.http.body import Asked, HttpStream
+from loader.http.body import HttpStream
 from loader.http.client import HttpClient
 from loader.http.objects import ObjectInfo
-from loader.stores.base import ByteStream, Unasked
+from loader.stores.base import PendingResponse
 from loader.stores.job_folders import StoredFile
-from loader.stores.presigned import ask_url_next, first_byte, open_url
+from loader.stores.presigned import first_byte, open_url
 from loader.stores.s3_errors import refusals_translated, translate_error
 from loader.types import Artifact
 
@@ -96,32 +96,9 @@ class S3Store:
         stream.info = replace(stream.info, ranges=True)
         return stream
 
-    def ask_first(self, artifact: Artifact, end: int) -> Unasked:
+    def send_first(self, artifact: Artifact, end: int) -> PendingResponse:
         """Return what opens the bytes ``[0, end)`` of the version there is then."""
-        return Unasked(partial(self.open_first, artifact, end))
-
-    def ask_next(
-        self,
-        stream: ByteStream,
-        artifact: Artifact,
-        start: int,
-        end: int,
-        version: ObjectInfo | None,
-    ) -> Asked | None:
-        """Ask for bytes on the connection of *stream*; a version that is not known takes more."""
-        if version is None:
-            return None
-        url = self._get_url(artifact)
-        asked = ask_url_next(self._client, stream, url, start, end, version)
-        if asked is None:
-            return None
-        asked.stream = partial(
-            self._with_url,
-            artifact,
-            lambda url: open_url(self._client, url, start, end, version),
-            first=asked.stream,
-        )
-        return asked
+        return PendingResponse(partial(self.open_first, artifact, end))
 
     def open_range(
         self, artifact: Artifact, start: int, end: int, version: ObjectInfo
@@ -210,19 +187,11 @@ class S3Store:
         except Exception as error:
             raise translate_error(error, SCHEME + path) from None
 
-    def _with_url(
-        self,
-        artifact: Artifact,
-        ask: Callable[[str], _Out],
-        first: Callable[[], _Out] | None = None,
-    ) -> _Out:
-        """Return what *ask* makes of a signed URL, of a new one where that has expired.
-
-        *first* is what was asked for already, by the URL at hand.
-        """
+    def _with_url(self, artifact: Artifact, ask: Callable[[str], _Out]) -> _Out:
+        """Return what *ask* makes of a signed URL, of a new one where that has expired."""
         with refusals_translated(artifact.url):
             try:
-                return first() if first is not None else ask(self._get_url(artifact))
+                return ask(self._get_url(artifact))
             except ExpiredError:
                 self._signed.pop(artifact.url, None)
             return ask(self._get_url(artifact))

@@ -55,7 +55,6 @@ RULES = {
     ],
     "more on a connection than was asked for, such as an answer twice": [
         "http/test_kept.py::test_what_nobody_asked_for_is_no_answer",
-        "http/test_kept.py::test_an_answer_that_was_asked_for_ahead",
         "http/test_kept.py::test_what_comes_to_an_idle_connection",
     ],
     "an answer that is not HTTP, as its RFCs have it": [
@@ -76,11 +75,6 @@ RULES = {
         "fetch/test_transfer.py::test_what_a_stalled_connection_owes_is_asked_for_elsewhere",
         "fetch/test_transfer.py::test_a_slow_connection_does_not_hold_the_end_back",
         "fetch/test_transfer.py::test_a_slow_connection_that_is_the_last_one_gives_way",
-    ],
-    "a request that was sent ahead, on a connection whose body had yet to end, and is not "
-    "answered behind it within 2 s, or wrongly": [
-        "stores/test_ahead.py::test_what_is_not_answered_is_asked_anew",
-        "http/test_proxies.py::test_a_plain_proxy_that_is_asked_ahead",
     ],
     "`Range` ignored from the start; neither `ETag` nor date, which would tie ranges together": [
         "fetch/test_refusals.py::test_what_has_no_version_comes_in_one_request",

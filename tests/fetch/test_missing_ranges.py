@@ -30,8 +30,8 @@ def test_what_an_earlier_run_left() -> None:
 
 
 def test_requests_are_large_first_and_small_at_the_end() -> None:
-    assert guided_bytes(1000, 1000, workers=2, range_bytes=10) == 40
-    assert guided_bytes(1000, 100, workers=2, range_bytes=10) == 20
+    assert guided_bytes(1000, 1000, workers=2, range_bytes=10) == 80
+    assert guided_bytes(1000, 100, workers=2, range_bytes=10) == 50
     assert guided_bytes(1000, 30, workers=2, range_bytes=10) == 10
     assert guided_bytes(11, 11, workers=2, range_bytes=10) == 11  # no request for one byte
     assert guided_bytes(4, 1000, workers=2, range_bytes=10) == 4

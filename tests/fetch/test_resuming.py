@@ -12,6 +12,7 @@ from loader.errors import FetchError
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest, Snapshot
+from tests.fetch.test_transfer import ended_after
 from tests.origin import Fault, FaultyHandler, FaultyOrigin, act, answer, ignore_range, status
 
 RANGE = 64 << 10
@@ -36,7 +37,7 @@ class Place:
 
     def break_off(self) -> None:
         """Fetch some ranges, but not all."""
-        self.origin.fail("big.bin", *[NOTHING] * 3, *[status(404)] * 9)
+        self.origin.fail("big.bin", NOTHING, ended_after(3 * RANGE), *[status(404)] * 9)
         with pytest.raises(FetchError):
             self.fetch()
         self.origin.faults.clear()

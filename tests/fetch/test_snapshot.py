@@ -32,7 +32,7 @@ from loader.fetch.stopping import StoppedError
 from loader.http.objects import ObjectInfo
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest, Snapshot
-from tests.fetch.test_transfer import Noted
+from tests.fetch.test_transfer import Noted, ended_after
 from tests.origin import (
     FaultyOrigin,
     act,
@@ -162,7 +162,7 @@ def test_a_refusal_ends_the_fetch_at_once(setup: Setup, code: int, kind: type) -
 
 
 def test_an_expired_url_keeps_what_arrived(setup: Setup) -> None:
-    setup.origin.fail("big.bin", *[act(lambda: None)] * 2, *[status(403)] * 4)
+    setup.origin.fail("big.bin", act(lambda: None), ended_after(4 * RANGE), *[status(403)] * 4)
     with pytest.raises(FetchError):
         setup.fetch(FetchOptions(concurrency=1, retries=0, range_bytes=RANGE))
     setup.origin.requests.clear()
@@ -178,7 +178,7 @@ def test_an_expired_url_keeps_what_arrived(setup: Setup) -> None:
 
 def test_an_object_that_changes_midway_is_never_mixed(setup: Setup) -> None:
     change = act(lambda: setup.origin.put("big.bin", BIG[::-1]))
-    setup.origin.fail("big.bin", *[act(lambda: None)] * 3, change)
+    setup.origin.fail("big.bin", act(lambda: None), ended_after(4 * RANGE), change)
     with pytest.raises(ChangedError):
         setup.fetch(FetchOptions(concurrency=1, retries=3, range_bytes=RANGE))
     assert not setup.final.exists()
@@ -303,8 +303,8 @@ def test_a_truncated_file_is_fetched_again(setup: Setup) -> None:
 
 
 def interrupted(setup: Setup) -> Path:
-    """Leave a part file with four whole ranges, of one request, and return it."""
-    setup.origin.fail("big.bin", *[act(lambda: None)] * 2, status(404))
+    """Leave a part file with four whole ranges, of one request that broke off, and return it."""
+    setup.origin.fail("big.bin", act(lambda: None), ended_after(4 * RANGE), status(404))
     with pytest.raises(FetchError):
         setup.fetch(FetchOptions(concurrency=1, retries=0, range_bytes=RANGE))
     return setup.root / ".podloader/files/job1/rank-0/big.bin.part"

@@ -6,6 +6,7 @@ import hashlib
 import random
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from loader.errors import FetchError
 from loader.fetch.missing_ranges import DoneRange
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.fetch.sums import Check, choose_check, usual_part_bytes
-from loader.http.body import Asked, HttpStream
+from loader.http.body import HttpStream
 from loader.http.client import HttpClient
 from loader.http.objects import Algorithm, Checksum, ObjectInfo
+from loader.stores.base import PendingResponse
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest
 from tests.fetch.test_transfer import ended_after
@@ -64,18 +66,9 @@ class TellingStore(PresignedStore):
         stream.info = replace(stream.info, checksums=self._sums)
         return stream
 
-    def ask_first(self, artifact: Artifact, end: int) -> Asked:
+    def send_first(self, artifact: Artifact, end: int) -> PendingResponse:
         """Leave the beginning, with the sums, for later."""
-        asked = super().ask_first(artifact, end)
-        take = asked.stream
-
-        def stream() -> HttpStream:
-            found = take()
-            found.info = replace(found.info, checksums=self._sums)
-            return found
-
-        asked.stream = stream
-        return asked
+        return PendingResponse(partial(self.open_first, artifact, end))
 
 
 @pytest.fixture

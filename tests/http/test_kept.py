@@ -169,42 +169,6 @@ def test_files_alike_are_asked_for_on_their_own() -> None:
         assert len(origin.requests) < 2 * len(FILES)
 
 
-@pytest.mark.parametrize("send", [once, twice, twice_apart, with_some_bytes])
-def test_an_answer_that_was_asked_for_ahead(
-    send: Send, transport: Transport, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    context, bundle = transport
-    monkeypatch.setattr("loader.http.body._FAR_S", 0.0)
-    first, second = b"1" * 200_000, b"2" * 200_000
-    head = b"HTTP/1.1 206 P\r\nContent-Range: bytes 0-199999/200000\r\n"
-    head += b"Content-Length: 200000\r\n\r\n"
-
-    def talk(sock: socket.socket, request: bytes) -> bool:
-        if b"first" in request:
-            sock.sendall(head + first[:100_000])
-            time.sleep(0.1)  # in which the next one is asked for
-            sock.sendall(first[100_000:])
-            if send is once:
-                return True
-        send(sock, head + (first if b"first" in request else second))
-        return True
-
-    options = HttpOptions(ca_bundle=bundle)
-    span = (0, 200_000)
-    with answering(talk, context) as origin, closing(HttpClient(options)) as client:
-        with closing(client.get(f"{origin.url}/first", span=span)) as stream:
-            buffer = memoryview(bytearray(200_000))
-            place = stream.readinto(buffer[:50_000])
-            asked = client.ask_next(stream, f"{origin.url}/second", span=span, version=None)
-            assert asked is not None
-            while place < len(buffer):
-                place += stream.readinto(buffer[place:])
-        assert bytes(buffer) == first
-        with closing(asked.stream()) as stream:
-            assert stream.read_all(1 << 20) == second
-        assert origin.connections == (1 if send is once else 2)
-
-
 def test_what_comes_to_an_idle_connection(transport: Transport) -> None:
     context, bundle = transport
     late = threading.Event()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import select
 import socket
 import ssl
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import BaseRequestHandler, ThreadingTCPServer
 from urllib.parse import urlsplit
@@ -68,26 +66,17 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class PlainProxy(Proxy):
-    """Forwards plain requests for every host to ``port``, from afar.
+    """Forwards plain requests for every host to ``port``."""
 
-    ``early`` counts requests that came while the body before them was sent. The proxy answers them
-    in turn; where it ``forgets``, they are lost.
-    """
-
-    def __init__(self, port: int, *, forgets: bool = False) -> None:
-        self.forgets = forgets
-        self.early = 0
+    def __init__(self, port: int) -> None:
         super().__init__(port, handler=_PlainHandler)
 
 
 class _PlainHandler(_Handler):
-    server: PlainProxy
-
     def do_GET(self) -> None:
-        """Forward, and look behind most of the body for another request."""
+        """Forward."""
         parts = urlsplit(self.path)
         self.server.asked.append((parts.netloc, self.headers["Proxy-Authorization"]))
-        time.sleep(0.02)
         own = {n: v for n, v in self.headers.items() if not n.startswith("Proxy-")}
         behind = http.client.HTTPConnection("127.0.0.1", self.server.port)
         behind.request("GET", f"{parts.path}?{parts.query}", headers=own)
@@ -98,14 +87,7 @@ class _PlainHandler(_Handler):
         for name, value in answer.getheaders():
             self.send_header(name, value)
         self.end_headers()
-        place = max(len(body) - (128 << 10), 0)
-        self.wfile.write(body[:place])
-        time.sleep(0.03)
-        if select.select([self.connection], [], [], 0)[0]:
-            self.server.early += 1
-            if self.server.forgets:
-                self.connection.recv(1 << 16)
-        self.wfile.write(body[place:])
+        self.wfile.write(body)
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""What S3 refuses, and what it is asked ahead: a service in front of moto's words the errors."""
+"""What S3 refuses: a service in front of moto's words the errors."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ from loader.errors import (
     FetchError,
     TransientError,
 )
-from loader.fetch.snapshot import FetchOptions, fetch
-from loader.http import body as bodies
-from loader.http.body import HttpStream
+from loader.fetch.snapshot import fetch
 from loader.stores.registry import Stores
 from loader.types import Artifact, Manifest
 from tests.stores import moto
@@ -161,32 +159,14 @@ def read(stream: Any) -> bytes:
     return bytes(content[:place])
 
 
-def ahead(stores: Stores, artifact: Artifact) -> bytes:
-    """Return the rest of the object, asked for while its beginning came."""
+def rest(stores: Stores, artifact: Artifact) -> bytes:
+    """Return the rest of the object, behind its beginning."""
     info = stores.stat(artifact)
-    stream = stores.open_range(artifact, 0, MIDDLE, info)
-    assert isinstance(stream, HttpStream)
-    assert stores.ask_next(stream, artifact, 0, 10, None) is None, "that may take more requests"
-    asked = stores.ask_next(stream, artifact, MIDDLE, len(CONTENT), info)
-    assert asked is not None
-    assert read(stream) == CONTENT[:MIDDLE]
-    return read(asked.stream())
+    assert read(stores.open_range(artifact, 0, MIDDLE, info)) == CONTENT[:MIDDLE]
+    return read(stores.open_range(artifact, MIDDLE, len(CONTENT), info))
 
 
-def test_the_next_range_is_asked_for_on_the_same_connection(
-    front: Front, stores: Stores, artifact: Artifact
-) -> None:
-    stores.open_range(artifact, 0, 10, stores.stat(artifact)).close()
-    before = front.connections
-    assert ahead(stores, artifact) == CONTENT[MIDDLE:]
-    assert front.connections <= before + 1
-    assert [span for _, span in front.asked[-2:]] == [
-        f"bytes=0-{MIDDLE - 1}",
-        f"bytes={MIDDLE}-{len(CONTENT) - 1}",
-    ]
-
-
-def test_an_early_request_whose_url_has_ended_is_signed_anew(
+def test_a_range_whose_url_has_ended_is_signed_anew(
     front: Front, stores: Stores, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: set[str] = set()
@@ -198,7 +178,7 @@ def test_an_early_request_whose_url_has_ended_is_signed_anew(
         return (400, "ExpiredToken") if target in ended else None
 
     front.refuse = refuse
-    assert ahead(stores, artifact) == CONTENT[MIDDLE:]
+    assert rest(stores, artifact) == CONTENT[MIDDLE:]
     first, second = (t for t, span in front.asked if span.startswith(f"bytes={MIDDLE}-"))
     assert first in ended
     assert second not in ended
@@ -213,35 +193,10 @@ def test_an_early_request_whose_url_has_ended_is_signed_anew(
         ((503, "SlowDown"), TransientError),
     ],
 )
-def test_an_early_request_that_is_refused(
+def test_a_range_that_is_refused(
     front: Front, stores: Stores, artifact: Artifact, refusal: Refusal, kind: type[FetchError]
 ) -> None:
     front.refuse = lambda _, span: refusal if span.startswith(f"bytes={MIDDLE}-") else None
     with pytest.raises(kind) as caught:
-        ahead(stores, artifact)
+        rest(stores, artifact)
     assert "Signature" not in str(caught.value)
-
-
-def test_a_fetch_from_afar(
-    front: Front,
-    stores: Stores,
-    artifact: Artifact,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(bodies, "_FAR_S", 0.0)
-    monkeypatch.setattr(bodies, "_READ_S", 1.0)
-    asked_early: list[tuple[int, int]] = []
-    ask_next = stores._s3.ask_next
-
-    def note(stream: Any, artifact: Artifact, start: int, end: int, version: Any) -> Any:
-        asked = ask_next(stream, artifact, start, end, version)
-        if asked is not None:
-            asked_early.append((start, end))
-        return asked
-
-    monkeypatch.setattr(stores._s3, "ask_next", note)
-    options = FetchOptions(concurrency=2, retries=0, range_bytes=1 << 18)
-    fetch(Manifest((artifact,)), tmp_path, stores, options)
-    assert (tmp_path / artifact.path).read_bytes() == CONTENT
-    assert asked_early

@@ -129,8 +129,8 @@ def test_a_listing_url_is_read_again_in_the_middle_of_a_transfer(
     assert len(again) == 1, "every thread read the listing for itself"
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["a range", "another file"])
-def test_an_early_request_whose_url_has_ended_is_asked_of_a_newer_one(
+@pytest.mark.parametrize("known", [True, False], ids=["a range", "a first request"])
+def test_a_request_whose_url_has_ended_is_asked_of_a_newer_one(
     origin: FaultyOrigin, stores: Stores, known: bool
 ) -> None:
     content = bytes(range(256)) * 8192
@@ -139,36 +139,29 @@ def test_an_early_request_whose_url_has_ended_is_asked_of_a_newer_one(
     info = stores.stat(artifact)
     origin.lifetime_s += 5  # another signature
     write_listing(origin, origin.root / "l.json")
-    stream = stores.open_range(artifact, 0, 1_000_000, info)
     origin.fail("/x", answer(400, EXPIRED))
-    asked = stores.ask_next(stream, artifact, 1_000_000, 1_500_000, info if known else None)
-    assert asked is not None
-    assert read_all(stream) == content[:1_000_000]
-    assert read_all(asked.stream()) == content[1_000_000:1_500_000]
-    assert [span for _, span in origin.requests[-3:]] == [
-        "bytes=1000000-1499999",
-        "",
-        "bytes=1000000-1499999",
-    ]
+    if known:
+        stream = stores.open_range(artifact, 0, 1_500_000, info)
+    else:
+        stream = stores.send_first(artifact, 1_500_000).receive()
+    assert read_all(stream) == content[:1_500_000]
+    spans = [span for _, span in origin.requests[-3:]]
+    assert spans == ["bytes=0-1499999", "", "bytes=0-1499999"]
     assert origin.requests[-2][0].endswith("l.json")
     newest = stores._signed._urls.current(artifact)
     assert newest != artifact.url
     assert path in newest
 
 
-def test_an_early_request_that_nobody_can_renew(
+def test_a_first_request_that_nobody_can_renew(
     origin: FaultyOrigin, stores: Stores, path: Path
 ) -> None:
     origin.put("x", bytes(2_000_000))
     artifact = read_one(stores, str(write_listing(origin, path)))
-    info = stores.stat(artifact)
-    stream = stores.open_range(artifact, 0, 1_000_000, info)
     origin.fail("/x", answer(400, EXPIRED))
-    asked = stores.ask_next(stream, artifact, 1_000_000, 2_000_000, info)
-    assert asked is not None
-    read_all(stream)
+    pending = stores.send_first(artifact, 1_000_000)
     with pytest.raises(ExpiredError, match="expired") as caught:
-        asked.stream()
+        pending.receive()
     assert "truss train get_checkpoint_urls" in caught.value.next_step
 
 
