@@ -15,8 +15,10 @@ JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # matched whole: it becomes 
 
 Algorithm = Literal["crc64nvme", "crc32c", "crc32", "sha256", "sha1", "md5"]
 
-# Names the Truss config to processes of vLLM's, which have no command line of ours.
+# To processes of vLLM's, which have no command line of ours: the Truss config's name, and that
+# weights may be followed as they arrive.
 CONFIG_VARIABLE = "PODLOADER_CONFIG"
+STREAM_VARIABLE = "PODLOADER_STREAM"
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,9 @@ class SlowFolder:
         folder.mkdir()
         weights = sorted(source.glob("*.safetensors"))
         self.small_files = {
-            path.name: path for path in source.iterdir() if path.is_file() and path not in weights
+            path.relative_to(source).as_posix(): path
+            for path in source.rglob("*")
+            if path.is_file() and path not in weights
         }
         self.heads: dict[str, Head] = {}
         self._tensors: dict[str, tuple[Path, TensorInfo]] = {}

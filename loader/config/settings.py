@@ -33,7 +33,7 @@ from loader.config.truss_config import (
 )
 from loader.config.values import Bytes, Words, read_value, show_value
 from loader.errors import ConfigError, redact
-from loader.types import CONFIG_VARIABLE, JOB_ID, TrainingCheckpoints
+from loader.types import CONFIG_VARIABLE, JOB_ID, STREAM_VARIABLE, TrainingCheckpoints
 
 CHECKPOINT_SCHEME = "checkpoint:"
 _PREFIX = "PODLOADER_"
@@ -448,7 +448,7 @@ def _given(
 def _environment(where: str) -> dict[str, Any]:
     known = {_PREFIX + name.upper() for name in setting_names()}
     given = [name for name in os.environ if name.upper().startswith(_PREFIX)]
-    given = [name for name in given if name != CONFIG_VARIABLE]
+    given = [name for name in given if name not in (CONFIG_VARIABLE, STREAM_VARIABLE)]
     if unknown := sorted(name for name in given if name.upper() not in known):
         raise ConfigError(
             f"{_PREFIX}* variables that are no settings",

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import os
 
-from loader.types import CONFIG_VARIABLE
+from loader.types import CONFIG_VARIABLE, STREAM_VARIABLE
 
 
 def register() -> None:
-    """Let this process's vLLM fetch adapters, where ``podloader serve`` asked for it."""
+    """Let this process's vLLM follow weights and fetch adapters, where podloader started it so."""
+    if os.environ.get(STREAM_VARIABLE):
+        from loader.serve.vllm.streamed_weights import register_load_format
+
+        register_load_format()
     if config := os.environ.get(CONFIG_VARIABLE):
         from loader.pod.live_adapters import teach_vllm
 

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -139,6 +140,20 @@ IMPORTED = {
     "set_current_vllm_config": Private("", ("vllm.config.vllm",)),
     "init_distributed_environment": Private("", ("vllm.distributed.parallel_state",)),
     "ensure_model_parallel_initialized": Private("", ("vllm.distributed.parallel_state",)),
+    # Weights as they arrive: a load format is registered by a class, and of vLLM's own only the
+    # reading of safetensors files is replaced.
+    "register_model_loader": Private("documented", ("vllm.model_executor.model_loader",)),
+    "DefaultModelLoader": Private(
+        "chooses the files, hands tensors over, checks that all came",
+        ("vllm.model_executor.model_loader.default_loader",),
+        ("_get_weights_iterator(source)", "load_config"),
+    ),
+    "safetensors_weights_iterator": Private(
+        "reads them", ("vllm.model_executor.model_loader.default_loader",), patched=True
+    ),
+    "should_skip_weight": Private(
+        "experts of other ranks", ("vllm.model_executor.model_loader.ep_weight_filter",)
+    ),
     # Reached into from this file alone.
     "ModelRegistry": Private(
         "looks at an architecture while its weights are on their way",
@@ -283,6 +298,7 @@ SPOKEN = {
     "vllm.general_plugins": "vllm.plugins",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "vllm.envs",
     "VLLM_WORKER_MULTIPROC_METHOD": "vllm.envs",
+    "VLLM_ENGINE_READY_TIMEOUT_S": "vllm.envs",
     "EngineCore": "vllm.v1.engine.utils",  # begins the name of the process that holds the model
 }
 
@@ -400,6 +416,21 @@ def process_context(make: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
         yield
     finally:
         module.get_mp_context = own  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def safetensors_read_by(read: Callable[..., Any]) -> Iterator[None]:
+    """Let what vLLM's loader makes in this block read files by ``read(own, …)``.
+
+    *own* is vLLM's iterator, the rest its arguments.
+    """
+    module = _module_of("safetensors_weights_iterator")
+    own = module.safetensors_weights_iterator
+    module.safetensors_weights_iterator = partial(read, own)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.safetensors_weights_iterator = own  # type: ignore[attr-defined]
 
 
 def close_sockets(engine: Any) -> None:
