@@ -48,6 +48,7 @@ from loader.http.trust import Trust
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 _SITE = re.compile(r"https?://[^/?#]+(?=/)")
+_DOCUMENT_BYTES = 64 << 20  # of a page of a listing, whose longest keys make up a few
 _STALE = (ConnectionError, ssl.SSLEOFError, AnswerError)  # nothing that a new connection has to be
 
 
@@ -130,6 +131,24 @@ class HttpClient:
     def post(self, url: str, body: bytes, *, headers: Mapping[str, str]) -> HttpStream:
         """Return what *url* answers to *body*. Raises as ``get`` does."""
         return self._ask(Request("POST", headers, body), url, Wanted())
+
+    def exchange(
+        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None = None
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """Return the status, the headers and the body of what *url* answers, whatever that is.
+
+        For libraries that speak a service's language and read its answers themselves. No redirect
+        is followed.
+
+        Raises:
+            FetchError: the answer is too long for a document, or in a coding that is not known.
+            TransientError: there is none, not all of it, or it comes too slowly.
+        """
+        request = Request(method, {"Accept-Encoding": "identity", **headers}, body)
+        got, answer = self._receive(self._send(request, url), method, Wanted())
+        stream = HttpStream(self._pool, got, answer, ObjectInfo(0), Wanted(), url)
+        with contextlib.closing(stream):
+            return answer.status, answer.fields, stream.read_all(_DOCUMENT_BYTES)
 
     def _ask(
         self, request: Request, url: str, wanted: Wanted, sent: InFlight | None = None

@@ -210,8 +210,5 @@ def _s3_options(settings: Settings) -> S3Options:
     return S3Options(
         endpoint_url=settings.s3_endpoint_url,
         credentials=settings.s3,
-        ca_bundle=settings.ca_bundle,
-        connect_timeout_s=settings.connect_timeout_s,
-        read_timeout_s=settings.stall_timeout_s,
         retries=settings.retries,
     )

@@ -1,20 +1,19 @@
 """S3 and what speaks like it: boto3 finds credentials, lists and signs; our own client reads.
 
 boto3 costs several times the CPU of a plain download, so bytes come through signed URLs, which are
-made when they are needed and made anew before they or their credentials end.
+made when they are needed and made anew before they or their credentials end. What boto3 itself asks
+for comes through that client, too: its own has a limit for each wait, and none for all of them.
 """
 
 from __future__ import annotations
 
+import io
 import logging
-import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from loader.config.credentials import S3Credentials, Secret
@@ -22,10 +21,11 @@ from loader.errors import ExpiredError, FetchError, LoaderError, TransientError
 from loader.http.body import HttpStream
 from loader.http.client import HttpClient
 from loader.http.objects import ObjectInfo
+from loader.retry import ask_again
 from loader.stores.base import PendingResponse
 from loader.stores.job_folders import StoredFile
 from loader.stores.presigned import first_byte, open_url
-from loader.stores.s3_errors import refusals_translated, translate_error
+from loader.stores.s3_errors import refusals_translated, translate_error, unanswered
 from loader.types import Artifact
 
 SCHEME = "s3://"
@@ -44,9 +44,6 @@ class S3Options:
 
     endpoint_url: str | None = None
     credentials: S3Credentials = field(default_factory=S3Credentials)
-    ca_bundle: Path | None = None
-    connect_timeout_s: float = 10.0
-    read_timeout_s: float = 30.0
     retries: int = 6
 
 
@@ -59,7 +56,6 @@ class S3Store:
         self._lock = threading.Lock()
         self._s3: dict[str | None, Any] = {}  # boto3's clients, by region
         self._regions: dict[str, str] = {}  # of buckets that lie in another one than was said
-        self._trusted: Any = None  # a file of certificates, while boto3 needs it
         self._signed: dict[str, tuple[str, float]] = {}  # URL and when to sign anew, by artifact
 
     def stat(self, artifact: Artifact) -> ObjectInfo:
@@ -115,9 +111,6 @@ class S3Store:
         """Drop every connection."""
         with self._lock:
             clients, self._s3 = list(self._s3.values()), {}
-            if self._trusted is not None:
-                self._trusted.close()
-                self._trusted = None
         for client in clients:
             client.close()
         self._client.close()
@@ -218,47 +211,42 @@ class S3Store:
         except Exception as error:
             raise translate_error(error, artifact.url) from None
 
+    def _answer(self, request: Any, **_: Any) -> Any:
+        """Return what is answered to a *request* of boto3's, read by the rules of every answer."""
+        from botocore.awsrequest import AWSResponse
+
+        headers = {
+            name: value.decode("latin-1") if isinstance(value, bytes) else str(value)
+            for name, value in request.headers.items()
+            if name.lower() != "host"  # which is told once
+        }
+        asked = partial(
+            self._client.exchange,
+            request.method,
+            request.url,
+            headers=headers,
+            body=request.body or None,
+        )
+        try:
+            status, fields, content = ask_again(asked, self._options.retries)
+        except TransientError as error:
+            raise unanswered(error) from None
+        response = AWSResponse(request.url, status, dict(fields), io.BytesIO(content))
+        response._content = content
+        return response
+
     def _s3_client(self, bucket: str) -> Any:
         region = self._regions.get(bucket)
         with self._lock:
             if region not in self._s3:
                 try:
-                    self._s3[region] = _connect(self._options, region, self._bundle())
+                    self._s3[region] = _connect(self._options, region, self._answer)
                 except Exception as error:
                     raise translate_error(error, self._options.endpoint_url or SCHEME) from None
             return self._s3[region]
 
-    def _bundle(self) -> str | None:
-        """Return a file of boto3's own authorities and ``ca_bundle``'s: boto3 takes one alone."""
-        if self._options.ca_bundle is None:
-            return None
-        if self._trusted is None:
-            from botocore.httpsession import get_cert_path
 
-            own = os.environ.get("AWS_CA_BUNDLE") or get_cert_path(True)
-            try:
-                self._trusted = tempfile.NamedTemporaryFile(prefix="podloader-", suffix=".pem")  # noqa: SIM115
-            except OSError as error:
-                raise FetchError(
-                    "there is no folder for a temporary file, which boto3 reads authorities from",
-                    got=error.strerror or str(error),
-                    next_step="set TMPDIR to a folder that can be written to",
-                ) from None
-            self._trusted.write(Path(own).read_bytes() + b"\n")
-            try:
-                self._trusted.write(self._options.ca_bundle.read_bytes())
-            except OSError as error:
-                raise FetchError(
-                    "the CA bundle cannot be read",
-                    where=str(self._options.ca_bundle),
-                    got=error.strerror or type(error).__name__,
-                    next_step="correct ca_bundle",
-                ) from None
-            self._trusted.flush()
-        return str(self._trusted.name)
-
-
-def _connect(options: S3Options, region: str | None, bundle: str | None) -> Any:
+def _connect(options: S3Options, region: str | None, answer: Callable[..., Any]) -> Any:
     import boto3
     from botocore.config import Config
 
@@ -269,18 +257,17 @@ def _connect(options: S3Options, region: str | None, bundle: str | None) -> Any:
         aws_session_token=_text(own.session_token),
         region_name=own.region,
     )
-    return session.client(
+    client = session.client(
         "s3",
         endpoint_url=options.endpoint_url,
         region_name=region or session.region_name or "us-east-1",
-        verify=bundle,
         config=Config(
             signature_version="s3v4",
-            connect_timeout=options.connect_timeout_s,
-            read_timeout=options.read_timeout_s,
             retries={"mode": "standard", "total_max_attempts": options.retries + 1},
         ),
     )
+    client.meta.events.register_first("before-send.s3", answer)
+    return client
 
 
 def _text(secret: Secret | None) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ssl
 from collections.abc import Iterator
 
 from loader.errors import ConfigError, DeniedError, ExpiredError, FetchError, TransientError
@@ -62,12 +61,6 @@ def translate_error(error: Exception, where: str) -> Exception:
             got=type(error).__name__,
             next_step="correct the bucket's name",
         )
-    if isinstance(error, exceptions.SSLError) and _is_untrusted(error.kwargs.get("error")):
-        return FetchError(
-            "the server's certificate is not trusted",
-            where=where,
-            next_step="set ca_bundle to the PEM file of the authority that signed it",
-        )
     if isinstance(error, exceptions.BotoCoreError | OSError):
         return TransientError(
             "S3 did not answer",
@@ -78,6 +71,17 @@ def translate_error(error: Exception, where: str) -> Exception:
             else "check s3_endpoint_url, and that this machine reaches it",
         )
     return error
+
+
+def unanswered(error: TransientError) -> TransientError:
+    """Return what to raise where a request of boto3's met *error* on its way."""
+    return TransientError(
+        "S3 did not answer",
+        where=error.where,
+        expected=error.expected,
+        got=", ".join(filter(None, (error.what, error.got))),
+        next_step="check s3_endpoint_url, and that this machine reaches it",
+    )
 
 
 @contextlib.contextmanager
@@ -102,18 +106,6 @@ def _expired(where: str, got: str) -> ExpiredError:
 
 def _denied(where: str, got: str) -> DeniedError:
     return DeniedError("S3 refuses access", where=where, got=got, next_step=_DENIED_STEP)
-
-
-def _is_untrusted(error: object) -> bool:
-    """Return whether *error*, of urllib3, is about a certificate; its text is not asked."""
-    seen = 0
-    while isinstance(error, BaseException) and seen < 10:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return True
-        inner = getattr(error, "reason", None)
-        error = inner if isinstance(inner, BaseException) else next(iter(error.args), None)
-        seen += 1
-    return False
 
 
 def _translate_code(code: str, status: int, where: str) -> FetchError:

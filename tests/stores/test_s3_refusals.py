@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import socket
 import ssl
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -23,8 +25,10 @@ from loader.errors import (
     TransientError,
 )
 from loader.fetch.snapshot import fetch
+from loader.http import pool
 from loader.stores.registry import Stores
 from loader.types import Artifact, Manifest
+from tests.http.raw import answering
 from tests.stores import moto
 from tests.stores.front import Front, Refusal
 from tests.stores.proxy import TlsFront
@@ -200,3 +204,52 @@ def test_a_range_that_is_refused(
     with pytest.raises(kind) as caught:
         rest(stores, artifact)
     assert "Signature" not in str(caught.value)
+
+
+SLOW = {
+    "a head": (b"HTTP/1.1 200 OK\r\nA: ", b"b"),
+    "100 Continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "a page": (b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n<ListBucketResult>", b" "),
+    "a page without a length": (b"HTTP/1.1 200 OK\r\n\r\n<ListBucketResult>", b" "),
+    "chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+    "a refusal": (b"HTTP/1.1 403 No\r\nContent-Length: 99999\r\n\r\n<Error>", b" "),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_what_boto3_asks_for_comes_by_the_rules_of_every_answer(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 2 bytes a second its own client would read a page for a week."""
+    monkeypatch.setattr(pool, "_PATIENCE_S", 0.3)
+    first, piece = SLOW[name]
+
+    def talk(sock: socket.socket, request: bytes) -> None:
+        sock.sendall(first)
+        while True:
+            sock.sendall(piece)
+            time.sleep(0.05)
+
+    began = time.monotonic()
+    with answering(talk) as origin:
+        own = {"s3_endpoint_url": origin.url, "retries": 1, "stall_timeout_s": 0.5}
+        stores = Stores(Settings.without_config(own, secrets=SECRETS))
+        with closing(stores), pytest.raises(TransientError, match="S3 did not answer"):
+            stores.read_listings("s3://bucket", ("job1",))
+        assert len(origin.requests) >= 2  # asked once more
+    assert time.monotonic() - began < 20
+
+
+def test_a_page_longer_than_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loader.http.client._DOCUMENT_BYTES", 1000)
+
+    def talk(sock: socket.socket, request: bytes) -> None:
+        sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        while True:
+            sock.sendall(b" " * 1000)
+
+    with answering(talk) as origin:
+        own = {"s3_endpoint_url": origin.url, "retries": 0}
+        stores = Stores(Settings.without_config(own, secrets=SECRETS))
+        with closing(stores), pytest.raises(FetchError, match="too long"):
+            stores.read_listings("s3://bucket", ("job1",))
