@@ -448,7 +448,8 @@ def _given(
 def _environment(where: str) -> dict[str, Any]:
     known = {_PREFIX + name.upper() for name in setting_names()}
     given = [name for name in os.environ if name.upper().startswith(_PREFIX)]
-    given = [name for name in given if name not in (CONFIG_VARIABLE, STREAM_VARIABLE)]
+    own = (CONFIG_VARIABLE, STREAM_VARIABLE)
+    given = [name for name in given if name not in own and not _is_service_link(name)]
     if unknown := sorted(name for name in given if name.upper() not in known):
         raise ConfigError(
             f"{_PREFIX}* variables that are no settings",
@@ -458,6 +459,17 @@ def _environment(where: str) -> dict[str, Any]:
         )
     named = {name.upper().removeprefix(_PREFIX).lower(): os.environ[name] for name in given}
     return {name: parse_value(name, text, _PREFIX + name.upper()) for name, text in named.items()}
+
+
+def _is_service_link(variable: str) -> bool:
+    """Return whether Kubernetes made *variable* of a Service, such as one called ``podloader``.
+
+    https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+    """
+    service, link, _ = variable.rpartition("_SERVICE_HOST")
+    if not link:
+        service = re.sub(r"_(SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?)$", "", variable)
+    return service != variable and f"{service}_SERVICE_HOST" in os.environ
 
 
 def parse_value(name: str, text: str, where: str = "") -> object:

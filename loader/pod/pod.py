@@ -37,7 +37,8 @@ from loader.types import ReadyModel
 if TYPE_CHECKING:
     from loader.config.settings import Settings
 
-_KILL_AFTER_S = 5.0  # past drain_timeout_s
+KILL_AFTER_S = 5.0
+"""Past ``drain_timeout_s`` the engine is killed."""
 _DRAIN_S = 20.0
 _FIRST_PROCESS = 1
 _CONFIG = "config.json"
@@ -212,7 +213,7 @@ class Pod:
             self._events.put(_Asked(number))
         else:
             self._engine.signal(signal.SIGTERM)
-            self._limit = threading.Timer(self._drain_s + _KILL_AFTER_S, self._engine.kill)
+            self._limit = threading.Timer(self._drain_s + KILL_AFTER_S, self._engine.kill)
             self._limit.daemon = True
             self._limit.start()
 

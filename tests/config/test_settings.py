@@ -81,6 +81,19 @@ def test_unknown_variable_suggests_the_nearest(monkeypatch: pytest.MonkeyPatch) 
     assert "did you mean 'PODLOADER_CONCURRENCY'?" in str(caught.value)
 
 
+def test_a_kubernetes_service_of_that_name_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for service in ("PODLOADER", "PODLOADER_METRICS", "PODLOADER_SERVICE"):
+        for name in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_80_TCP"):
+            monkeypatch.setenv(f"{service}_{name}", "tcp://10.0.0.1:80")
+        monkeypatch.setenv(f"{service}_PORT_80_TCP_ADDR", "10.0.0.1")
+    assert Settings.without_config() == Settings.without_config()
+    monkeypatch.setenv("PODLOADER_API_PORT", "80")
+    with pytest.raises(ConfigError, match="no settings") as caught:
+        Settings.without_config()
+    assert "PODLOADER_API_PORT" in str(caught.value)
+    assert "SERVICE" not in str(caught.value)
+
+
 def test_malformed_engine_args_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PODLOADER_ENGINE_ARGS", "{token: hf_S3CR3T")
     with pytest.raises(ConfigError) as caught:

@@ -22,7 +22,7 @@ import yaml
 from tests.origin import FaultyOrigin, write_listing
 
 _PROBE_EVERY_S = 0.02
-_AS_PID_1 = ["unshare", "--fork", "--pid", "--mount-proc", "--kill-child"]
+AS_PID_1 = ["unshare", "--fork", "--pid", "--mount-proc", "--kill-child"]
 ENGINE_ARGS = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
 
 
@@ -75,7 +75,7 @@ class RunningPod:
         self.began = time.monotonic()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*_AS_PID_1, *command] if as_pid_1 else command,
+                [*AS_PID_1, *command] if as_pid_1 else command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -200,7 +200,7 @@ def render(chromium: str, url: str) -> str:
 
 def needs_namespaces() -> None:
     """Skip the test where no PID namespace can be made."""
-    if shutil.which(_AS_PID_1[0]) is None:
+    if shutil.which(AS_PID_1[0]) is None:
         pytest.skip("unshare is not installed")
-    if subprocess.run([*_AS_PID_1, "true"], capture_output=True, check=False).returncode:
+    if subprocess.run([*AS_PID_1, "true"], capture_output=True, check=False).returncode:
         pytest.skip("making a PID namespace is not permitted here")

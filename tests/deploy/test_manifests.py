@@ -1,0 +1,194 @@
+"""The deployment files: right by their schemas, at one with each other and with the pod's code."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
+from prometheus_client.parser import text_string_to_metric_families
+
+from loader.config.settings import Settings
+from loader.pod.pod import KILL_AFTER_S
+from loader.status.metrics import exposition
+from loader.status.state import Boot
+from loader.timeline import Span
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+RELEASE = "1.37"
+DASHBOARD = DEPLOY / "grafana.json"
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((DEPLOY / name).read_text()))
+
+
+def document(name: str, kind: str) -> dict[str, Any]:
+    return next(one for one in documents(name) if one["kind"] == kind)
+
+
+@pytest.fixture
+def deployed() -> dict[str, Any]:
+    """The Deployment's pod."""
+    spec: dict[str, Any] = document("kubernetes/podloader.yaml", "Deployment")["spec"]
+    pod: dict[str, Any] = spec["template"]["spec"]
+    return pod
+
+
+@pytest.fixture
+def composed() -> dict[str, Any]:
+    service: dict[str, Any] = documents("compose.yaml")[0]["services"]["podloader"]
+    return service
+
+
+@pytest.mark.parametrize("name", ["podloader", "secret", "servicemonitor"])
+def test_kubernetes_would_take_them(name: str) -> None:
+    own = [d for d in documents(f"kubernetes/{name}.yaml") if "coreos" not in d["apiVersion"]]
+    for one in own:
+        kubernetes_validate.validate(one, RELEASE, strict=True)
+
+
+def test_the_schema_refuses_what_kubernetes_would() -> None:
+    broken = document("kubernetes/podloader.yaml", "Deployment")
+    broken["spec"]["template"]["spec"]["gracePeriod"] = 3
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(broken, RELEASE, strict=True)
+
+
+def test_the_prometheus_operator_would_take_its_monitor() -> None:
+    from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor  # takes seconds
+
+    given = document("kubernetes/servicemonitor.yaml", "ServiceMonitor")
+    back = json.loads(ServiceMonitor.model_validate(given).model_dump_json(by_alias=True))
+    assert list(lost(given, back)) == []
+
+
+def test_docker_compose_would_take_it() -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run(
+        [*command, str(DEPLOY / "compose.yaml")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def lost(given: Any, back: Any, place: str = "") -> Iterator[str]:
+    """Yield what a model made of *given* does not know any more."""
+    if isinstance(given, dict):
+        for name, value in given.items():
+            if not isinstance(back, dict) or name not in back:
+                yield f"{place}.{name}"
+            else:
+                yield from lost(value, back[name], f"{place}.{name}")
+    elif isinstance(given, list) and isinstance(back, list) and len(given) == len(back):
+        for index, (one, other) in enumerate(zip(given, back, strict=True)):
+            yield from lost(one, other, f"{place}[{index}]")
+    elif given != back:
+        yield f"{place}: {back!r}"
+
+
+def read_by_grafana(given: Any) -> Any:
+    register_default_plugins()
+    return json.loads(JSONEncoder().encode(Dashboard.from_json(given)))
+
+
+def test_grafana_knows_every_field_of_the_dashboard() -> None:
+    given = json.loads(DASHBOARD.read_text())
+    assert list(lost(given, read_by_grafana(given))) == []
+    given["panels"][0]["targetz"] = []
+    assert list(lost(given, read_by_grafana(given))) == [".panels[0].targetz"]
+
+
+def test_the_dashboard_shows_each_metric_that_a_pod_exports_and_no_other() -> None:
+    boot = Boot("ready", "", 2.0, ready_s=1.0, spans=(Span("fetch", 0.0, 1.0),))
+    families = text_string_to_metric_families(exposition(boot).decode())
+    exported = {s.name for f in families for s in f.samples if not s.name.endswith("_created")}
+    shown = re.findall(r"podloader_\w+", DASHBOARD.read_text())
+    assert set(shown) == exported
+
+
+def test_one_config_everywhere() -> None:
+    inline = document("kubernetes/podloader.yaml", "ConfigMap")["data"]["config.yaml"]
+    assert yaml.safe_load(inline) == yaml.safe_load((DEPLOY / "config.yaml").read_text())
+    settings = Settings.load(DEPLOY / "config.yaml")
+    assert settings.artifacts == ("baseten",)
+    assert str(settings.training.download_folder).startswith("/cache/")
+
+
+def drain_s(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> float:
+    """Return how long a pod with these *variables* may take to end."""
+    for name, value in variables.items():
+        if name.startswith("PODLOADER_"):
+            monkeypatch.setenv(name, value)
+    return Settings.load(DEPLOY / "config.yaml").drain_timeout_s + KILL_AFTER_S
+
+
+def test_nobody_kills_a_pod_that_drains(
+    deployed: dict[str, Any], composed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (container,) = deployed["containers"]
+    given = {one["name"]: one.get("value", "") for one in container["env"]}
+    before_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    needed_s = before_s + drain_s(given, monkeypatch)
+    assert deployed["terminationGracePeriodSeconds"] > needed_s
+    alive = container["livenessProbe"]  # /health says 503 while it drains
+    assert alive["periodSeconds"] * alive["failureThreshold"] > needed_s
+    variables = {k: v or "" for k, v in composed["environment"].items()}
+    assert float(composed["stop_grace_period"][:-1]) > drain_s(variables, monkeypatch)
+
+
+def test_a_start_may_take_an_hour(deployed: dict[str, Any]) -> None:
+    (container,) = deployed["containers"]
+    probe = container["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] == 3600
+    spec = document("kubernetes/podloader.yaml", "Deployment")["spec"]
+    assert spec["progressDeadlineSeconds"] > 3600
+    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[name]["httpGet"] == {"path": "/health", "port": "http"}
+
+
+def test_what_the_pod_writes_to_is_mounted(
+    deployed: dict[str, Any], composed: dict[str, Any]
+) -> None:
+    (container,) = deployed["containers"]
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    mounts = {m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")}
+    assert mounts == {"/cache", "/tmp", "/dev/shm"}
+    volumes = {volume["name"] for volume in deployed["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    (shm,) = (v["emptyDir"] for v in deployed["volumes"] if v["name"] == "shm")
+    assert shm["medium"] == "Memory"
+    assert composed["read_only"]
+    assert "cache:/cache" in composed["volumes"]
+
+
+def test_secrets_are_named_as_they_are_made(deployed: dict[str, Any]) -> None:
+    (container,) = deployed["containers"]
+    refs = [one["valueFrom"]["secretKeyRef"] for one in container["env"] if "valueFrom" in one]
+    secret = document("kubernetes/secret.yaml", "Secret")
+    assert {ref["name"] for ref in refs} == {secret["metadata"]["name"]}
+    assert {ref["key"] for ref in refs} == set(secret["stringData"])
+
+
+def test_the_services_find_the_pod_and_the_monitor_finds_one_of_them() -> None:
+    spec = document("kubernetes/podloader.yaml", "Deployment")["spec"]
+    labels = spec["template"]["metadata"]["labels"]
+    services = [
+        document("kubernetes/podloader.yaml", "Service"),
+        document("kubernetes/servicemonitor.yaml", "Service"),
+    ]
+    for service in services:
+        assert service["spec"]["selector"].items() <= labels.items()
+    monitor = document("kubernetes/servicemonitor.yaml", "ServiceMonitor")["spec"]
+    wanted = monitor["selector"]["matchLabels"].items()
+    (found,) = [s for s in services if wanted <= s["metadata"]["labels"].items()]
+    assert monitor["endpoints"][0]["port"] in {p["name"] for p in found["spec"]["ports"]}
