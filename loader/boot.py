@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from loader.config.settings import Settings
 from loader.config.values import user_path
-from loader.errors import LoaderError
+from loader.errors import LoaderError, redact
 from loader.fetch.adoption import adopt, presence
 from loader.fetch.completed import write_completed
 from loader.fetch.files import is_case_sensitive
@@ -53,6 +53,19 @@ def prepare(
     Raises:
         LoaderError: see ``loader.errors``.
     """
+    timeline = timeline or Timeline()
+    from loader.serve.vllm.releases import installed_versions
+
+    timeline.note(**_asked_for(settings))
+    ready = _prepare(settings, progress, timeline, ask)
+    names = [adapter.name for adapter in ready.adapters]
+    timeline.note(model=str(ready.path), adapters=names, versions=installed_versions())
+    return ready
+
+
+def _prepare(
+    settings: Settings, progress: Progress | None, timeline: Timeline, ask: Ask | None
+) -> ReadyModel:
     from loader.fetch.background import SplitFetch
     from loader.prepare.fits import check_fits
     from loader.prepare.overlap import find_late, prepare_while_fetching
@@ -60,7 +73,6 @@ def prepare(
     from loader.prepare.shards import find_shards, prepare_from_shards
     from loader.weights.inspect import find_checkpoints
 
-    timeline = timeline or Timeline()
     settings, laid = place_downloads(settings)
     root = settings.training.download_folder
     options = FetchOptions.of(settings)
@@ -210,7 +222,26 @@ def _resolved(
         files = declare_sums(manifest.files, listed, root, origin.store)
         manifest = replace(manifest, files=files)
     adopt_files(manifest)
+    timeline.note(bytes_from=_origins(manifest))
     return manifest, indexed
+
+
+def _asked_for(settings: Settings) -> dict[str, object]:
+    """Return what the settings ask for, as a start tells of itself."""
+    references = settings.training.artifact_references
+    return {
+        "served_as": settings.served_model_name or "",
+        "checkpoints": [
+            f"{one.training_job_id}/{path}" for one in references for path in one.paths
+        ],
+        "base_model": redact(settings.base_model or ""),
+        "artifacts": [redact(source) for source in settings.artifacts],
+    }
+
+
+def _origins(manifest: Manifest) -> list[str]:
+    """Return where the bytes come from, such as ``https://bucket.s3.amazonaws.com``."""
+    return sorted({redact("/".join(file.url.split("/", 3)[:3])) for file in manifest.files})
 
 
 def _leave_out(settings: Settings, manifest: Manifest) -> Manifest:

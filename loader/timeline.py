@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections import Counter
@@ -74,14 +75,17 @@ class Timeline:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._level = logging.DEBUG if quiet else logging.INFO
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # held while listeners are told, so that they miss nothing
         self._spans: list[Span] = []
         self._open: list[Open] = []
         self._counts: Counter[str] = Counter()
+        self._facts: dict[str, object] = {}
         self._listeners: list[Listener] = []
         self._closed = False
         self.began = time.monotonic()
         self.began_epoch = time.time()
+        self.trace_id = os.urandom(16).hex()
+        """What its OpenTelemetry spans and log lines are found by."""
 
     @property
     def now_s(self) -> float:
@@ -111,9 +115,32 @@ class Timeline:
         with self._lock:
             return dict(self._counts)
 
+    @property
+    def facts(self) -> dict[str, object]:
+        """What this start is about, such as the model and where its bytes come from."""
+        with self._lock:
+            return dict(self._facts)
+
+    def note(self, **facts: object) -> None:
+        """Keep *facts*, JSON-ready, about this start; later ones replace earlier ones."""
+        with self._lock:
+            self._facts.update(facts)
+
     def listen(self, listener: Listener) -> None:
-        """Tell *listener* of every span from now on."""
-        self._listeners.append(listener)
+        """Tell *listener* of every span, also of those that have begun or ended before."""
+        with self._lock:
+            over = [(Open(s.name, s.start_s, s.kind, s.lane), s) for s in self._spans]
+            begun_ones = [*self._open, *(begun for begun, _ in over)]
+            events: list[tuple[float, int, Open, Span | None]] = [
+                *((begun.start_s, 0, begun, None) for begun in begun_ones),
+                *((span.end_s, 1, begun, span) for begun, span in over),
+            ]
+            for _, _, begun, span in sorted(events, key=lambda event: event[:2]):
+                if span is None:
+                    listener.begun(begun)
+                else:
+                    listener.ended(span, begun)
+            self._listeners.append(listener)
 
     def count(self, name: str, more: int = 1) -> None:
         """Count an event, such as a retry."""
@@ -143,8 +170,8 @@ class Timeline:
             if self._closed:
                 return begun
             self._open.append(begun)
-        for listener in self._listeners:
-            listener.begun(begun)
+            for listener in self._listeners:
+                listener.begun(begun)
         return begun
 
     def end(
@@ -173,8 +200,8 @@ class Timeline:
                 return span
             self._open.remove(begun)
             self._spans.append(span)
-        for listener in self._listeners:
-            listener.ended(span, begun)
+            for listener in self._listeners:
+                listener.ended(span, begun)
         if span.kind == "stage" and not span.note:
             _log.log(self._level, "%s: %s", span.name, show_seconds(span.seconds))
         return span

@@ -110,6 +110,18 @@ def test_an_adapter_is_attached(job: Job, base: Path, adapter: Path) -> None:
     assert "attach" in str(ready.provenance["made_from"])
 
 
+def test_a_start_tells_what_it_is_about(job: Job, base: Path, adapter: Path) -> None:
+    job.put(adapter, "lora")
+    timeline = Timeline(quiet=True)
+    ready = boot.prepare(job.settings("rank-0/lora/", base_model=str(base)), timeline=timeline)
+    facts = timeline.facts
+    assert facts["checkpoints"] == ["job1/rank-0/lora/"]
+    assert facts["bytes_from"] == [f"http://127.0.0.1:{job.origin.server_port}"]
+    assert (facts["model"], facts["base_model"]) == (str(ready.path), str(base))
+    assert facts["adapters"] == ["job1"]
+    assert {"podloader", "vllm", "torch"} == set(dict(facts["versions"]))  # type: ignore[call-overload]
+
+
 def test_several_adapters_of_one_job_have_names_of_their_own(
     job: Job, base: Path, adapter: Path
 ) -> None:

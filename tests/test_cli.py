@@ -205,6 +205,17 @@ def test_log_lines_as_json(config: Path) -> None:
     assert lines[0]["level"] == "INFO"
 
 
+def test_json_lines_name_the_trace_of_a_start(config: Path) -> None:
+    """The table at the end and the error are lines as well."""
+    done = run("prepare", config, "--log-format", "json")
+    assert done.returncode == 5, done.stderr
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert all(set(line) == {"time", "level", "message", "trace_id"} for line in lines[1:])
+    (trace_id,) = {line["trace_id"] for line in lines}
+    assert re.fullmatch("[0-9a-f]{32}", trace_id)
+    assert (lines[-1]["level"], lines[-1]["message"][:7]) == ("ERROR", "error: ")
+
+
 def test_artifacts_and_settings_from_the_command_line(config: Path, tmp_path: Path) -> None:
     listing = tmp_path / "elsewhere.json"
     (tmp_path / "listing.json").rename(listing)

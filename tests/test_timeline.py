@@ -44,6 +44,37 @@ def test_a_stage_that_fails_says_how() -> None:
     assert heard.lines == ["begun one", "ended one failed: KeyError"]
 
 
+def test_who_listens_late_hears_of_all_in_its_order() -> None:
+    timeline, heard = Timeline(quiet=True), Heard()
+    running = timeline.begin("import", lane="engine")
+    with timeline.stage("listing"):
+        pass
+    with pytest.raises(KeyError), timeline.stage("verify"):
+        raise KeyError("no")
+    timeline.listen(heard)
+    timeline.end(running)
+    assert heard.lines == [
+        *("begun import", "begun listing", "ended listing"),
+        *("begun verify", "ended verify failed: KeyError", "ended import"),
+    ]
+
+
+def test_who_listens_meanwhile_misses_nothing() -> None:
+    timeline, heard = Timeline(quiet=True), Heard()
+
+    def work() -> None:
+        for number in range(2000):
+            timeline.end(timeline.begin(f"{number}", kind="file"))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    timeline.listen(heard)
+    thread.join()
+    assert sorted(heard.lines) == sorted(
+        f"{what} {number}" for what in ("begun", "ended") for number in range(2000)
+    )
+
+
 def test_a_signal_is_no_failure() -> None:
     timeline = Timeline(quiet=True)
     with pytest.raises(KeyboardInterrupt), timeline.stage("one"):

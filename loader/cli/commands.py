@@ -293,8 +293,9 @@ def main() -> None:
     with ending():
         given = parse(sys.argv[1:])
         command, verbose, quiet = (given.pop(name) for name in ("command", "verbose", "quiet"))
-        set_up_logging(verbose=verbose, quiet=quiet, as_json=given.pop("log_format") == "json")
-        set_up_report(as_json=given.get("as_json", False), quiet=quiet)
+        logged = given.pop("log_format") == "json"
+        set_up_logging(verbose=verbose, quiet=quiet, as_json=logged)
+        set_up_report(as_json=given.get("as_json", False), quiet=quiet, logged=logged)
         if command == "fetch":
             given["verbose"] = verbose
         _COMMANDS[command](**given)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from loader.cli.report import say, say_error
 from loader.errors import LoaderError
+from loader.log_lines import name_trace
 from loader.pod.pod import Pod
 from loader.pod.signals import StopSignal
 from loader.timeline import Timeline
@@ -30,6 +31,7 @@ def run_pod(
     A download that nobody waits for any more is not waited for either: the process ends here then.
     """
     timeline = Timeline()
+    name_trace(timeline.trace_id)
     with Pod(arguments, timeline) as pod:
         code = _run(pod, config, load_settings, timeline, timeline_file)
     if pod.is_preparing:

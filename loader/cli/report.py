@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Iterator
@@ -18,17 +19,27 @@ from loader.log_lines import shown
 VERSION = 1  # of every JSON document; a field may be added without a new number
 _UNEXPECTED = 1
 _streams: dict[str, TextIO | None] = {"note": sys.stderr, "result": sys.stdout}
+_log = logging.getLogger("podloader")
+_logged = False
 
 
-def set_up_report(*, as_json: bool, quiet: bool) -> None:
-    """Choose where lines go: *quiet* leaves errors, and the document where there is one."""
+def set_up_report(*, as_json: bool, quiet: bool, logged: bool = False) -> None:
+    """Choose where lines go: *quiet* leaves errors, and the document where there is one.
+
+    *logged*: what is said on the way to the result, and errors, are log lines.
+    """
+    global _logged
+    _logged = logged
     lines = None if quiet else sys.stderr
     _streams.update(note=lines, result=lines if as_json else None if quiet else sys.stdout)
 
 
 def say(line: str = "") -> None:
     """Write a line on the way to the result."""
-    _write(_streams["note"], one_line(line))
+    if _logged:
+        _log.info("%s", line)
+    else:
+        _write(_streams["note"], one_line(line))
 
 
 def show(line: str = "") -> None:
@@ -38,7 +49,10 @@ def show(line: str = "") -> None:
 
 def say_error(line: str) -> None:
     """Write what went wrong."""
-    _write(sys.stderr, line)
+    if _logged:
+        _log.error(line)
+    else:
+        _write(sys.stderr, line)
 
 
 def _write(stream: TextIO | None, line: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from loader.cli.report import say
 from loader.cli.tables import show_timeline
 from loader.config.settings import traces_exporter
+from loader.log_lines import name_trace
 from loader.status.trace import write_timeline
 from loader.status.tracing import exporting
 from loader.timeline import Timeline
@@ -18,6 +19,7 @@ from loader.timeline import Timeline
 def timeline_kept(file: Path | None, timeline: Timeline | None = None) -> Iterator[Timeline]:
     """Give a timeline; at the end, well or not, show its table and write *file* and its picture."""
     timeline = timeline or Timeline()
+    name_trace(timeline.trace_id)
     with exporting(timeline, traces_exporter()):
         try:
             yield timeline

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loader.errors import EngineError, LoaderError, error_from_json
+from loader.log_lines import logging_chosen
 from loader.serve.vllm.bound import Names, Reason, read_reasons
 from loader.serve.vllm.channel import Channel
 from loader.status.state import Boot
@@ -55,7 +56,13 @@ class EngineProcess:
         self._unbound: queue.SimpleQueue[dict[str, Reason]] = queue.SimpleQueue()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", _WORKER, str(theirs.fileno()), str(listening.fileno())],
+                [
+                    sys.executable,
+                    "-m",
+                    _WORKER,
+                    *map(str, (theirs.fileno(), listening.fileno())),
+                    logging_chosen(),
+                ],
                 pass_fds=(theirs.fileno(), listening.fileno()),
                 stdin=subprocess.DEVNULL,
                 # A Ctrl-C at the terminal is for the pod alone, which passes it on; and the group

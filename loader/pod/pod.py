@@ -28,7 +28,7 @@ from loader.fetch.progress import Progress
 from loader.pod.address import serving_address
 from loader.pod.engine import EngineGone, EngineLoaded, EngineProcess
 from loader.pod.signals import Signals, StopSignal, reap_orphans
-from loader.serve.vllm.releases import RANGE
+from loader.serve.vllm.releases import RANGE, installed_versions
 from loader.status.boot_server import BootServer, listen
 from loader.status.state import BootState
 from loader.timeline import Timeline
@@ -126,6 +126,7 @@ class Pod:
             daemon=True,
         )
         self._preparing.start()
+        self._timeline.note(versions=installed_versions())
         try:
             while not self._serving:
                 self._heed(self._events.get())

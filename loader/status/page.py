@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from loader.status.gantt import gantt_svg
-from loader.status.state import Boot
+from loader.status.state import Boot, fact_text
 from loader.units import show_bytes, show_rate, show_seconds
 
 _STYLE = """
@@ -50,7 +50,7 @@ def page(boot: Boot) -> str:
 
 def part(boot: Boot) -> str:
     """Return the part of the page that changes, as one element of the phase's class."""
-    sections = [_headline(boot), _failure(boot), _picture(boot), _table(boot)]
+    sections = [_headline(boot), _failure(boot), _facts(boot), _picture(boot), _table(boot)]
     return f'<div class="{boot.phase}">{"".join(sections)}</div>'
 
 
@@ -94,6 +94,19 @@ def _failure(boot: Boot) -> str:
     name = escape(str(boot.error.get("error", "")))
     text = escape("\n".join(lines))
     return f"<section><h2>{name}</h2><pre>{text}</pre></section>"
+
+
+def _facts(boot: Boot) -> str:
+    """What the start is about, and what it waits for."""
+    rows = [(name.replace("_", " "), fact_text(fact)) for name, fact in boot.facts.items() if fact]
+    if boot.phase == "starting":
+        rows += [("waits for", wait) for wait in boot.waiting_for]
+    if not rows:
+        return ""
+    cells = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows
+    )
+    return f"<section><table>{cells}</table></section>"
 
 
 def _picture(boot: Boot) -> str:

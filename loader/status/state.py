@@ -17,6 +17,14 @@ from loader.timeline import Open, Span, Timeline
 Phase = Literal["starting", "ready", "failed", "stopping"]
 _RATE_OVER_S = 10.0
 _SAMPLE_EVERY_S = 0.25
+_FILES_TOLD = 3
+
+
+def fact_text(fact: object) -> str:
+    """Return a fact about a start as one line."""
+    if isinstance(fact, Mapping):
+        return ", ".join(f"{name} {value}" for name, value in fact.items())
+    return ", ".join(map(str, fact)) if isinstance(fact, list | tuple) else str(fact)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +32,8 @@ class Boot:
     """A start at one moment. ``now_s`` and ``ready_s`` are seconds since it began.
 
     ``bytes_done`` includes what an earlier start left here. ``left_s`` is None where nobody knows.
-    ``error`` holds the fields of the error that ended a start.
+    ``error`` holds the fields of the error that ended a start. ``facts`` say what it is about;
+    ``retried`` is the last request of a running download that had to be made again, and why.
     """
 
     phase: Phase
@@ -41,6 +50,22 @@ class Boot:
     counts: Mapping[str, int] = field(default_factory=dict)
     spans: tuple[Span, ...] = ()
     running: tuple[Open, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    retried: str = ""
+    trace_id: str = ""
+
+    @property
+    def waiting_for(self) -> list[str]:
+        """What the start waits for: stages with their seconds so far, files, the last failure."""
+        files = [span.name for span in self.running if span.kind == "file"]
+        waits = [
+            f"{span.name}, for {self.now_s - span.start_s:.0f} s"
+            for span in self.running
+            if span.kind == "stage"
+        ]
+        more = f" and {len(files) - _FILES_TOLD} more" if len(files) > _FILES_TOLD else ""
+        waits += [f"{', '.join(files[:_FILES_TOLD])}{more}"] if files else []
+        return waits + ([f"asked for again: {self.retried}"] if self.retried else [])
 
     @property
     def stages(self) -> tuple[Span, ...]:
@@ -50,14 +75,15 @@ class Boot:
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as a JSON-ready object."""
-        return asdict(self)
+        return {**asdict(self), "waiting_for": self.waiting_for}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Boot:
         """Return what ``to_json`` was made from."""
         spans = tuple(Span(**span) for span in document["spans"])
         running = tuple(Open(**span) for span in document["running"])
-        return cls(**{**document, "spans": spans, "running": running})
+        own = {name: value for name, value in document.items() if name != "waiting_for"}
+        return cls(**{**own, "spans": spans, "running": running})
 
 
 class BootState:
@@ -82,6 +108,7 @@ class BootState:
         self._fetching = False
         self._ready_s: float | None = None
         self._error: Mapping[str, Any] | None = None
+        self._retried = ""
 
     def pass_on(self, inner: Progress) -> None:
         """Tell *inner* too from now on."""
@@ -130,7 +157,8 @@ class BootState:
         self._configured(config)
 
     def retry(self, path: str, reason: str) -> None:
-        """Pass it on: the timeline counts it."""
+        """Keep the last one; the timeline counts them."""
+        self._retried = redact(f"{path}: {reason}")
         if self._inner:
             self._inner.retry(path, reason)
 
@@ -138,6 +166,7 @@ class BootState:
         """Nothing is on its way any more."""
         with self._lock:
             self._fetching = False
+            self._retried = ""
         if self._inner:
             self._inner.finish()
 
@@ -178,6 +207,9 @@ class BootState:
                 counts=self.timeline.counts,
                 spans=self.timeline.spans,
                 running=running,
+                facts=self.timeline.facts,
+                retried=self._retried,
+                trace_id=self.timeline.trace_id,
             )
 
     def _rate(self) -> float:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Any
 
+from loader import __version__
+from loader.status.state import fact_text
 from loader.timeline import Open, Span, Timeline
 
 _GROUP = "opentelemetry_traces_exporter"  # the SDK's own entry points
@@ -31,7 +33,7 @@ def exporting(timeline: Timeline, exporter: str | None) -> Iterator[None]:
     fetches them. A start never fails or waits for want of telemetry: what is missing is logged, and
     what a collector does not take within seconds is left, at once after a signal.
     """
-    provider = _provider(exporter) if exporter else None
+    provider = _provider(exporter, timeline.trace_id) if exporter else None
     if provider is None:
         yield
         return
@@ -54,18 +56,29 @@ def exporting(timeline: Timeline, exporter: str | None) -> Iterator[None]:
         flushing.join(wait_s)
 
 
-def _provider(exporter: str) -> Any:
+def _provider(exporter: str, trace_id: str) -> Any:
     """Return OpenTelemetry's tracer provider, or None where its packages are not installed."""
     try:
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+
+        class Ids(RandomIdGenerator):
+            """Log lines have borne the trace's id since before there was a provider."""
+
+            def generate_trace_id(self) -> int:
+                return int(trace_id, 16)
 
         found = next(iter(entry_points(group=_GROUP, name=exporter)), None)
         if found is None:
             raise ImportError(f"no exporter is called {exporter!r}")
-        resource = Resource({"service.name": _ROOT}).merge(OTELResourceDetector().detect())
-        provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        own = Resource({"service.name": _ROOT, "service.version": __version__})
+        provider = TracerProvider(
+            resource=own.merge(OTELResourceDetector().detect()),
+            shutdown_on_exit=False,
+            id_generator=Ids(),
+        )
         provider.add_span_processor(BatchSpanProcessor(found.load()()))
     except Exception as error:
         _log.warning(
@@ -106,7 +119,7 @@ class _Spans:
     def ended(self, span: Span, begun: Open) -> None:
         with self._lock:
             started = self._open.pop(id(begun), None)
-        if started is None:  # begun before anyone listened
+        if started is None:  # begun after the root has ended
             return
         for name, value in span.attributes.items():
             started.set_attribute(f"podloader.{name}", value)
@@ -116,7 +129,9 @@ class _Spans:
         started.end(self._ns(span.end_s))
 
     def close(self, failed: str) -> None:
-        """End the span of the whole start."""
+        """End the span of the whole start, which says what it was about."""
+        for name, fact in self._timeline.facts.items():
+            self._root.set_attribute(f"podloader.{name}", fact_text(fact))
         for name, number in self._timeline.counts.items():
             self._root.set_attribute(f"podloader.{name}", number)
         _fail(self._root, failed)

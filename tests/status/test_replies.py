@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -132,6 +133,16 @@ def test_the_page_is_sound_and_tells(boot: Boot, told: list[str]) -> None:
     moving = reply("/status?part", boot).body.decode()
     assert moving.startswith(f'<div class="{boot.phase}">')
     assert moving in answer.body.decode()
+
+
+def test_the_page_names_what_is_served_and_from_where() -> None:
+    facts = {"model": "/m/<b>", "adapters": ["a", "b"], "versions": {"vllm": "0.33.0"}, "none": []}
+    body = reply("/status", replace(RUNNING, facts=facts)).body.decode()
+    text = Tags(body).text
+    for words in ("/m/<b>", "a, b", "vllm 0.33.0", "waits for", "download, for"):
+        assert words in text
+    assert "none" not in text
+    assert "waits for" not in reply("/status", replace(READY, facts=facts)).body.decode()
 
 
 def test_the_same_as_json() -> None:

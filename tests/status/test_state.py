@@ -40,6 +40,24 @@ def test_the_stage_is_what_runs_in_both_processes() -> None:
         assert state.boot().stage == "engine import, download"
 
 
+def test_what_a_start_waits_for() -> None:
+    timeline = Timeline(quiet=True)
+    state = BootState(timeline)
+    assert state.boot().waiting_for == []
+    state.start(5, 100, 0)
+    timeline.begin("download")
+    for name in "abcde":
+        timeline.begin(f"job/rank-0/{name}", kind="file")
+    state.retry("job/rank-0/a", "503 from https://host/a?Signature=SECRET")
+    assert state.boot().to_json()["waiting_for"] == [
+        "download, for 0 s",
+        "job/rank-0/a, job/rank-0/b, job/rank-0/c and 2 more",
+        "asked for again: job/rank-0/a: 503 from https://host/a?…",
+    ]
+    state.finish()
+    assert not any("again" in wait for wait in state.boot().waiting_for)
+
+
 def test_a_failure_is_told_without_signatures() -> None:
     state = BootState(Timeline(quiet=True))
     error = FetchError("refused", where="https://host/a?Signature=SECRET", next_step="ask")

@@ -54,13 +54,14 @@ def receiver() -> Iterator[Receiver]:
 
 
 def start_that_fails(timeline: Timeline) -> None:
-    """Fetch a file, then fail to merge."""
+    """Import the engine, fetch a file, then fail to merge."""
+    timeline.note(model="/models/m", adapters=["a", "b"], versions={"vllm": "0.33.0"})
+    timeline.begin("engine import", lane="engine")  # before anybody exports
     with exporting(timeline, traces_exporter()):
         with timeline.stage("download"):
             begun = timeline.begin("job/rank-0/a", kind="file")
             timeline.end(begun, attributes={"size_bytes": 7})
         timeline.count("retries", 3)
-        timeline.begin("engine import", lane="engine")
         with contextlib.closing(timeline), timeline.stage("merge"):
             raise RuntimeError
 
@@ -78,7 +79,7 @@ def test_every_stage_and_file_arrives_in_one_trace(
     assert (names["service.name"], names["k8s.pod.name"]) == ("podloader", "pod-1")
     spans = {span.name: span for scope in resource.scope_spans for span in scope.spans}
     assert set(spans) == {"podloader", "download", "job/rank-0/a", "engine import", "merge"}
-    assert len({span.trace_id for span in spans.values()}) == 1
+    assert {span.trace_id.hex() for span in spans.values()} == {timeline.trace_id}
     assert spans["job/rank-0/a"].parent_span_id == spans["download"].span_id
     assert spans["download"].parent_span_id == spans["podloader"].span_id
     assert (spans["merge"].status.code, spans["merge"].status.message) == (2, "RuntimeError")
@@ -87,8 +88,11 @@ def test_every_stage_and_file_arrives_in_one_trace(
     assert {a.key: a.value.bool_value for a in stopped.attributes}["podloader.stopped"]
     began = spans["podloader"].start_time_unix_nano / 1e9
     assert began == pytest.approx(timeline.began_epoch, abs=1e-3)
-    attributes = {a.key: a.value.int_value for a in spans["podloader"].attributes}
-    assert attributes["podloader.retries"] == 3
+    told = {a.key: a.value for a in spans["podloader"].attributes}
+    assert told["podloader.retries"].int_value == 3
+    assert told["podloader.model"].string_value == "/models/m"
+    assert told["podloader.adapters"].string_value == "a, b"
+    assert told["podloader.versions"].string_value == "vllm 0.33.0"
 
 
 @pytest.mark.parametrize(

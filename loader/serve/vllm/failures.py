@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loader.errors import EngineError
+from loader.serve.vllm.caches import unwritable_cache
 from loader.serve.vllm.releases import RANGE
 
 
@@ -21,6 +22,7 @@ def start_failure(error: Exception, where: str) -> EngineError:
         "vLLM did not start",
         where=where,
         got=f"{type(error).__name__}: {error}",
+        problems=[why] if (why := unwritable_cache()) else [],
         next_step="the engine's own log lines above name the cause; memory is set by "
         "engine_args gpu_memory_utilization and max_model_len",
     )

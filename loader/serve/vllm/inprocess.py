@@ -20,6 +20,7 @@ from loader.serve.vllm.arguments import (
     parse_arguments,
     serve_arguments,
 )
+from loader.serve.vllm.caches import warn_unwritable_cache
 from loader.serve.vllm.engine_adapters import EngineAdapters
 from loader.serve.vllm.failures import import_failure, start_failure
 from loader.serve.vllm.forkserver import METHOD, forked_engine, start_forkserver
@@ -193,6 +194,7 @@ class VLLMModel:
         except ImportError as error:
             raise import_failure(error) from error
         warn_unproved()
+        warn_unwritable_cache()
         check_engine_args(self._engine_args)
         check_sound(self._ready.path)
         args = parse_arguments(self._arguments)

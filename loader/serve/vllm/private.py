@@ -78,6 +78,7 @@ IMPORTED = {
         "log_config_file and quiet endpoints", (f"{_LAUNCHERS}.utils.server_utils",)
     ),
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": Private("a documented variable, read", ("vllm.envs",)),
+    "VLLM_CACHE_ROOT": Private("a documented variable, read", ("vllm.envs",)),
     # What the handlers take and return: `predict` calls them without a socket between.
     "ChatCompletionRequest": Private("a body", (f"{_SERVING}.chat_completion.protocol",)),
     "CompletionRequest": Private("a body", (f"{_SERVING}.completion.protocol",)),

@@ -7,9 +7,12 @@ would break; mend ``private``, add it to ``PROVED``, and that test names what el
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from importlib.metadata import PackageNotFoundError, version
+
+from loader import __version__
 
 PROVED = ("0.30.0", "0.31.0", "0.32.0", "0.33.0")
 """The oldest first. Each passes ``make engines``."""
@@ -45,6 +48,14 @@ def installed_release() -> str:
         except PackageNotFoundError:
             pass
     return ""
+
+
+def installed_versions() -> dict[str, str]:
+    """Return which podloader, vLLM and torch are here."""
+    found = {"podloader": __version__, "vllm": installed_release()}
+    with contextlib.suppress(PackageNotFoundError):
+        found["torch"] = version("torch")
+    return {name: release for name, release in found.items() if release}
 
 
 def is_cpu_build() -> bool:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import socket
@@ -60,9 +61,9 @@ class Stages:
             self._channel.send("end", name=name, at=time.monotonic(), failed=failed)
 
 
-def main(channel_fd: int, listening_fd: int) -> int:
-    """Do it all and return the process's exit code."""
-    set_up_logging()
+def main(channel_fd: int, listening_fd: int, logging_chosen: str) -> int:
+    """Do it all and return the process's exit code; *logging_chosen* is how the pod logs."""
+    set_up_logging(**json.loads(logging_chosen))
     channel = Channel(socket.socket(fileno=channel_fd))
     listening = socket.socket(fileno=listening_fd)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -114,6 +115,7 @@ def _import_vllm() -> None:
     Raises:
         EngineError: vLLM is not there or cannot be imported.
     """
+    from loader.serve.vllm.caches import warn_unwritable_cache
     from loader.serve.vllm.failures import import_failure
     from loader.serve.vllm.releases import warn_unproved
 
@@ -124,6 +126,7 @@ def _import_vllm() -> None:
     except ImportError as error:
         raise import_failure(error) from error
     warn_unproved()
+    warn_unwritable_cache()
 
 
 def _tell_failure(channel: Channel, error: LoaderError) -> None:
@@ -150,4 +153,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))
