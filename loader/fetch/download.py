@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from loader.errors import DiskError
 from loader.fetch.arrivals import Arrivals
 from loader.fetch.declared import is_as_declared
+from loader.fetch.events import Events, Limits
 from loader.fetch.files import STATE, Record, boot_id, disk_errors, read_record
-from loader.fetch.pace import Pace
 from loader.fetch.part import PartFile
 from loader.fetch.progress import Progress
-from loader.fetch.transfer import Events, Limits, transfer
+from loader.fetch.transfer import Transfer
 from loader.fetch.verify import Verify, is_intact
 from loader.http.objects import ObjectInfo, is_same_version
 from loader.stores.base import Store
@@ -51,36 +51,33 @@ class Download:
 
     def run(
         self,
-        parts: Sequence[PartFile],
+        artifacts: Sequence[Artifact],
         store: Store,
         reused: Mapping[str, Record],
-        pace: Pace,
-        see: Callable[[PartFile], None],
-    ) -> None:
-        """Bring all *parts*, beside the *reused* files and those that came whole already.
-
-        *see* asks the origin for what a part is, and begins with it.
-        """
-        # Configs, indexes and adapters first: whoever waits for files can begin with them.
-        left = sorted((p for p in parts if p.done is None), key=lambda part: part.is_large)
-        _check_room(left, self._root)
-        have = sum(record.size_bytes for record in reused.values())
-        total = have + sum(part.info.size_bytes for part in parts)
-        have += sum(part.claimed_bytes for part in left)
-        have += sum(f.size_bytes for part in parts if (f := part.done) and f.reused)
-        self._progress.start(len(parts) + len(reused), total, have)
-        for path in reused:
-            self._progress.finish_file(path)
-        self._tell_whole(parts)
+        make: Callable[[Artifact, ObjectInfo], PartFile],
+    ) -> list[PartFile]:
+        """Bring all *artifacts*, beside the *reused* files; return what *make* made of them."""
         events = Events(
-            partial(self._begin, see), self._arrived, self._progress, self._arrivals.stop
+            make,
+            self.claim,
+            self._begin,
+            self._arrivals.arrive,
+            self._arrived,
+            self._progress,
+            self._arrivals.stop,
         )
-        try:
-            transfer(left, store, self._limits, events, pace)
-        finally:
-            for part in left:
-                part.close()
-            self._progress.finish()
+        with contextlib.closing(Transfer(artifacts, store, self._limits, events)) as transfer:
+            parts = transfer.send_first_requests()
+            # Configs, indexes and adapters first: whoever waits for files can begin with them.
+            left = sorted((p for p in parts if p.done is None), key=lambda part: part.is_large)
+            _check_room(left, self._root)
+            self._start(parts, left, reused)
+            try:
+                transfer.bring(left)
+            finally:
+                transfer.close()
+                self._progress.finish()
+        return parts
 
     def claim(self, part: PartFile) -> bool:
         """Take the part's lock, and the file as it is where another process has completed it."""
@@ -93,7 +90,17 @@ class Download:
             part.resume()
         return True
 
-    def _tell_whole(self, parts: Sequence[PartFile]) -> None:
+    def _start(
+        self, parts: Sequence[PartFile], left: Sequence[PartFile], reused: Mapping[str, Record]
+    ) -> None:
+        """Tell what is to come, and what is here already."""
+        have = sum(record.size_bytes for record in reused.values())
+        total = have + sum(part.info.size_bytes for part in parts)
+        have += sum(part.claimed_bytes for part in left)
+        have += sum(f.size_bytes for part in parts if (f := part.done) and f.reused)
+        self._progress.start(len(parts) + len(reused), total, have)
+        for path in reused:
+            self._progress.finish_file(path)
         for part in parts:
             if (file := part.done) is None:
                 continue
@@ -102,7 +109,7 @@ class Download:
                 self._progress.advance(file.size_bytes, file.path)
             self._progress.finish_file(file.path)
 
-    def _begin(self, see: Callable[[PartFile], None], part: PartFile) -> bool:
+    def _begin(self, part: PartFile, see: Callable[[PartFile], None]) -> bool:
         if not part.lock():
             part.drop_opened()
             if not self._waited:

@@ -30,22 +30,20 @@ class Schedule:
     process is fetching the file now, and it is tried again later.
     """
 
-    def __init__(
-        self, parts: Sequence[PartFile], begin: Callable[[PartFile], bool], range_bytes: int
-    ) -> None:
+    def __init__(self, begin: Callable[[PartFile], bool], range_bytes: int) -> None:
         self.turn = threading.Condition()
         self.limit = 1
         self.active: set[Claim] = set()
         self._begin = begin
         self._range_bytes = range_bytes
         self._holes: deque[tuple[PartFile, Range]] = deque()
-        self._waiting = deque(parts)
+        self._waiting: deque[PartFile] = deque()
         self._elsewhere: deque[PartFile] = deque()
         self._beginning = 0
         self._beginning_bytes = 0
-        self._left_bytes = sum(part.info.size_bytes for part in parts)
+        self._left_bytes = 0
         self._ended_bytes, self._ended_s = 0, 0.0  # of claims that are over
-        self._stopped = False
+        self._is_filled = self._stopped = False
 
     def stop(self) -> None:
         """Deal out nothing more, note what has come, and end every read that waits."""
@@ -55,6 +53,14 @@ class Schedule:
             self.turn.notify_all()
         for claim in claims:
             claim.cease()
+
+    def fill(self, parts: Sequence[PartFile]) -> None:
+        """Let *parts* be what is dealt out."""
+        with self.turn:
+            self._waiting.extend(parts)
+            self._left_bytes = sum(part.info.size_bytes for part in parts)
+            self._is_filled = True
+            self.turn.notify_all()
 
     def set_limit(self, limit: int) -> None:
         """Let so many workers be at work."""
@@ -79,11 +85,11 @@ class Schedule:
         with self.turn:
             return sum(1 for claim in self.active if _is_stalled(claim, now))
 
-    def take(self) -> Claim | None:
-        """Wait for something to do and return it; None at the end of all."""
+    def next(self) -> Claim | None:
+        """Wait for something to bring and return it; None at the end of all."""
         with self.turn:
             while not self._stopped:
-                if len(self.active) + self._beginning >= self.limit:
+                if not self._is_filled or len(self.active) + self._beginning >= self.limit:
                     self.turn.wait()
                     continue
                 claim = None if self._is_opened() else self._deal()
@@ -102,8 +108,8 @@ class Schedule:
                     return None
             return None
 
-    def done(self, claim: Claim) -> None:
-        """Say that the claim's worker is through with it."""
+    def complete(self, claim: Claim) -> None:
+        """Note that the claim's thread is through with it."""
         with self.turn:
             self.active.discard(claim)
             self._ended_bytes += claim.place - claim.start

@@ -16,6 +16,7 @@ from loader.errors import FetchError, LoaderError
 from loader.fetch.arrivals import Arrivals
 from loader.fetch.declared import is_as_declared
 from loader.fetch.download import Download, is_same
+from loader.fetch.events import Limits
 from loader.fetch.files import (
     STATE,
     WHOLE,
@@ -28,8 +29,6 @@ from loader.fetch.files import (
 )
 from loader.fetch.folders import Folders
 from loader.fetch.guesses import Guesses
-from loader.fetch.opening import Hooks, Opening
-from loader.fetch.pace import FIRST, Pace
 from loader.fetch.part import LARGE_BYTES, PartFile, fetched_file
 from loader.fetch.path_check import check_still, check_way
 from loader.fetch.progress import LogProgress, Progress
@@ -37,7 +36,6 @@ from loader.fetch.range_read import read_range
 from loader.fetch.sizes import ask_version
 from loader.fetch.stopping import check_stop
 from loader.fetch.sums import Check, choose_check
-from loader.fetch.transfer import Limits
 from loader.fetch.verify import Verify, is_intact
 from loader.http.objects import ObjectInfo
 from loader.stores.base import Store
@@ -155,14 +153,8 @@ def _fetch(
 
     limits = Limits(options.concurrency, options.retries, options.deadline_s, options.range_bytes)
     download = Download(root, limits, options.verify, seen, progress, arrivals)
-    hooks = Hooks(make, download.claim, arrivals.arrive, progress)
-    pace = Pace(options.concurrency, began, first=options.concurrency)
-    opening = Opening(store, hooks, options.retries, options.range_bytes, pace)
     left = [artifact for artifact in manifest.files if artifact.path not in reused]
-    parts = opening.run(left, arrivals.stop)
-    pace.begin_again(options.concurrency if opening.is_far else FIRST, time.monotonic())
-    see = partial(opening.see, halt=arrivals.stop)
-    download.run(parts, store, reused, pace, see)
+    parts = download.run(left, store, reused, make)
     check_still(folders)
     files = tuple(arrivals.file(a.path) for a in manifest.files)
     fetched_bytes = sum(part.fetched_bytes for part in parts)

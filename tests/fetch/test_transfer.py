@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from loader.errors import DiskError, TransientError
-from loader.fetch import schedule, transfer
+from loader.fetch import schedule
+from loader.fetch.events import Limits
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.fetch.stopping import StoppedError
+from loader.fetch.transfer import first_of
 from loader.http import pool
 from loader.http.client import HttpClient, HttpOptions
 from loader.stores.presigned import PresignedStore
@@ -237,14 +239,15 @@ def test_what_came_before_a_failure_is_kept_to_the_byte(
 
 def test_what_else_failed_is_told_once() -> None:
     failures = [DiskError("full", where=where) for where in ("a", "a", "b", "b")]
-    first = transfer._first([*failures, StoppedError()])
+    first = first_of([*failures, StoppedError()])
     assert first is failures[0]
     assert first.problems == ("also: full: b",)
 
 
 @pytest.mark.parametrize("most", [1, 8, 9, 16, 64, 256, 1000])
 def test_memory_does_not_grow_with_the_connections(most: int) -> None:
-    sizes = [transfer._buffer_bytes(count, most) for count in range(most)]
+    limits = Limits(most, 0, 0.0, 1)
+    sizes = [limits.buffer_bytes(place) for place in range(most)]
     assert sum(sizes) <= (24 << 20) + most * (64 << 10)
     assert set(sizes[:16] if most <= 16 else sizes[:8]) == {3 << 19}
-    assert transfer._buffer_bytes(most, most) <= 3 << 19  # beside one that has gone silent
+    assert limits.least_buffer_bytes <= 3 << 19  # beside one that has gone silent
