@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from loader.fetch.crc import crc64nvme
@@ -105,10 +104,9 @@ class Claim:
         return (self.end - self.place) * (now - self.began) / brought if brought else float("inf")
 
     def drop_stream(self) -> None:
-        """End a read that waits, where the stream has a way to."""
-        abort: Callable[[], None] | None = getattr(self.stream, "abort", None)
-        if abort is not None:
-            abort()
+        """End a read that waits."""
+        if (stream := self.stream) is not None:
+            stream.abort()
 
     def _note(self) -> bool:
         if self.place == self._mark:

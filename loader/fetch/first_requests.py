@@ -27,11 +27,10 @@ from loader.fetch.sizes import check_size
 from loader.fetch.stopping import StoppedError
 from loader.http.objects import ObjectInfo
 from loader.retry import pause_s, retrying
-from loader.stores.base import ByteStream, PendingResponse, Store
+from loader.stores.base import SMALL_BYTES, ByteStream, PendingResponse, Store
 from loader.types import Artifact
 
 _FIRST_BYTES = 16 << 10  # of a file of unknown size: about what a new connection brings at once
-_SMALL_BYTES = 256 << 10  # of a file whose size is known
 _TURN_S = 0.005  # the longest that a file waits for the one before it
 
 
@@ -68,7 +67,7 @@ class FirstRequests:
         self._pace = pace
         self._halt = halt
         self._first_bytes = min(_FIRST_BYTES, limits.range_bytes)
-        self._small_bytes = min(_SMALL_BYTES, limits.range_bytes, limits.least_buffer_bytes)
+        self._small_bytes = min(SMALL_BYTES, limits.range_bytes, limits.least_buffer_bytes)
         self._total_bytes = sum(artifact.size_bytes or 0 for artifact in artifacts)
         self._parts: dict[int, PartFile] = {}
         self._small: deque[FirstRequest] = deque()

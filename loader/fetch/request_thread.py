@@ -126,8 +126,7 @@ class RequestThread:
         if self._in_flight:  # others wait behind it
             self._limit(request.pending.abort, request.attempt)
         stream = request.pending.receive()
-        if (abort := getattr(stream, "abort", None)) is not None:
-            self._limit(abort, request.attempt)
+        self._limit(stream.abort, request.attempt)
         self._first.handle_response(request, stream, self._read)
         self._first.complete(request, done=True)
 

@@ -9,12 +9,11 @@ from typing import Protocol
 from loader.http.objects import ObjectInfo
 from loader.types import Artifact
 
+SMALL_BYTES = 256 << 10  # of a file that comes whole with its first request
+
 
 class ByteStream(Protocol):
-    """The bytes of one range, in order. Close it, read to its end or not.
-
-    One that can has ``abort()``, which makes a read that waits in another thread fail at once.
-    """
+    """The bytes of one range, in order. Close it, read to its end or not."""
 
     @property
     def info(self) -> ObjectInfo:
@@ -26,6 +25,9 @@ class ByteStream(Protocol):
         Raises:
             TransientError: the connection broke, stalled, or the body ended early.
         """
+
+    def abort(self) -> None:
+        """Make a read that waits in another thread fail at once, where that can be done."""
 
     def close(self) -> None:
         """Give the connection back, or drop it where bytes are left."""

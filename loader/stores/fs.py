@@ -155,6 +155,9 @@ class FsspecStream:
         self._chunk = self._chunk[count:]
         return count
 
+    def abort(self) -> None:
+        """Do nothing: a driver's requests are its own."""
+
     def close(self) -> None:
         """Let go of what was read."""
         self._chunk = memoryview(b"")

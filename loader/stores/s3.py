@@ -22,7 +22,7 @@ from loader.http.body import HttpStream
 from loader.http.client import HttpClient
 from loader.http.objects import ObjectInfo
 from loader.retry import ask_again
-from loader.stores.base import PendingResponse
+from loader.stores.base import SMALL_BYTES, PendingResponse
 from loader.stores.job_folders import StoredFile
 from loader.stores.presigned import first_byte, open_url
 from loader.stores.s3_errors import refusals_translated, translate_error, unanswered
@@ -32,7 +32,6 @@ SCHEME = "s3://"
 _PAGE_SIZE = 1000  # the most that S3 gives
 _SIGNED_S = 900
 _USED_S = 300.0  # boto3 renews temporary credentials when they have less than ten minutes left
-_WHOLE_BYTES = 256 << 10  # more is not asked for without a range
 _CHECKSUMS = {"x-amz-checksum-mode": "ENABLED"}
 _Out = TypeVar("_Out")
 _log = logging.getLogger("podloader")
@@ -76,7 +75,7 @@ class S3Store:
 
         They come with the whole object where that is small: S3 tells all checksums only then.
         """
-        if end > _WHOLE_BYTES and (info := self.stat(artifact)).size_bytes:
+        if end > SMALL_BYTES and (info := self.stat(artifact)).size_bytes:
             stream = self.open_range(artifact, 0, min(end, info.size_bytes), info)
             stream.info = info
             return stream

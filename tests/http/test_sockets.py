@@ -176,6 +176,24 @@ def test_what_came_before_a_silence_is_not_lost(peer: Peer) -> None:
     release.set()
 
 
+def test_a_short_message_behind_a_read_that_waited_for_more(peer: Peer) -> None:
+    """A threshold that stays would keep heads and ends of bodies from waking anybody."""
+
+    def talk(end: socket.socket) -> None:
+        end.sendall(CONTENT[:100_000])
+        time.sleep(0.3)
+        end.sendall(b"head")
+
+    sock = peer.connect(talk)
+    buffer = memoryview(bytearray(MEBIBYTE))
+    came = sock.recv_into(buffer[:1])
+    while came < 100_000:
+        sock._due_bytes = MEBIBYTE  # as behind a fast body
+        came += sock.recv_into(buffer)
+    assert sock._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
+    assert sock.recv_some(buffer) == 4
+
+
 def test_a_silence_is_waited_out(peer: Peer) -> None:
     def talk(end: socket.socket) -> None:
         end.sendall(CONTENT[: 5 * MEBIBYTE + 12345])

@@ -22,6 +22,7 @@ from loader.fetch.snapshot import FetchOptions, fetch
 from loader.http.body import HttpStream
 from loader.http.client import HttpClient
 from loader.http.objects import Checksum
+from loader.stores.base import SMALL_BYTES
 from loader.stores.registry import Stores
 from loader.types import Manifest
 from tests.stores import moto
@@ -248,6 +249,21 @@ def closing_front(s3_url: str) -> Iterator[Front]:
     front = Front(s3_url)
     yield front
     front.stop()
+
+
+def test_the_largest_of_small_files_takes_one_request(
+    s3: Any, s3_url: str, bucket: str, tmp_path: Path
+) -> None:
+    """A larger one would be asked for what it is first."""
+    content = random.Random(10).randbytes(SMALL_BYTES)
+    s3.put_object(Bucket=bucket, Key="j1/rank-0/a.bin", Body=content)
+    with closing_front(s3_url) as front:
+        stores = open_stores(front.url)
+        (listing,) = stores.read_listings(f"s3://{bucket}", ("j1",))
+        before = len(front.asked)
+        found = fetch(Manifest(listing.artifacts), tmp_path, stores)
+        assert [span for _, span in front.asked[before:]] == [""]
+    assert (tmp_path / found.files[0].path).read_bytes() == content
 
 
 @pytest.mark.parametrize("refuses", [False, True])
