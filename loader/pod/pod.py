@@ -18,7 +18,7 @@ import queue
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -175,6 +175,7 @@ class Pod:
         try:
             from loader import boot
             from loader.pod.live_adapters import live_environment
+            from loader.serve.vllm.arguments import sizing_arguments
 
             settings = load_settings()
             self.holds = settings.on_failure == "hold"
@@ -188,9 +189,9 @@ class Pod:
             if settings.base_model and not settings.base_checkpoint:
                 self._hint(user_path(settings.base_model) / _CONFIG)
             self._state.pass_on(progress)
-            ready = boot.prepare(
-                settings, self._state, self._timeline, ask=self._engine.ask_unbound
-            )
+            args = settings.engine_args | sizing_arguments(self._arguments)
+            sized = replace(settings, engine_args=args)
+            ready = boot.prepare(sized, self._state, self._timeline, ask=self._engine.ask_unbound)
             self._events.put(_Prepared(settings, ready))
         except Exception as error:
             self._events.put(_Failed(error))

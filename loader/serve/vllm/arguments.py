@@ -6,6 +6,7 @@ vLLM's own parser, so that one config means one thing in both.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -26,6 +27,20 @@ _OWNED = {
     "trust_remote_code": "trust_remote_code",
     "enable_lora": "adapter_policy",
     "lora_modules": "training_checkpoints",
+}
+# vllm/engine/arg_utils.py; ``config`` is a file with more of them.
+_SIZING: Mapping[str, tuple[tuple[str, ...], type]] = {
+    "tensor_parallel_size": (("-tp",), int),
+    "pipeline_parallel_size": (("-pp",), int),
+    "data_parallel_size": (("-dp",), int),
+    "gpu_memory_utilization": ((), float),
+    "kv_cache_memory_bytes": ((), str),
+    "cpu_offload_gb": ((), float),
+    "quantization": (("-q",), str),
+    "dtype": ((), str),
+    "load_format": ((), str),
+    "hf_overrides": ((), str),
+    "config": ((), str),
 }
 _WORKER_EXTENSION = "loader.serve.vllm.lora_manager.AdapterWorker"
 # Adapters that one batch may mix. Each takes memory for its own rank beside the weights; the
@@ -75,6 +90,21 @@ def serve_arguments(
             arguments.setdefault("max_cpu_loras", max(slots, len(ready.adapters)))
     written = (word for key, value in arguments.items() for word in _write(key, value))
     return (str(ready.path), *written, *extra)
+
+
+def sizing_arguments(words: Sequence[str]) -> dict[str, object]:
+    """Return, as engine_args, those of ``vllm serve``'s *words* that decide how much room it takes.
+
+    What vLLM will refuse itself is left to it.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name, (short, kind) in _SIZING.items():
+        spelled = {f"--{name}", f"--{name.replace('_', '-')}"}
+        parser.add_argument(*short, *spelled, dest=name, type=kind, default=argparse.SUPPRESS)
+    try:
+        return vars(parser.parse_known_args(words)[0])
+    except (argparse.ArgumentError, SystemExit):
+        return {}
 
 
 def parse_arguments(arguments: Sequence[str]) -> Any:

@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 
 from loader.errors import ConfigError
-from loader.serve.vllm.arguments import check_engine_args, parse_arguments, serve_arguments
+from loader.serve.vllm.arguments import (
+    check_engine_args,
+    parse_arguments,
+    serve_arguments,
+    sizing_arguments,
+)
 from loader.types import ReadyModel, ServedAdapter
 
 
@@ -120,3 +125,25 @@ def test_slots_for_adapters(
     words = serve_arguments(ready, {"max_loras": asked})
     assert words[words.index("--max-loras") + 1] == str(slots)
     assert words[words.index("--max-cpu-loras") + 1] == str(kept)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["-tp", "2", "--port", "8000"], {"tensor_parallel_size": 2}),
+        (["--tensor-parallel-size=4"], {"tensor_parallel_size": 4}),
+        (["--pipeline_parallel_size", "2"], {"pipeline_parallel_size": 2}),
+        (
+            ["--gpu-memory-utilization", "0.5", "-q", "fp8"],
+            {"gpu_memory_utilization": 0.5, "quantization": "fp8"},
+        ),
+        (["--config", "more.yaml"], {"config": "more.yaml"}),
+        (["-tp", "two"], {}),
+        (["--dtype"], {}),
+        ([], {}),
+    ],
+)
+def test_what_of_a_command_line_decides_the_room(
+    words: list[str], found: dict[str, object]
+) -> None:
+    assert sizing_arguments(words) == found
