@@ -247,6 +247,13 @@ def demo(folder: Path) -> None:
         show_timeline(run(folder, show, choose_progress))
 
 
+def completion(shell: str, words: list[str]) -> None:
+    """Print a script for a shell, or what may come next where it asks."""
+    from loader.cli.completion import completion as text_for
+
+    sys.stdout.write(text_for(shell, words))
+
+
 def truss_init(**given: Any) -> None:
     """Make the Truss that serves a training job's checkpoints."""
     from loader.cli.scaffold import Options, init
@@ -281,6 +288,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "truss wheel": truss_wheel,
     "settings": settings,
     "env": env,
+    "completion": completion,
     "demo": demo,
 }
 

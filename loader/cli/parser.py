@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loader import __version__
+from loader.cli.completion import SHELLS
 from loader.scaffold.selection import Selection
 
 
@@ -19,7 +20,7 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         SystemExit: help or the version was asked for, or something is wrong: both were written.
     """
     own, behind = _split(words)
-    parser = _build()
+    parser = build_parser()
     if not own:
         parser.print_help()
         parser.exit(2)
@@ -37,6 +38,8 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         found["selection"] = _selection(found)
     if found["command"] == "serve":
         found["vllm_arguments"] = behind
+    elif found["command"] == "completion":
+        found["words"] = behind
     else:
         unknown += behind
     if unknown:
@@ -120,6 +123,7 @@ _EXAMPLES = {
     "env": ["env --json"],
     "truss init": ["truss init --artifacts checkpoints.json --output my-truss"],
     "truss wheel": ["truss wheel my-truss"],
+    "completion": ["completion bash"],
     "demo": ["demo --folder /tmp/demo"],
 }
 
@@ -150,7 +154,8 @@ class _Commands:
         return parser
 
 
-def _build() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return what knows every command and option."""
     parser = argparse.ArgumentParser(
         prog="podloader",
         description="From a training job's checkpoint storage to a vLLM that answers.",
@@ -194,6 +199,11 @@ def _build() -> argparse.ArgumentParser:
     _add_json(settings)
     told = "Show versions, device, caches and proxies, without secrets: for bug reports."
     _add_json(commands.add("env", told))
+    told = "Print what lets a shell complete podloader's words."
+    completion = commands.add("completion", told)
+    completion.add_argument(
+        "shell", choices=SHELLS, help="Its name; the script says how to use it."
+    )
     demo = commands.add("demo", "Do the whole job with a tiny model, trained on the spot.")
     told = "Where the demo keeps its files."
     demo.add_argument("--folder", metavar="DIR", type=Path, default=Path(".demo"), help=told)

@@ -406,6 +406,11 @@ def setting_defaults() -> dict[str, Any]:
     return {name: _default(one) for name, one in _settings().items()}
 
 
+def setting_description(name: str) -> str:
+    """Return what the table says of a setting."""
+    return str(_settings()[name].metadata["description"])
+
+
 def _settings() -> dict[str, Field[Any]]:
     return {one.name: one for one in fields(Settings) if one.name not in _OUTSIDE}
 
