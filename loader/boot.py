@@ -32,6 +32,7 @@ from loader.types import Artifact, Manifest, ReadyModel, Snapshot
 
 if TYPE_CHECKING:
     from loader.adapters.layers import Ask
+    from loader.arriving.filling import Announce
     from loader.prepare.forecast import Forecast
     from loader.serve.model import ServedModel
 
@@ -45,10 +46,12 @@ def prepare(
     progress: Progress | None = None,
     timeline: Timeline | None = None,
     ask: Ask | None = None,
+    announce: Announce | None = None,
 ) -> ReadyModel:
     """Return what an engine needs, on this disk. A second call finds what the first left.
 
     *ask* is the engine's word on adapters; without, one is started to say it, where it takes that.
+    *announce* is told of a model whose weights are on their way, as soon as all else is here.
 
     Raises:
         LoaderError: see ``loader.errors``.
@@ -57,41 +60,36 @@ def prepare(
     from loader.serve.vllm.releases import installed_versions
 
     timeline.note(**_asked_for(settings))
-    ready = _prepare(settings, progress, timeline, ask)
+    ready = _prepare(settings, progress, timeline, ask, announce)
     names = [adapter.name for adapter in ready.adapters]
     timeline.note(model=str(ready.path), adapters=names, versions=installed_versions())
     return ready
 
 
 def _prepare(
-    settings: Settings, progress: Progress | None, timeline: Timeline, ask: Ask | None
+    settings: Settings,
+    progress: Progress | None,
+    timeline: Timeline,
+    ask: Ask | None,
+    announce: Announce | None,
 ) -> ReadyModel:
-    from loader.fetch.background import SplitFetch
+    from loader.arriving.delivery import Delivery
     from loader.prepare.fits import check_fits
-    from loader.prepare.overlap import find_late, prepare_while_fetching
     from loader.prepare.ready import make_ready  # fetch and plan do without these
-    from loader.prepare.shards import find_shards, prepare_from_shards
-    from loader.weights.inspect import find_checkpoints
 
     settings, laid = place_downloads(settings)
     root = settings.training.download_folder
-    options = FetchOptions.of(settings)
     with open_origin(settings, laid, timeline) as origin:
         manifest, indexed = _resolved(settings, origin, progress, timeline)
         for warning in check_fits(settings, manifest, origin.store, indexed):
             _log.warning("this may be too little: %s", warning)
-        if late := find_late(settings, manifest):
-            parts = SplitFetch.split(manifest, late, root, origin.store, options, progress)
-            return prepare_while_fetching(settings, parts, timeline, ask)
-        if shards := find_shards(settings, manifest):
-            parts = SplitFetch.split(manifest, shards, root, origin.store, options, progress)
-            return prepare_from_shards(settings, parts, timeline, ask)
-        with SpanProgress(progress, timeline) as watched:
-            snapshot = fetch(manifest, root, origin.store, options, watched)
-        write_completed(root, completed_key(settings), manifest)
-    with timeline.stage("inspect"):
-        checkpoints = find_checkpoints(snapshot.root, [file.path for file in snapshot.files])
-    return make_ready(settings, snapshot, checkpoints, timeline, progress=progress, ask=ask)
+        options = FetchOptions.of(settings)
+        with Delivery(manifest, root, origin.store, options, timeline, progress) as delivery:
+            try:
+                return make_ready(settings, delivery, ask, announce)
+            finally:
+                if delivery.is_whole:
+                    write_completed(root, completed_key(settings), manifest)
 
 
 def prepare_beside_imports(

@@ -92,17 +92,13 @@ class _Counter:
 
 @dataclass(frozen=True, slots=True)
 class Merging:
-    """A merge about to be made: what is read, what is to be done, and where it goes.
-
-    ``arriving`` gives the names of the base's tensors as they are there to be read.
-    """
+    """A merge about to be made: what is read, what is to be done, and where it goes."""
 
     reader: Reader
     sources: Sequence[Reader]
     plan: MergePlan
     writer: CheckpointWriter
     exact: Exact
-    arriving: Iterable[Collection[str]]
 
     def read(self, part: str) -> torch.Tensor:
         """Return a tensor of an adapter; of several adapters, its name begins with a number."""
@@ -157,7 +153,7 @@ def merge_tensors(merging: Merging, on_progress: Progress | None = None) -> bool
     jobs: list[Future[bool]] = []
     with _one_thread_each(), ThreadPoolExecutor(_count_threads(), "merge") as pool:
         try:
-            for names in merging.arriving:
+            for names in reader.follow():
                 for job in submit(names):
                     job.add_done_callback(partial(_tell_failure, failed))
                     jobs.append(job)

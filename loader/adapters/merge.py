@@ -36,7 +36,6 @@ from loader.adapters.edit_plan import MergePlan, plan_merge
 from loader.adapters.edits import Edit, LowRank, Replace, ReplaceRows
 from loader.adapters.effect import check_effect
 from loader.adapters.fold import Exact
-from loader.adapters.incoming import IncomingWeights
 from loader.adapters.plan_builder import Base, check_base_folder
 from loader.adapters.problems import run_all
 from loader.adapters.surroundings import list_surroundings, write_config
@@ -80,16 +79,17 @@ def merge(
     combine: Combination = "linear",
     dequantise: bool = False,
     allow_pickle: bool = False,
-    incoming: IncomingWeights | None = None,
+    weights: SafetensorsReader | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    on_begin: Callable[[CheckpointWriter], None] = lambda writer: None,
 ) -> ReadyModel:
     """Return the merged model in *output*, which appears only when it is complete.
 
     ``exact="float32"`` rounds once, at the end; ``"peft"`` gives the bits of ``merge_and_unload``.
     ``combine`` is how several adapters become one. With ``dequantise``, the weights of a quantised
-    base are merged, and written, as what they stand for. With ``incoming``, the base's weights are
-    merged tensor by tensor as they arrive; all else must be there.
-    ``on_progress(done_bytes, total_bytes)``.
+    base are merged, and written, as what they stand for. ``weights`` are the base's where they are
+    not in its folder: each tensor is merged as it comes. ``on_progress(done_bytes, total_bytes)``;
+    ``on_begin`` is given the writer when all but the weights is written.
 
     Raises:
         AdapterError: an adapter that does not fit its base, is left over, or has no effect.
@@ -100,12 +100,12 @@ def merge(
     """
     _check_output(output)
     with ExitStack() as stack:
-        if incoming is None:  # a merge while the base arrives lasts long, and is not alone
+        if weights is None:  # a merge while the base arrives lasts long, and is not alone
             stack.enter_context(uncollected())
         configs, sources = _open_adapters(stack, adapters, allow_pickle)
         _check_mergeable(base, configs)
         about = read_model_config(base)
-        reader = _open_base(stack, base, allow_pickle, incoming)
+        reader: LocalReader = weights or _open(stack, base, "model", allow_pickle)
         if quantisation_of(about) is not None:
             reader = _undo(base, reader, about, asked_for=dequantise)
         check_plain(str(base), reader.tensors)
@@ -115,12 +115,12 @@ def merge(
         beside = list_surroundings(base, [adapter.folder for adapter in adapters])
         provenance = _describe(base, adapters, configs, exact, combine)
         with CheckpointWriter(output, _plan_files(reader, plan)) as writer:
-            arriving = incoming.arriving if incoming else (tuple(reader.tensors),)
-            merging = Merging(reader, sources, plan, writer, exact, arriving)
+            _write_beside(writer.path, beside, _config_changes(plan, view), provenance)
+            on_begin(writer)
+            merging = Merging(reader, sources, plan, writer, exact)
             changed = merge_tensors(merging, on_progress)
             if not changed and any(adapter.weight for adapter in adapters):
                 raise _without_effect(adapters)
-            _write_beside(writer.path, beside, _config_changes(plan, view), provenance)
     return ReadyModel(output, (), None, output, provenance)
 
 
@@ -156,14 +156,6 @@ def _without_effect(adapters: Sequence[WeightedAdapter]) -> AdapterError:
         expected="other values than the base's in at least one tensor",
         next_step="train it longer, or merge into a base of higher precision",
     )
-
-
-def _open_base(
-    stack: ExitStack, base: Path, allow_pickle: bool, incoming: IncomingWeights | None
-) -> LocalReader:
-    if incoming is None:
-        return _open(stack, base, "model", allow_pickle)
-    return stack.enter_context(SafetensorsReader(incoming.tensors, incoming.open))
 
 
 def _undo(

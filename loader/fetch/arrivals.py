@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class Arrivals:
         self._expected = frozenset(paths)
         self._here: dict[str, FetchedFile] = {}
         self._parts: dict[str, str] = {}
+        self._spans: dict[str, list[tuple[int, int]]] = {}
         self._pieces: list[Piece] = []
         self._snapshot: Snapshot | None = None
         self._error: BaseException | None = None
@@ -52,14 +53,26 @@ class Arrivals:
             LoaderError: the fetch failed before; its error, as often as it is asked.
             FetchError: *path* is not among the files of this fetch.
         """
+        self._wait_until(path, lambda: path in self._here)
+        return self._root / path
+
+    def wait_for_range(self, path: str, start: int, end: int) -> None:
+        """Return as soon as bytes ``[start, end)`` of *path* are here. Raises as ``wait`` does."""
+        self._wait_until(path, lambda: self.has_range(path, start, end))
+
+    def has_range(self, path: str, start: int, end: int) -> bool:
+        """Return whether bytes ``[start, end)`` of the file *path* are here already."""
+        spans = self._spans.get(path, ())
+        return path in self._here or any(s <= start and end <= e for s, e in spans)
+
+    def _wait_until(self, path: str, is_here: Callable[[], bool]) -> None:
         if path not in self._expected:
             raise FetchError("a file that is not being fetched is waited for", where=path)
         with self._changed:
-            self._changed.wait_for(lambda: path in self._here or self._error is not None)
-            if path not in self._here:
+            self._changed.wait_for(lambda: is_here() or self._error is not None)
+            if not is_here():
                 assert self._error is not None
                 raise self._error
-        return self._root / path
 
     def wait_all(self) -> Snapshot:
         """Return the snapshot, at the fetch's end.
@@ -121,6 +134,10 @@ class Arrivals:
         with self._changed:
             self._parts[path] = part
             self._pieces.append(Piece(path, start, end))
+            spans = [*self._spans.get(path, ()), (start, end)]
+            touching = [(s, e) for s, e in spans if s <= end and start <= e]
+            joined = (min(s for s, _ in touching), max(e for _, e in touching))
+            self._spans[path] = [*(span for span in spans if span not in touching), joined]
             self._changed.notify_all()
 
     def arrive(self, file: FetchedFile) -> None:

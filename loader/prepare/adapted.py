@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
 
 from loader.adapters.attach import (
     Decision,
@@ -27,28 +28,15 @@ from loader.adapters.attach import (
     name_adapters,
 )
 from loader.adapters.base_task import decide_for_base
-from loader.adapters.incoming import IncomingWeights
 from loader.adapters.layers import Ask, Reason, reconsider
 from loader.adapters.plan_builder import Base
-from loader.arriving.late import LateWeights
+from loader.arriving.filling import Announce
 from loader.config.settings import Settings
-from loader.config.values import user_path
 from loader.fetch.progress import Progress
-from loader.prepare.bases import (
-    LateBase,
-    check_weights,
-    fetch_hub_weights,
-    find_base,
-    identify_local,
-    is_on_hub,
-    opened_base,
-    read_hub_weights,
-)
+from loader.prepare.bases import FoundBase, HubBase, LocalBase, find_base
+from loader.prepare.checkpoint_sources import BaseModel, Source
 from loader.prepare.consolidated import (
-    BaseModel,
-    Source,
     cache_folder,
-    find_sources,
     give_name,
     is_made,
     output_folder,
@@ -59,7 +47,7 @@ from loader.prepare.inputs import UnprovedError, proving
 from loader.prepare.named_base import named_base, named_revision
 from loader.stores.registry import is_remote
 from loader.timeline import Timeline
-from loader.types import Checkpoint, ReadyModel, Snapshot
+from loader.types import ReadyModel
 from loader.weights.architecture import is_at_hand, read_architecture
 from loader.weights.header import TensorInfo
 from loader.weights.publishing import check_room, scratch_folder, sweep, use
@@ -72,6 +60,9 @@ from loader.weights.quantised import (
 )
 from loader.weights.stored_forms import Packed
 
+if TYPE_CHECKING:
+    from loader.weights.readers import SafetensorsReader  # torch
+
 _CONFIG = "config.json"
 _MERGING = "merging"
 _log = logging.getLogger("podloader")
@@ -79,17 +70,17 @@ _log = logging.getLogger("podloader")
 
 def make_adapted(
     settings: Settings,
-    base: Source | None,
+    base: FoundBase | None,
     sources: Sequence[Source],
     timeline: Timeline,
-    late: LateWeights | None,
-    progress: Progress | None = None,
-    ask: Ask | None = None,
+    progress: Progress | None,
+    ask: Ask | None,
+    announce: Announce | None,
 ) -> ReadyModel:
     """Return *base*, else the model that the settings or the adapters name, with *sources*.
 
-    With ``late``, the weights of *base* are still at the origin. *progress* is told of the download
-    of a base that is not *base*. *ask* is the engine's word on what it has layers for.
+    *base* is a checkpoint. *progress* is told of the download of another one. *ask* is the engine's
+    word on what it has layers for.
 
     Raises:
         AdapterError: adapters that do not fit the base or each other.
@@ -110,42 +101,51 @@ def make_adapted(
     comes_along = base is not None or is_remote(name)
     decision = decide(settings.adapter_policy, adapters, base_is_fetched=comes_along)
     _log.info("adapters: %s", decision.why)
-    if base is not None:
-        check_weights(settings, base.checkpoint)
     job = _Job(settings, adapters, decision, timeline, progress)
-    if base is not None:
-        job.know_base(base.checkpoint.path)
     sweep(job.cache, _MERGING)
     with contextlib.ExitStack() as stack:
         if base is None:
-            taken = _take_named(job, name, stack)
-        elif late is None:
-            taken = _Taken(_identify(base))
-        else:
-            coming = LateBase(base.checkpoint.path, late, partial(_identify_late, base.checkpoint))
-            taken = _take_late(job, coming, stack)
+            with timeline.stage("base model"):
+                base = find_base(settings, name, timeline, progress, stack)
+            if not isinstance(base, LocalBase):
+                job.tell_config(base.path)
+        job.know_base(base.path)
+        _check_base(job, base)
+        with timeline.stage("base model"):
+            base.begin()
         if job.decision.mode == "attach" and settings.engine == "vllm":
-            job = _reconsider(job, taken.base.path, ask)
-        decision = job.decision
-        made_from = job.describe(taken.base, sources)
-        output = output_folder(settings, decision.mode, made_from)
-        if taken.merged is not None:
-            prove_kept(settings, taken.base, *sources)
-            ready = _named(taken.merged, output)
-        else:
-            with timeline.stage(decision.mode):
-                if decision.mode == "attach":
-                    prove_kept(settings, *sources)
-                    ready = attach(
-                        taken.base.path, adapters, output, allow_pickle=settings.allow_pickle
-                    )
-                else:
-                    ready = _merge_proved(job, taken.base, sources, output)
+            _reconsider(job, base.path, ask)
+        return _make(job, base, sources, stack, announce)
+
+
+def _make(
+    job: _Job,
+    base: FoundBase,
+    sources: Sequence[Source],
+    stack: contextlib.ExitStack,
+    announce: Announce | None,
+) -> ReadyModel:
+    """Return the model of *base*, whose weights may be on their way."""
+    merged = _merge_arriving(job, base, stack, announce)
+    whole = base.identify(weights=job.is_merge)
+    made_from = job.describe(whole, sources)
+    output = output_folder(job.settings, job.decision.mode, made_from)
+    if merged is not None:
+        prove_kept(job.settings, whole, *sources)
+        ready = _named(merged, output)
+    else:
+        with job.timeline.stage(job.decision.mode):
+            if job.is_merge:
+                ready = _merge_proved(job, base, whole, sources, output)
+            else:
+                prove_kept(job.settings, *sources)
+                allow_pickle = job.settings.allow_pickle
+                ready = attach(whole.path, job.adapters, output, allow_pickle=allow_pickle)
     if output.is_dir():
         use(output)
-    provenance = ready.provenance | {"why": decision.why, "made_from": made_from}
-    if decision.mode == "merge":
-        provenance["name"] = adapters[0].name
+    provenance = ready.provenance | {"why": job.decision.why, "made_from": made_from}
+    if job.is_merge:
+        provenance["name"] = job.adapters[0].name
     return replace(ready, provenance=provenance)
 
 
@@ -196,8 +196,8 @@ class _Job:
         return made_from
 
 
-def _reconsider(job: _Job, base: Path, ask: Ask | None) -> _Job:
-    """Return *job*, with another decision where vLLM would not use all of an adapter."""
+def _reconsider(job: _Job, base: Path, ask: Ask | None) -> None:
+    """Decide anew where vLLM would not use all of an adapter."""
     from loader.serve.vllm.forkserver import ask_forked
 
     def ask_beside(model: Path, adapters: Mapping[str, Sequence[str]]) -> Mapping[str, Reason]:
@@ -214,58 +214,23 @@ def _reconsider(job: _Job, base: Path, ask: Ask | None) -> _Job:
         )
     if decision is not job.decision:
         _log.warning("adapters: %s", decision.why)
-    return replace(job, decision=decision)
+    job.decision = decision
 
 
-@dataclass(frozen=True, slots=True)
-class _Taken:
-    """The base, whole, and what was merged while it arrived."""
-
-    base: BaseModel
-    merged: ReadyModel | None = None
-
-
-def _identify(base: Source) -> BaseModel:
-    return BaseModel(base.checkpoint.path, {"checkpoint": dict(base.files)}, base.kept)
-
-
-def _identify_late(checkpoint: Checkpoint, snapshot: Snapshot) -> BaseModel:
-    (source,) = find_sources(snapshot, [checkpoint])
-    return _identify(source)
-
-
-def _take_named(job: _Job, name: str, stack: contextlib.ExitStack) -> _Taken:
-    """Return the base called *name*."""
-    settings, timeline, progress = job.settings, job.timeline, job.progress
-    with timeline.stage("base model"):
-        if not is_remote(name) or user_path(name).is_dir():
-            base = find_base(settings, name, timeline, progress)
-            job.know_base(base.path)
-            if is_on_hub(base):
-                job.tell_config(base.path)
-                _check_on_hub(job, name, base)
-                base = fetch_hub_weights(settings, base, timeline, progress, is_input=job.is_merge)
-            elif base.is_theirs and job.is_merge:
-                base = identify_local(settings, base.path, weights=True)
-            return _Taken(base)
-        found = stack.enter_context(opened_base(settings, name, timeline, progress))
-    job.know_base(found.path)
-    job.tell_config(found.path)
-    return _Taken(found) if isinstance(found, BaseModel) else _take_late(job, found, stack)
-
-
-def _check_on_hub(job: _Job, name: str, small: BaseModel) -> None:
-    config = read_model_config(small.path)
-    weights = read_hub_weights(job.settings, small)
+def _check_base(job: _Job, base: FoundBase) -> None:
+    """Check, before they are fetched, that the adapters fit weights that are not here."""
+    config = read_model_config(base.path)
+    weights = base.weights
     if weights is None:
         return
-    plain = _check_fit(job, name, config, weights.tensors, weights.find_packed(config))
-    _check_room_to_serve(job, name, config, plain if job.is_merge else weights.tensors)
+    with job.timeline.stage("fit"):
+        packed = weights.find_packed(config)
+        plain = _check_fit(job, str(base.path), config, weights.tensors, packed)
+    served = plain if job.is_merge else weights.tensors
+    _check_room_to_serve(job, str(base.path), config, served)
     if job.is_merge:
-        sizes = [
-            sum(t.size_bytes for t in tensors.values()) for tensors in (weights.tensors, plain)
-        ]
-        check_room(zip((small.path, job.cache), sizes, strict=True))
+        made_bytes = sum(info.size_bytes for info in plain.values())
+        check_room([(base.path, weights.missing_bytes), (job.cache, made_bytes)])
 
 
 def _check_fit(
@@ -305,50 +270,42 @@ def _check_room_to_serve(
         _log.warning("this may be too little: %s", warning)
 
 
-def _take_late(job: _Job, coming: LateBase, stack: contextlib.ExitStack) -> _Taken:
-    """Return a base that is fetched when the adapters have proved to fit; merged where they are."""
-    config = read_model_config(coming.path)
-    with job.timeline.stage("fit"):
-        packed = coming.weights.find_packed(config)
-        plain = _check_fit(job, str(coming.path), config, coming.weights.tensors, packed)
-    served = plain if job.is_merge else coming.weights.tensors
-    _check_room_to_serve(job, str(coming.path), config, served)
-    if job.is_merge:
-        made_bytes = sum(info.size_bytes for info in plain.values())
-        check_room([(coming.path, coming.weights.missing_bytes), (job.cache, made_bytes)])
-    with coming.weights.fetching() as arriving:
-        merged = None
-        if job.is_merge and quantisation_of(config) is None:
-            folder = stack.enter_context(scratch_folder(job.cache, _MERGING))
-            with job.timeline.stage("merge"):
-                merged = _merge(job, coming.path, folder / "model", arriving.weights)
-        return _Taken(coming.identify(arriving.wait()), merged)
+def _merge_arriving(
+    job: _Job, base: FoundBase, stack: contextlib.ExitStack, announce: Announce | None
+) -> ReadyModel | None:
+    """Return what is merged of weights as they come; None where that cannot be."""
+    reader = base.weights.open_reader() if base.weights and job.is_merge else None
+    if reader is None:
+        return None
+    folder = stack.enter_context(scratch_folder(job.cache, _MERGING))
+    with job.timeline.stage("merge"), contextlib.closing(reader):
+        return _merge(job, base.path, folder / "model", reader)
 
 
 def _merge_proved(
-    job: _Job, base: BaseModel, sources: Sequence[Source], output: Path
+    job: _Job, base: FoundBase, whole: BaseModel, sources: Sequence[Source], output: Path
 ) -> ReadyModel:
     """Return the merged model in *output*, made there from what is proved to be its inputs."""
     if is_made(output):  # its name is the digest of what it was made from
         _log.info("the merged model is here already: %s", output)
         return ReadyModel(output, (), None, output, {})
-    check = partial(prove_kept, job.settings, base, *sources)
+    check = partial(prove_kept, job.settings, whole, *sources)
     try:
         with scratch_folder(job.cache, _MERGING) as folder, proving(check) as wait:
             try:
-                merged = _merge(job, base.path, folder / "model")
+                merged = _merge(job, whole.path, folder / "model")
             finally:  # files that rotted may be why a merge fails
                 wait()
             check()  # nor were they written to since; nothing else is read again
             return _named(merged, output)
     except UnprovedError:
-        if not is_on_hub(base):
+        if not isinstance(base, HubBase):
             raise
     _log.warning("the base model is not what the Hub declares; it is fetched again")
-    fetch_hub_weights(job.settings, base, job.timeline, job.progress, is_input=True, only=None)
+    base.begin(only=None)
     with scratch_folder(job.cache, _MERGING) as folder:
         check()
-        return _named(_merge(job, base.path, folder / "model"), output)
+        return _named(_merge(job, whole.path, folder / "model"), output)
 
 
 def _named(merged: ReadyModel, output: Path) -> ReadyModel:
@@ -357,7 +314,7 @@ def _named(merged: ReadyModel, output: Path) -> ReadyModel:
 
 
 def _merge(
-    job: _Job, base: Path, output: Path, incoming: IncomingWeights | None = None
+    job: _Job, base: Path, output: Path, weights: SafetensorsReader | None = None
 ) -> ReadyModel:
     from loader.adapters.merge import WeightedAdapter, merge  # torch
 
@@ -368,5 +325,5 @@ def _merge(
         exact=job.settings.exact,
         dequantise=job.settings.dequantise,
         allow_pickle=job.settings.allow_pickle,
-        incoming=incoming,
+        weights=weights,
     )

@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from loader.arriving.late import LateWeights, read_late
+from loader.arriving.arriving_weights import ArrivingWeights
+from loader.arriving.delivery import Delivery
 from loader.config.settings import Settings
 from loader.config.values import user_path
 from loader.errors import AdapterError, ConfigError, FetchError, FormatError, redact
-from loader.fetch.background import SplitFetch, are_here
 from loader.fetch.progress import Progress
-from loader.fetch.snapshot import FetchOptions, fetch, read_artifact
+from loader.fetch.snapshot import FetchOptions, read_artifact
 from loader.fetch.spans import SpanProgress
 from loader.fetch.sum_manifests import declare_sums
-from loader.prepare.consolidated import BaseModel, cache_folder, digests
+from loader.prepare.checkpoint_sources import BaseModel, Source
+from loader.prepare.consolidated import cache_folder, digests
 from loader.prepare.inputs import (
     digest_texts,
     names_in,
@@ -48,37 +50,146 @@ from loader.stores.registry import Stores, is_remote
 from loader.timeline import Timeline
 from loader.types import JOB_ID, Artifact, Checkpoint, Kind, Listing, Manifest, Snapshot
 from loader.weights.header import TensorInfo
-from loader.weights.index import shard_names
-from loader.weights.inspect import open_checkpoint
+from loader.weights.index import read_weight_map, shard_names
+from loader.weights.inspect import INDEXES, open_checkpoint
 from loader.weights.quantised import find_packed, is_description
 from loader.weights.stored_forms import Packed
 
+if TYPE_CHECKING:
+    from loader.weights.readers import SafetensorsReader  # torch
+
 _SMALL, _WHOLE = "download of small files", "download of the base"
 WHOLE = (Kind.FULL, Kind.WHISPER)
-_HUB = "hub"  # of an identity: the model's name there
+
+
+class BaseWeights(Protocol):
+    """Weights of a base that are not here, known from their headers."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors, as they are stored."""
+
+    @property
+    def missing_bytes(self) -> int:
+        """The bytes that the disk has yet to find room for."""
+
+    def find_packed(self, config: Mapping[str, object]) -> Mapping[str, Packed] | None:
+        """Return every quantised weight by the name that it had; None where that is not known.
+
+        Raises:
+            FormatError: a description that cannot be understood.
+        """
+
+    def open_reader(self) -> SafetensorsReader | None:
+        """Return what reads tensors as they come, to be closed; None where only all come."""
+
+
+class FoundBase(Protocol):
+    """A base model whose small files are in ``path``, wherever its weights are."""
+
+    @property
+    def path(self) -> Path:
+        """The folder that it will be whole in."""
+
+    @property
+    def weights(self) -> BaseWeights | None:
+        """Its weights as their headers tell; None where they are here, or nothing tells.
+
+        Raises:
+            LoaderError: the headers cannot be read.
+        """
+
+    def begin(self) -> None:
+        """Have its weights brought. Raises as a download does."""
+
+    def identify(self, *, weights: bool = True) -> BaseModel:
+        """Return what it is, when all that was begun is here; by its *weights*, too, if wanted.
+
+        Raises:
+            LoaderError: it does not come, or cannot be read.
+        """
 
 
 @dataclass(frozen=True, slots=True)
-class LateBase:
-    """A base whose weights are not here, its small files in *path*.
+class LocalBase:
+    """A ``FoundBase`` that is here: a person's own folder, or a *source* that was consolidated."""
 
-    ``identify`` returns what it is, from the snapshot of all of it.
+    settings: Settings
+    path: Path
+    source: Source | None = None
+    weights: None = None
+
+    def begin(self) -> None:
+        """Do nothing."""
+
+    def identify(self, *, weights: bool = True) -> BaseModel:
+        """Return what it is, by our digests.
+
+        Raises:
+            ChangedError: it is being written to.
+            DiskError: a file cannot be read.
+        """
+        if self.source is not None:
+            return self.source.as_base()
+        names = names_in(self.path)
+        chosen = [*small_names(names), *(weight_names(names) if weights else ())]
+        found = digest_texts(digests(self.settings), self.path, chosen)
+        kept = {self.path / name: digest for name, digest in found.items()}
+        return BaseModel(self.path, {"files": found}, kept, is_theirs=True)
+
+
+@dataclass(frozen=True)
+class ArrivingBase:
+    """A ``FoundBase`` whose files are those of *delivery*; *describe* says what it is, once here.
+
+    *rest*: files that are brought behind its weights.
     """
 
     path: Path
-    weights: LateWeights
-    identify: Callable[[Snapshot], BaseModel]
+    delivery: Delivery
+    describe: Callable[[], BaseModel]
+    rest: Collection[str] = ()
+
+    @cached_property
+    def weights(self) -> ArrivingWeights | None:
+        """Its weights by their headers; None where all are here, or they are pickled."""
+        prefix = self.path.relative_to(self.delivery.root).as_posix() + "/"
+        names = [p.removeprefix(prefix) for p in self.delivery.paths if p.startswith(prefix)]
+        index = self.path / INDEXES[0]
+        indexed = set(read_weight_map(index).values()) if index.is_file() else ()
+        paths = [prefix + name for name in weight_files(names, indexed=indexed)]
+        is_known = all(path in self.delivery.paths for path in paths)
+        is_coming = any(not self.delivery.is_here(path) for path in paths)
+        return ArrivingWeights(self.delivery, paths) if is_known and is_coming else None
+
+    def begin(self) -> None:
+        """Have its weights brought, and what else there is. Raises as ``Delivery.begin`` does."""
+        order = self.weights.order if self.weights else ()
+        self.delivery.begin([*order, *self.rest])
+
+    def identify(self, *, weights: bool = True) -> BaseModel:
+        """Return what it is. Raises as ``Delivery.wait`` does."""
+        self.delivery.wait()
+        return self.describe()
 
 
 def find_base(
-    settings: Settings, name: str, timeline: Timeline, progress: Progress | None = None
-) -> BaseModel:
+    settings: Settings,
+    name: str,
+    timeline: Timeline,
+    progress: Progress | None,
+    stack: contextlib.ExitStack,
+    *,
+    weights: bool = True,
+) -> FoundBase:
     """Return the base called *name*: a local folder, else the small files of one elsewhere.
+
+    It is there until *stack* ends. *weights*: they will be wanted.
 
     Raises:
         AdapterError: *name* is nothing of that sort.
         ConfigError: no full model, or it is not to be had.
-        FetchError: it cannot be fetched.
+        FetchError: it cannot be fetched, or has no weights.
     """
     folder = user_path(name)
     if folder.is_dir():
@@ -88,10 +199,17 @@ def find_base(
         check_weights(settings, checkpoint)
         if missing := checkpoint.detail.get("missing"):
             raise absent_shards(str(folder), missing if isinstance(missing, list) else ())
-        return identify_local(settings, folder, weights=False)
+        return LocalBase(settings, folder.resolve())
     if is_remote(name):
-        with SpanProgress(progress, timeline, _SMALL) as watched:
-            return fetch_base(settings, name, watched, weights=False)
+        stores = stack.enter_context(contextlib.closing(Stores(settings)))
+        files = find_base_files(settings, stores, name, weights=weights)
+        options = FetchOptions.of(settings)
+        delivery = Delivery(files.manifest, files.root, stores, options, timeline, progress)
+        stack.enter_context(delivery)
+        here = set(delivery.paths) - set(delivery.absent)
+        delivery.bring([p for p in delivery.paths if p in files.small or p in here], _SMALL)
+        rest = [path for path in delivery.paths if path not in here | files.small]
+        return ArrivingBase(files.folder, delivery, lambda: files.identify(delivery.wait()), rest)
     if not REPO_ID.fullmatch(name):
         raise AdapterError(
             "the base model is not there",
@@ -101,83 +219,122 @@ def find_base(
         )
     with SpanProgress(progress, timeline, _SMALL) as watched:
         model = _fetch_from_hub(settings, name, settings.base_revision, "small files", watched)
-    return _identify_cached(settings, model.path, {_HUB: name, "commit": model.commit})
-
-
-def identify_local(settings: Settings, folder: Path, *, weights: bool) -> BaseModel:
-    """Return the model in *folder*, a person's own, by our digests; of its *weights* if wanted.
-
-    Raises:
-        ChangedError: it is being written to.
-        DiskError: a file cannot be read.
-    """
-    folder = folder.resolve()
-    names = names_in(folder)
-    chosen = [*small_names(names), *(weight_names(names) if weights else ())]
-    found = digest_texts(digests(settings), folder, chosen)
-    kept = {folder / name: digest for name, digest in found.items()}
-    return BaseModel(folder, {"files": found}, kept, is_theirs=True)
-
-
-def _identify_cached(
-    settings: Settings, folder: Path, named: Mapping[str, object], *, weights: bool = False
-) -> BaseModel:
-    """Return the model in *folder* of huggingface-hub's cache, by the Hub's SHA-256 of each file.
-
-    What has none is digested here.
-    """
-    names = names_in(folder)
-    chosen = [*small_names(names), *(weight_names(names) if weights else ())]
-    declared = {n: sha for n in chosen if (sha := declared_sha256(folder / n)) is not None}
-    kept = {folder / name: sha256_text(sha) for name, sha in declared.items()}
-    own = digest_texts(digests(settings), folder, [n for n in chosen if n not in declared])
-    files = own | {path.name: text for path, text in kept.items()}
-    return BaseModel(folder, {**named, "files": files}, kept)
+    return HubBase(settings, name, model, timeline, progress)
 
 
 def bring_base(
-    settings: Settings, name: str, timeline: Timeline, progress: Progress | None = None
+    settings: Settings,
+    name: str,
+    timeline: Timeline,
+    progress: Progress | None = None,
+    *,
+    weights: bool = True,
 ) -> BaseModel:
-    """Return the base called *name*, all of it on this disk.
+    """Return the base called *name*, all of it on this disk, or without *weights* its small files.
 
     Raises:
         LoaderError: as ``find_base``, or its weights cannot be fetched.
     """
-    if is_remote(name) and not Path(name).expanduser().is_dir():
-        with SpanProgress(progress, timeline, _WHOLE) as watched:
-            return fetch_base(settings, name, watched)
-    found = find_base(settings, name, timeline, progress)
-    if is_on_hub(found):
-        return fetch_hub_weights(settings, found, timeline, progress, is_input=True)
-    return identify_local(settings, found.path, weights=True)
+    with contextlib.ExitStack() as stack:
+        base = find_base(settings, name, timeline, progress, stack, weights=weights)
+        if weights:
+            base.begin()
+        return base.identify(weights=weights)
 
 
-def fetch_hub_weights(
-    settings: Settings,
-    small: BaseModel,
-    timeline: Timeline,
-    progress: Progress | None = None,
-    *,
-    is_input: bool,
-    only: Literal["weights"] | None = "weights",
-) -> BaseModel:
-    """Return the model of the Hub whose *small* files are here, whole.
+@dataclass(frozen=True)
+class HubBase:
+    """A ``FoundBase`` in huggingface-hub's cache, which brings whole files alone."""
 
-    *is_input*: something is made from the weights, so what they are matters. *only*: None brings
-    small files that are gone, too.
+    settings: Settings
+    name: str
+    model: HubModel
+    timeline: Timeline
+    progress: Progress | None
 
-    Raises:
-        ConfigError: no right to read it.
-        FetchError: it cannot be fetched, or has no weights.
+    @property
+    def path(self) -> Path:
+        """The commit's folder in the cache."""
+        return self.model.path
+
+    @cached_property
+    def weights(self) -> HubWeights | None:
+        """What it is made of; None where weights are here, or the Hub cannot tell.
+
+        Raises:
+            FetchError: the Hub refuses.
+            TransientError: the Hub did not answer.
+        """
+        from loader.stores.hub_headers import read_tensors, read_values
+
+        if any(self.path.glob("*.safetensors")):
+            return None
+        name, commit, token = self.name, self.model.commit, hub_token(self.settings)
+        retries = self.settings.retries
+        tensors = ask_again(lambda: read_tensors(name, commit, token=token), retries)
+        if tensors is None:
+            return None
+        described = {tensor: t for tensor, t in tensors.items() if is_description(tensor)}
+        texts: Mapping[str, bytes] | None = {}
+        if described:
+            texts = ask_again(lambda: read_values(name, commit, described, token=token), retries)
+        infos = {n: TensorInfo(n, t.dtype, t.shape, t.start, t.end) for n, t in tensors.items()}
+        return HubWeights(infos, texts)
+
+    def begin(self, only: Literal["weights"] | None = "weights") -> None:
+        """Bring its weights; *only*: None brings small files that are gone, too.
+
+        Raises:
+            ConfigError: no right to read it.
+            FetchError: it cannot be fetched, or has no weights.
+        """
+        settings, name = self.settings, self.name
+        names = [path.name for path in self.path.iterdir()]
+        index = find_index(names, allow_pickle=settings.allow_pickle)
+        shards = shard_names((self.path / index).read_bytes(), f"{name}: {index}") if index else ()
+        with SpanProgress(self.progress, self.timeline, _WHOLE) as watched:
+            _fetch_from_hub(settings, name, self.model.commit, only, watched, shards)
+
+    def identify(self, *, weights: bool = True) -> BaseModel:
+        """Return what it is, by the Hub's SHA-256 of each file; what has none is digested here."""
+        folder, names = self.path, names_in(self.path)
+        chosen = [*small_names(names), *(weight_names(names) if weights else ())]
+        declared = {n: sha for n in chosen if (sha := declared_sha256(folder / n)) is not None}
+        kept = {folder / name: sha256_text(sha) for name, sha in declared.items()}
+        others = [n for n in chosen if n not in declared]
+        own = digest_texts(digests(self.settings), folder, others)
+        files = own | {path.name: text for path, text in kept.items()}
+        identity = {"hub": self.name, "commit": self.model.commit, "files": files}
+        return BaseModel(folder, identity, kept)
+
+
+@dataclass(frozen=True, slots=True)
+class HubWeights:
+    """The weights of a model on the Hub, which are not here.
+
+    ``texts`` are the descriptions among them, None where the Hub does not give those by themselves.
     """
-    name, commit = str(small.identity[_HUB]), str(small.identity["commit"])
-    names = [path.name for path in small.path.iterdir()]
-    index = find_index(names, allow_pickle=settings.allow_pickle)
-    shards = shard_names((small.path / index).read_bytes(), f"{name}: {index}") if index else ()
-    with SpanProgress(progress, timeline, _WHOLE) as watched:
-        _fetch_from_hub(settings, name, commit, only, watched, shards)
-    named = {_HUB: name, "commit": commit}
-    return _identify_cached(settings, small.path, named, weights=is_input)
+
+    tensors: Mapping[str, TensorInfo]
+    texts: Mapping[str, bytes] | None
+
+    @property
+    def missing_bytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(info.size_bytes for info in self.tensors.values())
+
+    def find_packed(self, config: Mapping[str, object]) -> Mapping[str, Packed] | None:
+        """Return every quantised weight by the name that it had; None where that is not known.
+
+        Raises:
+            FormatError: a description that cannot be understood.
+        """
+        if self.texts is None:
+            return None
+        return find_packed(config, self.tensors, self.texts.__getitem__)
+
+    def open_reader(self) -> None:
+        """Return None: the cache's files come whole."""
 
 
 def _fetch_from_hub(
@@ -225,104 +382,8 @@ def check_weights(settings: Settings, checkpoint: Checkpoint) -> None:
         )
 
 
-def is_on_hub(base: BaseModel) -> bool:
-    """Return whether *base* is huggingface-hub's."""
-    return _HUB in base.identity
-
-
-@dataclass(frozen=True, slots=True)
-class HubWeights:
-    """The weights of a model on the Hub, which are not here.
-
-    ``texts`` are the descriptions among them, None where the Hub does not give those by themselves.
-    """
-
-    tensors: Mapping[str, TensorInfo]
-    texts: Mapping[str, bytes] | None
-
-    def find_packed(self, config: Mapping[str, object]) -> Mapping[str, Packed] | None:
-        """Return every quantised weight by the name that it had; None where that is not known.
-
-        Raises:
-            FormatError: a description that cannot be understood.
-        """
-        return (
-            None
-            if self.texts is None
-            else find_packed(config, self.tensors, self.texts.__getitem__)
-        )
-
-
-def read_hub_weights(settings: Settings, small: BaseModel) -> HubWeights | None:
-    """Return what a model on the Hub is made of, by its headers, its weights not being here.
-
-    None where *small*, what is here of it, has weights, or where the Hub cannot tell.
-
-    Raises:
-        FetchError: the Hub refuses.
-        TransientError: the Hub did not answer.
-    """
-    from loader.stores.hub_headers import read_tensors, read_values
-
-    if any(small.path.glob("*.safetensors")):
-        return None
-    name, commit = str(small.identity[_HUB]), str(small.identity["commit"])
-    token = hub_token(settings)
-    tensors = ask_again(lambda: read_tensors(name, commit, token=token), settings.retries)
-    if tensors is None:
-        return None
-    described = {tensor: t for tensor, t in tensors.items() if is_description(tensor)}
-    return HubWeights(
-        {n: TensorInfo(n, t.dtype, t.shape, t.start, t.end) for n, t in tensors.items()},
-        ask_again(lambda: read_values(name, commit, described, token=token), settings.retries)
-        if described
-        else {},
-    )
-
-
 def hub_token(settings: Settings) -> str | None:
     return settings.hf_token.value if settings.hf_token else None
-
-
-def fetch_base(
-    settings: Settings, url: str, progress: Progress | None = None, *, weights: bool = True
-) -> BaseModel:
-    """Return the model in the folder at *url*, such as ``s3://bucket/model``; *weights* if wanted.
-
-    Raises:
-        ConfigError: no such sort of place, or a package or credentials are missing.
-        FetchError: it cannot be fetched, or has no weights.
-    """
-    with contextlib.closing(Stores(settings)) as stores:
-        files = find_base_files(settings, stores, url, weights=weights)
-        snapshot = fetch(files.manifest, files.root, stores, FetchOptions.of(settings), progress)
-    return files.identify(snapshot)
-
-
-@contextlib.contextmanager
-def opened_base(
-    settings: Settings, url: str, timeline: Timeline, progress: Progress | None = None
-) -> Iterator[BaseModel | LateBase]:
-    """Give the model in the folder at *url*, for the length of the block.
-
-    It is whole where an earlier run fetched it, or where its weights are pickled.
-
-    Raises:
-        ConfigError: no such sort of place, or a package or credentials are missing.
-        FetchError: it cannot be fetched, or has no weights.
-    """
-    with contextlib.closing(Stores(settings)) as stores:
-        files = find_base_files(settings, stores, url, weights=True)
-        options = FetchOptions.of(settings)
-        late = tuple(a for a in files.manifest.files if a.name.endswith(".safetensors"))
-        if not late or are_here(late, files.root):
-            with SpanProgress(progress, timeline, _WHOLE) as watched:
-                snapshot = fetch(files.manifest, files.root, stores, options, watched)
-            yield files.identify(snapshot)
-            return
-        parts = SplitFetch.split(files.manifest, late, files.root, stores, options, progress)
-        first = parts.fetch_early(timeline, _SMALL)
-        yield LateBase(files.folder, read_late(parts, first, timeline), files.identify)
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,6 +394,7 @@ class BaseFiles:
     name: str
     root: Path
     manifest: Manifest
+    small: frozenset[str]
 
     @property
     def folder(self) -> Path:
@@ -357,7 +419,8 @@ def find_base_files(settings: Settings, stores: Stores, url: str, *, weights: bo
     name = f"{last if JOB_ID.fullmatch(last) else 'base'}-{digest}"
     listing = stores.read_folder(url, name)
     names = [artifact.relative_file_name for artifact in listing.artifacts]
-    chosen = set(side_files(names))
+    side = side_files(names)
+    chosen = set(side)
     if weights:
         shards = _read_shards(settings, stores, url, listing, root)
         wanted = weight_files(names, allow_pickle=settings.allow_pickle, indexed=shards)
@@ -376,7 +439,8 @@ def find_base_files(settings: Settings, stores: Stores, url: str, *, weights: bo
     check_names(files)
     declared = declare_sums(files, listing.artifacts, root, stores)
     manifest = Manifest(tuple(sorted(declared, key=lambda a: a.path)))
-    return BaseFiles(url, name, root, manifest)
+    small = frozenset(a.path for a in manifest.files if a.relative_file_name in side)
+    return BaseFiles(url, name, root, manifest, small)
 
 
 def _read_shards(

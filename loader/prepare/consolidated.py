@@ -21,141 +21,47 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from loader.config.settings import Settings
 from loader.errors import FormatError
 from loader.fetch.crc import crc64nvme
 from loader.fetch.digests import Digests
 from loader.fetch.files import STATE
+from loader.prepare.checkpoint_sources import SHARDED, BaseModel, Source
 from loader.prepare.inputs import prove
-from loader.timeline import Timeline
-from loader.types import Checkpoint, Kind, Snapshot
+from loader.types import Kind
 from loader.units import show_bytes
 from loader.weights.formats.learning import learning_names
-from loader.weights.formats.places import has_config, home_folders, weight_folders
-from loader.weights.formats.rank_files import Files, LocalFiles
+from loader.weights.formats.places import has_config
 from loader.weights.formats.refused import find_refusal
-from loader.weights.formats.serving import serving_files
 from loader.weights.header import read_header
 from loader.weights.index import read_weight_map
 from loader.weights.inspect import open_checkpoint
 from loader.weights.publishing import disk_error, scratch_folder, sweep, use
 
-SHARDED = frozenset({Kind.DCP, Kind.ZERO, Kind.DTENSOR, Kind.RANK_SHARDS})
+if TYPE_CHECKING:
+    from loader.weights.writer import CheckpointWriter  # torch
+
 _EVERY_S = 5.0
 _MODE, _COMING = "consolidate", "consolidating"
 _log = logging.getLogger("podloader")
 
 Report = Callable[[int, int], None]  # told of bytes done, and of bytes in all
-
-
-@dataclass(frozen=True, slots=True)
-class BaseModel:
-    """A base model on this disk, or only its small files, and what tells it from any other.
-
-    ``kept`` are files that this run did not bring and has yet to prove, with the digests that they
-    have to have; ``is_theirs``: they are a person's own.
-    """
-
-    path: Path
-    identity: Mapping[str, object]
-    kept: Mapping[Path, str] = field(default_factory=dict, compare=False)
-    is_theirs: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A checkpoint that is no longer sharded, and where it comes from.
-
-    ``place`` is ``<job>/rank-<N>/<folder>``, ``places`` are those of all ranks, ``kind`` what it
-    was, ``files`` the digest of every file by path, ``kept`` as a ``BaseModel``'s.
-    """
-
-    checkpoint: Checkpoint
-    kind: Kind
-    place: str
-    places: frozenset[str]
-    files: Mapping[str, str]
-    kept: Mapping[Path, str] = field(default_factory=dict, compare=False)
-
-    @property
-    def job(self) -> str:
-        """The training job."""
-        return self.place.partition("/")[0]
-
-
-class LateShards(Protocol):
-    """Weight shards that are not on this disk: they stay at the origin, or are on their way."""
-
-    @property
-    def identities(self) -> Mapping[str, str] | None:
-        """What tells each shard from other versions, by path; None where digests come later."""
-
-    @property
-    def can_be_resumed(self) -> bool:
-        """Whether what an earlier run read of them is known to be of the same version."""
-
-    def opened(
-        self, checkpoint: Checkpoint
-    ) -> contextlib.AbstractContextManager[tuple[Files, Report]]:
-        """Give the files of *checkpoint*, and what is to be told how far it has come."""
-
-    def wait(self) -> Snapshot:
-        """Return the snapshot of all that is fetched, when it is."""
-
-
-def find_sources(
-    snapshot: Snapshot,
-    checkpoints: Sequence[Checkpoint],
-    identities: Mapping[str, str] | None = None,
-) -> tuple[Source, ...]:
-    """Return *checkpoints*, those of *snapshot*, with the place and the digests of each.
-
-    *identities* stand for the digests of files that are not in the snapshot, by path.
-    """
-    known = {file.path: file.digest for file in snapshot.files} | dict(identities or {})
-    reused = {file.path for file in snapshot.files if file.reused}
-    found = []
-    for checkpoint in checkpoints:
-        place = _relative(checkpoint.path, snapshot)
-        homes = [place]
-        if checkpoint.kind in SHARDED:
-            homes += [_relative(folder, snapshot) for folder in home_folders(checkpoint)]
-        files = {
-            path: digest
-            for path, digest in known.items()
-            if _holds(homes, path, deep=checkpoint.kind in SHARDED)
-        }
-        if checkpoint.kind in SHARDED:
-            needed = serving_files(files)
-            files = {path: digest for path, digest in files.items() if path in needed}
-        found.append(
-            Source(
-                checkpoint,
-                checkpoint.kind,
-                place,
-                frozenset(homes),
-                MappingProxyType(files),
-                {snapshot.root / path: files[path] for path in files if path in reused},
-            )
-        )
-    return tuple(found)
+OnBegin = Callable[["CheckpointWriter"], None]
 
 
 def make_whole(
     source: Source,
     settings: Settings,
-    timeline: Timeline,
     find_base: Callable[[], BaseModel | None],
     bring_base: Callable[[], BaseModel | None],
-    shards: LateShards | None = None,
+    on_begin: OnBegin = lambda writer: None,
 ) -> Source:
-    """Return *source*, consolidated where it is sharded.
+    """Return *source*, consolidated where it is sharded; its shards may be on their way.
 
     ``find_base`` is asked for the small files of the base model where no rank has a config,
     ``bring_base`` for all of it where the frozen parameters were not saved.
@@ -163,45 +69,43 @@ def make_whole(
     Raises:
         CheckpointError: see ``loader.weights.formats.consolidation.consolidate``.
     """
-    if source.checkpoint.kind not in SHARDED:
+    if source.kind not in SHARDED:
         return source
-    if source.checkpoint.kind is Kind.ZERO and _needs_base(source.checkpoint, shards):
+    delivery = source.delivery
+    if source.kind is Kind.ZERO and _needs_base(source):
         base = bring_base()
     else:
         base = None if has_config(source.checkpoint) else find_base()
-    is_coming = shards is not None and shards.identities is None
     cache = cache_folder(settings)
     sweep(cache, _COMING)
     with contextlib.ExitStack() as stack:
-        if is_coming:
-            output = stack.enter_context(scratch_folder(cache, _COMING)) / "model"
-        else:
+        is_named = len(source.files) == len(source.paths)
+        if is_named:
             output = _named(source, base, settings)
-        with timeline.stage("consolidate"):
+        else:
+            output = stack.enter_context(scratch_folder(cache, _COMING)) / "model"
+        with delivery.timeline.stage("consolidate"):
             if is_made(output):
                 _log.info("the consolidated checkpoint is here already: %s", output)
             else:
                 sweep(cache, f"{_MODE}-*", but=output.name)
                 prove_kept(settings, source, *([base] if base else []))
-                _consolidate(source.checkpoint, output, base, settings, shards)
-        if shards is not None and is_coming:
-            (source,) = find_sources(shards.wait(), [source.checkpoint])
+                _consolidate(source, output, base, settings, on_begin)
+        if not is_named:
+            delivery.wait()
             prove_kept(settings, source)
             output = give_name(output, _named(source, base, settings))
     use(output)
-    return replace(source, checkpoint=open_checkpoint(output), kept={})
+    return replace(source, checkpoint=open_checkpoint(output), is_made=True)
 
 
-def _needs_base(checkpoint: Checkpoint, shards: LateShards | None) -> bool:
+def _needs_base(source: Source) -> bool:
     from loader.weights.formats.frozen import needs_base  # torch
 
-    if find_refusal(checkpoint):  # which says more
+    if find_refusal(source.checkpoint):  # which says more
         return False
-    with contextlib.ExitStack() as stack:
-        if shards is not None:
-            files, _ = stack.enter_context(shards.opened(checkpoint))
-            return needs_base(checkpoint, files)
-        return needs_base(checkpoint, stack.enter_context(LocalFiles(weight_folders(checkpoint))))
+    with source.delivery.opened(source.checkpoint) as (files, _):
+        return needs_base(source.checkpoint, files)
 
 
 def prove_kept(settings: Settings, *inputs: Source | BaseModel) -> None:
@@ -219,30 +123,27 @@ def digests(settings: Settings) -> Digests:
 
 
 def _consolidate(
-    checkpoint: Checkpoint,
-    output: Path,
-    base: BaseModel | None,
-    settings: Settings,
-    shards: LateShards | None,
+    source: Source, output: Path, base: BaseModel | None, settings: Settings, on_begin: OnBegin
 ) -> None:
+    delivery = source.delivery
+    # What goes by ranges from the origin is nowhere on this disk but in what is written.
+    digest = crc64nvme if delivery.can_be_resumed(source.paths) else None
     with contextlib.ExitStack() as stack:
         learn = stack.enter_context(learning_names())
-        files, report = None, log_progress()
-        if shards is not None:
-            files, report = stack.enter_context(shards.opened(checkpoint))
+        files, ranges = stack.enter_context(delivery.opened(source.checkpoint))
 
         from loader.weights.formats.consolidation import consolidate  # torch
 
         consolidate(
-            checkpoint,
+            source.checkpoint,
             output,
             files=files,
             base=base.path if base else None,
             dtype=settings.consolidate_dtype,
-            on_progress=report,
+            on_progress=ranges.report if ranges else log_progress(),
+            on_begin=on_begin,
+            digest=digest,
             learn=learn,
-            # What goes by ranges from the origin is nowhere on this disk but in what is written.
-            digest=crc64nvme if shards is not None and shards.can_be_resumed else None,
         )
 
 
@@ -324,13 +225,3 @@ def log_progress() -> Report:
             _log.info("consolidated %s of %s", show_bytes(done), show_bytes(total))
 
     return report
-
-
-def _relative(folder: Path, snapshot: Snapshot) -> str:
-    return folder.relative_to(snapshot.root).as_posix()
-
-
-def _holds(folders: Sequence[str], path: str, *, deep: bool) -> bool:
-    if not deep:
-        return path.rpartition("/")[0] in folders
-    return any(path.startswith(f"{folder}/") for folder in folders)

@@ -17,7 +17,8 @@ from loader.adapters.base_task import decide_for_base
 from loader.config.settings import Settings
 from loader.errors import LoaderError, redact
 from loader.http.expiry import expiry
-from loader.prepare.consolidated import SHARDED, cache_folder
+from loader.prepare.checkpoint_sources import SHARDED
+from loader.prepare.consolidated import cache_folder
 from loader.prepare.fits import weights_by_folder
 from loader.prepare.named_base import named_base, named_revision
 from loader.prepare.planned_base import BaseFile, PlannedBase, plan_base

@@ -1,31 +1,37 @@
-"""Checkpoints on disk -> ReadyModel: which one is the base, and what happens to the adapters."""
+"""A delivery -> ReadyModel: which checkpoint is the base, and what happens to the others."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from loader.adapters.layers import Ask
-from loader.arriving.late import LateWeights
+from loader.arriving.delivery import Delivery
+from loader.arriving.filling import Announce
 from loader.config.settings import Settings
 from loader.errors import CheckpointError
 from loader.fetch.progress import Progress
 from loader.prepare.adapted import make_adapted
-from loader.prepare.bases import WHOLE, bring_base, check_weights, find_base, not_a_base
-from loader.prepare.consolidated import (
-    SHARDED,
-    BaseModel,
-    LateShards,
-    Source,
-    find_sources,
-    make_whole,
+from loader.prepare.bases import (
+    WHOLE,
+    ArrivingBase,
+    FoundBase,
+    LocalBase,
+    bring_base,
+    check_weights,
+    not_a_base,
 )
+from loader.prepare.checkpoint_sources import SHARDED, BaseModel, Source, find_sources
+from loader.prepare.consolidated import make_whole
 from loader.timeline import Timeline
-from loader.types import Checkpoint, Kind, ReadyModel, Snapshot
+from loader.types import Kind, ReadyModel, Snapshot
 from loader.weights.formats.refused import find_refusal
+from loader.weights.formats.serving import is_shard
+from loader.weights.inspect import ADAPTER_CONFIG, find_checkpoints
 from loader.weights.vocabulary import warn_of_ids
 
 _WEIGHTS = (".safetensors", ".bin")
@@ -36,47 +42,53 @@ _HEARING = ("preprocessor_config.json", "processor_config.json")  # how a Whispe
 
 
 def make_ready(
-    settings: Settings,
-    snapshot: Snapshot,
-    checkpoints: Sequence[Checkpoint],
-    timeline: Timeline,
-    late: LateWeights | None = None,
-    shards: LateShards | None = None,
-    progress: Progress | None = None,
-    ask: Ask | None = None,
+    settings: Settings, delivery: Delivery, ask: Ask | None = None, announce: Announce | None = None
 ) -> ReadyModel:
-    """Return the model that *checkpoints*, those of *snapshot*, make up.
+    """Return the model that the files of *delivery* make up.
 
-    With ``late``, the snapshot lacks the weights of the base: they are fetched when it is known
-    that the adapters fit, and merged into while they arrive. With ``shards`` it lacks weights that
-    are sharded over ranks: they are read from there. *progress* is told of the download of a base
-    that is no checkpoint.
+    Small files come first. They tell what becomes of the weights: with ``weights_only_fetch`` those
+    that are sharded over ranks are read at the origin, by ranges; a base's are fetched when it is
+    known that the adapters fit, and merged into while they come. *announce* is told of weights
+    that are on their way into what is returned.
 
     Raises:
         CheckpointError: nothing to serve, or too much.
         AdapterError: adapters that do not fit their base or each other.
+        LoaderError: as a fetch.
     """
-    found = find_sources(snapshot, checkpoints, shards.identities if shards else None)
+    timeline, progress = delivery.timeline, delivery.progress
+    later = _find_later(settings, delivery.paths) & set(delivery.absent)
+    first = [path for path in delivery.paths if path not in later]
+    snapshot = delivery.bring(first, "download of small files" if later else "download")
+    with timeline.stage("inspect"):
+        checkpoints = find_checkpoints(delivery.root, delivery.paths)
+    found = find_sources(delivery, checkpoints)
     _refuse_unservable(found)
     _refuse_unlike_nodes(found, snapshot)
+    later -= _begin_shards(settings, delivery, found, later)
 
-    def find_small_files() -> BaseModel | None:
-        return _find_small_files(settings, found, timeline)
+    def bring_named(*, weights: bool) -> BaseModel | None:
+        """Return the base model; of a checkpoint that is one, its small files are here."""
+        if settings.base_model is None:
+            return None
+        if settings.base_checkpoint is None:
+            # Shards may be on their way: what is told of them is of one download at a time.
+            return bring_base(settings, settings.base_model, timeline, weights=weights)
+        base = _find_base_source(settings, found)
+        if base is not None and weights:
+            delivery.bring(base.paths)
+        return base.as_base(weights=weights) if base else None
 
-    def bring_all() -> BaseModel | None:
-        if settings.base_model is None or settings.base_checkpoint is not None:
-            return find_small_files()  # a checkpoint is here as a whole
-        return bring_base(settings, settings.base_model, timeline)
-
-    if late is not None and any(s.kind is Kind.RANK_SHARDS for s in found):
-        with late.fetching() as arriving:  # consolidated they are the base, not as they arrive
-            snapshot = arriving.wait()
-        return make_ready(settings, snapshot, checkpoints, timeline, progress=progress, ask=ask)
     sources = [
-        make_whole(source, settings, timeline, find_small_files, bring_all, shards)
+        make_whole(
+            source,
+            settings,
+            partial(bring_named, weights=False),
+            partial(bring_named, weights=True),
+        )
         for source in found
     ]
-    base = _base_source(settings, sources)
+    base = _find_base_source(settings, sources, expected=True)
     rest = [s for s in sources if s is not base]
     adapters = [s for s in rest if s.checkpoint.kind is Kind.ADAPTER]
     models = [s for s in rest if s.checkpoint.kind in WHOLE]
@@ -88,11 +100,57 @@ def make_ready(
             f"trained over: base_model: checkpoint:{models[0].place}/",
         )
     if not adapters:
+        delivery.bring(sorted(later))
         models = [*models, *([base] if base else [])]
         ready = _whole_model(settings, models, timeline, progress)
     else:
-        ready = make_adapted(settings, base, adapters, timeline, late, progress, ask)
+        under = _as_base(settings, base, later) if base else None
+        if under is None:
+            delivery.bring(sorted(later))
+        ready = make_adapted(settings, under, adapters, timeline, progress, ask, announce)
     return _warn_of_ids(ready)
+
+
+def _find_later(settings: Settings, paths: Sequence[str]) -> set[str]:
+    """Return the weights whose fate the other files decide: shards, and those of a base.
+
+    None of a base that comes alone: nothing is to be decided.
+    """
+    shards = {path for path in paths if is_shard(path)}
+    base = settings.base_checkpoint
+    if base is None or not (shards or any(p.endswith(f"/{ADAPTER_CONFIG}") for p in paths)):
+        return shards
+    home = f"{base.job}/{base.name}"
+    if any(path.startswith(f"{home}/") for path in shards):
+        return shards  # a model file beside them may be hollow, which its header tells here
+    weights = {p for p in paths if p.rpartition("/")[0] == home and p.endswith(".safetensors")}
+    return shards | {path for path in weights if not path.endswith("/adapter_model.safetensors")}
+
+
+def _begin_shards(
+    settings: Settings, delivery: Delivery, sources: Sequence[Source], later: set[str]
+) -> set[str]:
+    """Have shards brought that come whole. Return which of *later* are dealt with by that.
+
+    With ``weights_only_fetch`` the others stay where they are, if they are pinned there.
+    """
+    only = settings.weights_only_fetch
+    needed = [p for s in sources if s.kind in SHARDED for p in s.paths if p in later]
+    shards = [path for path in sorted(later) if is_shard(path)]
+    if only and delivery.is_pinned(needed):
+        return {*needed, *shards}
+    if needed:
+        delivery.begin([*needed, *(() if only else shards)])
+    return {*needed, *shards} if needed or only else set()
+
+
+def _as_base(settings: Settings, source: Source, later: Collection[str]) -> FoundBase:
+    """Return a checkpoint as the base of adapters; *later* are files that are still to come."""
+    check_weights(settings, source.checkpoint)
+    if source.is_made:
+        return LocalBase(settings, source.checkpoint.path, source)
+    path = source.checkpoint.path
+    return ArrivingBase(path, source.delivery, source.as_base, sorted(later))
 
 
 def _warn_of_ids(ready: ReadyModel) -> ReadyModel:
@@ -149,18 +207,21 @@ def _refuse_unlike_nodes(sources: Sequence[Source], snapshot: Snapshot) -> None:
         )
 
 
-def _base_source(settings: Settings, sources: Sequence[Source]) -> Source | None:
-    """Return the checkpoint that ``base_model: checkpoint:…`` names, if it names one."""
-    name = settings.base_checkpoint
-    if name is None:
+def _find_base_source(
+    settings: Settings, sources: Sequence[Source], *, expected: bool = False
+) -> Source | None:
+    """Return the checkpoint that ``base_model: checkpoint:…`` names, if it names one.
+
+    Raises:
+        ConfigError: it is *expected*, and no full model.
+    """
+    if (name := settings.base_checkpoint) is None:
         return None
     place = f"{name.job}/{name.name}"
-    for source in sources:
-        if place in source.places:
-            if source.checkpoint.kind in WHOLE:
-                return source
-            raise not_a_base(place, source.checkpoint.kind.value)
-    raise not_a_base(place, "no checkpoint")
+    source = next((source for source in sources if place in source.places), None)
+    if expected and (source is None or source.checkpoint.kind not in WHOLE):
+        raise not_a_base(place, source.checkpoint.kind.value if source else "no checkpoint")
+    return source
 
 
 def _whole_model(
@@ -177,7 +238,8 @@ def _whole_model(
     check_weights(settings, model.checkpoint)
     tokenizer = path
     if not _has_tokenizer(tokenizer) and settings.base_model and not settings.base_checkpoint:
-        tokenizer = find_base(settings, settings.base_model, timeline, progress).path
+        base = bring_base(settings, settings.base_model, timeline, progress, weights=False)
+        tokenizer = base.path
     if not _has_tokenizer(tokenizer):
         raise CheckpointError(
             "the model came without a tokenizer",
@@ -198,23 +260,6 @@ def _whole_model(
         "files": dict(model.files),
     }
     return ReadyModel(path, (), None, tokenizer, provenance)
-
-
-def _find_small_files(
-    settings: Settings, sources: Sequence[Source], timeline: Timeline
-) -> BaseModel | None:
-    """Return where the base model's config and tokenizer lie, None where no base is named.
-
-    Shards may be on their way meanwhile: what they are told to counts one download at a time.
-    """
-    if settings.base_model is None:
-        return None
-    if (name := settings.base_checkpoint) is None:
-        return find_base(settings, settings.base_model, timeline)
-    for source in sources:
-        if f"{name.job}/{name.name}" in source.places:
-            return BaseModel(source.checkpoint.path, {"checkpoint": dict(source.files)})
-    return None
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 
 import torch
@@ -52,6 +52,25 @@ class DequantisedReader:
         self._packed = MappingProxyType(dict(packed))
         self._dtype = TORCH_DTYPES[dtype]
         self._here = threading.local()
+
+    def follow(self) -> Iterator[Collection[str]]:
+        """Yield the names of tensors as all that they are computed from is there to be read.
+
+        Raises:
+            LoaderError: it does not come.
+        """
+        left = {name: set(packed.parts.values()) for name, packed in self._packed.items()}
+        owners: dict[str, list[str]] = {}
+        for name, parts in left.items():
+            for part in parts:
+                owners.setdefault(part, []).append(name)
+        for names in self.plain.follow():
+            ready = [n for n in names if n in self.tensors and n not in self.derived]
+            for part in names:
+                for owner in owners.get(part, ()):
+                    left[owner].remove(part)
+                    ready += [] if left[owner] else [owner]
+            yield ready
 
     def read(self, name: str) -> torch.Tensor:
         """Return the whole tensor."""

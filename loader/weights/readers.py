@@ -1,4 +1,4 @@
-"""Tensors by name from local files: read as wanted, nothing mapped, nothing kept.
+"""Tensors by name from files: read as wanted, nothing mapped, nothing kept.
 
 Reading goes by ``pread`` into fresh memory: a process that merges a model of any size holds a few
 rows of it at a time, and pages of a mapped file do not count against the pod.
@@ -6,9 +6,8 @@ rows of it at a time, and pages of a mapped file do not count against the pod.
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +16,7 @@ from typing import Protocol, Self
 import torch
 
 from loader.errors import FormatError
+from loader.weights.byte_files import ByteFile, LocalFile
 from loader.weights.header import TensorInfo
 from loader.weights.stored import StoredTensor, find_weight_files, list_tensors, refuse_pickle
 
@@ -70,6 +70,9 @@ class Reader(Protocol):
     def derived(self) -> frozenset[str]:
         """Those that are computed from what is stored: their bytes lie nowhere as they are."""
 
+    def follow(self) -> Iterator[Collection[str]]:
+        """Yield the names of tensors as they are there to be read, until all are."""
+
     def read(self, name: str) -> torch.Tensor:
         """Return the whole tensor, as stored, in memory of its own."""
 
@@ -83,36 +86,44 @@ class Reader(Protocol):
         """Return the tensor's bytes as safetensors stores them."""
 
 
-def open_file(path: Path) -> int:
-    """Return a descriptor to read *path* by."""
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-
 class SafetensorsReader:
-    """A ``Reader`` over local safetensors files; keeps one descriptor per file until closed.
+    """A ``Reader`` over safetensors files; keeps each open until closed.
 
-    ``open_path`` is how a file is opened, for those that do not bear their names yet.
+    ``open_path`` opens one, and ``follow`` gives the names of tensors as their bytes come, for
+    files that are not here yet.
     """
 
     derived: frozenset[str] = frozenset()
 
     def __init__(
-        self, stored: Mapping[str, StoredTensor], open_path: Callable[[Path], int] = open_file
+        self,
+        stored: Mapping[str, StoredTensor],
+        open_path: Callable[[Path], ByteFile] = LocalFile,
+        follow: Callable[[], Iterator[Collection[str]]] | None = None,
     ) -> None:
         self.stored = stored
         self._open_path = open_path
+        self._follow = follow
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {name: tensor.info for name, tensor in stored.items()}
         )
-        self._descriptors: dict[Path, int] = {}
+        self._files: dict[Path, ByteFile] = {}
         self._lock = threading.Lock()
 
-    def descriptor(self, path: Path) -> int:
-        """Return the open descriptor of a file, for copies inside the kernel."""
+    def follow(self) -> Iterator[Collection[str]]:
+        """Yield the names of tensors as they are there to be read.
+
+        Raises:
+            LoaderError: they do not come.
+        """
+        return self._follow() if self._follow else iter((tuple(self.tensors),))
+
+    def file(self, path: Path) -> ByteFile:
+        """Return a file of *stored*, open."""
         with self._lock:
-            if path not in self._descriptors:
-                self._descriptors[path] = self._open_path(path)
-            return self._descriptors[path]
+            if path not in self._files:
+                self._files[path] = self._open_path(path)
+            return self._files[path]
 
     def read(self, name: str) -> torch.Tensor:
         """Return the whole tensor.
@@ -150,8 +161,8 @@ class SafetensorsReader:
 
     def close(self) -> None:
         """Close all files."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        while self._files:
+            self._files.popitem()[1].close()
 
     def __enter__(self) -> Self:
         return self
@@ -175,19 +186,7 @@ class SafetensorsReader:
         return raw.view(dtype)
 
     def _fill(self, buffer: memoryview, stored: StoredTensor, start: int) -> None:
-        descriptor = self.descriptor(stored.path)
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], start + done)
-            if count == 0:
-                raise FormatError(
-                    "a weight file became shorter while it was read",
-                    where=str(stored.path),
-                    expected=f"{start + len(buffer)} bytes",
-                    got=f"{start + done} bytes",
-                    next_step="fetch the checkpoint again",
-                )
-            done += count
+        self.file(stored.path).read_into(start, buffer)
 
 
 class MemoryReader:
@@ -203,6 +202,10 @@ class MemoryReader:
                 for n, t in _typed(tensors)
             }
         )
+
+    def follow(self) -> Iterator[Collection[str]]:
+        """Yield all names at once."""
+        yield tuple(self.tensors)
 
     def read(self, name: str) -> torch.Tensor:
         """Return a copy of the tensor."""

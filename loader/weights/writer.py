@@ -251,15 +251,12 @@ class CheckpointWriter:
         for run in self._find_runs(names, reader):
             shard = self._shards[run[0]]
             stored = reader.stored[run[0]]
-            count = reader.stored[run[-1]].info.end - stored.info.start
+            start, end = stored.info.start, reader.stored[run[-1]].info.end
+            target, at = self._descriptors[shard.file_name], shard.tensors[run[0]].start
+            source = reader.file(stored.path).descriptor(start, end)
+            assert source is not None  # a model is merged from files on this disk
             try:
-                _copy_range(
-                    reader.descriptor(stored.path),
-                    stored.info.start,
-                    self._descriptors[shard.file_name],
-                    shard.tensors[run[0]].start,
-                    count,
-                )
+                _copy_range(source, start, target, at, end - start)
             except OSError as error:
                 raise disk_error(self.folder, error) from error
             for name in run:

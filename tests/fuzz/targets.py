@@ -59,7 +59,7 @@ class Wire:
 
 
 class Held:
-    """A ``RangeFile`` of *data*."""
+    """A ``ByteFile`` of *data*."""
 
     where, digest = WHERE, None
 
@@ -73,6 +73,12 @@ class Held:
         if len(piece) < len(buffer):
             raise FormatError("the file ends before", where=WHERE)
         buffer[:] = piece
+
+    def descriptor(self, start: int, end: int) -> None:
+        """Return None: it is in no file."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def answers(data: bytes) -> None:

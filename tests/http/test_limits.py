@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from loader.arriving.rangefiles import RemoteFile
+from loader.arriving.origin_files import RemoteFile
 from loader.errors import FetchError, ListingError, TransientError
 from loader.fetch.snapshot import FetchOptions, fetch, read_artifact
 from loader.http import openssl, pool

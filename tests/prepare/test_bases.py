@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from loader import boot
 from loader.config.settings import Settings
 from loader.errors import FetchError, LoaderError
-from loader.prepare.bases import fetch_base
+from loader.prepare.bases import bring_base
+from loader.prepare.checkpoint_sources import BaseModel
+from loader.timeline import Timeline
 from loader.weights.stored import find_weight_files, list_tensors
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin
@@ -38,6 +40,10 @@ def place(tmp_path: Path) -> str:
 
 def settings(tmp_path: Path, **own: Any) -> Settings:
     return Settings.without_config({"cache_folder": str(tmp_path / "cache")} | own)
+
+
+def fetch_base(settings: Settings, url: str, *, weights: bool = True) -> BaseModel:
+    return bring_base(settings, url, Timeline(quiet=True), weights=weights)
 
 
 def names(folder: Path) -> set[str]:

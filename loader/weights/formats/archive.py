@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from loader.errors import FormatError, UnsupportedError
+from loader.weights.byte_files import ByteFile
 from loader.weights.formats.pieces import Piece
-from loader.weights.formats.rank_files import RangeFile
 from loader.weights.formats.records import StorageRef, TensorRef
 from loader.weights.formats.unpickling import unpickle
 from loader.weights.header import size_bytes
@@ -46,7 +46,7 @@ class Archive:
     ``pickled`` is the pickle itself.
     """
 
-    def __init__(self, file: RangeFile, start: int = 0, end: int | None = None) -> None:
+    def __init__(self, file: ByteFile, start: int = 0, end: int | None = None) -> None:
         self.file = file
         self._start = start
         view = _View(file, start, file.size_bytes if end is None else end)
@@ -159,7 +159,7 @@ def _bytes(storage: StorageRef) -> int:
 class _View(io.RawIOBase):
     """``file[start:end)`` as a file object of its own, for zipfile."""
 
-    file: RangeFile
+    file: ByteFile
     start: int
     end: int
 

@@ -16,7 +16,6 @@ from types import MappingProxyType
 import torch
 
 from loader.weights.formats.pieces import Piece, SourceTensor, flat_start
-from loader.weights.formats.rank_files import LocalFile
 from loader.weights.formats.slabs import BLOCK_BYTES, Block, find_slabs
 from loader.weights.header import size_bytes
 from loader.weights.readers import TORCH_DTYPES, tensor_bytes
@@ -92,10 +91,12 @@ def write_part(part: Part, writer: CheckpointWriter, on_bytes: Callable[[int], N
     """
     target, piece = part.target, part.piece
     at = part.start * size_bytes(target.dtype, (1,))
-    if piece is not None and piece.dtype == target.dtype and isinstance(piece.file, LocalFile):
-        writer.copy_bytes(target.name, at, piece.file.descriptor, piece.start, piece.size_bytes)
-        on_bytes(piece.size_bytes)
-        return
+    for needed in (piece,) if piece is not None else target.source.pieces:
+        source = needed.file.descriptor(needed.start, needed.start + needed.size_bytes)  # waits
+        if needed is piece and source is not None and piece.dtype == target.dtype:
+            writer.copy_bytes(target.name, at, source, piece.start, piece.size_bytes)
+            on_bytes(piece.size_bytes)
+            return
     for block in _find_blocks(part):
         if not writer.is_written(target.name, at, block.size_bytes):
             writer.write_bytes(target.name, at, block.read())

@@ -34,7 +34,7 @@ from loader.weights.formats.hfstorage import SafetensorsStorageSource, is_storag
 from loader.weights.formats.layouts import find_view
 from loader.weights.formats.pieces import SourceTensor
 from loader.weights.formats.places import CONFIG, home_folders, weight_folders
-from loader.weights.formats.rank_files import Files, LocalFiles
+from loader.weights.formats.rank_files import Files, local_files
 from loader.weights.formats.ranks import RankShardsSource, has_weights
 from loader.weights.formats.refused import find_refusal, optimizer_alone
 from loader.weights.formats.sidecars import find_sidecars, write_sidecars
@@ -95,6 +95,7 @@ def consolidate(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_progress: Progress | None = None,
+    on_begin: Callable[[CheckpointWriter], None] = lambda writer: None,
     digest: Digest | None = None,
     learn: Learn = read_model_names,
 ) -> Path:
@@ -105,8 +106,8 @@ def consolidate(
     expected; *learn* returns those of a folder's config.json. What ZeRO left out of a checkpoint
     because it was frozen comes from the weights in *base*. *files* are the checkpoint's where
     they are not (all) on this disk. ``dtype`` ("bfloat16") casts floating tensors, None leaves them
-    as they were trained. ``on_progress(done, total)`` is told of bytes. Some blocks of 8 MiB are
-    in memory at a time.
+    as they were trained. ``on_progress(done, total)`` is told of bytes; ``on_begin`` is given the
+    writer when all but the weights is written. Some blocks of 8 MiB are in memory at a time.
 
     With *digest*, a run goes on with what one that ended before its time had written into the
     same *output* by the same plan; then *files* must be of the same version, too.
@@ -121,8 +122,8 @@ def consolidate(
     code = _dtype_code(dtype)
     with contextlib.ExitStack() as stack:
         if files is None:
-            files = stack.enter_context(LocalFiles(weight_folders(checkpoint)))
-        weights = stack.enter_context(LocalFiles([base])) if base else None
+            files = stack.enter_context(local_files(weight_folders(checkpoint)))
+        weights = stack.enter_context(local_files([base])) if base else None
         plan = plan_consolidation(
             checkpoint, files, base, weights, names=names, dtype=code, learn=learn
         )
@@ -130,8 +131,9 @@ def consolidate(
         even = min(max_shard_bytes, even_shard_bytes(plan.size_bytes))
         shards = plan_shards(specs, max_shard_bytes=even, stem=plan.stem)
         with _open_writer(output, shards, plan, digest) as writer:
-            write_all(plan.targets, writer, on_progress)
             write_sidecars(plan.sidecars, writer.path, dtype=plan.dtype)
+            on_begin(writer)
+            write_all(plan.targets, writer, on_progress)
     return output
 
 

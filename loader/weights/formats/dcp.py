@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from itertools import islice
 
 from loader.errors import CheckpointError, FormatError, UnsupportedError
+from loader.weights.byte_files import ByteFile
 from loader.weights.formats.archive import Archive
 from loader.weights.formats.hfstorage import read_range_header
 from loader.weights.formats.pieces import Piece, SourceTensor, describe_box, find_holes
-from loader.weights.formats.rank_files import Files, RangeFile, read_all
+from loader.weights.formats.rank_files import Files, read_all
 from loader.weights.formats.records import Record, TensorRef, dimensions, is_count
 from loader.weights.formats.unpickling import unpickle
 from loader.weights.header import DTYPE_BITS, Header, size_bytes
@@ -209,7 +210,7 @@ def _is_bare(tensor: ChunkedTensor, chunk: Chunk) -> bool:
     return chunk.length == size_bytes(tensor.dtype, chunk.sizes)
 
 
-def _find_chunk(tensor: ChunkedTensor, chunk: Chunk, file: RangeFile, header: Header) -> Piece:
+def _find_chunk(tensor: ChunkedTensor, chunk: Chunk, file: ByteFile, header: Header) -> Piece:
     """Return a chunk as the safetensors file that begins at its start has it."""
     info = header.tensors.get(tensor.name)
     if info is None or (info.dtype, info.shape) != (tensor.dtype, chunk.sizes):

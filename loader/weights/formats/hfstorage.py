@@ -17,10 +17,11 @@ import re
 from collections.abc import Mapping, Sequence
 
 from loader.errors import CheckpointError, FormatError
+from loader.weights.byte_files import ByteFile, read_head
 from loader.weights.formats.pieces import Piece, SourceTensor, find_holes
-from loader.weights.formats.rank_files import Files, RangeFile
+from loader.weights.formats.rank_files import Files
 from loader.weights.formats.records import dimensions
-from loader.weights.header import Header, header_length, parse_header
+from loader.weights.header import Header, parse_header
 
 SHARDING_INFO = "DCP_SHARDING_INFO"
 _SHARD = re.compile(r"^shard-\d+-.*\.safetensors$")
@@ -73,7 +74,7 @@ class SafetensorsStorageSource:
         return tuple(made)
 
 
-def read_range_header(file: RangeFile, start: int = 0) -> Header:
+def read_range_header(file: ByteFile, start: int = 0) -> Header:
     """Return the safetensors header of a file that is read by ranges, from byte *start* to its end.
 
     Offsets count from *start* on.
@@ -81,16 +82,11 @@ def read_range_header(file: RangeFile, start: int = 0) -> Header:
     Raises:
         FormatError: it is none, or lies.
     """
-    size = max(0, file.size_bytes - start)
-    head = bytearray(min(8, size))
-    file.read_into(start, memoryview(head))
-    length = header_length(bytes(head), size, file.where)
-    whole = bytearray(8 + length)
-    file.read_into(start, memoryview(whole))
-    return parse_header(bytes(whole), size, file.where)
+    head = read_head(file, start)
+    return parse_header(head.content, head.size_bytes, file.where)
 
 
-def _read_shard(file: RangeFile) -> list[tuple[str, Piece]]:
+def _read_shard(file: ByteFile) -> list[tuple[str, Piece]]:
     header = read_range_header(file)
     try:
         info = json.loads(header.metadata.get(SHARDING_INFO, ""))

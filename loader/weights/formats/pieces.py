@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loader.weights.formats.rank_files import RangeFile
+from loader.weights.byte_files import ByteFile
 from loader.weights.header import size_bytes
 
 
@@ -18,7 +18,7 @@ class Piece:
     say how.
     """
 
-    file: RangeFile
+    file: ByteFile
     start: int
     dtype: str
     offsets: tuple[int, ...]

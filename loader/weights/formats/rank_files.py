@@ -1,167 +1,69 @@
-"""Files of all ranks' folders by name, read by byte ranges.
-
-``Files`` is the seam: what consolidation reads may lie on this disk or still be remote, as long as
-it knows its size and gives ranges.
-"""
+"""Files of all ranks' folders by name, read by byte ranges wherever they lie."""
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, Self, TypeVar
+from typing import Self
 
 from loader.errors import FormatError
+from loader.weights.byte_files import ByteFile, LocalFile
 
 _COMPARED_BYTES = 8 << 20
 
 
-class RangeFile(Protocol):
-    """A file of known size; ``where`` says which, for errors."""
+class Files:
+    """The files of one folder, whichever rank has them; a context manager that closes them.
 
-    @property
-    def where(self) -> str:
-        """The file's place."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Its size."""
-
-    @property
-    def digest(self) -> str | None:
-        """Text that equal bytes alone have; None where it is not known without reading them."""
-
-    def read_into(self, start: int, buffer: memoryview) -> None:
-        """Fill *buffer* with the bytes from *start* on; safe from several threads at once.
-
-        Raises:
-            FormatError: the file ends before.
-        """
-
-
-class Files(Protocol):
-    """The files of one folder, whichever rank has them."""
-
-    @property
-    def names(self) -> frozenset[str]:
-        """All names, relative to the folder, subfolders with ``/``."""
-
-    def open(self, name: str) -> RangeFile:
-        """Return the file of that name; the same object each time.
-
-        Raises:
-            FormatError: it cannot be opened.
-        """
-
-
-class LocalFile:
-    """A ``RangeFile`` on this disk; opened when first read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor: int | None = None
-        self._lock = threading.Lock()
-        try:
-            self.size_bytes = path.stat().st_size
-        except OSError as error:
-            raise FormatError(
-                "a file that cannot be read", where=str(path), got=str(error)
-            ) from error
-
-    @property
-    def where(self) -> str:
-        """The path."""
-        return str(self.path)
-
-    @property
-    def digest(self) -> str | None:
-        """The file itself: another name of it has the same."""
-        found = self.path.stat()
-        return f"inode {found.st_dev}:{found.st_ino}"
-
-    @property
-    def descriptor(self) -> int:
-        """The open descriptor, for copies inside the kernel."""
-        with self._lock:
-            if self._descriptor is None:
-                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            return self._descriptor
-
-    def read_into(self, start: int, buffer: memoryview) -> None:
-        """Fill *buffer* from *start* on."""
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self.descriptor, [buffer[done:]], start + done)
-            if count == 0:
-                raise FormatError(
-                    "a file that ends too early",
-                    where=self.where,
-                    expected=f"{start + len(buffer)} bytes",
-                    got=f"{start + done} bytes",
-                    next_step="fetch the checkpoint again",
-                )
-            done += count
-
-    def close(self) -> None:
-        """Close it."""
-        with self._lock:
-            if self._descriptor is not None:
-                os.close(self._descriptor)
-                self._descriptor = None
-
-
-class LocalFiles:
-    """``Files`` over folders of this disk, one per rank; of one name the first folder's counts.
-
-    Ranks may hold copies of one file; files of other bytes are refused when asked for.
+    Of one name the first counts. Ranks may hold copies of one file; files of other bytes are
+    refused when asked for.
     """
 
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self.folders = tuple(folders)
-        self._paths: dict[str, list[Path]] = {}
-        self._open: dict[str, LocalFile] = {}
-        for folder in folders:
-            for root, _, names in os.walk(folder):
-                for name in names:
-                    path = Path(root, name)
-                    self._paths.setdefault(path.relative_to(folder).as_posix(), []).append(path)
+    def __init__(self, files: Iterable[tuple[str, ByteFile]]) -> None:
+        self._files: dict[str, list[ByteFile]] = {}
+        self._chosen: dict[str, ByteFile] = {}
+        for name, file in files:
+            self._files.setdefault(name, []).append(file)
 
     @property
     def names(self) -> frozenset[str]:
-        """The names of all folders together."""
-        return frozenset(self._paths)
+        """The names of all folders together, subfolders with ``/``."""
+        return frozenset(self._files)
 
-    def open(self, name: str) -> LocalFile:
-        """Return the file of that name.
+    def open(self, name: str) -> ByteFile:
+        """Return the file of that name; the same object each time.
 
         Raises:
             FormatError: no folder has it, or ranks have different files under the name.
         """
-        if name in self._open:
-            return self._open[name]
-        paths = self._paths.get(name, [])
-        if not paths:
-            where = ", ".join(map(str, self.folders))
-            raise FormatError("no rank has this file", where=where, expected=name)
-        return self._open.setdefault(name, choose_copy(name, [LocalFile(path) for path in paths]))
-
-    def copies(self, name: str) -> tuple[Path, ...]:
-        """Return every rank's file of that name."""
-        return tuple(self._paths.get(name, ()))
+        if name not in self._files:
+            raise FormatError("no rank has this file", where=name)
+        if name not in self._chosen:
+            self._chosen[name] = choose_copy(name, self._files[name])
+        return self._chosen[name]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
+        for file in (file for files in self._files.values() for file in files):
             file.close()
 
 
-_AnyFile = TypeVar("_AnyFile", bound=RangeFile)
+def local_files(folders: Sequence[Path]) -> Files:
+    """Return the files in folders of this disk, one per rank."""
+    found = (
+        (path.relative_to(folder).as_posix(), LocalFile(path))
+        for folder in folders
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if (path := Path(parent, name)).is_file()
+    )
+    return Files(found)
 
 
-def choose_copy(name: str, files: Sequence[_AnyFile]) -> _AnyFile:
+def choose_copy(name: str, files: Sequence[ByteFile]) -> ByteFile:
     """Return the first of *files*, which several ranks have under one *name*.
 
     All of their bytes are compared: two runs of one model write files of the same sizes.
@@ -181,7 +83,7 @@ def choose_copy(name: str, files: Sequence[_AnyFile]) -> _AnyFile:
     return first
 
 
-def _is_copy(one: RangeFile, other: RangeFile) -> bool:
+def _is_copy(one: ByteFile, other: ByteFile) -> bool:
     """Return whether two files have the same bytes; read where no digest tells."""
     if one.size_bytes != other.size_bytes:
         return False
@@ -197,7 +99,7 @@ def _is_copy(one: RangeFile, other: RangeFile) -> bool:
     return True
 
 
-def read_all(file: RangeFile, *, limit_bytes: int) -> bytes:
+def read_all(file: ByteFile, *, limit_bytes: int) -> bytes:
     """Return the whole of a small file.
 
     Raises:

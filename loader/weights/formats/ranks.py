@@ -17,10 +17,11 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 
 from loader.errors import CheckpointError, FormatError
+from loader.weights.byte_files import ByteFile
 from loader.weights.formats.archive import Archive
 from loader.weights.formats.hfstorage import read_range_header
 from loader.weights.formats.pieces import Piece, SourceTensor
-from loader.weights.formats.rank_files import Files, RangeFile, read_all
+from loader.weights.formats.rank_files import Files, read_all
 from loader.weights.formats.records import TensorRef
 from loader.weights.frameworks import FSDP_WEIGHTS
 from loader.weights.index import MOST_SHARDS, weight_map
@@ -75,14 +76,14 @@ def _shards(files: Files, kind: str) -> list[str]:
     return sorted([*found, *(whole & files.names)])
 
 
-def _read_safetensors(file: RangeFile) -> dict[str, Piece]:
+def _read_safetensors(file: ByteFile) -> dict[str, Piece]:
     return {
         name: Piece(file, info.start, info.dtype, (0,) * len(info.shape), info.shape)
         for name, info in read_range_header(file).tensors.items()
     }
 
 
-def _read_pickle(file: RangeFile) -> dict[str, Piece]:
+def _read_pickle(file: ByteFile) -> dict[str, Piece]:
     archive = Archive(file)
     if not isinstance(archive.value, dict):
         raise FormatError(

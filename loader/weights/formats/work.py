@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+from loader.weights.byte_files import LocalFile
 from loader.weights.formats.assembly import Part, Target, find_parts, write_part
-from loader.weights.formats.rank_files import LocalFile
 from loader.weights.writer import MAX_SHARD_BYTES, CheckpointWriter
 
 Progress = Callable[[int, int], None]

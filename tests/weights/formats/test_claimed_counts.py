@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from loader.errors import CheckpointError, FormatError, LoaderError, UnsupportedError
+from loader.weights.byte_files import LocalFile
 from loader.weights.formats import megatron
 from loader.weights.formats.consolidation import consolidate
 from loader.weights.formats.partitions import Run, cut_each
-from loader.weights.formats.rank_files import LocalFile, LocalFiles
+from loader.weights.formats.rank_files import local_files
 from loader.weights.formats.views import Heads
 from loader.weights.formats.zero import ZeroSource
 from loader.weights.inspect import find_checkpoints
@@ -70,7 +71,7 @@ def test_partitions_that_a_pickle_claims(folder: Path, count: int) -> None:
     state = {"zero_stage": 3, "partition_count": count, "fp32_flat_groups": [torch.zeros(4)]}
     path = folder / TAG / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     torch.save({"optimizer_state_dict": state}, path)
-    source = ZeroSource(LocalFiles([folder]), TAG)
+    source = ZeroSource(local_files([folder]), TAG)
     with pytest.raises(CheckpointError):
         source.open(["w"], None)
 
@@ -86,7 +87,7 @@ def test_ranks_of_frozen_parameters_that_a_pickle_claims(folder: Path) -> None:
         "frozen_param_fragments": {name: torch.zeros(1) for name in names},
     }
     torch.save(states, folder / TAG / "zero_pp_rank_0_mp_rank_00_model_states.pt")
-    source = ZeroSource(LocalFiles([folder]), TAG)
+    source = ZeroSource(local_files([folder]), TAG)
     with pytest.raises(CheckpointError) as caught:
         source.open(names, None)
     assert "1 of them are here" in str(caught.value)
@@ -122,7 +123,7 @@ def test_training_arguments_without_end(tmp_path: Path, monkeypatch: pytest.Monk
     with zipfile.ZipFile(tmp_path / "common.pt", "w") as archive:
         archive.writestr("common/data.pkl", pickle.dumps(["x" * 2000]))
     with pytest.raises(FormatError, match="too large"):
-        megatron.refuse_other_models(LocalFiles([tmp_path]), "llama", "here")
+        megatron.refuse_other_models(local_files([tmp_path]), "llama", "here")
 
 
 @pytest.mark.parametrize("text", ["-1", "1" * 5000, "0x10", "\uff11" * 7])

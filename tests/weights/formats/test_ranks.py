@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from loader.errors import CheckpointError, FormatError
 from loader.types import Kind
+from loader.weights.byte_files import LocalFile
 from loader.weights.formats import slabs
 from loader.weights.formats.consolidation import consolidate
-from loader.weights.formats.rank_files import LocalFile, LocalFiles
+from loader.weights.formats.rank_files import local_files
 from loader.weights.formats.ranks import RankShardsSource
 from tests.models import tiny_llama
 from tests.weights.formats.conftest import assert_same, found, tensors_of
@@ -125,5 +126,5 @@ def test_counts_in_names_are_not_counted_to(tmp_path: Path) -> None:
     for number in range(200):
         (folder / f"model-00001-of-{999_999_000 + number}.safetensors").touch()
     with pytest.raises(CheckpointError, match="no rank's folder holds") as caught:
-        RankShardsSource(LocalFiles([folder]))
+        RankShardsSource(local_files([folder]))
     assert caught.value.problems[0].endswith("00002-of-999999000.safetensors")

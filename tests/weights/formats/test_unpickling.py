@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from loader.errors import FormatError, LoaderError, UnsupportedError
+from loader.weights.byte_files import LocalFile
 from loader.weights.formats import unpickling
 from loader.weights.formats.allowed import ALLOWED
 from loader.weights.formats.archive import Archive
-from loader.weights.formats.rank_files import LocalFile
 from loader.weights.formats.records import TensorRef
 from loader.weights.formats.unpickling import unpickle
 

@@ -16,8 +16,8 @@ from transformers import LlamaForCausalLM
 from loader import boot
 from loader.errors import CheckpointError, FormatError, UnsupportedError
 from loader.types import Checkpoint, Kind
+from loader.weights.byte_files import LocalFile
 from loader.weights.formats.consolidation import consolidate
-from loader.weights.formats.rank_files import LocalFile
 from loader.weights.inspect import find_checkpoints, open_checkpoint
 from tests.weights.formats.conftest import assert_same, copy_case, found, tensors_of
 

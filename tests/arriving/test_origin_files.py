@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loader.arriving.rangefiles import RemoteFile
+from loader.arriving.origin_files import RemoteFile
 from loader.errors import ChangedError, FormatError
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact

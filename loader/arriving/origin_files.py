@@ -1,39 +1,27 @@
-"""Files of a checkpoint that are at the origin, wholly or for now, read by ranges."""
+"""Files that are at the origin, for good or for now, read by ranges."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
 from concurrent.futures import Future
-from pathlib import Path, PurePosixPath
-from typing import Protocol, Self
 
+from loader.arriving.range_progress import RangeProgress
 from loader.errors import FormatError
 from loader.fetch.arrivals import Arrivals
 from loader.fetch.range_read import read_range
 from loader.http.objects import ObjectInfo
 from loader.stores.base import Store
-from loader.types import Artifact, Checkpoint
-from loader.weights.formats.places import weight_folders
-from loader.weights.formats.rank_files import LocalFile, RangeFile, choose_copy
+from loader.types import Artifact
+from loader.weights.byte_files import read_descriptor
 
 _BLOCK_BYTES = 1 << 18  # what small reads, of headers and directories, are rounded up to
 _BLOCKS = 8
 
 
-class Watch(Protocol):
-    """Told of what is asked of the origin, from many threads."""
-
-    def begin(self, path: str) -> None:
-        """Bytes of this file are asked for; told at every request."""
-
-    def retry(self, path: str, reason: str) -> None:
-        """They are asked for again after a passing failure."""
-
-
 class RemoteFile:
-    """A ``RangeFile`` at the origin. Small reads come out of blocks, the last few of which stay."""
+    """A ``ByteFile`` at the origin. Small reads come out of blocks, the last few of which stay."""
 
     def __init__(
         self,
@@ -41,13 +29,14 @@ class RemoteFile:
         store: Store,
         info: ObjectInfo,
         retries: int,
-        watch: Watch | None = None,
+        progress: RangeProgress | None = None,
     ) -> None:
         self.where = artifact.path
         self.size_bytes = info.size_bytes
         self.digest = _digest(info)
+        self.has_ranges = info.ranges
         self._artifact, self._store, self._info, self._retries = artifact, store, info, retries
-        self._watch = watch
+        self._progress = progress
         self._blocks: OrderedDict[int, Future[bytes]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -97,12 +86,18 @@ class RemoteFile:
 
     def _read(self, start: int, buffer: memoryview) -> None:
         def retry(reason: str) -> None:
-            if self._watch:
-                self._watch.retry(self.where, reason)
+            if self._progress:
+                self._progress.retry(self.where, reason)
 
-        if self._watch:
-            self._watch.begin(self.where)
+        if self._progress:
+            self._progress.begin(self.where)
         read_range(self._artifact, self._store, self._info, start, buffer, self._retries, retry)
+
+    def descriptor(self, start: int, end: int) -> None:
+        """Return None: it is on no disk here."""
+
+    def close(self) -> None:
+        """Do nothing: what is open is the store's."""
 
 
 def _digest(info: ObjectInfo) -> str | None:
@@ -112,13 +107,13 @@ def _digest(info: ObjectInfo) -> str | None:
 
 
 class ArrivingFile:
-    """A ``RangeFile`` that is being fetched: large reads wait for it, small ones do not."""
+    """A ``ByteFile`` that is being fetched: large reads wait for their bytes, small ones do not."""
 
     def __init__(self, remote: RemoteFile, arrivals: Arrivals) -> None:
         self.where, self.size_bytes = remote.where, remote.size_bytes
         self.digest = remote.digest
         self._remote, self._arrivals = remote, arrivals
-        self._local: LocalFile | None = None
+        self._descriptor: int | None = None
         self._lock = threading.Lock()
 
     def read_into(self, start: int, buffer: memoryview) -> None:
@@ -128,64 +123,25 @@ class ArrivingFile:
             FormatError: the file ends before.
             LoaderError: the fetch failed.
         """
-        if len(buffer) < _BLOCK_BYTES and not self._arrivals.is_here(self.where):
+        end = start + len(buffer)
+        is_small = len(buffer) < _BLOCK_BYTES or end > self.size_bytes
+        is_here = self._arrivals.has_range(self.where, start, end)
+        if is_small and self._remote.has_ranges and not is_here:
             self._remote.read_into(start, buffer)
-            return
-        path = self._arrivals.wait(self.where)
+        else:
+            read_descriptor(self.descriptor(start, end), start, buffer, self.where)
+
+    def descriptor(self, start: int, end: int) -> int:
+        """Return a descriptor of the file, of which these bytes have come. Raises as a fetch."""
+        self._arrivals.wait_for_range(self.where, start, end)
         with self._lock:
-            self._local = self._local or LocalFile(path)
-        self._local.read_into(start, buffer)
+            if self._descriptor is None:
+                self._descriptor = self._arrivals.open(self.where)
+            return self._descriptor
 
     def close(self) -> None:
         """Close it."""
-        if self._local is not None:
-            self._local.close()
-
-
-class ShardFiles:
-    """``Files`` of one checkpoint: those on this disk, and those that are not yet or never will be.
-
-    ``shards`` are the latter by their path below the download folder.
-    """
-
-    def __init__(
-        self, checkpoint: Checkpoint, root: Path, shards: Mapping[str, RemoteFile | ArrivingFile]
-    ) -> None:
-        self._files: dict[str, list[RangeFile]] = {}
-        self._chosen: dict[str, RangeFile] = {}
-        for folder in weight_folders(checkpoint):
-            place = PurePosixPath(folder.relative_to(root).as_posix())
-            for path, file in shards.items():
-                if PurePosixPath(path).is_relative_to(place):
-                    name = PurePosixPath(path).relative_to(place).as_posix()
-                    self._files.setdefault(name, []).append(file)
-            for path_here in folder.rglob("*"):
-                if path_here.is_file() and path_here.relative_to(root).as_posix() not in shards:
-                    name = path_here.relative_to(folder).as_posix()
-                    self._files.setdefault(name, []).append(LocalFile(path_here))
-
-    @property
-    def names(self) -> frozenset[str]:
-        """The names of all folders together."""
-        return frozenset(self._files)
-
-    def open(self, name: str) -> RangeFile:
-        """Return the file of that name.
-
-        Raises:
-            FormatError: no folder has it, or ranks have different files under the name.
-        """
-        if name not in self._files:
-            raise FormatError("no rank has this file", where=name)
-        if name not in self._chosen:
-            self._chosen[name] = choose_copy(name, self._files[name])
-        return self._chosen[name]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for files in self._files.values():
-            for file in files:
-                if isinstance(file, LocalFile | ArrivingFile):
-                    file.close()
+        with self._lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None

@@ -1,0 +1,90 @@
+"""The checkpoints of a delivery: where each came from, and what tells its bytes from any others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loader.arriving.delivery import Delivery
+from loader.prepare.inputs import small_names
+from loader.types import Checkpoint, Kind
+from loader.weights.formats.places import home_folders
+from loader.weights.formats.serving import serving_files
+
+SHARDED = frozenset({Kind.DCP, Kind.ZERO, Kind.DTENSOR, Kind.RANK_SHARDS})
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A base model on this disk, or only its small files, and what tells it from any other.
+
+    ``kept`` are files that this run did not bring and has yet to prove, with the digests that they
+    have to have; ``is_theirs``: they are a person's own.
+    """
+
+    path: Path
+    identity: Mapping[str, object]
+    kept: Mapping[Path, str] = field(default_factory=dict, compare=False)
+    is_theirs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint, and the files of *delivery* that it was, or is, made of.
+
+    ``place`` is ``<job>/rank-<N>/<folder>``, ``places`` are those of all ranks, ``kind`` what it
+    was before it was consolidated, ``is_made``: it has been.
+    """
+
+    checkpoint: Checkpoint
+    kind: Kind
+    place: str
+    places: frozenset[str]
+    paths: tuple[str, ...]
+    delivery: Delivery = field(repr=False)
+    is_made: bool = False
+
+    @property
+    def job(self) -> str:
+        """The training job."""
+        return self.place.partition("/")[0]
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """What tells the bytes of every file from others, by path; not of those on their way."""
+        return self.delivery.identify(self.paths)
+
+    @property
+    def kept(self) -> Mapping[Path, str]:
+        """Those of its files that this run did not bring, as a ``BaseModel``'s."""
+        return {} if self.is_made else self.delivery.find_kept(self.paths)
+
+    def as_base(self, *, weights: bool = True) -> BaseModel:
+        """Return it as a base that is here; without *weights*, only its small files are."""
+        paths = self.paths if weights else small_names(self.paths)
+        kept = {} if self.is_made else self.delivery.find_kept(paths)
+        files = dict(self.delivery.identify(paths))
+        return BaseModel(self.checkpoint.path, {"checkpoint": files}, kept)
+
+
+def find_sources(delivery: Delivery, checkpoints: Sequence[Checkpoint]) -> tuple[Source, ...]:
+    """Return *checkpoints*, those of *delivery*, each with the places and files that it is of."""
+    found = []
+    for checkpoint in checkpoints:
+        place = _relative(checkpoint.path, delivery)
+        homes, paths = [place], delivery.paths
+        if checkpoint.kind in SHARDED:
+            homes += [_relative(folder, delivery) for folder in home_folders(checkpoint)]
+            prefixes = tuple(f"{home}/" for home in homes)
+            paths = tuple(path for path in paths if path.startswith(prefixes))
+            needed = serving_files(paths)
+            paths = tuple(path for path in paths if path in needed)
+        else:
+            paths = tuple(path for path in paths if path.rpartition("/")[0] == place)
+        found.append(Source(checkpoint, checkpoint.kind, place, frozenset(homes), paths, delivery))
+    return tuple(found)
+
+
+def _relative(folder: Path, delivery: Delivery) -> str:
+    return folder.relative_to(delivery.root).as_posix()
