@@ -20,7 +20,6 @@ from loader.scaffold.selection import LATEST, Selection
 if TYPE_CHECKING:
     from loader.adapters.combine import Combination
     from loader.adapters.fold import Exact
-    from loader.config.settings import Settings
 
 Words = list[str] | None
 
@@ -86,17 +85,14 @@ def serve(
         from loader.cli.pods import run_pod
         from loader.errors import ConfigError
 
-        def load_settings() -> Settings:
-            settings = selection.settings(_overrides(set_), default=[LATEST])
-            if settings.adapter_jobs and selection.config_file is None:
-                raise ConfigError(
-                    "adapter_jobs without a config",
-                    expected="a Truss config.yaml, which the engine's processes read as well",
-                    next_step="write one; `podloader truss init` does",
-                )
-            return settings
-
-        code = run_pod(selection.config_file, load_settings, vllm_arguments, timeline_file)
+        settings = selection.settings(_overrides(set_), default=[LATEST])
+        if settings.adapter_jobs and selection.config_file is None:
+            raise ConfigError(
+                "adapter_jobs without a config",
+                expected="a Truss config.yaml, which the engine's processes read as well",
+                next_step="write one; `podloader truss init` does",
+            )
+        code = run_pod(selection.config_file, settings, vllm_arguments, timeline_file)
     sys.exit(code)
 
 

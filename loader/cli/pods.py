@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 def run_pod(
     config: Path | None,
-    load_settings: Callable[[], Settings],
+    settings: Settings,
     arguments: Sequence[str],
     timeline_file: Path | None,
 ) -> int:
-    """Return the pod's exit code when it is over.
+    """Return the pod's exit code when it is over. *config* is the file that *settings* are from.
 
     A download that nobody waits for any more is not waited for either: the process ends here then.
     """
     timeline = Timeline()
     name_trace(timeline.trace_id)
-    with Pod(arguments, timeline) as pod:
-        code = _run(pod, config, load_settings, timeline, timeline_file)
+    with Pod(settings, arguments, timeline) as pod:
+        code = _run(pod, config, timeline, timeline_file)
     if pod.is_preparing:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -41,20 +41,14 @@ def run_pod(
     return code
 
 
-def _run(
-    pod: Pod,
-    config: Path | None,
-    load_settings: Callable[[], Settings],
-    timeline: Timeline,
-    timeline_file: Path | None,
-) -> int:
+def _run(pod: Pod, config: Path | None, timeline: Timeline, timeline_file: Path | None) -> int:
     # Not before the port answers: these import rich.
     from loader.cli.display import choose_progress
     from loader.cli.timelines import timeline_kept
 
     try:
         with timeline_kept(timeline_file, timeline):
-            pod.start(config, load_settings, choose_progress())
+            pod.start(config, choose_progress())
     except StopSignal as stop:
         say(f"{stop} while starting; what has been fetched is kept")
         return stop.exit_code

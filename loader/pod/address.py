@@ -6,7 +6,7 @@ import os
 import secrets
 import ssl
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -37,6 +37,20 @@ class Address:
     root_path: str = ""
     api_keys: tuple[str, ...] = field(default=(), repr=False)
 
+    def arguments(self) -> Mapping[str, object]:
+        """Return what vLLM must have been given, by its own names."""
+        return {
+            "host": self.host,
+            "port": self.port,
+            "ssl_certfile": self.certificate and str(self.certificate),
+            "ssl_keyfile": self.key and str(self.key),
+            "ssl_ca_certs": self.clients and str(self.clients),
+            "ssl_cert_reqs": int(self.verify),
+            "ssl_ciphers": self.ciphers,
+            "root_path": self.root_path,
+            "api_key": list(self.api_keys),
+        }
+
     def tls(self) -> ssl.SSLContext | None:
         """Return what https takes; None where plain HTTP is served.
 
@@ -51,12 +65,13 @@ class Address:
 
     def lets_in(self, method: str, target: str, authorization: str) -> bool:
         """Return whether vLLM would answer a request for *target* with that header."""
-        if not self.api_keys or method == "OPTIONS":
+        keys = self.api_keys or (os.environ.get("VLLM_API_KEY", ""),)
+        if not any(keys) or method == "OPTIONS":
             return True
         if not target.removeprefix(self.root_path).startswith(GUARDED):
             return True
         scheme, _, given = authorization.partition(" ")
-        matches = [secrets.compare_digest(given.encode(), k.encode()) for k in self.api_keys]
+        matches = [secrets.compare_digest(given.encode(), k.encode()) for k in keys if k]
         return scheme.lower() == "bearer" and any(matches)
 
 
@@ -93,7 +108,6 @@ def serving_address(arguments: Sequence[str]) -> Address:
             expected="0 (none), 1 (optional) or 2 (required)",
             got=str(found.ssl_cert_reqs),
         )
-    keys = found.api_key or [os.environ.get("VLLM_API_KEY", "")]
     return Address(
         found.host,
         found.port,
@@ -103,5 +117,5 @@ def serving_address(arguments: Sequence[str]) -> Address:
         ssl.VerifyMode(found.ssl_cert_reqs),
         found.ssl_ciphers,
         found.root_path,
-        tuple(filter(None, keys)),
+        tuple(found.api_key),
     )

@@ -36,6 +36,11 @@ class EngineGone:
     """The process has failed or ended before it served."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineDrained:
+    """The process has answered all that it will, and accepts no more."""
+
+
 class EngineProcess:
     """``loader.serve.vllm.worker`` and the channel to it. Its imports begin at once.
 
@@ -46,7 +51,7 @@ class EngineProcess:
         self,
         listening: socket.socket,
         timeline: Timeline,
-        tell: Callable[[EngineLoaded | EngineGone], None],
+        tell: Callable[[EngineLoaded | EngineDrained | EngineGone], None],
     ) -> None:
         ours, theirs = socket.socketpair()
         self._timeline = timeline
@@ -70,7 +75,8 @@ class EngineProcess:
                 start_new_session=True,
             )
         self._channel = Channel(ours)
-        threading.Thread(target=self._listen, name="engine", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, name="engine", daemon=True)
+        self._listener.start()
 
     @property
     def pid(self) -> int:
@@ -96,13 +102,18 @@ class EngineProcess:
         engine_args: Mapping[str, object],
         arguments: Sequence[str],
         environment: Mapping[str, str],
+        address: Mapping[str, object],
     ) -> None:
-        """Let the process refuse arguments as soon as it can, and set variables for vLLM."""
+        """Let the process refuse arguments as soon as it can, and set variables for vLLM.
+
+        *address* holds those by which the port is served until then; vLLM's must be the same.
+        """
         self._channel.send(
             "check",
             engine_args=dict(engine_args),
             arguments=list(arguments),
             environment=dict(environment),
+            address=dict(address),
         )
 
     def hint(self, config: Path) -> None:
@@ -155,6 +166,7 @@ class EngineProcess:
                 self._process.wait(_STOP_S)
         self.kill()
         self._process.wait()
+        self._listener.join(_STOP_S)
         self._channel.close()
 
     def _listen(self) -> None:
@@ -171,6 +183,8 @@ class EngineProcess:
                 self._unbound.put(read_reasons(message["found"]))
             elif kind == "loaded":
                 self._tell(EngineLoaded())
+            elif kind == "drained":
+                self._tell(EngineDrained())
             elif kind == "failed":
                 self._error = error_from_json(message["error"])
                 break

@@ -1,7 +1,7 @@
 """One pod, from its first second to its exit code.
 
     listen -> answer probes -> start the engine's process -> prepare -> load -> hand the port over
-    -> wait, passing signals on
+    -> wait, passing signals on -> answer again once the engine has drained
 
 The pod's process stays the engine's parent: as PID 1 it has signals to pass on, a limit for the end
 to keep, orphans to reap and an exit code to give, which ``exec`` could not all do.
@@ -17,8 +17,9 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,9 @@ from loader.config.values import user_path
 from loader.errors import ConfigError, EngineError
 from loader.fetch.progress import Progress
 from loader.pod.address import serving_address
-from loader.pod.engine import EngineGone, EngineLoaded, EngineProcess
+from loader.pod.engine import EngineDrained, EngineGone, EngineLoaded, EngineProcess
 from loader.pod.signals import Signals, StopSignal, reap_orphans
+from loader.serve.vllm.arguments import sizing_arguments, written
 from loader.serve.vllm.releases import RANGE, installed_versions
 from loader.status.boot_server import BootServer, listen
 from loader.status.state import BootState
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
 
 KILL_AFTER_S = 5.0
 """Past ``drain_timeout_s`` the engine is killed."""
-_DRAIN_S = 20.0
 _FIRST_PROCESS = 1
 _CONFIG = "config.json"
 _UNKNOWN = ReadyModel(Path("model"), (), None, Path("model"), {})  # until the files are here
@@ -47,7 +48,6 @@ _UNKNOWN = ReadyModel(Path("model"), (), None, Path("model"), {})  # until the f
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    settings: Settings
     ready: ReadyModel
 
 
@@ -68,21 +68,23 @@ class Pod:
     """Made in the main thread; answers probes from then on. A context manager: its end ends all.
 
     Raises:
-        ConfigError: the port is taken, or *arguments* for vLLM name none that can be.
+        ConfigError: the port is taken, or what is given for vLLM names none that can be.
         EngineError: vLLM is not installed.
     """
 
-    def __init__(self, arguments: Sequence[str], timeline: Timeline) -> None:
+    def __init__(self, settings: Settings, arguments: Sequence[str], timeline: Timeline) -> None:
+        _check_engine(settings)
         if importlib.util.find_spec("vllm") is None:
             raise EngineError("vLLM is not installed", next_step=f"install vllm{RANGE}")
-        address = serving_address(arguments)
+        address = serving_address((*written(settings.engine_args), *arguments))
         tls = address.tls()
+        self._settings = settings
         self._arguments = tuple(arguments)
+        self._address = address
         self._timeline = timeline
         self._state = BootState(timeline, arrived=self._file_arrived, configured=self._hint)
-        self.holds = False
+        self.holds = settings.on_failure == "hold"
         """Whether a failed start is to be told until a signal comes."""
-        self._drain_s = _DRAIN_S
         self._serving = self._ending = False
         self._folder: Path | None = None
         self._limit: threading.Timer | None = None
@@ -90,17 +92,18 @@ class Pod:
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._signals = Signals(self._signalled)
         self._listening = listen(address.host, address.port)
-        self._server = BootServer(self._listening, self._state.boot, tls, address.lets_in)
-        self._engine = EngineProcess(self._listening, timeline, self._events.put)
+        self._answer = partial(BootServer, self._listening, self._state.boot, tls, address.lets_in)
+        self._server = self._answer()
+        self._engine = EngineProcess(self._listening, timeline, self._told)
 
     def __enter__(self) -> Pod:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ending = True
+        self._engine.close()
         self._server.stop()
         self._listening.close()
-        self._engine.close()
         self._signals.restore()
 
     @property
@@ -108,12 +111,10 @@ class Pod:
         """Whether a thread is still at work that nobody waits for any more."""
         return self._preparing is not None and self._preparing.is_alive()
 
-    def start(
-        self, config: Path | None, load_settings: Callable[[], Settings], progress: Progress
-    ) -> None:
+    def start(self, config: Path | None, progress: Progress) -> None:
         """Prepare the model, load it, and hand the port over to the engine.
 
-        *config* is the file that *load_settings* reads.
+        *config* is the file that the settings are from.
 
         Raises:
             LoaderError: see ``loader.errors``.
@@ -121,7 +122,7 @@ class Pod:
         """
         self._preparing = threading.Thread(
             target=self._prepare,
-            args=(config, load_settings, progress),
+            args=(config, progress),
             name="prepare",
             daemon=True,
         )
@@ -153,13 +154,11 @@ class Pod:
 
     def _heed(self, event: _Event) -> None:
         match event:
-            case _Prepared(settings, ready):
-                self._drain_s = settings.drain_timeout_s
-                arguments = vllm_arguments(settings, ready, self._arguments)
-                self._engine.load(arguments, canary=settings.canary)
+            case _Prepared(ready):
+                arguments = vllm_arguments(self._settings, ready, self._arguments)
+                self._engine.load(arguments, canary=self._settings.canary)
             case EngineLoaded():
                 self._server.stop()
-                self._listening.close()
                 self._engine.go(self._state.ready())
                 self._serving = True
             case EngineGone():
@@ -169,21 +168,17 @@ class Pod:
             case _Asked(number):
                 raise StopSignal(number)
 
-    def _prepare(
-        self, config: Path | None, load_settings: Callable[[], Settings], progress: Progress
-    ) -> None:
+    def _prepare(self, config: Path | None, progress: Progress) -> None:
         try:
             from loader import boot
             from loader.pod.live_adapters import live_environment
-            from loader.serve.vllm.arguments import sizing_arguments
 
-            settings = load_settings()
-            self.holds = settings.on_failure == "hold"
-            _check_engine(settings)
+            settings = self._settings
             self._engine.check(
                 settings.engine_args,
                 vllm_arguments(settings, _UNKNOWN, self._arguments),
                 live_environment(settings, config) if config else {},
+                self._address.arguments(),
             )
             self._folder = settings.training.download_folder.absolute()
             if settings.base_model and not settings.base_checkpoint:
@@ -192,9 +187,17 @@ class Pod:
             args = settings.engine_args | sizing_arguments(self._arguments)
             sized = replace(settings, engine_args=args)
             ready = boot.prepare(sized, self._state, self._timeline, ask=self._engine.ask_unbound)
-            self._events.put(_Prepared(settings, ready))
+            self._events.put(_Prepared(ready))
         except Exception as error:
             self._events.put(_Failed(error))
+
+    def _told(self, event: EngineLoaded | EngineDrained | EngineGone) -> None:
+        """Take the port back when the engine has drained: nobody is refused until the end."""
+        if isinstance(event, EngineDrained):
+            self._state.stop()
+            self._server = self._answer()
+        else:
+            self._events.put(event)
 
     def _file_arrived(self, path: str) -> None:
         if self._folder is not None and PurePosixPath(path).name == _CONFIG:
@@ -215,7 +218,8 @@ class Pod:
             self._events.put(_Asked(number))
         else:
             self._engine.signal(signal.SIGTERM)
-            self._limit = threading.Timer(self._drain_s + KILL_AFTER_S, self._engine.kill)
+            limit_s = self._settings.drain_timeout_s + KILL_AFTER_S
+            self._limit = threading.Timer(limit_s, self._engine.kill)
             self._limit.daemon = True
             self._limit.start()
 

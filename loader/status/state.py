@@ -176,6 +176,11 @@ class BootState:
             self._phase, self._ready_s = "ready", self.timeline.now_s
         return self.boot()
 
+    def stop(self) -> None:
+        """Say that requests are answered no more, and none will be."""
+        with self._lock:
+            self._phase = "stopping"
+
     def fail(self, error: BaseException) -> Boot:
         """Say that the start is over without a model."""
         if isinstance(error, LoaderError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 
 from loader.config.settings import Settings
 from loader.errors import ConfigError
+from loader.pod.address import serving_address
 from loader.pod.pod import vllm_arguments
-from loader.serve.vllm.arguments import parse_arguments
+from loader.serve.vllm.arguments import parse_arguments, written
 from loader.serve.vllm.openai_server import check_mode
 from loader.types import ReadyModel, ServedAdapter
 
@@ -39,6 +41,10 @@ def parse(ready: ReadyModel, *given: str, **section: object) -> Any:
     return parse_arguments(vllm_arguments(settings(**section), ready, given))
 
 
+def address(*given: str, **engine_args: object) -> Any:
+    return serving_address((*written(engine_args), *given)).arguments()
+
+
 @pytest.mark.parametrize("ready", [PLAIN, ADAPTERS], ids=["plain", "adapters"])
 @pytest.mark.parametrize(
     ("section", "given"),
@@ -51,12 +57,12 @@ def parse(ready: ReadyModel, *given: str, **section: object) -> Any:
         ({"engine_args": {"tensor_parallel_size": 2}}, ["--uvicorn-log-level=warning"]),
     ],
 )
-def test_it_is_accepted(ready: ReadyModel, section: dict[str, object], given: list[str]) -> None:
+def test_it_is_accepted(ready: ReadyModel, section: dict[str, Any], given: list[str]) -> None:
     args = parse(ready, *given, **section)
     assert args.model == "/m/base"
     assert [module.name for module in args.lora_modules or ()] == [a.name for a in ready.adapters]
     assert args.shutdown_timeout == 20
-    check_mode(args, args.port)
+    check_mode(args, address(*given, **section.get("engine_args", {})))
 
 
 def test_the_limit_for_the_end_is_vllms_too_unless_the_user_says_otherwise() -> None:
@@ -71,13 +77,46 @@ def test_the_limit_for_the_end_is_vllms_too_unless_the_user_says_otherwise() -> 
 def test_other_ways_to_serve_are_refused(given: list[str]) -> None:
     args = parse(PLAIN, *given)
     with pytest.raises(ConfigError) as caught:
-        check_mode(args, args.port)
+        check_mode(args, address(*given))
     assert given[0] in str(caught.value)
 
 
-def test_a_port_from_elsewhere_is_refused() -> None:
-    with pytest.raises(ConfigError):
-        check_mode(parse(PLAIN), 8123)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("api_key", ["sesame", "two"]),
+        ("api_key", "sesame"),
+        ("host", "127.0.0.1"),
+        ("port", 8123),
+        ("root_path", "/a"),
+        ("ssl_ca_certs", "/tls/ca.pem"),
+        ("ssl_cert_reqs", 2),
+        ("ssl_certfile", "/tls/cert.pem"),
+        ("ssl_ciphers", "HIGH"),
+        ("ssl_keyfile", "/tls/key.pem"),
+    ],
+)
+def test_where_to_listen_and_whom_to_let_in_is_one_thing_wherever_it_is_given(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    flag = "--" + name.replace("_", "-")
+    words = [flag, *map(str, value if isinstance(value, list) else [value])]
+    file = tmp_path / "vllm.yaml"
+    file.write_text(json.dumps({name.replace("_", "-"): value}))
+    in_config, on_line = parse(PLAIN, engine_args={name: value}), parse(PLAIN, *words)
+    elsewhere = parse(PLAIN, "--config", str(file))
+    for args in (in_config, on_line, elsewhere):
+        check_mode(args, address(**{name: value}))
+        check_mode(args, address(*words))
+    assert address(*words, **{name: value}) == address(*words)
+    with pytest.raises(ConfigError, match=flag):
+        check_mode(elsewhere, address("--config", str(file)))
+
+
+def test_an_abbreviation_lets_nobody_in() -> None:
+    args = parse(PLAIN, "--api-k", "sesame")
+    with pytest.raises(ConfigError, match="--api-key"):
+        check_mode(args, address("--api-k", "sesame"))
 
 
 def test_a_mistyped_argument_is_a_config_error() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import shutil
@@ -278,9 +279,35 @@ def test_sigterm_lets_requests_end_within_the_limit(pod: RunningPod, client: Ope
     pod.stop_probing()
     pod.signal(signal.SIGTERM)
     assert list(short)[-1].choices[0].finish_reason == "length"
+    late = _asked_until_gone(pod)
     assert pod.wait(40) == 0
+    begun = next(turn for turn, (_, health, _) in enumerate(late) if health.status_code == 503)
+    for request, health, metrics in late[begun + 1 :]:
+        assert request.status_code == 503
+        assert int(request.headers["Retry-After"]) > 0
+        assert "stopping" in request.json()["error"]["message"]
+        assert (health.status_code, health.json()["status"]) == (503, "stopping")
+        assert "podloader_ready 0.0" in metrics.text
+    assert "vllm:num_requests_running" in late[begun + 1][2].text
+    assert late[-1][0].headers["Server"] == "podloader"  # which has the port back by then
     assert not [process for process in family if process.is_running()]
     endless.close()
+
+
+def _asked_until_gone(pod: RunningPod) -> list[tuple[httpx.Response, ...]]:
+    """Return the answers to a request, a probe and a scrape, each on a new connection, until the
+    first that has none.
+    """
+    asked = {"model": "base", "prompt": "the quick", "max_tokens": 1}
+    found: list[tuple[httpx.Response, ...]] = []
+    with (
+        contextlib.suppress(httpx.TransportError),
+        httpx.Client(base_url=pod.url, headers={"Connection": "close"}, timeout=30) as client,
+    ):
+        while True:
+            late = client.post("/v1/completions", json=asked)
+            found.append((late, client.get("/health"), client.get("/metrics")))
+    return found
 
 
 def test_an_engine_crash_is_the_pods_exit_code(

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests import origin as faults
@@ -84,6 +85,17 @@ def test_a_failed_start_is_held_until_a_signal(start: Start) -> None:
     pod.signal(signal.SIGTERM)
     assert pod.wait() == 3
     assert not pod.refused
+
+
+def test_a_key_in_the_config_is_asked_for_from_the_first_second(start: Start) -> None:
+    arguments = {"api_key": "sesame"}
+    pod = start(
+        base_model="checkpoint:base/rank-0/nothing/", on_failure="hold", engine_args=arguments
+    )
+    pod.wait_answer()
+    assert pod.get("/v1/models").status_code == 401
+    key = {"Authorization": "Bearer sesame"}
+    assert httpx.get(f"{pod.url}/v1/models", headers=key, timeout=30).status_code == 503
 
 
 def test_a_vllm_that_cannot_be_imported_ends_the_download(

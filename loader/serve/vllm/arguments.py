@@ -88,8 +88,12 @@ def serve_arguments(
         arguments["max_loras"] = slots
         if isinstance(slots, int):
             arguments.setdefault("max_cpu_loras", max(slots, len(ready.adapters)))
-    written = (word for key, value in arguments.items() for word in _write(key, value))
-    return (str(ready.path), *written, *extra)
+    return (str(ready.path), *written(arguments), *extra)
+
+
+def written(arguments: Mapping[str, object]) -> tuple[str, ...]:
+    """Return *arguments*, by their names in ``engine_args``, as words of a command line."""
+    return tuple(word for key, value in arguments.items() for word in _write(key, value))
 
 
 def sizing_arguments(words: Sequence[str]) -> dict[str, object]:

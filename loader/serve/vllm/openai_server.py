@@ -42,6 +42,7 @@ _CORE = "EngineCore"
 _ENGINE_DIED = 6  # as EngineError
 _PROMPT = "Hello"
 _CLOSE_S = 1
+_ACCEPTED_S = 0.1  # for the requests of connections that were accepted last
 _OPEN_FILES = 65_535  # as `vllm serve` asks for
 
 
@@ -95,8 +96,12 @@ def serve_openai(
     return code
 
 
-def check_mode(args: Any, port: int) -> None:
-    """Raise ConfigError for arguments of ``vllm serve`` that need another server than this one."""
+def check_mode(args: Any, address: Mapping[str, object]) -> None:
+    """Raise ConfigError for arguments of ``vllm serve`` that need another server than this one.
+
+    *address* holds what the port has been served by, under vLLM's names: nobody was let in whom
+    vLLM would not let in.
+    """
     problems = [
         f"--{name.replace('_', '-')}"
         for name in ("headless", "grpc", "uds", "data_parallel_multi_port_external_lb")
@@ -104,13 +109,17 @@ def check_mode(args: Any, port: int) -> None:
     ]
     if (args.api_server_count or 1) > 1:
         problems.append(f"--api-server-count {args.api_server_count}")
-    if args.port != port:
-        problems.append(f"--port {args.port}, but not on podloader's own command line")
+    problems += [
+        f"--{name.replace('_', '-')}, in another place or by an abbreviation"
+        for name, value in address.items()
+        if (getattr(args, name) or None) != (value or None)
+    ]
     if problems:
         raise ConfigError(
             "arguments of vLLM that podloader does not serve with",
             problems=problems,
-            next_step="leave them out, or run `podloader prepare` and then `vllm serve`",
+            next_step="leave them out, or run `podloader prepare` and then `vllm serve`; where to "
+            "listen and whom to let in is read in full words, after -- or in engine_args, alone",
         )
 
 
@@ -142,8 +151,11 @@ async def _serve(
         go = await asyncio.to_thread(channel.receive)
         if go is None:
             return 1
-        _go_on_telling(app, Drain(engine, Boot.from_json(go["boot"])))
+        drain = Drain(engine, Boot.from_json(go["boot"]))
+        _go_on_telling(app, drain)
         over = await _serve_http(app, listening, args)
+        if drain.begun:
+            await _give_port_back(app, channel)
         code = _exit_code(engine)
     await over
     return code
@@ -260,6 +272,19 @@ async def _serve_http(app: Any, listening: socket.socket, args: Any) -> Any:
         h11_max_header_count=args.h11_max_header_count,
         **({"log_config": log_config} if log_config else {}),
     )
+
+
+async def _give_port_back(app: Any, channel: Channel) -> None:
+    """Accept no more, which the pod does from now on, and answer those who were accepted.
+
+    uvicorn's own end resets connections whose requests it has not read yet.
+    """
+    import asyncio
+
+    channel.send("drained")
+    for server in app.state.server.servers:
+        server.close()
+    await asyncio.sleep(_ACCEPTED_S)
 
 
 def _exit_code(engine: Any) -> int:

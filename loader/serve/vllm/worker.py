@@ -7,7 +7,7 @@ engine's processes may be forks of it. What it is told and tells, in this order:
 
     imports          begin, end        "engine import"
     <- check         engine_args, arguments without the model: refused while the download runs;
-                     environment
+                     environment; address: the arguments that the pod serves the port by
     <- hint          config: the model's config.json, as soon as it is here
     inspection       begin, end        "model class"
     <- ask           model, adapters: the names of their tensors
@@ -17,6 +17,7 @@ engine's processes may be forks of it. What it is told and tells, in this order:
     -> loaded
     <- go            boot: what /status shows from now on
     serves on LISTENING_FD until a signal or the engine's end
+    -> drained       after a signal: the port is the pod's again
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def _serve(channel: Channel, listening: socket.socket, stages: Stages) -> int:
     from loader.serve.vllm.bound import ask_unbound
     from loader.serve.vllm.openai_server import check_mode, inspect_model, serve_openai
 
-    check_mode(parse_arguments(check["arguments"]), listening.getsockname()[1])
+    check_mode(parse_arguments(check["arguments"]), check["address"])
 
     while (load := channel.receive()) and load["kind"] != "load":
         if load["kind"] == "ask":
