@@ -175,12 +175,18 @@ def _whole_tensors(folder: Path) -> list[str]:
 
 
 def attach(
-    base: Path, adapters: Sequence[NamedAdapter], output: Path, *, allow_pickle: bool = False
+    base: Path,
+    adapters: Sequence[NamedAdapter],
+    output: Path,
+    *,
+    allow_pickle: bool = False,
+    tensors: Mapping[str, TensorInfo] | None = None,
 ) -> ReadyModel:
     """Return the base with *adapters* to be attached; only what no folder of theirs has is written.
 
     ``tokenizer`` is a folder with tokenizer and chat template: the one they came in where it has
-    both, else *output*. Beside it lie adapters that came pickled, as safetensors.
+    both, else *output*. Beside it lie adapters that came pickled, as safetensors. *tensors* are
+    the base's where its weights are not in *base* yet, which is asked for again when they are.
 
     Raises:
         AdapterError: tensors without a module, of other shapes, ranks that disagree, or no effect;
@@ -188,14 +194,15 @@ def attach(
         FormatError: broken files, or pickles without ``allow_pickle``.
         DiskError: the tokenizer folder could not be written.
     """
-    view = Base(_list_base(base, allow_pickle), read_json(base / "config.json"))
-    check_all(adapters, view, allow_pickle=allow_pickle, base=base)
+    view = Base(tensors or _list_base(base, allow_pickle), read_json(base / "config.json"))
+    here = base if tensors is None else None
+    check_all(adapters, view, allow_pickle=allow_pickle, base=here)
     readable = [
         replace(adapter, folder=as_safetensors(adapter.folder, Path(f"{output}-{number}")))
         for number, adapter in enumerate(adapters)
     ]
     if readable != list(adapters):
-        check_all(readable, view, base=base)  # its copy of the base, which a pickle does not show
+        check_all(readable, view, base=here)  # its copy of the base, which a pickle does not show
         adapters = readable
     configs = [read_adapter_config(adapter.folder) for adapter in adapters]
     warnings = []

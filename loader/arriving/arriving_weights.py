@@ -51,6 +51,23 @@ class ArrivingWeights:
         self.stored = join_headers({delivery.root / p: h for p, h in self._headers.items()})
 
     @property
+    def small_files(self) -> Mapping[str, Path]:
+        """The files beside them that are here, by name."""
+        home = next(iter(self._headers)).rpartition("/")[0] + "/"
+        here = filter(self._delivery.is_here, self._delivery.paths)
+        names = {p.removeprefix(home): p for p in here if p.startswith(home)}
+        root = self._delivery.root
+        return {name: root / p for name, p in names.items() if name not in self.heads}
+
+    def open(self, file_name: str) -> int:
+        """Return a descriptor of one of the files, of which some is here; the caller's to close.
+
+        Raises:
+            DiskError: it cannot be opened.
+        """
+        return self._delivery.open(next(p for p in self._headers if Path(p).name == file_name))
+
+    @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """All tensors, as they are stored."""
         return {name: stored.info for name, stored in self.stored.items()}

@@ -29,6 +29,7 @@ from loader.types import Checkpoint, Head, Manifest, Snapshot
 from loader.weights.byte_files import ByteFile, LocalFile, read_head
 from loader.weights.formats.places import weight_folders
 from loader.weights.formats.rank_files import Files
+from loader.weights.header import Header, parse_header
 
 
 class Delivery:
@@ -53,6 +54,7 @@ class Delivery:
         self._store, self._options = store, options
         self._begun: dict[str, Arrivals] = {}
         self._versions: dict[str, ObjectInfo] = {}
+        self._heads: dict[str, Head] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -71,11 +73,10 @@ class Delivery:
         """All paths, sorted."""
         return tuple(self._artifacts)
 
-    @property
-    def absent(self) -> tuple[str, ...]:
-        """The paths of files that neither this run brings nor an earlier one brought."""
-        left = (a for a in self.manifest.files if a.path not in self._begun)
-        return tuple(artifact.path for artifact in left if not are_here([artifact], self.root))
+    def find_absent(self, paths: Iterable[str]) -> list[str]:
+        """Return those of *paths* that neither this run brings nor an earlier one brought."""
+        left = [self._artifacts[path] for path in paths if path not in self._begun]
+        return [artifact.path for artifact in left if not are_here([artifact], self.root)]
 
     @property
     def is_whole(self) -> bool:
@@ -187,8 +188,30 @@ class Delivery:
             with contextlib.closing(self.file(path)) as file:
                 return read_head(file)
 
-        heads = map_on_threads(read, tuple(paths), self._options.concurrency)
-        return dict(zip(paths, heads, strict=True))
+        unknown = [path for path in paths if path not in self._heads]
+        heads = map_on_threads(read, unknown, self._options.concurrency)
+        self._heads |= dict(zip(unknown, heads, strict=True))
+        return {path: self._heads[path] for path in paths}
+
+    def read_header(self, place: Path) -> Header | None:
+        """Return the header of the file that lies, or will lie, at *place*; None of others.
+
+        Raises:
+            LoaderError: as ``read_heads``.
+        """
+        path = place.relative_to(self.root).as_posix()
+        if path not in self._artifacts:
+            return None
+        head = self.read_heads([path])[path]
+        return parse_header(head.content, head.size_bytes, path)
+
+    def open(self, path: str) -> int:
+        """Return a descriptor of a file that was begun, of which some is here.
+
+        Raises:
+            DiskError: it cannot be opened.
+        """
+        return self._begun[path].open(path)
 
     @contextlib.contextmanager
     def opened(self, checkpoint: Checkpoint) -> Iterator[tuple[Files, RangeProgress | None]]:

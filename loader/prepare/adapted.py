@@ -30,6 +30,7 @@ from loader.adapters.attach import (
 from loader.adapters.base_task import decide_for_base
 from loader.adapters.layers import Ask, Reason, reconsider
 from loader.adapters.plan_builder import Base
+from loader.arriving.arriving_weights import ArrivingWeights
 from loader.arriving.filling import Announce
 from loader.config.settings import Settings
 from loader.fetch.progress import Progress
@@ -62,6 +63,7 @@ from loader.weights.stored_forms import Packed
 
 if TYPE_CHECKING:
     from loader.weights.readers import SafetensorsReader  # torch
+    from loader.weights.writer import CheckpointWriter
 
 _CONFIG = "config.json"
 _MERGING = "merging"
@@ -80,7 +82,7 @@ def make_adapted(
     """Return *base*, else the model that the settings or the adapters name, with *sources*.
 
     *base* is a checkpoint. *progress* is told of the download of another one. *ask* is the engine's
-    word on what it has layers for.
+    word on what it has layers for; *announce* is told of what is on its way.
 
     Raises:
         AdapterError: adapters that do not fit the base or each other.
@@ -101,7 +103,7 @@ def make_adapted(
     comes_along = base is not None or is_remote(name)
     decision = decide(settings.adapter_policy, adapters, base_is_fetched=comes_along)
     _log.info("adapters: %s", decision.why)
-    job = _Job(settings, adapters, decision, timeline, progress)
+    job = _Job(settings, adapters, decision, timeline, progress, announce)
     sweep(job.cache, _MERGING)
     with contextlib.ExitStack() as stack:
         if base is None:
@@ -110,23 +112,31 @@ def make_adapted(
             if not isinstance(base, LocalBase):
                 job.tell_config(base.path)
         job.know_base(base.path)
-        _check_base(job, base)
+        plain = _check_base(job, base)
         with timeline.stage("base model"):
             base.begin()
         if job.decision.mode == "attach" and settings.engine == "vllm":
             _reconsider(job, base.path, ask)
-        return _make(job, base, sources, stack, announce)
+        return _make(job, base, plain, sources, stack)
 
 
 def _make(
     job: _Job,
     base: FoundBase,
+    plain: Mapping[str, TensorInfo] | None,
     sources: Sequence[Source],
     stack: contextlib.ExitStack,
-    announce: Announce | None,
 ) -> ReadyModel:
-    """Return the model of *base*, whose weights may be on their way."""
-    merged = _merge_arriving(job, base, stack, announce)
+    """Return the model of *base*, whose weights, *plain* by their headers, may be on their way."""
+    merged = None
+    if isinstance(base.weights, ArrivingWeights) and plain is not None:
+        folder = stack.enter_context(scratch_folder(job.cache, _MERGING))
+        if job.is_merge:
+            reader = stack.enter_context(contextlib.closing(base.weights.open_reader()))
+            with job.timeline.stage("merge"):
+                merged = _merge(job, base.path, folder / "model", reader)
+        elif job.announce:
+            _announce_attached(job, base.weights, base.path, plain, folder)
     whole = base.identify(weights=job.is_merge)
     made_from = job.describe(whole, sources)
     output = output_folder(job.settings, job.decision.mode, made_from)
@@ -158,6 +168,7 @@ class _Job:
     decision: Decision
     timeline: Timeline
     progress: Progress | None
+    announce: Announce | None
 
     @property
     def cache(self) -> Path:
@@ -217,12 +228,15 @@ def _reconsider(job: _Job, base: Path, ask: Ask | None) -> None:
     job.decision = decision
 
 
-def _check_base(job: _Job, base: FoundBase) -> None:
-    """Check, before they are fetched, that the adapters fit weights that are not here."""
+def _check_base(job: _Job, base: FoundBase) -> Mapping[str, TensorInfo] | None:
+    """Check, before they are fetched, that the adapters fit weights that are not here.
+
+    Returns these as what they stand for, None where they are here or cannot be told.
+    """
     config = read_model_config(base.path)
     weights = base.weights
     if weights is None:
-        return
+        return None
     with job.timeline.stage("fit"):
         packed = weights.find_packed(config)
         plain = _check_fit(job, str(base.path), config, weights.tensors, packed)
@@ -231,6 +245,7 @@ def _check_base(job: _Job, base: FoundBase) -> None:
     if job.is_merge:
         made_bytes = sum(info.size_bytes for info in plain.values())
         check_room([(base.path, weights.missing_bytes), (job.cache, made_bytes)])
+    return plain
 
 
 def _check_fit(
@@ -270,16 +285,19 @@ def _check_room_to_serve(
         _log.warning("this may be too little: %s", warning)
 
 
-def _merge_arriving(
-    job: _Job, base: FoundBase, stack: contextlib.ExitStack, announce: Announce | None
-) -> ReadyModel | None:
-    """Return what is merged of weights as they come; None where that cannot be."""
-    reader = base.weights.open_reader() if base.weights and job.is_merge else None
-    if reader is None:
-        return None
-    folder = stack.enter_context(scratch_folder(job.cache, _MERGING))
-    with job.timeline.stage("merge"), contextlib.closing(reader):
-        return _merge(job, base.path, folder / "model", reader)
+def _announce_attached(
+    job: _Job,
+    weights: ArrivingWeights,
+    base: Path,
+    plain: Mapping[str, TensorInfo],
+    aside: Path,
+) -> None:
+    """Announce *base* with its adapters, unless something has to be written beside them first."""
+    allow_pickle = job.settings.allow_pickle
+    early = attach(base, job.adapters, aside / "model", allow_pickle=allow_pickle, tensors=plain)
+    folders = (early.tokenizer, *(adapter.path for adapter in early.adapters))
+    if job.announce and not any(folder.is_relative_to(aside) for folder in folders):
+        job.announce(weights, early)
 
 
 def _merge_proved(
@@ -293,7 +311,8 @@ def _merge_proved(
     try:
         with scratch_folder(job.cache, _MERGING) as folder, proving(check) as wait:
             try:
-                merged = _merge(job, whole.path, folder / "model")
+                is_sure = not isinstance(base, HubBase)
+                merged = _merge(job, whole.path, folder / "model", is_sure=is_sure)
             finally:  # files that rotted may be why a merge fails
                 wait()
             check()  # nor were they written to since; nothing else is read again
@@ -314,9 +333,19 @@ def _named(merged: ReadyModel, output: Path) -> ReadyModel:
 
 
 def _merge(
-    job: _Job, base: Path, output: Path, weights: SafetensorsReader | None = None
+    job: _Job,
+    base: Path,
+    output: Path,
+    weights: SafetensorsReader | None = None,
+    *,
+    is_sure: bool = True,
 ) -> ReadyModel:
+    """Return *base* merged; announced where it *is_sure* that nothing of it is made again."""
     from loader.adapters.merge import WeightedAdapter, merge  # torch
+
+    def begin(writer: CheckpointWriter) -> None:
+        if is_sure and job.announce:
+            job.announce(writer.fill(), ReadyModel(output, (), None, output, {}))
 
     return merge(
         base,
@@ -326,4 +355,5 @@ def _merge(
         dequantise=job.settings.dequantise,
         allow_pickle=job.settings.allow_pickle,
         weights=weights,
+        on_begin=begin,
     )

@@ -206,9 +206,8 @@ def find_base(
         options = FetchOptions.of(settings)
         delivery = Delivery(files.manifest, files.root, stores, options, timeline, progress)
         stack.enter_context(delivery)
-        here = set(delivery.paths) - set(delivery.absent)
-        delivery.bring([p for p in delivery.paths if p in files.small or p in here], _SMALL)
-        rest = [path for path in delivery.paths if path not in here | files.small]
+        rest = delivery.find_absent(path for path in delivery.paths if path not in files.small)
+        delivery.bring([path for path in delivery.paths if path not in rest], _SMALL)
         return ArrivingBase(files.folder, delivery, lambda: files.identify(delivery.wait()), rest)
     if not REPO_ID.fullmatch(name):
         raise AdapterError(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loader.adapters.layers import Ask
 from loader.arriving.delivery import Delivery
 from loader.arriving.filling import Announce
 from loader.config.settings import Settings
 from loader.errors import CheckpointError
-from loader.fetch.progress import Progress
 from loader.prepare.adapted import make_adapted
 from loader.prepare.bases import (
     WHOLE,
@@ -27,12 +27,14 @@ from loader.prepare.bases import (
 )
 from loader.prepare.checkpoint_sources import SHARDED, BaseModel, Source, find_sources
 from loader.prepare.consolidated import make_whole
-from loader.timeline import Timeline
 from loader.types import Kind, ReadyModel, Snapshot
 from loader.weights.formats.refused import find_refusal
 from loader.weights.formats.serving import is_shard
-from loader.weights.inspect import ADAPTER_CONFIG, find_checkpoints
+from loader.weights.inspect import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_checkpoints, is_safetensors
 from loader.weights.vocabulary import warn_of_ids
+
+if TYPE_CHECKING:
+    from loader.weights.writer import CheckpointWriter  # torch
 
 _WEIGHTS = (".safetensors", ".bin")
 _log = logging.getLogger("podloader")
@@ -57,11 +59,11 @@ def make_ready(
         LoaderError: as a fetch.
     """
     timeline, progress = delivery.timeline, delivery.progress
-    later = _find_later(settings, delivery.paths) & set(delivery.absent)
+    later = set(delivery.find_absent(_find_later(settings, delivery.paths, announce is not None)))
     first = [path for path in delivery.paths if path not in later]
     snapshot = delivery.bring(first, "download of small files" if later else "download")
     with timeline.stage("inspect"):
-        checkpoints = find_checkpoints(delivery.root, delivery.paths)
+        checkpoints = find_checkpoints(delivery.root, delivery.paths, delivery.read_header)
     found = find_sources(delivery, checkpoints)
     _refuse_unservable(found)
     _refuse_unlike_nodes(found, snapshot)
@@ -85,6 +87,9 @@ def make_ready(
             settings,
             partial(bring_named, weights=False),
             partial(bring_named, weights=True),
+            partial(
+                _announce_made, settings, delivery, source, announce if len(found) == 1 else None
+            ),
         )
         for source in found
     ]
@@ -100,9 +105,8 @@ def make_ready(
             f"trained over: base_model: checkpoint:{models[0].place}/",
         )
     if not adapters:
-        delivery.bring(sorted(later))
         models = [*models, *([base] if base else [])]
-        ready = _whole_model(settings, models, timeline, progress)
+        ready = _serve_whole(settings, delivery, models, later, announce)
     else:
         under = _as_base(settings, base, later) if base else None
         if under is None:
@@ -111,20 +115,20 @@ def make_ready(
     return _warn_of_ids(ready)
 
 
-def _find_later(settings: Settings, paths: Sequence[str]) -> set[str]:
-    """Return the weights whose fate the other files decide: shards, and those of a base.
+def _find_later(settings: Settings, paths: Sequence[str], is_followed: bool) -> Iterator[str]:
+    """Yield the weights that what is in the other files decides about, or that are followed.
 
-    None of a base that comes alone: nothing is to be decided.
+    They are shards, and those of a base: all others are fetched at once with the small files.
     """
-    shards = {path for path in paths if is_shard(path)}
     base = settings.base_checkpoint
-    if base is None or not (shards or any(p.endswith(f"/{ADAPTER_CONFIG}") for p in paths)):
-        return shards
-    home = f"{base.job}/{base.name}"
-    if any(path.startswith(f"{home}/") for path in shards):
-        return shards  # a model file beside them may be hollow, which its header tells here
-    weights = {p for p in paths if p.rpartition("/")[0] == home and p.endswith(".safetensors")}
-    return shards | {path for path in weights if not path.endswith("/adapter_model.safetensors")}
+    home = f"{base.job}/{base.name}" if base else ""
+    has_others = any(is_shard(path) or path.endswith(f"/{ADAPTER_CONFIG}") for path in paths)
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        of_base = folder == home and has_others and name.endswith(".safetensors")
+        is_model = of_base or (is_followed and is_safetensors(name))
+        if is_shard(path) or (is_model and name not in ADAPTER_WEIGHTS):
+            yield path
 
 
 def _begin_shards(
@@ -224,9 +228,14 @@ def _find_base_source(
     return source
 
 
-def _whole_model(
-    settings: Settings, models: Sequence[Source], timeline: Timeline, progress: Progress | None
+def _serve_whole(
+    settings: Settings,
+    delivery: Delivery,
+    models: Sequence[Source],
+    later: Collection[str],
+    announce: Announce | None,
 ) -> ReadyModel:
+    """Return the one model of *models*; of its files *later* are still to come."""
     if len(models) != 1:
         raise CheckpointError(
             f"{len(models)} full models, where one is served",
@@ -236,10 +245,46 @@ def _whole_model(
     model = models[0]
     path = model.checkpoint.path
     check_weights(settings, model.checkpoint)
+    ready = _describe_whole(settings, model, path, delivery)
+    if later:
+        base = ArrivingBase(path, delivery, model.as_base, sorted(later))
+        weights = base.weights if announce else None
+        base.begin()
+        if announce and weights:
+            announce(weights, ready)
+        delivery.wait()
+    return replace(ready, provenance=ready.provenance | {"files": dict(model.files)})
+
+
+def _announce_made(
+    settings: Settings,
+    delivery: Delivery,
+    source: Source,
+    announce: Announce | None,
+    writer: CheckpointWriter,
+) -> None:
+    """Announce the model that is being written; an adapter is none."""
+    if announce is None or any(name.startswith("adapter_model") for name in writer.files()):
+        return
+    ready = _describe_whole(settings, source, writer.path, delivery)
+    is_own = ready.tokenizer == writer.path
+    tokenizer = writer.folder if is_own else ready.tokenizer
+    announce(writer.fill(), replace(ready, path=writer.folder, tokenizer=tokenizer))
+
+
+def _describe_whole(
+    settings: Settings, model: Source, path: Path, delivery: Delivery
+) -> ReadyModel:
+    """Return *model*, whose small files are in *path*.
+
+    Raises:
+        CheckpointError: it lacks something beside its weights.
+    """
     tokenizer = path
     if not _has_tokenizer(tokenizer) and settings.base_model and not settings.base_checkpoint:
-        base = bring_base(settings, settings.base_model, timeline, progress, weights=False)
-        tokenizer = base.path
+        progress = None if model.kind in SHARDED and not model.is_made else delivery.progress
+        base = settings.base_model
+        tokenizer = bring_base(settings, base, delivery.timeline, progress, weights=False).path
     if not _has_tokenizer(tokenizer):
         raise CheckpointError(
             "the model came without a tokenizer",
@@ -254,11 +299,7 @@ def _whole_model(
             expected=" or ".join(_HEARING),
             next_step="save the processor beside the model in the training job",
         )
-    provenance: dict[str, object] = {
-        "kind": model.kind.value,
-        "checkpoint": model.place,
-        "files": dict(model.files),
-    }
+    provenance: dict[str, object] = {"kind": model.kind.value, "checkpoint": model.place}
     return ReadyModel(path, (), None, tokenizer, provenance)
 
 

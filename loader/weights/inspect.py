@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from loader.errors import CheckpointError, FormatError
 from loader.types import Checkpoint, Kind
 from loader.units import show_bytes
 from loader.weights.frameworks import BESIDE, find_cut, find_optimizers, find_zero
-from loader.weights.header import read_header
+from loader.weights.header import Header, read_header
 from loader.weights.index import MOST_SHARDS, read_weight_map
 from loader.weights.layout import Place, group_places, walk_names
 
@@ -31,6 +31,7 @@ _WRAPPED = {
     "lacks": "a model's own tensors: these are the state dict of a PeftModel, not merged",
     "next_step": "save the adapter with the PeftModel's save_pretrained, or merge_and_unload first",
 }
+_Read = Callable[[Path], Header | None]
 _MOST_JSON_BYTES = 256 << 20
 _SHARD = re.compile(r"^(model|pytorch_model)-(\d{5,9})-of-(\d{5,9})\.(safetensors|bin)$")
 
@@ -59,11 +60,24 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(Kind.UNKNOWN, folder, {"found": names, "lacks": "one checkpoint of its own"})
 
 
-def find_checkpoints(root: Path, names: Iterable[str] | None = None) -> tuple[Checkpoint, ...]:
+def read_if_here(path: Path) -> Header | None:
+    """Return the header of a safetensors file, None where it is not on this disk.
+
+    Raises:
+        FormatError: it is malformed.
+    """
+    return read_header(path) if path.is_file() else None
+
+
+def find_checkpoints(
+    root: Path,
+    names: Iterable[str] | None = None,
+    read: _Read = read_if_here,
+) -> tuple[Checkpoint, ...]:
     """Return the checkpoints below *root*, sorted by job and folder.
 
-    ``names`` are paths relative to *root*; when given, only these files count. A job in which
-    nothing is known gives one UNKNOWN.
+    ``names`` are paths relative to *root*; when given, only these files count. ``read`` gives the
+    header of a weight file, wherever it is. A job in which nothing is known gives one UNKNOWN.
 
     Raises:
         FormatError: a config or an index is malformed.
@@ -72,19 +86,19 @@ def find_checkpoints(root: Path, names: Iterable[str] | None = None) -> tuple[Ch
     found: list[Checkpoint] = []
     for _, group in groupby(places, key=lambda place: place.job):
         of_job = tuple(group)
-        known = _find_in_job(of_job)
+        known = _find_in_job(of_job, read)
         found += known or _describe_unknown(of_job)
     return tuple(found)
 
 
-def _find_in_job(places: tuple[Place, ...]) -> list[Checkpoint]:
+def _find_in_job(places: tuple[Place, ...], read: _Read) -> list[Checkpoint]:
     by_folder = {place.relative: place for place in places}
     places = tuple(p for p in places if not _is_part(p, by_folder))
-    whole = {p.relative: c for p in places if (c := _find_adapters(p) or _find_models(p))}
+    whole = {p.relative: c for p in places if (c := _find_adapters(p) or _find_models(p, read))}
     zero = find_zero(places, by_folder)
     for relative in set(zero) & set(whole):
         # ZeRO-3 without gathering leaves a model file of empty tensors beside the true weights.
-        if not any(_is_hollow(c) for c in whole[relative]):
+        if not any(_is_hollow(c, read) for c in whole[relative]):
             del zero[relative]
     cut = find_cut(places, by_folder).items()
     others = {r: c for r, c in cut if not {r, f"{r}/{BESIDE}".lstrip("/")} & whole.keys()}
@@ -123,7 +137,7 @@ def _find_adapters(place: Place) -> list[Checkpoint]:
     return list(found.values())
 
 
-def _find_models(place: Place) -> list[Checkpoint]:
+def _find_models(place: Place, read: _Read) -> list[Checkpoint]:
     configs = place.holders("config.json")
     names = place.names
     if not configs or not any(_is_weights(name) for name in names):
@@ -144,20 +158,21 @@ def _find_models(place: Place) -> list[Checkpoint]:
     if at is None and len(place.ranks) > 1:
         detail["folders"] = [str(place.folder(rank)) for rank in place.ranks]
         return [Checkpoint(Kind.RANK_SHARDS, place.folder(configs[0]), detail)]
-    if wrapped := _wrapped_names(place.folder(at), detail):
+    if wrapped := _wrapped_names(place.folder(at), detail, read):
         return [Checkpoint(Kind.UNKNOWN, place.folder(at), {"found": wrapped, **_WRAPPED})]
     kind = Kind.WHISPER if config.get("model_type") == "whisper" else Kind.FULL
     return [Checkpoint(kind, place.folder(at), detail)]
 
 
-def _wrapped_names(folder: Path, detail: Mapping[str, object]) -> list[str]:
+def _wrapped_names(folder: Path, detail: Mapping[str, object], read: _Read) -> list[str]:
     """Return names of tensors that are a PeftModel's: its base and adapter in one state dict."""
     files = detail["files"]
     path = folder / str(files[0]) if isinstance(files, list) and files else folder
-    if not path.is_file() or path.suffix != ".safetensors":
+    if path.suffix != ".safetensors":
         return []
     with contextlib.suppress(FormatError):  # whoever opens it tells more
-        return [name for name in read_header(path).tensors if _PEFT_NAME.search(name)][:3]
+        header = read(path)
+        return [n for n in header.tensors if _PEFT_NAME.search(n)][:3] if header else []
     return []
 
 
@@ -206,12 +221,10 @@ def _describe_model(config: Mapping[str, object], names: frozenset[str]) -> dict
     return detail
 
 
-def _is_hollow(checkpoint: Checkpoint) -> bool:
+def _is_hollow(checkpoint: Checkpoint, read: _Read) -> bool:
     path = checkpoint.path / SINGLE_WEIGHTS[0]
-    if checkpoint.kind is not Kind.FULL or not path.is_file():
-        return False
-    tensors = read_header(path).tensors.values()
-    return any(0 in tensor.shape for tensor in tensors)
+    header = read(path) if checkpoint.kind is Kind.FULL else None
+    return header is not None and any(0 in tensor.shape for tensor in header.tensors.values())
 
 
 def _describe_unknown(places: tuple[Place, ...]) -> list[Checkpoint]:

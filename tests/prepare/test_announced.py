@@ -1,0 +1,133 @@
+"""What is told of a model whose weights are on their way, and what can be followed of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loader import boot
+from loader.arriving.filling import FillingFolder
+from loader.errors import FetchError
+from loader.types import ReadyModel
+from loader.weights.header import parse_header
+from tests.models import tiny_llama, train_or_draw_lora
+from tests.origin import Fault, FaultyOrigin, act, status
+from tests.test_boot import Job
+from tests.weights.formats.test_bounds import save_alone
+
+FILE = "model.safetensors"
+OVER_CHECKPOINT = {"base_model": "checkpoint:basejob/rank-0/checkpoint-5/"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("models")
+    base = tiny_llama(root / "base", dtype=torch.bfloat16)
+    return base, train_or_draw_lora(base, root / "adapter")
+
+
+class Follower:
+    """Follows what is announced, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.told: list[ReadyModel] = []
+        self.names: set[str] = set()
+        self.small: dict[str, bytes] = {}
+        self.bytes: dict[str, bytes] = {}
+        self.errors: list[BaseException] = []
+        self.threads: list[threading.Thread] = []
+
+    def __call__(self, filling: FillingFolder, ready: ReadyModel) -> None:
+        self.told.append(ready)
+        self.small = {name: path.read_bytes() for name, path in filling.small_files.items()}
+        self.threads.append(threading.Thread(target=self._follow, args=(filling,)))
+        self.threads[0].start()
+
+    def _follow(self, filling: FillingFolder) -> None:
+        places = {
+            name: (file, info)
+            for file, head in filling.heads.items()
+            for name, info in parse_header(head.content, head.size_bytes, file).tensors.items()
+        }
+        try:
+            for names in filling.follow():
+                for name in names:
+                    file, info = places[name]
+                    descriptor = filling.open(file)
+                    self.bytes[name] = os.pread(descriptor, info.size_bytes, info.start)
+                    os.close(descriptor)
+                    self.names.add(name)
+            assert self.names == places.keys()
+        except BaseException as error:
+            self.errors.append(error)
+
+    def check(self, ready: ReadyModel) -> None:
+        """Check that what was followed is *ready*."""
+        (told,) = self.told
+        self.threads[0].join(30)
+        assert not self.errors, self.errors
+        assert [a.path for a in told.adapters] == [a.path for a in ready.adapters]
+        wanted = load_file(ready.path / FILE)
+        assert self.bytes == {
+            name: tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else b""
+            for name, tensor in wanted.items()
+        }
+        for name, content in self.small.items():
+            assert (ready.path / name).read_bytes() == content, name
+        assert {"config.json", "tokenizer.json"} <= self.small.keys()
+
+
+def settings_of(job: Job, models: tuple[Path, Path], case: str) -> Any:
+    base, adapter = models
+    if case == "full":
+        job.put(base, "checkpoint-10")
+        return job.settings("rank-0/")
+    if case == "consolidated":
+        home = Path(shutil.copytree(base, job.origin.folder("job1") / "checkpoint-10"))
+        (home / FILE).unlink()
+        save_alone({"model": load_file(base / FILE)}, home / "pytorch_model_fsdp_0")
+        return job.settings("rank-0/")
+    job.put(adapter, "checkpoint-10")
+    if case == "merged over a local base":
+        return job.settings("rank-0/", base_model=str(base), adapter_policy="merge")
+    job.put(base, "checkpoint-5", job="basejob")
+    own: dict[str, Any] = OVER_CHECKPOINT | {"adapter_policy": case}
+    return job.settings("rank-0/", jobs=("job1", "basejob"), **own)
+
+
+@pytest.mark.parametrize(
+    "case", ["full", "consolidated", "merge", "attach", "merged over a local base"]
+)
+def test_followed_while_it_comes(
+    origin: FaultyOrigin, tmp_path: Path, models: tuple[Path, Path], case: str
+) -> None:
+    job, follower = Job(origin, tmp_path), Follower()
+    settings = settings_of(job, models, case)
+    ready = boot.prepare(settings, announce=follower)
+    follower.check(ready)
+    again = Follower()
+    assert boot.prepare(settings, announce=again).path == ready.path
+    assert not again.told  # all is here
+
+
+@pytest.mark.parametrize("case", ["full", "merge", "attach"])
+def test_a_fetch_that_fails_ends_the_following(
+    origin: FaultyOrigin, tmp_path: Path, models: tuple[Path, Path], case: str
+) -> None:
+    job, follower = Job(origin, tmp_path), Follower()
+    settings = settings_of(job, models, case)
+    nothing: Fault = act(lambda: None)
+    job.origin.fail(
+        f"/{FILE}", *[nothing] * 2, *[status(404)] * 20
+    )  # its version and its header come
+    with pytest.raises(FetchError):
+        boot.prepare(settings, announce=follower)
+    follower.threads[0].join(30)
+    assert isinstance(follower.errors[0], FetchError)
