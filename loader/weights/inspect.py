@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 
-from loader.errors import CheckpointError, FormatError
+from loader.errors import CheckpointError, FormatError, LoaderError
 from loader.types import Checkpoint, Kind
 from loader.units import show_bytes
+from loader.weights.byte_files import LocalFile
+from loader.weights.formats.archive import Archive
 from loader.weights.frameworks import BESIDE, find_cut, find_optimizers, find_zero
 from loader.weights.header import Header, read_header
 from loader.weights.index import MOST_SHARDS, read_weight_map
@@ -167,13 +169,25 @@ def _find_models(place: Place, read: _Read) -> list[Checkpoint]:
 def _wrapped_names(folder: Path, detail: Mapping[str, object], read: _Read) -> list[str]:
     """Return names of tensors that are a PeftModel's: its base and adapter in one state dict."""
     files = detail["files"]
-    path = folder / str(files[0]) if isinstance(files, list) and files else folder
-    if path.suffix != ".safetensors":
-        return []
-    with contextlib.suppress(FormatError):  # whoever opens it tells more
+    names: Iterable[str] = ()
+    with contextlib.suppress(LoaderError):  # whoever opens it tells more
+        index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
+        if index is not None:
+            names = read_weight_map(index)
+        elif isinstance(files, list) and files:
+            names = _tensor_names(folder / str(files[0]), read)
+    return [name for name in names if _PEFT_NAME.search(name)][:3]
+
+
+def _tensor_names(path: Path, read: _Read) -> Iterable[str]:
+    if path.suffix == ".safetensors":
         header = read(path)
-        return [n for n in header.tensors if _PEFT_NAME.search(n)][:3] if header else []
-    return []
+        return header.tensors if header else ()
+    if not path.is_file():
+        return ()
+    with contextlib.closing(LocalFile(path)) as file:
+        value = Archive(file).value
+    return [name for name in value if isinstance(name, str)] if isinstance(value, Mapping) else ()
 
 
 def is_safetensors(name: str) -> bool:
