@@ -18,6 +18,7 @@ from loader.fetch.progress import Progress
 from loader.fetch.sizes import ask_sizes
 from loader.fetch.snapshot import FetchOptions, fetch, read_artifact
 from loader.fetch.spans import SpanProgress
+from loader.peers import beside_peers, serve_peers_on
 from loader.prepare.artifact_sources import (
     Origin,
     completed_before,
@@ -57,10 +58,10 @@ def prepare(
         LoaderError: see ``loader.errors``.
     """
     timeline = timeline or Timeline()
-    from loader.serve.vllm.releases import installed_versions
-
     timeline.note(**_asked_for(settings))
     ready = _prepare(settings, progress, timeline, ask, announce)
+    from loader.serve.vllm.releases import installed_versions  # the first request is ahead of it
+
     names = [adapter.name for adapter in ready.adapters]
     timeline.note(model=str(ready.path), adapters=names, versions=installed_versions())
     return ready
@@ -83,8 +84,8 @@ def _prepare(
         manifest, indexed = _resolved(settings, origin, progress, timeline)
         for warning in check_fits(settings, manifest, origin.store, indexed):
             _log.warning("this may be too little: %s", warning)
-        options = FetchOptions.of(settings)
-        with Delivery(manifest, root, origin.store, options, timeline, progress) as delivery:
+        store, options = beside_peers(settings, origin.store, root, FetchOptions.of(settings))
+        with Delivery(manifest, root, store, options, timeline, progress) as delivery:
             try:
                 return make_ready(settings, delivery, ask, announce)
             finally:
@@ -133,6 +134,7 @@ def start(ready: ReadyModel, settings: Settings, timeline: Timeline | None = Non
     )
     with (timeline or Timeline()).stage("engine start"):
         model.load()
+    serve_peers_on(settings)
     return model
 
 
@@ -145,10 +147,13 @@ def fetch_files(
     root = settings.training.download_folder
     with open_origin(settings, laid, timeline) as origin:
         manifest, _ = _resolved(settings, origin, progress, timeline)
+        options = FetchOptions.of(settings)
+        store, options = beside_peers(settings, origin.store, root, options)
         with SpanProgress(progress, timeline) as watched:
-            snapshot = fetch(manifest, root, origin.store, FetchOptions.of(settings), watched)
+            snapshot = fetch(manifest, root, store, options, watched)
         write_completed(root, completed_key(settings), manifest)
-        return snapshot
+    serve_peers_on(settings)
+    return snapshot
 
 
 def plan(settings: Settings, *, with_sizes: bool = True) -> Manifest:

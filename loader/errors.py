@@ -11,6 +11,7 @@ LoaderError                 base; ``exit_code`` is what the command line ends wi
 │   ├── ExpiredError        a signed URL is no longer honoured
 │   ├── ChangedError        the object changed while it was being read
 │   ├── UnsizedError        nothing tells how long an object is
+│   ├── SumError            what came does not sum up to what is declared of it
 │   ├── UnprovedError       files are not what they were when they were fetched
 │   └── DiskError           no room, or the disk refused
 ├── CheckpointError    (5)  the files are here and cannot be used
@@ -186,6 +187,10 @@ class TransientError(FetchError):
 
 class DeniedError(FetchError):
     """The origin refuses access."""
+
+
+class SumError(FetchError):
+    """What came does not sum up to what is declared of it."""
 
 
 class ExpiredError(FetchError):

@@ -21,7 +21,7 @@ LAYERS = [
     {"http"},
     {"resolve", "stores", "weights"},
     {"fetch", "adapters"},
-    {"arriving"},
+    {"arriving", "peers"},
     {"status"},
     {"serve"},
     {"prepare"},

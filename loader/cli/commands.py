@@ -46,8 +46,10 @@ def fetch(selection: Selection, set_: Words, as_json: bool, *, verbose: bool = F
     with errors_shown(as_json):
         from loader import boot
         from loader.cli.display import choose_progress
+        from loader.peers import serve_peers_on
 
-        snapshot = boot.fetch_files(selection.settings(_overrides(set_)), choose_progress())
+        settings = selection.settings(_overrides(set_))
+        snapshot = boot.fetch_files(settings, choose_progress())
 
         from loader.cli.documents import fetch_document
         from loader.cli.tables import show_snapshot
@@ -55,6 +57,7 @@ def fetch(selection: Selection, set_: Words, as_json: bool, *, verbose: bool = F
         show_snapshot(snapshot, each=verbose)
         if as_json:
             write_json(fetch_document(snapshot))
+        serve_peers_on(settings, wait=True)
 
 
 def prepare(selection: Selection, set_: Words, timeline_file: Path | None, as_json: bool) -> None:
@@ -65,6 +68,7 @@ def prepare(selection: Selection, set_: Words, timeline_file: Path | None, as_js
         from loader.cli.documents import ready_document
         from loader.cli.tables import show_ready
         from loader.cli.timelines import timeline_kept
+        from loader.peers import serve_peers_on
 
         with timeline_kept(timeline_file) as timeline:
             settings = selection.settings(_overrides(set_), default=[LATEST])
@@ -72,6 +76,7 @@ def prepare(selection: Selection, set_: Words, timeline_file: Path | None, as_js
             show_ready(ready)
         if as_json:
             write_json(ready_document(ready))
+        serve_peers_on(settings, wait=True)
 
 
 def serve(

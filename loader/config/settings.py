@@ -42,7 +42,8 @@ _JSON = {"engine_args": '{"max_model_len": 4096}', "storage_options": '{"gs": {"
 _CHECKPOINT = re.compile(rf"{CHECKPOINT_SCHEME}{JOB_ID.pattern}/rank-[^/]+(/.*)?")
 _OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _OTLP_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-_OUTSIDE = {"training", "hf_token", "api_key", "s3", "origins"}
+_TOKEN_VARIABLE = "PODLOADER_PEERS_TOKEN"
+_OUTSIDE = {"training", "hf_token", "api_key", "peers_token", "s3", "origins"}
 COMMAND_LINE = "the command line"
 
 
@@ -82,6 +83,7 @@ class Settings:
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     hf_token: Secret | None = None
     api_key: Secret | None = None
+    peers_token: Secret | None = None
     s3: S3Credentials = S3Credentials()
 
     artifacts: Words = _setting(
@@ -229,6 +231,31 @@ class Settings:
     allow_insecure_redirects: bool = _setting(
         False, description="Follow redirects from https to http."
     )
+    peers: Words = _setting(
+        (),
+        description="The other pods with this model: `dns://<headless service>`, or a list of "
+        "`host[:port]`. Each serves the others what it has, and the origin sends one copy. "
+        "Needs the secret `podloader_peers_token`, the same in every pod.",
+    )
+    peers_port: Annotated[int, Meta(ge=1, le=65535)] = _setting(
+        8790, description="Where this pod serves the others, and they serve it."
+    )
+    peers_certificate: Path | None = _setting(
+        None,
+        description="PEM file of the certificate that every pod shows to the others, and the only "
+        "one that it takes from them. Default: no TLS; the token never travels, the bytes do.",
+    )
+    peers_key: Path | None = _setting(
+        None, description="PEM file of its key, where that is in a file of its own."
+    )
+    peers_upload_rate: Annotated[Bytes, Meta(ge=0)] = _setting(
+        0, description="The most bytes a second that the others are sent; 0: as many as go."
+    )
+    peers_linger_s: Annotated[float, Meta(ge=0)] = _setting(
+        300.0,
+        description="How long `serve` goes on serving the others when it is ready, and `fetch` and "
+        "`prepare` when they are done, these where it is set.",
+    )
     retries: Annotated[int, Meta(ge=0, le=100)] = _setting(
         6, description="Further tries of one range after a passing failure."
     )
@@ -355,6 +382,7 @@ class Settings:
             origins=origins,
             hf_token=find_secret("hf_access_token", ("HF_TOKEN",), secrets),
             api_key=find_secret("baseten_api_key", ("BASETEN_API_KEY",), secrets),
+            peers_token=find_secret("podloader_peers_token", (_TOKEN_VARIABLE,), secrets),
             s3=find_s3_credentials(secrets),
             **found,
         )
@@ -453,7 +481,7 @@ def _given(
 def _environment(where: str) -> dict[str, Any]:
     known = {_PREFIX + name.upper() for name in setting_names()}
     given = [name for name in os.environ if name.upper().startswith(_PREFIX)]
-    own = (CONFIG_VARIABLE, STREAM_VARIABLE)
+    own = (CONFIG_VARIABLE, STREAM_VARIABLE, _TOKEN_VARIABLE)
     given = [name for name in given if name not in own and not _is_service_link(name)]
     if unknown := sorted(name for name in given if name.upper() not in known):
         raise ConfigError(

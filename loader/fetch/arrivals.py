@@ -43,6 +43,8 @@ class Arrivals:
         self._snapshot: Snapshot | None = None
         self._error: BaseException | None = None
         self._changed = threading.Condition()
+        self.is_followed = False
+        """Whether bytes are in use that nobody has proved yet."""
         self.stop = threading.Event()
         """Set it, and the fetch ends with what has arrived by then."""
 
@@ -93,6 +95,7 @@ class Arrivals:
         Raises:
             LoaderError: the fetch failed before.
         """
+        self.is_followed = True
         left, seen = set(paths), 0
         while left:
             fresh = self._wait_for_pieces(seen)

@@ -41,6 +41,7 @@ from loader.types import Artifact, FetchedFile
 
 LARGE_BYTES = 1 << 20  # smaller files come first, and several at a time
 Tell = Callable[[str, str, int, int], None]
+Order = Callable[[Artifact, ObjectInfo, tuple[Range, ...]], tuple[Range, ...]]
 
 
 class PartFile:
@@ -50,7 +51,7 @@ class PartFile:
     Files that are not worth a journal are fetched from their start after an interruption. *choose*
     says which of the origin's sums is compared. *tell* is called with the artifact's path, the file
     that it is in, start and end of what has come, and with what was here; not of what comes whole
-    at once.
+    at once. *order* says in which order what is missing is fetched, in which pieces.
     ``is_seen``: ``info`` is the origin's, not the listing's. ``opened``: the stream of the file's
     beginning, and where it was to end. ``is_new``: ``lock`` found
     nothing of it here. ``missing`` is what ``resume`` left to be fetched, ``done`` the file once it
@@ -68,6 +69,7 @@ class PartFile:
         guesses: Guesses | None = None,
         journaled: bool = True,
         tell: Tell = lambda path, part, start, end: None,
+        order: Order = lambda artifact, info, missing: missing,
     ) -> None:
         self.artifact = artifact
         self._choose = choose
@@ -75,6 +77,7 @@ class PartFile:
         self._set_info(info)
         self._journaled = journaled
         self._tell = tell
+        self._order = order
         self.done: FetchedFile | None = None
         self.missing: tuple[Range, ...] = ()
         self.is_new = False
@@ -160,11 +163,13 @@ class PartFile:
         """Find out, and prove, what an earlier run left; publish the file where that is all."""
         self._began = time.monotonic()
         if self.is_new and self.info.size_bytes:
-            self.missing = (Range(0, self.info.size_bytes),)
+            everything = (Range(0, self.info.size_bytes),)
+            self.missing = self._order(self.artifact, self.info, everything)
             return
         self._have = list(proved_ranges(self.place, "part", self._claimed(), self.sum))
         self._have_bytes = sum(entry.end - entry.start for entry in self._have)
-        self.missing = missing_ranges(self._have, self.info.size_bytes)
+        missing = missing_ranges(self._have, self.info.size_bytes)
+        self.missing = self._order(self.artifact, self.info, missing) if missing else ()
         for entry in self._have:
             self._tell(self.artifact.path, self.place.part, entry.start, entry.end)
         self.done = self._adopt()

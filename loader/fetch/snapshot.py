@@ -6,13 +6,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from loader.errors import FetchError, LoaderError
+from loader.errors import FetchError, LoaderError, SumError
 from loader.fetch.arrivals import Arrivals
 from loader.fetch.declared import is_as_declared
 from loader.fetch.download import Download, is_same
@@ -29,7 +29,7 @@ from loader.fetch.files import (
 )
 from loader.fetch.folders import Folders
 from loader.fetch.guesses import Guesses
-from loader.fetch.part import LARGE_BYTES, PartFile, fetched_file
+from loader.fetch.part import LARGE_BYTES, Order, PartFile, fetched_file
 from loader.fetch.path_check import check_still, check_way
 from loader.fetch.progress import LogProgress, Progress
 from loader.fetch.range_read import read_range
@@ -59,6 +59,8 @@ class FetchOptions:
     that is asked for of a large file, proved and resumed alone. ``verify``: what files of an
     earlier fetch have to prove; ``full``: and all that the origin says of new ones is compared.
     ``accept_unwritten``, ``settle_s``: of files that other tools laid here, see ``adoption``.
+    ``order``: what of a large file is fetched first, and in which pieces. ``is_curable``: whether a
+    file that does not sum up may be another when it is fetched anew, at once.
     """
 
     concurrency: int = 16
@@ -68,6 +70,8 @@ class FetchOptions:
     verify: Verify = "sample"
     accept_unwritten: bool = False
     settle_s: float = 30.0
+    order: Order = lambda artifact, info, missing: missing
+    is_curable: Callable[[], bool] = lambda: False
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -102,10 +106,16 @@ def fetch(
         FormatError: the origin's file is broken.
     """
     arrivals = arrivals or Arrivals(root, (artifact.path for artifact in manifest.files))
+    options, progress = options or FetchOptions(), progress or LogProgress()
     try:
-        snapshot = _fetch(
-            manifest, root, store, options or FetchOptions(), progress or LogProgress(), arrivals
-        )
+        while True:
+            try:
+                snapshot = _fetch(manifest, root, store, options, progress, arrivals)
+                break
+            except SumError as error:
+                if arrivals.is_followed or not options.is_curable():
+                    raise
+                _log.warning("%s: %s; it is fetched anew", error.where, error.what)
     except BaseException as error:
         arrivals.end(error)
         raise
@@ -148,7 +158,15 @@ def _fetch(
         large = info.size_bytes > min(options.range_bytes, LARGE_BYTES)
         place, tell = at[artifact], arrivals.advance
         return PartFile(
-            artifact, info, place, boot, choose, guesses=guesses, journaled=large, tell=tell
+            artifact,
+            info,
+            place,
+            boot,
+            choose,
+            guesses=guesses,
+            journaled=large,
+            tell=tell,
+            order=options.order,
         )
 
     limits = Limits(options.concurrency, options.retries, options.deadline_s, options.range_bytes)

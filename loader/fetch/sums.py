@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
-from loader.errors import FetchError
+from loader.errors import SumError
 from loader.fetch.crc import (
     combine_crc32,
     combine_crc32c,
@@ -101,7 +101,7 @@ class Check:
         check = replace(self, unit_bytes=max(size_bytes, 1)) if self.rereads else self
         return check.new_sum(size_bytes)
 
-    def differs(self, found: bytes, where: str) -> FetchError:
+    def differs(self, found: bytes, where: str) -> SumError:
         """Return the error for bytes that sum up to *found*, which is another sum."""
         wanted, is_it = self.checksum, "the origin's copy is damaged"
         of = f" of {wanted.parts} parts of {self.unit_bytes} bytes" if wanted.parts else ""
@@ -110,7 +110,7 @@ class Check:
         says = wanted.said_by or "the origin"
         if wanted.said_by:
             is_it += f", or {says} is of another version of it"
-        return FetchError(
+        return SumError(
             f"the bytes do not sum up to what {says} says",
             where=where,
             expected=f"{wanted.algorithm} {wanted.digest.hex()}{of}",

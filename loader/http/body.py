@@ -74,6 +74,7 @@ class HttpStream:
         tells = answer.length is not None or info.ranges or not wanted.is_sized
         self._missing = None if tells else info.size_bytes
         self.info = info
+        self.fields = answer.fields
 
     def readinto(self, buffer: memoryview, /) -> int:
         """Put what has arrived into *buffer* and return the count, 0 at the body's end."""

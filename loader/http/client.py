@@ -61,6 +61,8 @@ class HttpOptions:
     the machine's own link; ``insecure_redirects``: whether one from https may lead to http;
     ``link_local_redirects``: whether a redirect may lead there where a URL may.
     ``openssl_reads``: whether OpenSSL may read a socket by itself (see ``openssl``).
+    ``certificate``: of servers of our own, trusted alone. ``proxies``: whether to heed those of the
+    environment.
     """
 
     connect_timeout_s: float = 10.0
@@ -71,6 +73,8 @@ class HttpOptions:
     insecure_redirects: bool = False
     link_local_redirects: bool = False
     openssl_reads: bool = True
+    certificate: Path | None = None
+    proxies: bool = True
 
 
 class HttpClient:
@@ -78,9 +82,9 @@ class HttpClient:
 
     def __init__(self, options: HttpOptions) -> None:
         self._options = options
-        self._trust = Trust(options.ca_bundle)
+        self._trust = Trust(options.ca_bundle, options.certificate)
         self._pool = Pool(options.least_bytes_per_s, options.stall_timeout_s)
-        self._proxies = Proxies()
+        self._proxies = Proxies(heeded=options.proxies)
         self._led_to: set[str] = set()  # hosts, by redirects
         self._origins: dict[str, Origin] = {}  # by the URLs' beginning
 

@@ -50,6 +50,19 @@ class Head(NamedTuple):
         return [token for part in parts if (token := part.strip(" \t"))]
 
 
+class Asking(NamedTuple):
+    """A request's head; of headers with one name, in lower case in ``fields``, the last counts."""
+
+    method: str
+    target: str
+    fields: dict[str, str]
+
+    @property
+    def has_body(self) -> bool:
+        """Whether something comes behind the head."""
+        return bool(self.fields.keys() & {"content-length", "transfer-encoding", "upgrade"})
+
+
 class Framing(NamedTuple):
     """Where a body ends: after ``length`` bytes, by its chunks, or (None) with the connection.
 
@@ -71,6 +84,34 @@ class _Callbacks:
     def on_status(self, reason: bytes) -> None:
         """Take the reason, or a part of it."""
         self.reason += reason
+
+
+def read_request(text: bytes) -> Asking:
+    """Return the request's head that *text* is, up to the empty line that ends it.
+
+    Raises:
+        AnswerError: it is no head of HTTP/1.1.
+    """
+    found: dict[str, str] = {}
+    target = bytearray()
+
+    class Callbacks:
+        def on_url(self, part: bytes) -> None:
+            target.extend(part)
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            found[name.decode("latin-1").lower()] = value.decode("latin-1").strip(" \t")
+
+    parser = httptools.HttpRequestParser(Callbacks())
+    try:
+        parser.feed_data(text)
+    except httptools.HttpParserUpgrade:
+        found["upgrade"] = ""
+    except httptools.HttpParserError as error:
+        raise AnswerError(str(error)) from None
+    if text.count(b"\n") - 2 > _MOST_HEADERS or parser.get_http_version() != "1.1":
+        raise AnswerError("no head of HTTP/1.1")
+    return Asking(parser.get_method().decode("latin-1"), target.decode("latin-1"), found)
 
 
 def read_head(text: bytes) -> Head:

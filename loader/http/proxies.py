@@ -39,10 +39,10 @@ class Proxy:
 
 
 class Proxies:
-    """What the environment said when this was made."""
+    """What the environment said when this was made; nothing where it is not *heeded*."""
 
-    def __init__(self) -> None:
-        self._urls: Mapping[str, str] = _environment()
+    def __init__(self, *, heeded: bool = True) -> None:
+        self._urls: Mapping[str, str] = _environment() if heeded else {}
         self._direct = [name.strip() for name in self._urls.get("no", "").split(",")]
 
     def find(self, scheme: str, host: str, port: int) -> Proxy | None:

@@ -22,10 +22,14 @@ _HASHED = re.compile(r"[0-9a-f]{8}\.\d+")
 
 
 class Trust:
-    """What one client trusts. Every method may be called from any thread."""
+    """What one client trusts. Every method may be called from any thread.
 
-    def __init__(self, ca_bundle: Path | None) -> None:
+    *only*: a server's own certificate, which is trusted alone, whatever the server is called.
+    """
+
+    def __init__(self, ca_bundle: Path | None, only: Path | None = None) -> None:
         self._ca_bundle = ca_bundle
+        self._only = only
         self._lock = threading.Lock()
         self._context: ssl.SSLContext | None = None
         self._may_widen = False
@@ -37,6 +41,8 @@ class Trust:
             FetchError: the bundle cannot be read.
         """
         with self._lock:
+            if self._context is None and self._only is not None:
+                self._context = pinned_context(self._only)
             if self._context is None:
                 directory = _hashed_directory()
                 self._may_widen = directory is not None
@@ -53,6 +59,18 @@ class Trust:
             if self._context is not None and self._may_widen:
                 self._context.load_default_certs()
             return self._may_widen
+
+
+def pinned_context(certificate: Path) -> ssl.SSLContext:
+    """Return what trusts *certificate* alone, by whatever name its server is reached.
+
+    Raises:
+        FetchError: it cannot be read.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # addresses of pods come and go; the key tells who it is
+    _load(context, certificate)
+    return context
 
 
 def _hashed_directory() -> str | None:

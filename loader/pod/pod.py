@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from loader.config.values import user_path
 from loader.errors import ConfigError, EngineError
 from loader.fetch.progress import Progress
+from loader.peers import serve_peers_on
 from loader.pod.address import serving_address
 from loader.pod.engine import EngineDrained, EngineGone, EngineLoaded, EngineProcess
 from loader.pod.signals import Signals, StopSignal, reap_orphans
@@ -161,6 +162,7 @@ class Pod:
                 self._server.stop()
                 self._engine.go(self._state.ready())
                 self._serving = True
+                serve_peers_on(self._settings)
             case EngineGone():
                 raise self._engine.error
             case _Failed(error):

@@ -26,6 +26,7 @@ from loader.fetch.progress import Progress
 from loader.fetch.snapshot import FetchOptions, read_artifact
 from loader.fetch.spans import SpanProgress
 from loader.fetch.sum_manifests import declare_sums
+from loader.peers import beside_peers
 from loader.prepare.checkpoint_sources import BaseModel, Source
 from loader.prepare.consolidated import cache_folder, digests
 from loader.prepare.inputs import (
@@ -203,8 +204,8 @@ def find_base(
     if is_remote(name):
         stores = stack.enter_context(contextlib.closing(Stores(settings)))
         files = find_base_files(settings, stores, name, weights=weights)
-        options = FetchOptions.of(settings)
-        delivery = Delivery(files.manifest, files.root, stores, options, timeline, progress)
+        store, options = beside_peers(settings, stores, files.root, FetchOptions.of(settings))
+        delivery = Delivery(files.manifest, files.root, store, options, timeline, progress)
         stack.enter_context(delivery)
         rest = delivery.find_absent(path for path in delivery.paths if path not in files.small)
         delivery.bring([path for path in delivery.paths if path not in rest], _SMALL)

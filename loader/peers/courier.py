@@ -1,0 +1,306 @@
+"""Brings chunks here: from their homes, from whoever has them, from the origin.
+
+A chunk has a home among the living peers, which alone asks the origin for it; everybody else asks
+the home. Where that one is dead the next home does, and then this pod itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from loader.errors import DeniedError, FetchError, LoaderError, TransientError
+from loader.fetch.crc import crc64nvme
+from loader.http.body import HttpStream
+from loader.http.client import HttpClient
+from loader.http.objects import ObjectInfo
+from loader.peers.access import ASK, PROOF, SENDER, Token
+from loader.peers.chunks import Chunk
+from loader.peers.flights import Flight
+from loader.peers.members import Members
+from loader.peers.ring import rank_homes
+from loader.peers.server import SUM
+from loader.retry import Tries, retrying
+from loader.stores.base import Store
+from loader.types import Artifact
+
+_HOMES = 4
+_BUSY_S = 30.0  # for how long a home may say that it is busy
+_PAUSE_S = 0.2
+_SLOW_S, _TIMES_SLOWER = 2.0, 4.0
+_SAMPLED_BYTES = 64 << 10
+_SAMPLED_ONE_IN = 32
+_log = logging.getLogger("podloader")
+
+
+@dataclass(slots=True)
+class Counts:
+    """Bytes by where they came from; ``wrong`` chunks were not what the origin has."""
+
+    origin_bytes: int = 0
+    peer_bytes: int = 0
+    wrong: int = 0
+
+
+class _AbsentError(FetchError):
+    """The peer does not have it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an object is asked for when no peer has it."""
+
+    store: Store
+    artifact: Artifact
+    info: ObjectInfo
+    retries: int
+
+
+class Courier:
+    """Fills flights, on threads of its own. Every method may be called from any thread."""
+
+    def __init__(
+        self,
+        members: Members,
+        client: HttpClient,
+        token: Token,
+        *,
+        secure: bool,
+        threads: int,
+        counts: Counts,
+    ) -> None:
+        self._members = members
+        self._client = client
+        self._token = token
+        self._scheme = "https" if secure else "http"
+        self._pool = ThreadPoolExecutor(threads, "peers")
+        self._lock = threading.Lock()
+        self._given: dict[str, tuple[str, int]] = {}  # by whom, and what it summed up to
+        self._typical_bytes_s = 0.0  # of chunks that peers have given
+        self._stop = threading.Event()
+        self._counts = counts
+
+    def bring(self, flight: Flight, origin: Origin, *, distrusted: bool) -> None:
+        """Fill *flight*, for this pod: *distrusted* is a chunk whose bytes it was given before."""
+        self._submit(self._bring, flight, origin, distrusted)
+
+    def bring_from_origin(self, flight: Flight, origin: Origin) -> None:
+        """Fill *flight*, whose home this pod is for whoever asks."""
+        self._submit(self._ask_origin, flight, origin)
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        self._stop.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _submit(self, work: Callable[..., None], flight: Flight, *arguments: object) -> None:
+        def run() -> None:
+            try:
+                work(flight, *arguments)
+            except BaseException as error:
+                flight.fail(error)
+
+        try:
+            self._pool.submit(run)
+        except RuntimeError:  # closed
+            flight.fail(TransientError("the fetch is over", where=flight.chunk.of.path))
+
+    def _bring(self, flight: Flight, origin: Origin, distrusted: bool) -> None:
+        chunk = flight.chunk
+        if distrusted:
+            self._ask_origin(flight, origin)
+            self._judge(flight)
+            return
+        homes = rank_homes(chunk.name, self._members.living(), _HOMES)
+        me = self._members.me
+        is_home = not homes or homes[0] == me
+        for place, peer in enumerate(homes):
+            if flight.is_promoted:
+                break
+            if peer == me:
+                if not is_home:
+                    break  # those before do not answer: it is this pod's turn
+                continue
+            # One that was the home before this pod came may have it already.
+            held_only = is_home or place == _HOMES - 1
+            with contextlib.suppress(FetchError):
+                self._ask_home(flight, peer, held_only=held_only)
+                if self._is_sound(flight, origin, peer):
+                    self._finish(flight, peer)
+                    return
+        self._ask_origin(flight, origin)
+
+    def _ask_home(self, flight: Flight, peer: str, *, held_only: bool) -> None:
+        """Fill the flight's memory from *peer*, or from who has it from there.
+
+        Raises:
+            FetchError: it does not give the chunk.
+        """
+        until, tries = time.monotonic() + _BUSY_S, 0
+        while not (self._stop.is_set() or flight.is_promoted):
+            try:
+                self._ask_peer(flight, peer, held_only=held_only)
+                return
+            except TransientError as error:
+                tries += not error.busy
+                if tries > 1 or time.monotonic() > until:
+                    if tries > 1:
+                        self._members.fail(peer)
+                    raise
+                if error.busy and self._ask_holders(flight, peer):
+                    return
+                self._stop.wait(_PAUSE_S * random.uniform(0.5, 1.0))
+        raise TransientError("a peer is not waited for any more", where=flight.chunk.of.path)
+
+    def _ask_holders(self, flight: Flight, home: str) -> bool:
+        """Fill the flight's memory from one of those that have it from *home*, if one gives it."""
+        with contextlib.suppress(FetchError):
+            stream, _ = self._open(home, f"/objects/{flight.chunk.name}/holders")
+            with contextlib.closing(stream):
+                holders = stream.read_all(4096).decode("latin-1").split(",")
+            living = set(self._members.living()) - {self._members.me, home}
+            for peer in random.sample(holders, len(holders)):
+                if peer in living:
+                    with contextlib.suppress(FetchError):
+                        self._ask_peer(flight, peer, held_only=True)
+                        return True
+        return False
+
+    def _ask_peer(self, flight: Flight, peer: str, *, held_only: bool) -> None:
+        target = f"/objects/{flight.chunk.name}{'?held' if held_only else ''}"
+        stream, digest = self._open(peer, target)
+        buffer, place = memoryview(flight.data), 0
+        with contextlib.closing(stream):
+            if stream.info.size_bytes != len(buffer):
+                raise _AbsentError("a peer's chunk of another size", where=f"{peer}{target}")
+            began = time.monotonic()
+            while place < len(buffer) and (count := stream.readinto(buffer[place:])):
+                place += count
+                self._check_pace(peer, place, time.monotonic() - began)
+        self._note_pace(place, time.monotonic() - began)
+        if not digest:
+            digest = self._ask_sum(flight.chunk, peer)
+        if digest != f"{crc64nvme(buffer):016x}":
+            self._counts.wrong += 1
+            raise _AbsentError("a peer's bytes do not sum up", where=f"{peer}{target}")
+
+    def _check_pace(self, peer: str, count: int, seconds: float) -> None:
+        """Raise FetchError where *peer* is much slower than others have been."""
+        if seconds > _SLOW_S and count < seconds * self._typical_bytes_s / _TIMES_SLOWER:
+            self._members.rest(peer)
+            raise _AbsentError("a peer that is much slower than others", where=peer)
+
+    def _note_pace(self, count: int, seconds: float) -> None:
+        rate = count / max(seconds, 1e-3)
+        known = self._typical_bytes_s or rate
+        self._typical_bytes_s = known + (rate - known) / 8
+
+    def _ask_sum(self, chunk: Chunk, peer: str) -> str:
+        target = f"/objects/{chunk.name}/sum"
+        for _ in range(10):
+            with contextlib.suppress(TransientError):
+                stream, digest = self._open(peer, target)
+                stream.close()
+                return digest
+        raise _AbsentError("a peer does not say what its bytes sum up to", where=peer)
+
+    def _open(self, peer: str, target: str) -> tuple[HttpStream, str]:
+        """Return a peer's answer, proved to be its own, and the digest that it tells."""
+        nonce = self._members.nonce(peer)
+        if not nonce:
+            raise _AbsentError("the peer is not there", where=peer)
+        own, asking = self._token.ask(nonce, target)
+        headers = {ASK: asking, SENDER: self._members.me or ""}
+        try:
+            stream = self._client.get(f"{self._scheme}://{peer}{target}", headers=headers)
+        except DeniedError:  # it was started anew, or has another token
+            self._members.fail(peer)
+            raise
+        digest = stream.fields.get(SUM.lower(), "")
+        proof = stream.fields.get(PROOF.lower(), "")
+        if not self._token.is_proof(proof, nonce, own, target, digest):
+            stream.close()
+            self._members.shun(peer)
+            _log.warning("peers: %s does not hold the token; it is not asked again", peer)
+            raise _AbsentError("a peer that does not hold the token", where=peer)
+        return stream, digest
+
+    def _ask_origin(self, flight: Flight, origin: Origin) -> None:
+        """Fill the flight from the origin, to be read as it comes."""
+        flight.is_sourced = True
+        chunk, buffer, crc = flight.chunk, memoryview(flight.data), 0
+        tries, place = Tries(origin.retries), 0
+        for attempt in retrying(tries.are_over, self._stop):
+            with attempt:
+                try:
+                    stream = origin.store.open_range(
+                        origin.artifact, chunk.start + place, chunk.end, origin.info
+                    )
+                    with contextlib.closing(stream):
+                        while place < len(buffer) and (count := stream.readinto(buffer[place:])):
+                            crc = crc64nvme(buffer[place : place + count], crc)
+                            place += count
+                            self._counts.origin_bytes += count
+                            if place < len(buffer):
+                                flight.advance(place)
+                    if place < len(buffer):
+                        where = origin.artifact.source
+                        raise TransientError("the body ended before its length", where=where)
+                except TransientError as error:
+                    tries.note(place, error)
+                    raise
+        flight.advance(len(buffer), crc)
+
+    def _is_sound(self, flight: Flight, origin: Origin, peer: str) -> bool:
+        """Return whether a sample of what *peer* gave is what the origin has; most are not taken.
+
+        An origin that does not answer has nothing against it.
+        """
+        if random.randrange(_SAMPLED_ONE_IN):
+            return True
+        chunk = flight.chunk
+        size = min(_SAMPLED_BYTES, chunk.size_bytes)
+        start = random.randrange(chunk.size_bytes - size + 1)
+        sample, place = bytearray(size), 0
+        try:
+            at = chunk.start + start
+            stream = origin.store.open_range(origin.artifact, at, at + size, origin.info)
+            with contextlib.closing(stream):
+                while place < size and (count := stream.readinto(memoryview(sample)[place:])):
+                    place += count
+        except LoaderError:
+            return True
+        self._counts.origin_bytes += place
+        if place < size or sample == flight.data[start : start + size]:
+            return True
+        self._blame(peer, chunk)
+        return False
+
+    def _finish(self, flight: Flight, peer: str) -> None:
+        crc = crc64nvme(memoryview(flight.data))
+        with self._lock:
+            self._given[flight.chunk.name] = peer, crc
+        self._counts.peer_bytes += flight.chunk.size_bytes
+        flight.advance(flight.chunk.size_bytes, crc)
+
+    def _judge(self, flight: Flight) -> None:
+        """Shun who gave the chunk before, where the origin's bytes are others."""
+        with self._lock:
+            given = self._given.pop(flight.chunk.name, None)
+        if given is not None and given[1] != flight.crc:
+            self._blame(given[0], flight.chunk)
+
+    def _blame(self, peer: str, chunk: Chunk) -> None:
+        self._counts.wrong += 1
+        self._members.shun(peer)
+        _log.warning(
+            "peers: %s sent other bytes of %s than the origin has; it is not asked again",
+            peer,
+            chunk.of.path,
+        )
