@@ -250,32 +250,14 @@ FAULTS: dict[str, Callable[[int], Fault]] = {
 }
 
 
-class Quiet:
+class Quiet(Progress):
     """A progress that counts retries and says nothing."""
 
     retries = 0
 
-    def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
-        """Do nothing."""
-
-    def begin_file(self, path: str, size_bytes: int, have_bytes: int) -> None:
-        """Do nothing."""
-
-    def advance(self, count_bytes: int, path: str) -> None:
-        """Do nothing."""
-
-    def found_config(self, config: Path) -> None:
-        """Do nothing."""
-
     def retry(self, path: str, reason: str) -> None:
         """Count."""
         Quiet.retries += 1
-
-    def finish_file(self, path: str) -> None:
-        """Do nothing."""
-
-    def finish(self) -> None:
-        """Do nothing."""
 
 
 class Transfer:

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.progress import Progress as Bars
 
-from loader.fetch.progress import Retries
+from loader.fetch.progress import Progress, Retries
 
 _BIG_BYTES = 64 << 20
 _LONGEST = 40
 _BARS = 6  # of files at a time; all others move only the bar of the whole
 
 
-class BarProgress:
+class BarProgress(Progress):
     """One bar of all bytes, with the files counted before it, and one of each big file under way.
 
     Retries are lines above them.
     """
 
     def __init__(self) -> None:
-        self._bars = Progress(
+        super().__init__()
+        self._bars = Bars(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
@@ -66,9 +66,6 @@ class BarProgress:
         self._bars.advance(self._task, count_bytes)
         if (task := self._files.get(path)) is not None:
             self._bars.advance(task, count_bytes)
-
-    def found_config(self, config: Path) -> None:
-        """Show nothing."""
 
     def retry(self, path: str, reason: str) -> None:
         """Say it, with those that came within the same second in one line."""

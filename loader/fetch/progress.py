@@ -5,44 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from pathlib import Path
-from typing import Protocol
 
+from loader.stores.base import Progress
 from loader.units import show_bytes, show_rate, show_seconds
+
+__all__ = ["LogProgress", "Progress", "Retries"]
 
 _log = logging.getLogger("podloader")
 _EVERY_S = 5.0
 
 
-class Progress(Protocol):
-    """Told from many threads."""
-
-    def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
-        """So many files and bytes in all, of which *have_bytes* are here."""
-
-    def advance(self, count_bytes: int, path: str) -> None:
-        """So many bytes more of a file; fewer, when an origin without ranges starts over."""
-
-    def begin_file(self, path: str, size_bytes: int, have_bytes: int) -> None:
-        """Bytes of this file are asked for; told at every request."""
-
-    def finish_file(self, path: str) -> None:
-        """One file more is whole."""
-
-    def found_config(self, config: Path) -> None:
-        """A model's ``config.json`` is here, outside the download folder, before its weights."""
-
-    def retry(self, path: str, reason: str) -> None:
-        """Bytes of this file are asked for again after a passing failure."""
-
-    def finish(self) -> None:
-        """The fetch is over, well or not."""
-
-
-class LogProgress:
+class LogProgress(Progress):
     """One line every few seconds: files done, bytes, rate, time left."""
 
     def __init__(self, every_s: float = _EVERY_S) -> None:
+        super().__init__()
         self._every_s = every_s
         self._lock = threading.Lock()
         self._files = self._total_files = 0
@@ -68,16 +45,10 @@ class LogProgress:
             self._told = now
         self._tell()
 
-    def begin_file(self, path: str, size_bytes: int, have_bytes: int) -> None:
-        """Say nothing."""
-
     def finish_file(self, path: str) -> None:
         """Count."""
         with self._lock:
             self._files += 1
-
-    def found_config(self, config: Path) -> None:
-        """Say nothing."""
 
     def retry(self, path: str, reason: str) -> None:
         """Say it, with those that came within the same seconds in one line."""

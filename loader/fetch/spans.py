@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 
 from loader.fetch.progress import LogProgress, Progress
 from loader.timeline import Open, Timeline
 
 
-class SpanProgress:
+class SpanProgress(Progress):
     """Passes everything of one fetch on to another progress, and notes it on a timeline.
 
     A context manager: its end ends what is open, with the error that ends it. ``verify`` is what
@@ -21,7 +20,7 @@ class SpanProgress:
     def __init__(
         self, inner: Progress | None, timeline: Timeline, download: str = "download"
     ) -> None:
-        self._inner = inner or LogProgress()
+        super().__init__(inner or LogProgress())
         self._download = download
         self._timeline = timeline
         self._lock = threading.Lock()
@@ -39,18 +38,14 @@ class SpanProgress:
         """The proving is over, the download begins."""
         self._left = files
         self._next(self._download)
-        self._inner.start(files, size_bytes, have_bytes)
-
-    def advance(self, count_bytes: int, path: str) -> None:
-        """Pass it on."""
-        self._inner.advance(count_bytes, path)
+        super().start(files, size_bytes, have_bytes)
 
     def begin_file(self, path: str, size_bytes: int, have_bytes: int) -> None:
         """Begin the file's span at its first request."""
         with self._lock:
             if path not in self._files:
                 self._files[path] = self._timeline.begin(path, kind="file")
-        self._inner.begin_file(path, size_bytes, have_bytes)
+        super().begin_file(path, size_bytes, have_bytes)
 
     def finish_file(self, path: str) -> None:
         """End the file's span; one without was here already."""
@@ -61,20 +56,16 @@ class SpanProgress:
             self._timeline.count("cache_hits")
         else:
             self._timeline.end(begun)
-        self._inner.finish_file(path)
-
-    def found_config(self, config: Path) -> None:
-        """Pass it on."""
-        self._inner.found_config(config)
+        super().finish_file(path)
 
     def retry(self, path: str, reason: str) -> None:
         """Count it."""
         self._timeline.count("retries")
-        self._inner.retry(path, reason)
+        super().retry(path, reason)
 
     def finish(self) -> None:
         """End what is open: the fetch is over, well or not."""
-        self._inner.finish()
+        super().finish()
         self._close("unfinished" if self._left else "")
 
     def _close(self, failed: str) -> None:

@@ -348,7 +348,7 @@ def _fetch_from_hub(
     return fetch_model(
         name,
         revision,
-        told=watched,
+        progress=watched,
         token=hub_token(settings),
         allow_pickle=settings.allow_pickle,
         concurrency=settings.concurrency,

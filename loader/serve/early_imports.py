@@ -31,7 +31,7 @@ def import_transformers() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
-class EarlyImports:
+class EarlyImports(Progress):
     """A fetch's progress, passed on to *inner*; at the first request of a file the imports begin.
 
     So a download begins before torch is imported, and where all files are here already there is
@@ -47,10 +47,10 @@ class EarlyImports:
         timeline: Timeline,
         inner: Progress,
     ) -> None:
+        super().__init__(inner)
         self._engine = engine
         self._folder = folder
         self._timeline = timeline
-        self._inner = inner
         self._configs: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -68,37 +68,25 @@ class EarlyImports:
 
     def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
         """Begin the imports where nothing is on its way."""
-        self._inner.start(files, size_bytes, have_bytes)
+        super().start(files, size_bytes, have_bytes)
         if have_bytes >= size_bytes:
             self._begin()
 
-    def advance(self, count_bytes: int, path: str) -> None:
-        """Pass it on."""
-        self._inner.advance(count_bytes, path)
-
     def begin_file(self, path: str, size_bytes: int, have_bytes: int) -> None:
         """Begin the imports: the first file is asked for."""
-        self._inner.begin_file(path, size_bytes, have_bytes)
+        super().begin_file(path, size_bytes, have_bytes)
         self._begin()
 
     def finish_file(self, path: str) -> None:
         """Note a model's config."""
-        self._inner.finish_file(path)
+        super().finish_file(path)
         if PurePosixPath(path).name == CONFIG:
             self.look_at(self._folder / path)
 
     def found_config(self, config: Path) -> None:
         """Note a base model's config."""
-        self._inner.found_config(config)
+        super().found_config(config)
         self.look_at(config)
-
-    def retry(self, path: str, reason: str) -> None:
-        """Pass it on."""
-        self._inner.retry(path, reason)
-
-    def finish(self) -> None:
-        """Pass it on."""
-        self._inner.finish()
 
     def look_at(self, config: Path) -> None:
         """Let vLLM look at a model's *config* when it is imported."""

@@ -86,7 +86,7 @@ class Boot:
         return cls(**{**own, "spans": spans, "running": running})
 
 
-class BootState:
+class BootState(Progress):
     """Counts what a fetch tells, passes it on, and gives ``Boot`` values from any thread."""
 
     def __init__(
@@ -97,8 +97,8 @@ class BootState:
         configured: Callable[[Path], None] = lambda _: None,
     ) -> None:
         """*arrived* is told the path of every file that is whole, *configured* other configs."""
+        super().__init__(inner)
         self.timeline = timeline
-        self._inner = inner
         self._arrived = arrived
         self._configured = configured
         self._lock = threading.Lock()
@@ -122,8 +122,7 @@ class BootState:
             self._bytes_done += have_bytes
             self._samples = deque([(time.monotonic(), self._bytes_done)])
             self._fetching = True
-        if self._inner:
-            self._inner.start(files, size_bytes, have_bytes)
+        super().start(files, size_bytes, have_bytes)
 
     def advance(self, count_bytes: int, path: str) -> None:
         """Count bytes."""
@@ -134,41 +133,31 @@ class BootState:
                 self._samples.append((now, self._bytes_done))
                 while self._samples[0][0] < now - _RATE_OVER_S:
                     self._samples.popleft()
-        if self._inner:
-            self._inner.advance(count_bytes, path)
-
-    def begin_file(self, path: str, size_bytes: int, have_bytes: int) -> None:
-        """Pass it on."""
-        if self._inner:
-            self._inner.begin_file(path, size_bytes, have_bytes)
+        super().advance(count_bytes, path)
 
     def finish_file(self, path: str) -> None:
         """Count a file."""
         with self._lock:
             self._files_done += 1
-        if self._inner:
-            self._inner.finish_file(path)
+        super().finish_file(path)
         self._arrived(path)
 
     def found_config(self, config: Path) -> None:
         """Pass it on."""
-        if self._inner:
-            self._inner.found_config(config)
+        super().found_config(config)
         self._configured(config)
 
     def retry(self, path: str, reason: str) -> None:
         """Keep the last one; the timeline counts them."""
         self._retried = redact(f"{path}: {reason}")
-        if self._inner:
-            self._inner.retry(path, reason)
+        super().retry(path, reason)
 
     def finish(self) -> None:
         """Nothing is on its way any more."""
         with self._lock:
             self._fetching = False
             self._retried = ""
-        if self._inner:
-            self._inner.finish()
+        super().finish()
 
     def ready(self) -> Boot:
         """Say that requests can be answered from now on."""

@@ -1,9 +1,10 @@
-"""What a store owes to the rooms above: sizes and byte streams, and errors of our own."""
+"""What a store owes to the rooms above: sizes, byte streams, word of how it moves, our errors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from loader.http.objects import ObjectInfo
@@ -31,6 +32,51 @@ class ByteStream(Protocol):
 
     def close(self) -> None:
         """Give the connection back, or drop it where bytes are left."""
+
+
+class Progress:
+    """Told of one download after the other as they move, from many threads; tells *inner* the same.
+
+    Whoever shows or counts some of it overrides that.
+    """
+
+    def __init__(self, inner: Progress | None = None) -> None:
+        self._inner = inner
+
+    def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
+        """So many files and bytes in all, of which *have_bytes* are here."""
+        if self._inner:
+            self._inner.start(files, size_bytes, have_bytes)
+
+    def advance(self, count_bytes: int, path: str) -> None:
+        """So many bytes more of a file; fewer, when it starts over."""
+        if self._inner:
+            self._inner.advance(count_bytes, path)
+
+    def begin_file(self, path: str, size_bytes: int, have_bytes: int) -> None:
+        """Bytes of this file are asked for; told at every request."""
+        if self._inner:
+            self._inner.begin_file(path, size_bytes, have_bytes)
+
+    def finish_file(self, path: str) -> None:
+        """One file more is whole."""
+        if self._inner:
+            self._inner.finish_file(path)
+
+    def found_config(self, config: Path) -> None:
+        """A model's ``config.json`` is here, outside the download folder, before its weights."""
+        if self._inner:
+            self._inner.found_config(config)
+
+    def retry(self, path: str, reason: str) -> None:
+        """Bytes of this file are asked for again after a passing failure."""
+        if self._inner:
+            self._inner.retry(path, reason)
+
+    def finish(self) -> None:
+        """The download is over, well or not."""
+        if self._inner:
+            self._inner.finish()
 
 
 @dataclass(frozen=True, slots=True)

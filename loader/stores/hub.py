@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 from loader.errors import FetchError, FormatError, LoaderError, TransientError
 from loader.retry import ask_again
+from loader.stores.base import Progress
 from loader.stores.hub_cache import drop_rotten
 from loader.stores.hub_errors import is_offline, leaves_the_cache, translate_error
-from loader.stores.hub_files import Told, download_files
+from loader.stores.hub_files import download_files
 from loader.stores.model_files import absent_shards, missing_files, side_files, weight_files
 
 _CONFIG, _SINGLE = "config.json", "model.safetensors"
@@ -49,7 +50,7 @@ def fetch_model(
     repo_id: str,
     revision: str | None = None,
     *,
-    told: Told,
+    progress: Progress,
     token: str | None = None,
     allow_pickle: bool = False,
     concurrency: int = 8,
@@ -64,7 +65,7 @@ def fetch_model(
     files that the model's index names. Where the Hub does not answer, asks for fewer requests or no
     longer honours the token, what the cache holds is taken with a warning, if that is all of it.
 
-    *prove*: files have to have the SHA-256 that the Hub declares, else they come again. *told*
+    *prove*: files have to have the SHA-256 that the Hub declares, else they come again. *progress*
     is told of every file. ``HF_HOME``, ``HF_HUB_OFFLINE`` and ``HF_ENDPOINT`` are honoured by
     huggingface-hub itself.
 
@@ -96,7 +97,7 @@ def fetch_model(
             token=token,
             concurrency=concurrency,
             retries=retries,
-            told=told,
+            progress=progress,
         )
         _prove(folder, chosen, bring) if prove else bring()
         if listed.refusal is None and revision != folder.name:

@@ -13,6 +13,7 @@ import pytest
 from loader.errors import DiskError, TransientError
 from loader.fetch import schedule
 from loader.fetch.events import Limits
+from loader.fetch.progress import Progress
 from loader.fetch.snapshot import FetchOptions, fetch
 from loader.fetch.stopping import StoppedError
 from loader.fetch.transfer import first_of
@@ -27,37 +28,23 @@ CONTENT = random.Random(11).randbytes(12 * MIB + 5)
 OPTIONS = FetchOptions(concurrency=4, retries=3, range_bytes=MIB)
 
 
-class Noted:
+class Noted(Progress):
     """A progress that remembers the retries."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.retries: list[str] = []
         self.bytes = 0
         self._lock = threading.Lock()
-
-    def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
-        """Do nothing."""
-
-    def begin_file(self, path: str, size_bytes: int, have_bytes: int) -> None:
-        """Do nothing."""
 
     def advance(self, count_bytes: int, path: str) -> None:
         """Count."""
         with self._lock:
             self.bytes += count_bytes
 
-    def found_config(self, config: Path) -> None:
-        """Do nothing."""
-
     def retry(self, path: str, reason: str) -> None:
         """Remember."""
         self.retries.append(reason)
-
-    def finish_file(self, path: str) -> None:
-        """Do nothing."""
-
-    def finish(self) -> None:
-        """Do nothing."""
 
 
 @pytest.fixture

@@ -18,9 +18,10 @@ logging.getLogger("podloader").addHandler(logging.StreamHandler(sys.stdout))
 from loader.errors import LoaderError
 from loader.fetch.progress import LogProgress
 from loader.stores.hub import fetch_model
-told = LogProgress()
+progress = LogProgress()
 try:
-    model = fetch_model(sys.argv[1], sys.argv[2] or None, told=told, token=sys.argv[3] or None)
+    name, revision = sys.argv[1], sys.argv[2] or None
+    model = fetch_model(name, revision, progress=progress, token=sys.argv[3] or None)
     print(model.commit, *sorted(p.name for p in model.path.iterdir()))
 except LoaderError as error:
     print(type(error).__name__, error.what)
@@ -113,11 +114,11 @@ def test_refusals(hub: Hub, repo: str, revision: str, said: str) -> None:
 
 def test_offline_and_not_in_the_cache(hub: Hub) -> None:
     assert "not in the cache" in ask(hub, HF_HUB_OFFLINE="1")
-    small = SCRIPT.replace("told=told", "told=told, only='small files'")
+    small = SCRIPT.replace("progress=progress", "progress=progress, only='small files'")
     assert ask(hub, script=small) == f"{COMMIT} config.json tokenizer.json"
     assert "not in the cache" in ask(hub, HF_HUB_OFFLINE="1")
     assert ask(hub, script=small, HF_HUB_OFFLINE="1").startswith(COMMIT)
-    weights = SCRIPT.replace("told=told", "told=told, only='weights'")
+    weights = SCRIPT.replace("progress=progress", "progress=progress, only='weights'")
     assert "model.safetensors" in ask(hub, script=weights)
     assert COMMIT in ask(hub, HF_HUB_OFFLINE="1")
 
@@ -219,7 +220,7 @@ def test_the_cache_serves_where_the_hub_does_not_say(hub: Hub, status: int) -> N
 
 @pytest.mark.parametrize("status", [429, 401])
 def test_half_a_model_in_the_cache_does_not_serve(hub: Hub, status: int) -> None:
-    small = SCRIPT.replace("told=told", "told=told, only='small files'")
+    small = SCRIPT.replace("progress=progress", "progress=progress, only='small files'")
     ask(hub, script=small)
     hub.faults = [(API, status)] * 9
     told = ask(hub).splitlines()[-1]
