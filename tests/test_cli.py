@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from loader.cli.parser import _EXAMPLES, parse
 from tests.origin import FaultyOrigin, act, slow, status, write_listing
@@ -254,6 +256,17 @@ def test_artifacts_and_settings_from_the_command_line(config: Path, tmp_path: Pa
         (["fetch", "/", "--output", "out"], 3, "as a URL: file:///"),
         (["plan", "x.json", "--set", "concurrency=abc"], 2, "concurrency, from the command line"),
         (["-V"], 0, "podloader 0."),
+        (["plan", "x.json", "--json=yes"], 2, "--json: it takes no value"),
+        (["plan", "x.json", "-o", "out"], 2, "did you mean --output?"),
+        (["plan", "s3:/bucket/job"], 3, "two slashes: s3://bucket/job"),
+        (["plan", "/none/of/it.json"], 3, "there is no folder /none/of; / is the last"),
+        (["plan", "x.json", "--set", "concurrency"], 2, "concurrency without a value"),
+        (["plan", "x.json", "--checkpoint"], 2, "plan --help` says what it takes"),
+        (["clean", "/none"], 2, "nothing lies there"),
+        (["clean", ".", "--older-than", "today"], 2, "a number that is not negative, got today"),
+        (["truss", "init", "--output", "o", "--requests", "few"], 2, "at least 1, got few"),
+        (["merge", "--base", "b", "--adapter", "/tmp=half", "--output", "o"], 2, "got: half"),
+        (["completion", "tcsh"], 2, "argument SHELL: invalid choice"),
         (["merge", "--base", "/none", "--adapter", "/none", "--output", "out"], 5, "/none"),
         (["merge", "--base", "b", "--adapter", "a=nan", "--output", "out"], 2, "a finite number"),
     ],
@@ -263,6 +276,60 @@ def test_mistakes(arguments: list[str], code: int, said: str) -> None:
     assert done.returncode == code
     assert said in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_the_nearest_of_what_is_there_is_named(config: Path, tmp_path: Path) -> None:
+    listing = tmp_path / "listing.json"
+    for command, wrong in (("plan", "listing.jsn"), ("inspect", "lsting.json")):
+        assert f"did you mean {listing}?" in run(command, tmp_path / wrong).stderr
+    assert f"did you mean {config}?" in run("plan", tmp_path / "confg.yaml").stderr
+    assert "a file" in run("sums", listing).stderr
+
+
+def test_where_a_source_that_cannot_be_read_was_named(config: Path) -> None:
+    document = yaml.safe_load(config.read_text())
+    document["model_metadata"]["podloader"]["artifacts"] = ["gone.json"]
+    config.write_text(yaml.safe_dump(document))
+    assert f"named by artifacts, from {config}" in run("plan", config).stderr
+    told = run("plan", config, PODLOADER_ARTIFACTS="/gone.json").stderr
+    assert "named by artifacts, from PODLOADER_ARTIFACTS" in told
+    assert "named by" not in run("plan", "/gone.json").stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["plan", "x.json", "--bogus", "--json"], "unknown: --bogus"),
+        (["fetch", "--json", "--log-format", "xml"], "argument --log-format: invalid choice"),
+        (["fech", "--json"], "there is no command fech; did you mean fetch?"),
+        (["truss", "init", "--json"], "the following arguments are required: --output"),
+    ],
+)
+def test_a_wrong_command_line_as_json(words: list[str], what: str) -> None:
+    done = run(*words)
+    assert done.returncode == 2
+    (line,) = done.stdout.splitlines()
+    error = json.loads(line)["error"]
+    assert (error["error"], error["where"]) == ("UsageError", "the command line")
+    assert error["what"].startswith(what)
+    assert what in done.stderr
+
+
+def test_inspect_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    tensors = {"a": numpy.zeros((2, 3), numpy.float16), "b": numpy.zeros((), numpy.float32)}
+    save_file(tensors, path, {"format": "pt"})
+    done = run("inspect", path, "--json")
+    found = json.loads(done.stdout)["file"]
+    assert (found["parameters"], found["metadata"]) == (7, {"format": "pt"})
+    assert {t["name"]: t["shape"] for t in found["tensors"]} == {"a": [2, 3], "b": []}
+    shown = run("inspect", path).stdout
+    assert "7 in 2 tensors" in shown
+    assert re.search(r"F16 +2x3  a$", shown, re.MULTILINE)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "full: " in run("inspect", tmp_path / "config.json").stdout
+    path.write_bytes(b"x")
+    assert run("inspect", path).returncode == 5
 
 
 def test_errors_as_json(config: Path) -> None:

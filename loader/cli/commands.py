@@ -104,11 +104,19 @@ def serve(
 def inspect(source: str, set_: Words, as_json: bool) -> None:
     """Say what a checkpoint is, and what would be done with it."""
     with errors_shown(as_json):
-        from loader.cli.documents import checkpoints_document
-        from loader.cli.tables import show_checkpoints
+        from loader.cli.documents import checkpoints_document, file_document
+        from loader.cli.tables import show_checkpoints, show_file
         from loader.config.settings import Settings
         from loader.prepare.remote import inspect_source
 
+        if (path := Path(source)).suffix == ".safetensors" and path.is_file():
+            from loader.weights.header import read_header
+
+            header = read_header(path)
+            show_file(path, header)
+            if as_json:
+                write_json(file_document(path, header))
+            return
         checkpoints = inspect_source(source, Settings.without_config(_overrides(set_)))
         show_checkpoints(checkpoints)
         if as_json:
@@ -191,11 +199,20 @@ def clean(
     with errors_shown(as_json):
         from loader.cli.documents import cleaned_document
         from loader.cli.tables import show_cleaned
+        from loader.config.paths import suggest_path
+        from loader.errors import ConfigError
         from loader.prepare.cleaning import clean as clean_folders
         from loader.prepare.consolidated import cache_folder, models_folder
 
         if place.is_dir() and Selection(str(place)).config_file is None:
             root, cache = place, models_folder(place)
+        elif not place.exists():
+            raise ConfigError(
+                "nothing lies there",
+                where=str(place.absolute()),
+                expected="a download folder, or a Truss config.yaml",
+                next_step=suggest_path(place, "give the folder that a fetch went to"),
+            )
         else:
             settings = Selection(config=place).settings(_overrides(set_))
             root, cache = settings.training.download_folder, cache_folder(settings)
@@ -322,8 +339,9 @@ def _overrides(given: Words) -> dict[str, Any]:
             raise ConfigError(
                 "--set takes a setting and its value",
                 expected="NAME=VALUE",
-                got=name if equals else "no =",
-                problems=[suggest(name, setting_names())] if equals else [],
+                got=name if equals else f"{name} without a value",
+                problems=[] if name in setting_names() else [suggest(name, setting_names())],
+                next_step="`podloader settings` lists them",
             )
         overrides[name] = parse_value(name, value)
     return overrides
@@ -349,7 +367,9 @@ def _weighted(text: str) -> tuple[Path, float]:
     try:
         weight = float(factor)
     except ValueError:
-        weight, equals = 1.0, ""
+        weight = math.nan
+        if Path(text).is_dir() or not Path(folder).is_dir():  # "=" is part of a name
+            weight, equals = 1.0, ""
     if equals and not math.isfinite(weight):
         raise ConfigError(
             "an adapter's weight that is no number to multiply by",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from loader.types import (
     total_bytes,
 )
 from loader.weights.formats.serving import serving_files
+from loader.weights.header import Header
 
 if TYPE_CHECKING:
     from loader.prepare.forecast import Forecast
@@ -158,6 +160,22 @@ def checkpoints_document(checkpoints: Sequence[Checkpoint]) -> dict[str, object]
         "checkpoints": [
             {"kind": c.kind.value, "path": str(c.path), "detail": c.detail} for c in checkpoints
         ]
+    }
+
+
+def file_document(path: Path, header: Header) -> dict[str, object]:
+    """Return ``file``: path, size_bytes, the parameters, metadata and every tensor."""
+    tensors = header.tensors.values()
+    return {
+        "file": {
+            "path": str(path),
+            "size_bytes": path.stat().st_size,
+            "parameters": sum(math.prod(t.shape) for t in tensors),
+            "metadata": dict(header.metadata),
+            "tensors": [
+                {"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in tensors
+            ],
+        }
     }
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from loader import __version__
 from loader.cli.completion import SHELLS
@@ -20,6 +22,7 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         SystemExit: help or the version was asked for, or something is wrong: both were written.
     """
     own, behind = _split(words)
+    Parser.as_json = "--json" in own
     parser = build_parser()
     if not own:
         parser.print_help()
@@ -103,9 +106,13 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     import difflib  # only mistakes need it
 
     near = difflib.get_close_matches(word, known, n=1)
+    if len(word) == 2 and word[0] == "-" and not near:  # the letter that others might mean
+        near = [name for name in known if name.startswith(f"-{word}")][:1]
     return f"; did you mean {near[0]}?" if near else ""
 
 
+_EXPLICIT = re.compile(r"(argument \S+): ignored explicit argument (.*)")
+_USAGE = 2  # as argparse and ConfigError have it
 _EXAMPLES = {
     "plan": ["plan my-truss", "plan checkpoints.json --checkpoint latest"],
     "fetch": [
@@ -126,6 +133,37 @@ _EXAMPLES = {
     "completion": ["completion bash"],
     "demo": ["demo --folder /tmp/demo"],
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and as the one JSON document where that is asked for."""
+
+    as_json = False
+
+    def error(self, message: str) -> NoReturn:
+        """Raise SystemExit."""
+        message = _EXPLICIT.sub(r"\1: it takes no value, got \2", message)
+        help_ = f"{self.prog} --help"
+        self._print_message(
+            f"{self.prog}: error: {message}\n  next: `{help_}` says what it takes\n", sys.stderr
+        )
+        if Parser.as_json:
+            from loader.cli.report import write_json
+
+            write_json(
+                {
+                    "error": {
+                        "error": "UsageError",
+                        "what": message,
+                        "where": "the command line",
+                        "expected": "",
+                        "got": "",
+                        "problems": [],
+                        "next_step": help_,
+                    }
+                }
+            )
+        raise SystemExit(_USAGE)
 
 
 class _Commands:
@@ -156,7 +194,7 @@ class _Commands:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return what knows every command and option."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="podloader",
         description="From a training job's checkpoint storage to a vLLM that answers.",
         allow_abbrev=False,
@@ -202,7 +240,7 @@ def build_parser() -> argparse.ArgumentParser:
     told = "Print what lets a shell complete podloader's words."
     completion = commands.add("completion", told)
     completion.add_argument(
-        "shell", choices=SHELLS, help="Its name; the script says how to use it."
+        "shell", metavar="SHELL", choices=SHELLS, help="Its name; the script says how to use it."
     )
     demo = commands.add("demo", "Do the whole job with a tiny model, trained on the spot.")
     told = "Where the demo keeps its files."
@@ -228,7 +266,7 @@ def _add_inspect(commands: _Commands) -> None:
     parser.add_argument(
         "source",
         metavar="PATH_OR_URL",
-        help="A folder, a listing, s3://…, baseten:JOB, or an fsspec URL.",
+        help="A folder, one .safetensors file, a listing, s3://…, baseten:JOB, or an fsspec URL.",
     )
     _add_set(parser)
     _add_json(parser)
@@ -326,7 +364,7 @@ def _add_init(commands: _Commands) -> None:
     for name, told in one:
         parser.add_argument(name, help=told)
     told = "Tokens of one request. Default: 8192, or what the model knows."
-    parser.add_argument("--max-model-len", metavar="TOKENS", type=int, help=told)
+    parser.add_argument("--max-model-len", metavar="TOKENS", type=_positive, help=told)
     told = "Requests of that length to have room for at once."
     parser.add_argument("--requests", metavar="COUNT", type=_positive, default=4, help=told)
     parser.add_argument(
@@ -401,9 +439,12 @@ def _add_timeline(parser: argparse.ArgumentParser) -> None:
 
 
 def _days(text: str) -> float:
-    days = float(text)
+    try:
+        days = float(text)
+    except ValueError:
+        days = math.nan
     if not 0 <= days < math.inf:
-        raise argparse.ArgumentTypeError("expected a number that is not negative")
+        raise argparse.ArgumentTypeError(f"expected a number that is not negative, got {text}")
     return days
 
 
@@ -416,7 +457,6 @@ def _file_to_be(text: str) -> Path:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("expected at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+    return int(text)

@@ -82,11 +82,13 @@ def errors_shown(as_json: bool) -> Iterator[None]:
         raise SystemExit(error.exit_code) from None
     except StopSignal as stop:
         say(f"ended by {stop}; what has been fetched is kept")
+        if as_json:
+            write_json({"error": {"error": "Interrupted", "what": f"ended by {stop}"}})
         raise SystemExit(stop.exit_code) from None
     except BrokenPipeError:
         raise
     except EOFError:
-        say_error("error: no answer")
+        say_error("error: no answer, and nothing was written")
         raise SystemExit(_UNEXPECTED) from None
     except Exception as error:
         _unexpected(error, as_json)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,11 +17,13 @@ from loader.types import Checkpoint, Kind, Manifest, ReadyModel, Snapshot, total
 from loader.units import show_bytes, show_rate, show_seconds
 from loader.weights.formats.refused import find_refusal
 from loader.weights.formats.serving import serving_files
+from loader.weights.header import Header
 
 if TYPE_CHECKING:
     from loader.prepare.forecast import Forecast
 
 _SHOWN = 50
+_LONGEST = 80
 _ENGINES = {"vllm": "vLLM", "transformers": "transformers"}
 _HERE = {
     "proved": "here, proved",
@@ -147,6 +151,27 @@ def show_checkpoints(checkpoints: Sequence[Checkpoint]) -> None:
         show(
             f"    would be refused: {refusal.what}" if refusal else f"    {_WOULD[checkpoint.kind]}"
         )
+
+
+def show_file(path: Path, header: Header) -> None:
+    """Show what one safetensors file holds."""
+    tensors = list(header.tensors.values())
+    dtypes = Counter(tensor.dtype for tensor in tensors)
+    show(f"safetensors: {path}")
+    show(f"    size: {show_bytes(path.stat().st_size)}")
+    show(f"    parameters: {sum(math.prod(t.shape) for t in tensors):,} in {len(tensors)} tensors")
+    show(f"    dtypes: {', '.join(f'{dtype} ({n})' for dtype, n in dtypes.most_common())}")
+    for name, value in header.metadata.items():
+        show(f"    metadata {name}: {_cut(value)}")
+    for tensor in tensors[:_SHOWN]:
+        shape = "x".join(map(str, tensor.shape)) or "scalar"
+        show(f"    {tensor.dtype:<5} {shape:>14}  {tensor.name}")
+    if (more := len(tensors) - _SHOWN) > 0:
+        show(f"    … and {more} more; --json has them all")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def show_cleaned(cleaned: Cleaned, *, dry_run: bool) -> None:

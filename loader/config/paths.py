@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _NO_PATH = re.compile(r"[a-z][a-z0-9+.-]*:|(baseten|local)$", re.IGNORECASE)
+_ONE_SLASH = re.compile(r"([a-z][a-z0-9+.-]*:)/(?!/)", re.IGNORECASE)
 _log = logging.getLogger("podloader")
 
 
@@ -35,3 +36,20 @@ def place_path(text: str, folders: Sequence[Path], name: str, *, may_be_id: bool
         )
         return str(path.absolute())
     return text if may_be_id and not text.startswith(".") else str(own[0])
+
+
+def suggest_path(path: Path | str, otherwise: str) -> str:
+    """Return what to do about a *path* that is not there: the nearest that is, else *otherwise*."""
+    import difflib  # only mistakes need it
+
+    if match := _ONE_SLASH.match(str(path)):
+        return f"a URL has two slashes: {match[1]}//{str(path)[match.end() :]}"
+    absolute = Path(path).absolute()
+    try:
+        names = [entry.name for entry in absolute.parent.iterdir()]
+    except OSError:
+        above = next((f for f in absolute.parents if f.is_dir()), absolute.parent)
+        return f"there is no folder {absolute.parent}; {above} is the last of it that is there"
+    if near := difflib.get_close_matches(absolute.name, names, n=1):
+        return f"did you mean {Path(path).parent / near[0]}?"
+    return otherwise

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from loader.config.paths import suggest_path
 from loader.errors import ConfigError
 from loader.types import JOB_ID, ArtifactReference, TrainingCheckpoints
 
@@ -42,7 +43,9 @@ def read_config(config: Path | str | Mapping[str, Any]) -> tuple[str, Mapping[st
             where=str(path),
             expected="a Truss config.yaml",
             got=str(reason),
-            next_step="give the path of the config.yaml itself",
+            next_step="give the path of the config.yaml itself"
+            if path.exists()
+            else suggest_path(path, "give the path of a Truss config.yaml, or of its folder"),
         ) from None
     except yaml.YAMLError as error:
         raise ConfigError(

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from loader.config.paths import suggest_path
 from loader.errors import CheckpointError, DiskError, FetchError, FormatError
 from loader.fetch.background import are_here
 from loader.fetch.digests import read_digest
@@ -66,7 +67,14 @@ def sum_folder(folder: Path) -> tuple[Path, Sums]:
         DiskError: a file cannot be read, or the manifest not be written.
     """
     if not folder.is_dir():
-        raise CheckpointError("no such folder", where=str(folder), next_step="give a folder")
+        raise CheckpointError(
+            "no such folder",
+            where=str(folder.absolute()),
+            got="a file" if folder.exists() else "nothing",
+            next_step="give the folder that it lies in"
+            if folder.exists()
+            else suggest_path(folder, "give a checkpoint's folder"),
+        )
     names = sorted(_names(folder))
     if not names:
         raise CheckpointError("a folder without files", where=str(folder))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loader.config.settings import Settings
+from loader.config.settings import COMMAND_LINE, Settings
 from loader.errors import ConfigError, ListingError, LoaderError, redact
 from loader.fetch.adoption import LaidFiles
 from loader.fetch.completed import read_completed
@@ -99,7 +99,13 @@ def _read_listings(settings: Settings, store: Stores, laid: LaidFiles) -> tuple[
     found: list[Listing] = []
     for source in settings.artifacts:
         if source != LOCAL:
-            found += store.read_listings(source, jobs, loops=loops)
+            try:
+                found += store.read_listings(source, jobs, loops=loops)
+            except LoaderError as error:
+                origin = settings.origins.get("artifacts", COMMAND_LINE)
+                if origin != COMMAND_LINE:
+                    error.problems += (f"it is named by artifacts, from {origin}",)
+                raise
     if not settings.artifacts or LOCAL in settings.artifacts:
         found += _only_here(store.read_download_folder(laid.folder, jobs), found)
     if not found and not settings.artifacts:

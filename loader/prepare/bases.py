@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from loader.arriving.arriving_weights import ArrivingWeights
 from loader.arriving.delivery import Delivery
+from loader.config.paths import suggest_path
 from loader.config.settings import Settings
 from loader.config.values import user_path
 from loader.errors import AdapterError, ConfigError, FetchError, FormatError, redact
@@ -211,12 +212,7 @@ def find_base(
         delivery.bring([path for path in delivery.paths if path not in rest], _SMALL)
         return ArrivingBase(files.folder, delivery, lambda: files.identify(delivery.wait()), rest)
     if not REPO_ID.fullmatch(name):
-        raise AdapterError(
-            "the base model is not there",
-            where=name,
-            expected="a folder on this machine, a folder's URL or a Hugging Face id",
-            next_step="set base_model to where the base model lies now",
-        )
+        raise no_such_base(settings, name)
     with SpanProgress(progress, timeline, _SMALL) as watched:
         model = _fetch_from_hub(settings, name, settings.base_revision, "small files", watched)
     return HubBase(settings, name, model, timeline, progress)
@@ -356,6 +352,18 @@ def _fetch_from_hub(
         only=only,
         indexed=indexed,
         prove=settings.verify == "full",
+    )
+
+
+def no_such_base(settings: Settings, name: str) -> AdapterError:
+    """Return the error for a *name* that means no base model."""
+    origin = settings.origins.get("base_model", "an adapter's config")
+    return AdapterError(
+        "the base model is not there",
+        where=name,
+        expected="a folder on this machine, a folder's URL or a Hugging Face id",
+        got=f"what {origin} names",
+        next_step=suggest_path(name, "set base_model to where the base model lies now"),
     )
 
 

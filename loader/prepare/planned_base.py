@@ -10,10 +10,9 @@ from pathlib import Path
 
 from loader.config.settings import Settings
 from loader.config.values import user_path
-from loader.errors import AdapterError
 from loader.fetch.adoption import LaidFiles, presence
 from loader.fetch.snapshot import read_artifact
-from loader.prepare.bases import find_base_files, hub_token
+from loader.prepare.bases import find_base_files, hub_token, no_such_base
 from loader.prepare.inputs import names_in, small_names, weight_names
 from loader.stores.hub import REPO_ID, list_model_files
 from loader.stores.registry import Stores, is_remote
@@ -80,12 +79,7 @@ def plan_base(settings: Settings, name: str) -> PlannedBase:
     if is_remote(name):
         return _plan_remote(settings, name)
     if not REPO_ID.fullmatch(name):
-        raise AdapterError(
-            "the base model is not there",
-            where=name,
-            expected="a folder on this machine, a folder's URL or a Hugging Face id",
-            next_step="set base_model to where the base model lies now",
-        )
+        raise no_such_base(settings, name)
     found = list_model_files(
         name,
         settings.base_revision,

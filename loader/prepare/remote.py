@@ -21,6 +21,7 @@ from loader.weights.vocabulary import describe_ids
 
 CONFIG = "config.json"
 ADDED_TOKENS = ("tokenizer_config.json", "added_tokens.json")
+_PARTS = (CONFIG, ".index.json", ".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata")
 _TELLING = ("/config.json", "/adapter_config.json", ".index.json", "/latest")
 
 
@@ -36,6 +37,9 @@ def inspect_source(source: str, settings: Settings | None = None) -> tuple[Check
         FormatError: a config or an index is malformed.
     """
     path = Path(source)
+    if not is_remote(source) and path.is_file() and _is_part(path):
+        path = path.parent
+        source = str(path)
     if not is_remote(source) and not path.is_file():
         found = find_checkpoints(path) if path.is_dir() else ()
         return found or (open_checkpoint(path),)
@@ -50,6 +54,11 @@ def inspect_source(source: str, settings: Settings | None = None) -> tuple[Check
             return tuple(replace(c, path=c.path.relative_to(root)) for c in found)
     finally:
         store.close()
+
+
+def _is_part(path: Path) -> bool:
+    """Return whether a file is one of a checkpoint's, by its name; listings have other names."""
+    return path.name.endswith(_PARTS)
 
 
 def read_checkpoints(

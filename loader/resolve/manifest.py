@@ -35,10 +35,11 @@ def resolve(
     wanted = {reference.training_job_id for reference in config.artifact_references}
     if absent := sorted(wanted - set(by_job)):
         raise ListingError(
-            "no listing for a job that the config names",
+            "no listing for a job that is asked for",
             expected=", ".join(absent),
             got=", ".join(sorted(by_job)) or "no listing at all",
-            next_step="give the listing of that job with --artifacts, or correct training_job_id",
+            next_step="give the listing of that job, or correct its name: --job-id, or "
+            "training_job_id in the config",
         )
     chosen: dict[str, Artifact] = {}
     unmatched: list[str] = []

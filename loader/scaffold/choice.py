@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 from loader.errors import ConfigError
 from loader.scaffold.selection import LATEST
@@ -28,12 +29,14 @@ def choose(found: Sequence[Found], names: Sequence[str]) -> tuple[Found, ...]:
     for name in names:
         hits = _latest(found) if name == LATEST else [f for f in found if name in _names(f)]
         if len(hits) != 1:
+            listed = hits or by_step(found)
+            near = get_close_matches(name, [f.path for f in listed], n=1, cutoff=0)[0]
             raise ConfigError(
-                f"{len(hits)} checkpoints of this name",
+                f"{len(hits) or 'no'} checkpoint{'s' if hits else ''} of this name",
                 where=f"--checkpoint {name}",
                 expected="the name of one",
-                problems=[f.path for f in hits or by_step(found)],
-                next_step=f"write the whole path, such as --checkpoint {found[0].path}",
+                problems=[f.path for f in listed],
+                next_step=f"write the whole path, such as --checkpoint {near}",
             )
         chosen.setdefault(hits[0].path, hits[0])
     together = tuple(chosen.values())

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from loader.config.paths import suggest_path
 from loader.errors import DeniedError, ExpiredError, FetchError, ListingError, LoaderError
 from loader.http.body import HttpStream
 from loader.http.client import HttpClient
@@ -162,7 +163,7 @@ class FileListing:
     """The listings in a file of this machine, which may be replaced by newer ones."""
 
     def __init__(self, path: Path, *, local_urls: bool = False) -> None:
-        self._path = path
+        self._given, self._path = path, path.absolute()
         self._local_urls = local_urls
         self._read: tuple[int, int, int] | None = None
 
@@ -183,7 +184,7 @@ class FileListing:
                 got=error.strerror or type(error).__name__,
                 next_step=f"give a folder of jobs or ranks as a URL: file://{self._path}"
                 if self._path.is_dir()
-                else "correct the source, or the setting artifacts",
+                else suggest_path(self._given, "give the path of a file, or a URL such as s3://…"),
             ) from None
         listings = parse_listings(text, str(self._path), local_urls=self._local_urls)
         self._read = stamp

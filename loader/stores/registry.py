@@ -77,7 +77,7 @@ class Stores:
         if source == BASETEN or source.startswith(f"{BASETEN}:"):
             return self._read_baseten(source, jobs, loops)
         if not is_remote(source):
-            return self._keep(FileListing(Path(source).absolute(), local_urls=self._local))
+            return self._keep(FileListing(Path(source), local_urls=self._local))
         if source.lower().startswith(_WEB):
             scheme, _, rest = source.partition(":")
             return self._read_url(f"{scheme.lower()}:{rest}")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 
+from loader.config.paths import suggest_path
 from loader.errors import CheckpointError, FormatError, LoaderError
 from loader.types import Checkpoint, Kind
 from loader.units import show_bytes
@@ -51,7 +52,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             where=str(folder.absolute()),
             expected="a folder with a model or an adapter",
             got="a file" if folder.exists() else "nothing",
-            next_step="correct the path",
+            next_step="give the folder that it lies in"
+            if folder.exists()
+            else suggest_path(folder, "give the path of a folder, or of a listing"),
         )
     found = find_checkpoints(folder)
     if len(found) == 1:
