@@ -80,13 +80,14 @@ class HttpStream:
         """Put what has arrived into *buffer* and return the count, 0 at the body's end."""
         if self._coding:
             check_name(self._url, self._coding)
-        count = self._read(buffer[: self._missing])
+        count = self.read_coded(buffer[: self._missing])
         if self._missing is not None:
             self._missing -= count
             self._check_whole(count)
         return count
 
-    def _read(self, buffer: memoryview) -> int:
+    def read_coded(self, buffer: memoryview) -> int:
+        """Do the same for who decodes what is in a coding of ``Content-Encoding``."""
         answer, sock = self._answer, self._connection.sock
         began = time.monotonic()
         sock.deadline = began + self._patience_s
@@ -153,7 +154,7 @@ class HttpStream:
                 where=self._url,
                 got=f"{self._missing} bytes too few",
             )
-        if not self._missing and self._read(memoryview(bytearray(1))):
+        if not self._missing and self.read_coded(memoryview(bytearray(1))):
             raise FetchError(
                 "the object is longer than the listing says",
                 where=self._url,
@@ -165,7 +166,7 @@ class HttpStream:
     def count(self) -> int:
         """Read the whole body and return how long it is."""
         buffer, total = memoryview(bytearray(_READ_BYTES)), 0
-        while count := self._read(buffer):
+        while count := self.read_coded(buffer):
             total += count
         return total
 
@@ -177,7 +178,7 @@ class HttpStream:
             TransientError: it did not come to its end, or too slowly.
         """
         buffer, body = memoryview(bytearray(_READ_BYTES)), bytearray()
-        while count := self._read(buffer):
+        while count := self.read_coded(buffer):
             body += buffer[:count]
             if len(body) > limit_bytes:
                 raise too_long(self._url, limit_bytes)

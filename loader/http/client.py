@@ -46,9 +46,8 @@ from loader.http.statuses import (
 )
 from loader.http.trust import Trust
 
-_REDIRECTS = {301, 302, 303, 307, 308}
+REDIRECTS = {301, 302, 303, 307, 308}
 _SITE = re.compile(r"https?://[^/?#]+(?=/)")
-_DOCUMENT_BYTES = 64 << 20  # of a page of a listing, whose longest keys make up a few
 _STALE = (ConnectionError, ssl.SSLEOFError, AnswerError)  # nothing that a new connection has to be
 
 
@@ -138,21 +137,20 @@ class HttpClient:
 
     def exchange(
         self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None = None
-    ) -> tuple[int, Mapping[str, str], bytes]:
+    ) -> tuple[int, Mapping[str, str], HttpStream]:
         """Return the status, the headers and the body of what *url* answers, whatever that is.
 
         For libraries that speak a service's language and read its answers themselves. No redirect
-        is followed.
+        is followed, see ``follow``.
 
         Raises:
-            FetchError: the answer is too long for a document, or in a coding that is not known.
-            TransientError: there is none, not all of it, or it comes too slowly.
+            FetchError: *url* leads where nothing is asked for, or the certificate is not trusted.
+            TransientError: there is no answer.
         """
         request = Request(method, {"Accept-Encoding": "identity", **headers}, body)
         got, answer = self._receive(self._send(request, url), method, Wanted())
         stream = HttpStream(self._pool, got, answer, ObjectInfo(0), Wanted(), url)
-        with contextlib.closing(stream):
-            return answer.status, answer.fields, stream.read_all(_DOCUMENT_BYTES)
+        return answer.status, answer.fields, stream
 
     def _ask(
         self, request: Request, url: str, wanted: Wanted, sent: InFlight | None = None
@@ -165,11 +163,11 @@ class HttpClient:
                 whole = Request(request.method, {**common, **headers}, request.body)
                 sent = self._send(whole, url)
             got, answer = self._receive(sent, request.method, wanted)
-            if answer.status not in _REDIRECTS or request.body is not None:
+            if answer.status not in REDIRECTS or request.body is not None:
                 break
             target = answer.fields.get("location")
             drop(got.connection, answer)
-            url, sent = self._follow(url, target), None
+            url, sent = self.follow(url, target), None
             if _split(url)[:2] != _split(first)[:2]:
                 headers = {}
         else:
@@ -255,7 +253,12 @@ class HttpClient:
         anew = self._send_anew(sent.origin, sent.url, sent.message)
         return self._receive(anew, method, wanted)
 
-    def _follow(self, url: str, target: str | None) -> str:
+    def follow(self, url: str, target: str | None) -> str:
+        """Return where a redirect of *url* to *target* leads.
+
+        Raises:
+            FetchError: nowhere, or where it may not.
+        """
         if not target:
             raise FetchError("a redirect that leads nowhere", where=url)
         try:

@@ -41,6 +41,7 @@ from loader.resolve.manifest import check_names
 from loader.retry import ask_again
 from loader.stores.hub import REPO_ID, HubModel, fetch_model
 from loader.stores.hub_cache import declared_sha256
+from loader.stores.hub_requests import ask_as_we_do
 from loader.stores.model_files import (
     absent_shards,
     find_index,
@@ -48,7 +49,7 @@ from loader.stores.model_files import (
     side_files,
     weight_files,
 )
-from loader.stores.registry import Stores, is_remote
+from loader.stores.registry import Stores, http_options, is_remote
 from loader.timeline import Timeline
 from loader.types import JOB_ID, Artifact, Checkpoint, Kind, Listing, Manifest, Snapshot
 from loader.weights.header import TensorInfo
@@ -267,6 +268,7 @@ class HubBase:
             return None
         name, commit, token = self.name, self.model.commit, hub_token(self.settings)
         retries = self.settings.retries
+        ask_as_we_do(http_options(self.settings))
         tensors = ask_again(lambda: read_tensors(name, commit, token=token), retries)
         if tensors is None:
             return None
@@ -341,6 +343,7 @@ def _fetch_from_hub(
     watched: SpanProgress,
     indexed: Collection[str] = (),
 ) -> HubModel:
+    ask_as_we_do(http_options(settings))
     return fetch_model(
         name,
         revision,

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from loader.config.values import user_path
 from loader.errors import AdapterError, ConfigError, FetchError
+from loader.http.client import HttpOptions
 from loader.prepare.named_base import named_base
 from loader.scaffold.survey import Found
 from loader.stores.hub import REPO_ID, describe_model
+from loader.stores.hub_requests import ask_as_we_do
 from loader.weights.inspect import read_json
 
 _BILLIONS = re.compile(r"(?:^|[-_])(\d+(?:\.\d+)?)[bB](?:$|[-_.])")
@@ -66,6 +68,7 @@ def describe_base(name: str) -> Base:
     why = "no folder here, and no Hugging Face id"
     if REPO_ID.fullmatch(name):
         try:
+            ask_as_we_do(HttpOptions())
             found = describe_model(name)
             return Base(name, found.config, found.weight_bytes, "the Hub")
         except (ConfigError, FetchError) as error:

@@ -143,13 +143,30 @@ def _network_error(error: Exception, where: str) -> Exception:
         return TransientError(
             "what the Hub sent is not whole",
             where=where,
-            got=name if is_http else "fewer bytes than were announced",
+            got=_cause(error) if is_http else "fewer bytes than were announced",
             next_step="run again; what has come is kept",
         )
     known = errors.XetDownloadError | errors.HfHubHTTPError | OSError | RuntimeError
     if is_http or isinstance(error, known):
         return TransientError("the Hub did not answer", where=where, got=name)
     return error
+
+
+def _cause(error: Exception) -> str:
+    """Return what our own client, which knows more, raised where it did."""
+    ours = error.__cause__
+    return ours.what if isinstance(ours, LoaderError) else type(error).__name__
+
+
+def unanswered(error: TransientError) -> TransientError:
+    """Return what to raise where a request of huggingface-hub's met *error* on its way."""
+    return TransientError(
+        "the Hub did not answer",
+        where=error.where,
+        expected=error.expected,
+        got=", ".join(filter(None, (error.what, error.got))),
+        next_step=error.next_step,
+    )
 
 
 def _is_plain(error: Exception) -> bool:

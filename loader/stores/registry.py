@@ -35,6 +35,20 @@ def is_remote(source: str) -> bool:
     return bool(_URL.match(source)) or source == BASETEN or source.startswith(f"{BASETEN}:")
 
 
+def http_options(settings: Settings) -> HttpOptions:
+    """Return what holds for every connection."""
+    return HttpOptions(
+        connect_timeout_s=settings.connect_timeout_s,
+        stall_timeout_s=settings.stall_timeout_s,
+        least_bytes_per_s=settings.least_bytes_per_s,
+        ca_bundle=settings.ca_bundle,
+        link_local=settings.allow_local_urls,
+        insecure_redirects=settings.allow_insecure_redirects,
+        link_local_redirects=settings.allow_local_urls,
+        openssl_reads=settings.openssl_reads,
+    )
+
+
 class Stores:
     """Every store that the settings make possible, as one ``Store``: the URL's scheme chooses.
 
@@ -44,16 +58,7 @@ class Stores:
     def __init__(self, settings: Settings, on_renewal: Callable[[], object] | None = None) -> None:
         self._settings = settings
         self._on_renewal = on_renewal
-        options = HttpOptions(
-            connect_timeout_s=settings.connect_timeout_s,
-            stall_timeout_s=settings.stall_timeout_s,
-            least_bytes_per_s=settings.least_bytes_per_s,
-            ca_bundle=settings.ca_bundle,
-            link_local=settings.allow_local_urls,
-            insecure_redirects=settings.allow_insecure_redirects,
-            link_local_redirects=settings.allow_local_urls,
-            openssl_reads=settings.openssl_reads,
-        )
+        options = http_options(settings)
         self._client = HttpClient(options)
         # What the user names leads where the user likes; what a listing names does not.
         self._trusted = HttpClient(replace(options, link_local=True))

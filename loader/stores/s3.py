@@ -7,11 +7,12 @@ for comes through that client, too: its own has a limit for each wait, and none 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ from loader.types import Artifact
 
 SCHEME = "s3://"
 _PAGE_SIZE = 1000  # the most that S3 gives
+_PAGE_BYTES = 64 << 20  # of its longest keys, a few
 _SIGNED_S = 900
 _USED_S = 300.0  # boto3 renews temporary credentials when they have less than ten minutes left
 _CHECKSUMS = {"x-amz-checksum-mode": "ENABLED"}
@@ -219,15 +221,16 @@ class S3Store:
             for name, value in request.headers.items()
             if name.lower() != "host"  # which is told once
         }
-        asked = partial(
-            self._client.exchange,
-            request.method,
-            request.url,
-            headers=headers,
-            body=request.body or None,
-        )
+
+        def ask() -> tuple[int, Mapping[str, str], bytes]:
+            status, fields, stream = self._client.exchange(
+                request.method, request.url, headers=headers, body=request.body or None
+            )
+            with contextlib.closing(stream):
+                return status, fields, stream.read_all(_PAGE_BYTES)
+
         try:
-            status, fields, content = ask_again(asked, self._options.retries)
+            status, fields, content = ask_again(ask, self._options.retries)
         except TransientError as error:
             raise unanswered(error) from None
         response = AWSResponse(request.url, status, dict(fields), io.BytesIO(content))

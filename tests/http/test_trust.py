@@ -143,8 +143,8 @@ def test_a_certificate_that_is_wrong_by_itself(
     assert caught.value.next_step.startswith(next_step)
 
 
-@pytest.mark.parametrize("names", [(), ("localhost",), ("other.test",)])
-def test_a_common_name_does_not_count(names: tuple[str, ...], tmp_path: Path) -> None:
+def certificate_with_a_common_name(folder: Path, names: tuple[str, ...] = ()) -> ssl.SSLContext:
+    """Return a server's context for localhost by its common name; ``ca.pem`` lies in *folder*."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     now = datetime.now(UTC)
@@ -156,10 +156,16 @@ def test_a_common_name_does_not_count(names: tuple[str, ...], tmp_path: Path) ->
         built = built.add_extension(alternatives, critical=False)
     pem = built.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    (tmp_path / "ca.pem").write_bytes(pem)
-    (tmp_path / "server.pem").write_bytes(private + pem)
+    (folder / "ca.pem").write_bytes(pem)
+    (folder / "server.pem").write_bytes(private + pem)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "server.pem")
+    context.load_cert_chain(folder / "server.pem")
+    return context
+
+
+@pytest.mark.parametrize("names", [(), ("localhost",), ("other.test",)])
+def test_a_common_name_does_not_count(names: tuple[str, ...], tmp_path: Path) -> None:
+    context = certificate_with_a_common_name(tmp_path, names)
     said = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx"
     with answering(said, context) as origin:
         url = origin.url.replace("127.0.0.1", "localhost")

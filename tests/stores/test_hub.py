@@ -18,7 +18,12 @@ logging.getLogger("podloader").addHandler(logging.StreamHandler(sys.stdout))
 from loader.errors import LoaderError
 from loader.fetch.progress import LogProgress
 from loader.stores.hub import fetch_model
+from loader.stores.hub_requests import ask_as_we_do
+from loader.http.client import HttpOptions
+from loader.http import pool
 progress = LogProgress()
+pool._PATIENCE_S = 0.5
+ask_as_we_do(HttpOptions(stall_timeout_s=2.0))
 try:
     name, revision = sys.argv[1], sys.argv[2] or None
     model = fetch_model(name, revision, progress=progress, token=sys.argv[3] or None)
@@ -33,6 +38,9 @@ DESCRIBE = """
 import sys
 from loader.errors import LoaderError
 from loader.stores.hub import describe_model
+from loader.stores.hub_requests import ask_as_we_do
+from loader.http.client import HttpOptions
+ask_as_we_do(HttpOptions(stall_timeout_s=2.0))
 try:
     found = describe_model(sys.argv[1], sys.argv[2] or None, token=sys.argv[3] or None)
     print(found.weight_bytes, found.config)

@@ -241,7 +241,7 @@ def test_what_boto3_asks_for_comes_by_the_rules_of_every_answer(
 
 
 def test_a_page_longer_than_any(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loader.http.client._DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr("loader.stores.s3._PAGE_BYTES", 1000)
 
     def talk(sock: socket.socket, request: bytes) -> None:
         sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
