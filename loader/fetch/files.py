@@ -42,6 +42,7 @@ WHOLE = ""  # the artifact itself
 _STATE_BYTES = 64 << 20  # of a journal or a record: 50 for each range
 DAMAGED = (ValueError, TypeError, RecursionError)  # of what is no JSON, or not ours
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -242,7 +243,10 @@ def _try_lock(fd: int, kind: int) -> bool:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    return True
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True  # without locks, the folder's lease has to do
 
 
 def is_case_sensitive(root: Path) -> bool:

@@ -29,6 +29,7 @@ from loader.fetch.files import (
 )
 from loader.fetch.folders import Folders
 from loader.fetch.guesses import Guesses
+from loader.fetch.lease import leased
 from loader.fetch.part import LARGE_BYTES, Order, PartFile, fetched_file
 from loader.fetch.path_check import check_still, check_way
 from loader.fetch.progress import LogProgress, Progress
@@ -110,7 +111,8 @@ def fetch(
     try:
         while True:
             try:
-                snapshot = _fetch(manifest, root, store, options, progress, arrivals)
+                with leased(root, arrivals.stop):
+                    snapshot = _fetch(manifest, root, store, options, progress, arrivals)
                 break
             except SumError as error:
                 if arrivals.is_followed or not options.is_curable():
