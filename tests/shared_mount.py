@@ -1,4 +1,3 @@
-# ruff: noqa: C901, PTH - calls of the system, as FUSE hands them on
 """A folder by way of FUSE, as a network's file system: two mounts of one folder share no locks.
 
 ``python -m tests.shared_mount FOLDER MOUNTPOINT`` serves it in the foreground.
