@@ -94,6 +94,12 @@ class Feed:
         return found if isinstance(found, LoaderError) else None
 
     @property
+    def is_followed(self) -> bool:
+        """Whether somebody has come."""
+        with self._lock:
+            return bool(self._followers)
+
+    @property
     def is_taken(self) -> bool:
         """Whether somebody followed, and everybody who did has all."""
         with self._lock:
@@ -106,6 +112,8 @@ class Feed:
     def close(self) -> None:
         """Hear and tell no more."""
         self._closed = True
+        if not self.is_taken:
+            self.broken = self.broken or "the feed was closed"
         self._here.end(EngineError("the feed of weights is closed"))
         with self._lock:
             ends = [one.end for one in self._followers]

@@ -130,6 +130,11 @@ class Settings:
     engine: Literal["vllm", "transformers"] = _setting(
         "vllm", description="What answers: vLLM, or transformers + PEFT for smoke tests."
     )
+    engine_start: Literal["auto", "stream", "files"] = _setting(
+        "files",
+        description="When vLLM takes the weights: `stream` as they arrive, merged or as they are, "
+        "or `files` when all are here and proved. `auto`: `stream` where that can be.",
+    )
     engine_args: dict[str, Any] = _setting(
         {},
         repr=False,

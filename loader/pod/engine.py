@@ -18,6 +18,7 @@ from loader.errors import EngineError, LoaderError, error_from_json
 from loader.log_lines import logging_chosen
 from loader.serve.vllm.bound import Names, Reason, read_reasons
 from loader.serve.vllm.channel import Channel
+from loader.serve.vllm.streaming import stream_environment
 from loader.status.state import Boot
 from loader.timeline import Open, Timeline
 
@@ -30,10 +31,14 @@ _END_S, _STOP_S = 5.0, 1.0
 class EngineLoaded:
     """The engine could serve."""
 
+    engine: EngineProcess
+
 
 @dataclass(frozen=True, slots=True)
 class EngineGone:
     """The process has failed or ended before it served."""
+
+    engine: EngineProcess
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,7 @@ class EngineProcess:
                 ],
                 pass_fds=(theirs.fileno(), listening.fileno()),
                 stdin=subprocess.DEVNULL,
+                env=os.environ | stream_environment(),
                 # A Ctrl-C at the terminal is for the pod alone, which passes it on; and the group
                 # is what ``kill`` ends.
                 start_new_session=True,
@@ -118,7 +124,8 @@ class EngineProcess:
 
     def hint(self, config: Path) -> None:
         """Let the process look at the model's *config*, which is here before the weights."""
-        self._channel.send("hint", config=str(config))
+        if not self._loading:
+            self._channel.send("hint", config=str(config))
 
     def ask_unbound(self, model: Path, adapters: Names) -> Mapping[str, Reason]:
         """Return why vLLM would not use all of an adapter, by its name, once it can say.
@@ -182,7 +189,7 @@ class EngineProcess:
             elif kind == "unbound":
                 self._unbound.put(read_reasons(message["found"]))
             elif kind == "loaded":
-                self._tell(EngineLoaded())
+                self._tell(EngineLoaded(self))
             elif kind == "drained":
                 self._tell(EngineDrained())
             elif kind == "failed":
@@ -192,4 +199,4 @@ class EngineProcess:
         for span in begun.values():
             self._timeline.end(span, failed="ended")
         if not self._serving:
-            self._tell(EngineGone())
+            self._tell(EngineGone(self))

@@ -3,6 +3,9 @@
     listen -> answer probes -> start the engine's process -> prepare -> load -> hand the port over
     -> wait, passing signals on -> answer again once the engine has drained
 
+Where weights are streamed, the engine loads while they arrive, and gets the port when it is ready
+and all of them are proved; where it cannot follow them, another is started over the files.
+
 The pod's process stays the engine's parent: as PID 1 it has signals to pass on, a limit for the end
 to keep, orphans to reap and an exit code to give, which ``exec`` could not all do.
 
@@ -13,18 +16,20 @@ signals. So a signal is heeded at once, whatever library is at work.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import queue
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from loader.arriving.filling import Announce, FillingFolder
 from loader.config.values import user_path
-from loader.errors import ConfigError, EngineError
+from loader.errors import ConfigError, EngineError, LoaderError
 from loader.fetch.progress import Progress
 from loader.peers import serve_peers_on
 from loader.pod.address import serving_address
@@ -32,6 +37,13 @@ from loader.pod.engine import EngineDrained, EngineGone, EngineLoaded, EnginePro
 from loader.pod.signals import Signals, StopSignal, reap_orphans
 from loader.serve.vllm.arguments import sizing_arguments, written
 from loader.serve.vllm.releases import RANGE, installed_versions
+from loader.serve.vllm.streaming import (
+    LOAD_FORMAT,
+    READY_TIMEOUT,
+    Stream,
+    ready_timeout_s,
+    why_not_streamed,
+)
 from loader.status.boot_server import BootServer, listen
 from loader.status.state import BootState
 from loader.timeline import Timeline
@@ -45,6 +57,17 @@ KILL_AFTER_S = 5.0
 _FIRST_PROCESS = 1
 _CONFIG = "config.json"
 _UNKNOWN = ReadyModel(Path("model"), (), None, Path("model"), {})  # until the files are here
+_log = logging.getLogger("podloader")
+
+
+@dataclass(frozen=True, slots=True)
+class _Announced:
+    stream: Stream
+
+
+@dataclass(frozen=True, slots=True)
+class _Late:
+    engine: EngineProcess
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +85,7 @@ class _Asked:
     signal: int
 
 
-_Event = _Prepared | _Failed | _Asked | EngineLoaded | EngineGone
+_Event = _Announced | _Late | _Prepared | _Failed | _Asked | EngineLoaded | EngineGone
 
 
 class Pod:
@@ -89,13 +112,18 @@ class Pod:
         self._serving = self._ending = False
         self._folder: Path | None = None
         self._limit: threading.Timer | None = None
+        self._late: threading.Timer | None = None
+        self._environment: Mapping[str, str] = {}
+        self._stream: Stream | None = None
+        self._ready: ReadyModel | None = None
+        self._loaded = False
         self._preparing: threading.Thread | None = None
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._signals = Signals(self._signalled)
         self._listening = listen(address.host, address.port)
         self._answer = partial(BootServer, self._listening, self._state.boot, tls, address.lets_in)
         self._server = self._answer()
-        self._engine = EngineProcess(self._listening, timeline, self._told)
+        self._engine = self._start_engine()
 
     def __enter__(self) -> Pod:
         return self
@@ -105,6 +133,10 @@ class Pod:
         self._engine.close()
         self._server.stop()
         self._listening.close()
+        if self._late is not None:
+            self._late.cancel()
+        if self._stream is not None:
+            self._stream.close()
         self._signals.restore()
 
     @property
@@ -155,20 +187,118 @@ class Pod:
 
     def _heed(self, event: _Event) -> None:
         match event:
+            case _Announced(stream):
+                self._stream = stream
+                self._load(stream.ready, LOAD_FORMAT)
             case _Prepared(ready):
-                arguments = vllm_arguments(self._settings, ready, self._arguments)
-                self._engine.load(arguments, canary=self._settings.canary)
-            case EngineLoaded():
-                self._server.stop()
-                self._engine.go(self._state.ready())
-                self._serving = True
-                serve_peers_on(self._settings)
-            case EngineGone():
-                raise self._engine.error
+                self._ready = ready
+                self._take(ready)
+            case EngineLoaded(engine) if engine is self._engine:
+                self._loaded = True
+                if self._stream is not None and not self._stream.feed.is_taken:
+                    self._fall_back("the engine did not follow the weights")
+                self._hand_over()
+            case EngineGone(engine) if engine is self._engine:
+                self._heed_end(engine)
+            case _Late(engine) if engine is self._engine and not self._loaded:
+                raise _too_late()
             case _Failed(error):
                 raise error
             case _Asked(number):
                 raise StopSignal(number)
+
+    def _take(self, ready: ReadyModel) -> None:
+        """Let the engine have *ready*, all of which is proved."""
+        if self._stream is None:
+            self._load(ready)
+            self._expect_engine()
+        elif why := self._stream.publish(ready):
+            self._fall_back(why)
+        else:
+            self._expect_engine()
+            self._hand_over()
+
+    def _heed_end(self, engine: EngineProcess) -> None:
+        """Start another engine over the files where the end of one is the stream's fault."""
+        if self._stream is None:
+            raise engine.error
+        if self._stream.feed.error is not None:
+            raise self._stream.feed.error
+        if not self._stream.feed.broken:
+            raise engine.error
+        self._fall_back(self._stream.feed.broken)
+
+    def _start_engine(self) -> EngineProcess:
+        return EngineProcess(self._listening, self._timeline, self._told)
+
+    def _load(self, ready: ReadyModel, load_format: str | None = None) -> None:
+        arguments = vllm_arguments(self._settings, ready, self._arguments, load_format)
+        self._engine.load(arguments, canary=self._settings.canary)
+
+    def _fall_back(self, why: str) -> None:
+        """Let another engine load from files, once they are proved; nothing is fetched again."""
+        _log.warning("engine start: files, not streamed: %s", why)
+        self._engine.close()
+        if self._stream is not None:
+            self._stream.close()
+        self._state.drop_weights()
+        self._stream, self._loaded = None, False
+        self._engine = self._start_engine()
+        self._check()
+        if self._ready is not None:
+            self._take(self._ready)
+
+    def _expect_engine(self) -> None:
+        """Begin to count the engine's time: all that it waited for is here."""
+        if self._late is not None:
+            self._late.cancel()
+        late = _Late(self._engine)
+        self._late = threading.Timer(ready_timeout_s(), self._events.put, (late,))
+        self._late.daemon = True
+        self._late.start()
+
+    def _hand_over(self) -> None:
+        """Let the engine serve, if it can and all of the model is proved."""
+        if not self._loaded or self._ready is None:
+            return
+        if self._stream is not None:
+            self._stream.finish()
+        if self._late is not None:
+            self._late.cancel()
+        self._server.stop()
+        self._engine.go(self._state.ready())
+        self._serving = True
+        serve_peers_on(self._settings)
+
+    def _check(self) -> None:
+        self._engine.check(
+            self._settings.engine_args,
+            vllm_arguments(self._settings, _UNKNOWN, self._arguments),
+            self._environment,
+            self._address.arguments(),
+        )
+
+    def _announcing(self) -> Announce | None:
+        """Return what is to be told of weights on their way; None where files are waited for."""
+        settings = self._settings
+        start, engine_args = settings.engine_start, settings.engine_args
+        if why := why_not_streamed(start, engine_args, self._arguments):
+            _log.info("engine start: files: %s", why)
+            return None
+
+        def announce(filling: FillingFolder, ready: ReadyModel) -> None:
+            from loader.prepare.consolidated import cache_folder
+
+            try:
+                taken = self._state.take_weights
+                stream = Stream(cache_folder(settings), filling, ready, taken)
+            except (LoaderError, OSError) as error:
+                _log.warning("engine start: files, not streamed: %s", error)
+                return
+            _log.info("engine start: stream: the weights are loaded as they arrive")
+            self._events.put(_Announced(stream))
+
+        return announce
 
     def _prepare(self, config: Path | None, progress: Progress) -> None:
         try:
@@ -176,19 +306,20 @@ class Pod:
             from loader.pod.live_adapters import live_environment
 
             settings = self._settings
-            self._engine.check(
-                settings.engine_args,
-                vllm_arguments(settings, _UNKNOWN, self._arguments),
-                live_environment(settings, config) if config else {},
-                self._address.arguments(),
-            )
+            self._environment = live_environment(settings, config) if config else {}
+            self._check()
             self._folder = settings.training.download_folder.absolute()
             if settings.base_model and not settings.base_checkpoint:
                 self._hint(user_path(settings.base_model) / _CONFIG)
             self._state.pass_on(progress)
             args = settings.engine_args | sizing_arguments(self._arguments)
-            sized = replace(settings, engine_args=args)
-            ready = boot.prepare(sized, self._state, self._timeline, ask=self._engine.ask_unbound)
+            ready = boot.prepare(
+                replace(settings, engine_args=args),
+                self._state,
+                self._timeline,
+                ask=self._engine.ask_unbound,
+                announce=self._announcing(),
+            )
             self._events.put(_Prepared(ready))
         except Exception as error:
             self._events.put(_Failed(error))
@@ -237,7 +368,18 @@ def _check_engine(settings: Settings) -> None:
         )
 
 
-def vllm_arguments(settings: Settings, ready: ReadyModel, given: Sequence[str]) -> tuple[str, ...]:
+def _too_late() -> EngineError:
+    return EngineError(
+        "vLLM did not start in time",
+        expected=f"an engine {ready_timeout_s():.0f} s after all weights were here",
+        next_step=f"the engine's own log lines above tell how far it was; {READY_TIMEOUT} is the "
+        "limit in seconds",
+    )
+
+
+def vllm_arguments(
+    settings: Settings, ready: ReadyModel, given: Sequence[str], load_format: str | None = None
+) -> tuple[str, ...]:
     """Return what ``vllm serve`` would be given; *given* stands last and wins."""
     from loader.serve.vllm.arguments import serve_arguments
 
@@ -249,5 +391,6 @@ def vllm_arguments(settings: Settings, ready: ReadyModel, given: Sequence[str]) 
         settings.engine_args,
         served_model_name=settings.served_model_name,
         trust_remote_code=settings.trust_remote_code,
+        load_format=load_format,
         extra=(*drain, *given),
     )

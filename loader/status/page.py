@@ -72,6 +72,9 @@ def _headline(boot: Boot) -> str:
         facts.append(show_rate(boot.bytes_per_s))
     if boot.left_s is not None:
         facts.append(f"{show_seconds(boot.left_s)} of download left")
+    if boot.phase == "starting" and boot.weights_done < boot.weights:
+        done = f"{show_bytes(boot.weights_done)} of {show_bytes(boot.weights)}"
+        facts.append(f"the engine has {done} of the weights and waits for bytes")
     if boot.phase == "starting":
         facts.append(f"{show_seconds(boot.now_s)} so far")
     facts += [f"{name.replace('_', ' ')}: {n}" for name, n in sorted(boot.counts.items()) if n]

@@ -68,6 +68,8 @@ def health(boot: Boot) -> dict[str, Any]:
         "bytes_per_s": round(boot.bytes_per_s),
         "left_s": None if boot.left_s is None else round(boot.left_s, 1),
     }
+    if boot.weights:  # the engine waits for those that are not here
+        body["weights"] = {"done": boot.weights_done, "total": boot.weights}
     return body | ({"error": dict(boot.error)} if boot.error else {})
 
 

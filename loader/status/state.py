@@ -15,6 +15,7 @@ from loader.fetch.progress import Progress
 from loader.timeline import Open, Span, Timeline
 
 Phase = Literal["starting", "ready", "failed", "stopping"]
+WEIGHTS = "weights"
 _RATE_OVER_S = 10.0
 _SAMPLE_EVERY_S = 0.25
 _FILES_TOLD = 3
@@ -32,6 +33,7 @@ class Boot:
     """A start at one moment. ``now_s`` and ``ready_s`` are seconds since it began.
 
     ``bytes_done`` includes what an earlier start left here. ``left_s`` is None where nobody knows.
+    ``weights`` are the bytes that an engine takes as they arrive, 0 where it reads files.
     ``error`` holds the fields of the error that ended a start. ``facts`` say what it is about;
     ``retried`` is the last request of a running download that had to be made again, and why.
     """
@@ -45,6 +47,8 @@ class Boot:
     bytes_done: int = 0
     bytes_per_s: float = 0.0
     left_s: float | None = None
+    weights: int = 0
+    weights_done: int = 0
     ready_s: float | None = None
     error: Mapping[str, Any] | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -106,6 +110,8 @@ class BootState(Progress):
         self._files = self._files_done = self._bytes = self._bytes_done = 0
         self._samples: deque[tuple[float, int]] = deque()
         self._fetching = False
+        self._weights = self._weights_done = 0
+        self._taking: Open | None = None
         self._ready_s: float | None = None
         self._error: Mapping[str, Any] | None = None
         self._retried = ""
@@ -159,6 +165,27 @@ class BootState(Progress):
             self._retried = ""
         super().finish()
 
+    def take_weights(self, done: int, total: int) -> None:
+        """Say how many of the weights' bytes are in the engine, which waits for the rest."""
+        with self._lock:
+            begins = self._taking is None and not self._weights
+            self._weights, self._weights_done = total, done
+            if begins:
+                self._taking = self.timeline.begin(WEIGHTS, lane="engine")
+            ended = self._taking if done == total else None
+            if ended is not None:
+                self._taking = None
+        if ended is not None:
+            self.timeline.end(ended)
+
+    def drop_weights(self) -> None:
+        """Say that the engine will read files instead."""
+        with self._lock:
+            ended, self._taking = self._taking, None
+            self._weights = self._weights_done = 0
+        if ended is not None:
+            self.timeline.end(ended, stopped=True)
+
     def ready(self) -> Boot:
         """Say that requests can be answered from now on."""
         with self._lock:
@@ -196,6 +223,8 @@ class BootState(Progress):
                 bytes_done=self._bytes_done,
                 bytes_per_s=rate,
                 left_s=left,
+                weights=self._weights,
+                weights_done=self._weights_done,
                 ready_s=self._ready_s,
                 error=self._error,
                 counts=self.timeline.counts,

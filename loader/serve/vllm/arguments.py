@@ -54,6 +54,7 @@ def serve_arguments(
     *,
     served_model_name: str | None = None,
     trust_remote_code: bool = False,
+    load_format: str | None = None,
     extra: Sequence[str] = (),
     cpu: bool | None = None,
 ) -> tuple[str, ...]:
@@ -71,6 +72,7 @@ def serve_arguments(
         "tokenizer": str(ready.tokenizer),
         "served_model_name": name,
         "trust_remote_code": trust_remote_code,
+        "load_format": load_format,
     }
     if ready.adapters:
         _refuse_name_twice([name, *(a.name for a in ready.adapters)])

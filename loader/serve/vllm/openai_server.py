@@ -148,7 +148,7 @@ async def _serve(
         except Exception as error:
             raise start_failure(error, args.model) from error
         channel.send("loaded")
-        go = await asyncio.to_thread(channel.receive)
+        go = await asyncio.to_thread(_wait_for_go, channel)
         if go is None:
             return 1
         drain = Drain(engine, Boot.from_json(go["boot"]))
@@ -159,6 +159,12 @@ async def _serve(
         code = _exit_code(engine)
     await over
     return code
+
+
+def _wait_for_go(channel: Channel) -> Mapping[str, Any] | None:
+    while (go := channel.receive()) is not None and go["kind"] != "go":
+        pass  # a config that arrived while the engine was told to load
+    return go
 
 
 async def _start_engine(stack: AsyncExitStack, args: Any, method: str) -> Any:

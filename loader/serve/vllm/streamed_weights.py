@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 from loader.arriving.feed import Follower, head_digest
 from loader.arriving.standins import FEED, is_stand_in
 from loader.errors import EngineError, LoaderError
+from loader.serve.vllm.streaming import LOAD_FORMAT
 from loader.weights.header import TensorInfo, header_length, parse_header
 
 if TYPE_CHECKING:
     import torch
 
-LOAD_FORMAT = "podloader"
 _SMALL_BYTES = 1 << 20  # read, not mapped: a mapping costs more
 _TELL_BYTES = 64 << 20
 _UNFLATTENED = "torchao"  # a strategy that makes tensors of several

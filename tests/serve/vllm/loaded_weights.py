@@ -60,7 +60,7 @@ def _begin(folder: Path) -> None:
 def _load_slowly(folder: Path, order: str, scratch: Path) -> dict[str, str]:
     from loader.arriving.feed import Feed
     from loader.arriving.standins import EnginePath
-    from loader.serve.vllm.streamed_weights import LOAD_FORMAT
+    from loader.serve.vllm.streaming import LOAD_FORMAT
     from tests.filling import SlowFolder
 
     filling = SlowFolder(folder, scratch / f"{folder.name} {order}")
