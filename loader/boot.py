@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
     from loader.adapters.layers import Ask
     from loader.arriving.filling import Announce
     from loader.prepare.forecast import Forecast
+    from loader.serve.early_imports import EarlyImports
     from loader.serve.model import ServedModel
+    from loader.serve.vllm.streamed_start import StreamedStart
 
 _log = logging.getLogger("podloader")
 _INDEXES = (".safetensors.index.json", ".bin.index.json")
@@ -101,31 +104,92 @@ def prepare_beside_imports(
     Raises:
         LoaderError: see ``loader.errors``.
     """
+    imports = _early_imports(settings, progress, timeline)
+    ready = prepare(settings, imports, timeline)
+    imports.wait()
+    return ready
+
+
+def prepare_and_start(
+    settings: Settings, progress: Progress, timeline: Timeline
+) -> tuple[ReadyModel, ServedModel]:
+    """Return what ``prepare`` and ``start`` do, with the engine in this process.
+
+    It is imported while the files arrive; vLLM loads weights meanwhile, where they are streamed.
+
+    Raises:
+        LoaderError: see ``loader.errors``.
+    """
+    imports = _early_imports(settings, progress, timeline)
+    streamed = _streamed_start(settings, imports, timeline)
+    if streamed is None:
+        ready = prepare(settings, imports, timeline)
+        imports.wait()
+        return ready, start(ready, settings, timeline)
+    try:
+        ready = prepare(settings, imports, timeline, announce=streamed.announce)
+        imports.wait()
+    except BaseException as error:
+        streamed.abort(error)
+        raise
+    return ready, streamed.finish(ready) or start(ready, settings, timeline)
+
+
+def _early_imports(settings: Settings, progress: Progress, timeline: Timeline) -> EarlyImports:
     from loader.serve.early_imports import CONFIG, EarlyImports
 
     folder = settings.training.download_folder
     imports = EarlyImports(settings.engine, folder, timeline, progress)
     if settings.base_model and not settings.base_checkpoint:
         imports.look_at(user_path(settings.base_model) / CONFIG)
-    ready = prepare(settings, imports, timeline)
-    imports.wait()
-    return ready
+    return imports
 
 
-def start(ready: ReadyModel, settings: Settings, timeline: Timeline | None = None) -> ServedModel:
-    """Return an engine that answers.
+def _streamed_start(
+    settings: Settings, imports: EarlyImports, timeline: Timeline
+) -> StreamedStart | None:
+    """Return what loads weights as they arrive; None where files are waited for."""
+    if settings.engine != "vllm":
+        return None
+    from loader.prepare.consolidated import cache_folder
+    from loader.serve.vllm.streamed_start import StreamedStart
+    from loader.serve.vllm.streaming import LOAD_FORMAT, why_not_streamed
+
+    if why := why_not_streamed(settings.engine_start, settings.engine_args):
+        _log.info("engine start: files: %s", why)
+        return None
+
+    def begin(ready: ReadyModel) -> ServedModel:
+        imports.wait()
+        return start(ready, settings, timeline, load_format=LOAD_FORMAT)
+
+    return StreamedStart(cache_folder(settings), begin, timeline)
+
+
+def start(
+    ready: ReadyModel,
+    settings: Settings,
+    timeline: Timeline | None = None,
+    *,
+    load_format: str | None = None,
+) -> ServedModel:
+    """Return an engine that answers. *load_format* is vLLM's.
 
     Raises:
         EngineError: it did not start.
         ConfigError: ``engine_args`` that it does not know.
         AdapterError: an adapter that changes nothing in it.
     """
-    model: ServedModel
+    make: Callable[..., ServedModel]
     if settings.engine == "vllm":
-        from loader.serve.vllm.inprocess import VLLMModel as Model
+        from loader.serve.vllm.inprocess import VLLMModel
+
+        make = partial(VLLMModel, load_format=load_format)
     else:
-        from loader.serve.transformers import TransformersModel as Model  # type: ignore[assignment]
-    model = Model(
+        from loader.serve.transformers import TransformersModel
+
+        make = TransformersModel
+    model = make(
         ready,
         engine_args=settings.engine_args,
         served_model_name=settings.served_model_name,

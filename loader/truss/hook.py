@@ -85,8 +85,7 @@ class TrussModel:
             timeline = Timeline()
             try:
                 with exporting(timeline, traces_exporter()), contextlib.closing(timeline):
-                    ready = boot.prepare_beside_imports(settings, LogProgress(), timeline)
-                    self._model = boot.start(ready, settings, timeline)
+                    _, self._model = boot.prepare_and_start(settings, LogProgress(), timeline)
             except Exception as error:
                 # Truss itself tells the class of what is raised here.
                 _log.error("the model did not start: %s", error)

@@ -63,6 +63,7 @@ class VLLMModel:
         served_model_name: str | None = None,
         trust_remote_code: bool = False,
         canary: bool = True,
+        load_format: str | None = None,
     ) -> None:
         self._canary = canary
         self._ready = ready if isinstance(ready, ReadyModel) else ready_folder(Path(ready))
@@ -73,6 +74,7 @@ class VLLMModel:
             self._engine_args,
             served_model_name=served_model_name,
             trust_remote_code=trust_remote_code,
+            load_format=load_format,
         )
         self._lock = threading.Lock()
         self._running: _Running | None = None

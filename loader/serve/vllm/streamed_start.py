@@ -1,0 +1,108 @@
+"""vLLM in this process, loaded by a thread while its weights arrive."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from loader.arriving.filling import FillingFolder
+from loader.errors import LoaderError
+from loader.serve.model import ServedModel
+from loader.serve.vllm.streaming import Stream, stream_environment
+from loader.timeline import Open, Timeline
+from loader.types import ReadyModel
+
+_log = logging.getLogger("podloader")
+
+
+class StreamedStart:
+    """The engine that *start* returns for a model whose weights it follows.
+
+    ``announce`` begins it, ``finish`` or ``abort`` is its end. Made before vLLM is imported, whose
+    limits it lifts: whether a start goes on, the fetch decides.
+    """
+
+    def __init__(
+        self, cache: Path, start: Callable[[ReadyModel], ServedModel], timeline: Timeline
+    ) -> None:
+        os.environ.update(stream_environment())
+        self._cache, self._start, self._timeline = cache, start, timeline
+        self._stream: Stream | None = None
+        self._thread: threading.Thread | None = None
+        self._model: ServedModel | None = None
+        self._error: Exception | None = None
+        self._weights: Open | None = None
+
+    def announce(self, filling: FillingFolder, ready: ReadyModel) -> None:
+        """Begin to load *ready*, whose weights *filling* brings; see ``Announce``."""
+        try:
+            stream = Stream(self._cache, filling, ready, self._tell)
+        except (LoaderError, OSError) as error:
+            _log.warning("engine start: files, not streamed: %s", error)
+            return
+        _log.info("engine start: stream: the weights are loaded as they arrive")
+        self._stream = stream
+        self._thread = threading.Thread(target=self._load, args=(stream.ready,), name="engine")
+        self._thread.daemon = True
+        self._thread.start()
+
+    def finish(self, ready: ReadyModel) -> ServedModel | None:
+        """Return the engine over *ready*, all of which is proved; None where there is none.
+
+        Then it is to be started over the files.
+
+        Raises:
+            LoaderError: it failed, and files would not help.
+        """
+        if self._stream is None or self._thread is None:
+            return None
+        stream = self._stream
+        why = stream.publish(ready)
+        if why:
+            stream.feed.close()
+        self._thread.join()
+        if self._model is not None and not why and stream.feed.is_taken:
+            stream.finish()
+            return self._model
+        why = why or stream.feed.broken
+        if self._error is not None and not why:
+            stream.close()
+            raise self._error
+        _log.warning("engine start: files, not streamed: %s", why or "it was not followed")
+        self._end()
+        return None
+
+    def abort(self, error: BaseException) -> None:
+        """End the engine, as soon as that can be: the model is not to be had."""
+        if self._stream is None or self._thread is None:
+            return
+        self._stream.feed.end(error)
+        self._stream.feed.close()
+        self._thread.join()
+        self._end()
+
+    def _end(self) -> None:
+        if self._model is not None:
+            self._model.close()
+        if self._weights is not None:
+            self._timeline.end(self._weights, stopped=True)
+            self._weights = None
+        assert self._stream is not None
+        self._stream.close()
+
+    def _load(self, ready: ReadyModel) -> None:
+        try:
+            self._model = self._start(ready)
+        except Exception as error:
+            self._error = error
+
+    def _tell(self, done: int, total: int) -> None:
+        """Note the stage that waits for weights."""
+        if self._weights is None and not done:
+            self._weights = self._timeline.begin("weights", lane="engine")
+        elif self._weights is not None and done == total:
+            begun, self._weights = self._weights, None
+            self._timeline.end(begun)
