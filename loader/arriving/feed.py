@@ -76,6 +76,8 @@ class Feed:
         self._here: Broadcast[tuple[int, int]] = Broadcast()
         self._lock = threading.Lock()
         self._followers: list[_Followed] = []
+        self.error: BaseException | None = None
+        """What ended the filling, if something did."""
         self.broken = ""
         """Why a follower could not follow, though the filling went on; empty where all could."""
         self._closed = False
@@ -86,12 +88,6 @@ class Feed:
         self._listening.listen(_BACKLOG)
         for work in (self._gather, self._accept):
             threading.Thread(target=work, name="feed", daemon=True).start()
-
-    @property
-    def error(self) -> LoaderError | None:
-        """What ended the filling, if something did."""
-        found = self._here.error
-        return found if isinstance(found, LoaderError) else None
 
     @property
     def is_followed(self) -> bool:
@@ -107,6 +103,7 @@ class Feed:
 
     def end(self, error: BaseException) -> None:
         """Let followers fail with *error*, if not all is here already."""
+        self.error = self.error or error
         self._here.end(error)
 
     def close(self) -> None:
@@ -130,7 +127,7 @@ class Feed:
                 told.update(fresh)
                 self._here.put(self._places[name] for name in fresh)
         except BaseException as error:
-            self._here.end(error)
+            self.end(error)
         else:
             self._here.end()
 
@@ -351,7 +348,7 @@ def _receive(
         TimeoutError: none came in the socket's time.
     """
     try:
-        data, descriptors, _, _ = socket.recv_fds(end, _PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+        data, descriptors = _receive_packet(end)
     except TimeoutError:
         raise
     except OSError:
@@ -361,6 +358,15 @@ def _receive(
     message: Mapping[str, Any] = json.loads(data)
     keep(message, descriptors)
     return message
+
+
+def _receive_packet(end: socket.socket) -> tuple[bytes, list[int]]:
+    try:
+        found = socket.recv_fds(end, _PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:
+        # Said once where the other end left something unread, and before what it sent last.
+        found = socket.recv_fds(end, _PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+    return found[0], found[1]
 
 
 def _to_json(error: BaseException) -> Mapping[str, object]:

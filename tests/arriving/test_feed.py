@@ -171,7 +171,11 @@ def test_how_far_the_slowest_follower_is(filling: SlowFolder, tmp_path: Path) ->
     made.close()
 
 
-def test_a_follower_that_cannot_follow_is_told_of(feed: Feed, tmp_path: Path) -> None:
+def test_a_follower_that_cannot_follow_is_told_of(
+    feed: Feed, filling: SlowFolder, tmp_path: Path
+) -> None:
+    """Though it leaves what it was sent unread."""
+    filling.put(list(TENSORS))
     with follow(tmp_path) as follower:
         follower.fail("no memory to map")
     for _ in range(1000):

@@ -125,7 +125,9 @@ def test_a_sum_that_is_wrong_in_the_end_ends_the_engine_before_it_served(
     start: Start, tmp_path: Path
 ) -> None:
     pod = start(fails="proof", stall_s=1, proof_s=40)
-    assert pod.wait(300) == 4
+    pod.wait_for(lambda body: body.get("weights") and not body["stage"], 300)  # it could serve
+    assert pod.wait(60) == 4
+    assert "first token" in pod.text()
     assert "the sum of the last file is wrong" in pod.text()
     assert {status for _, status, _ in pod.answers} == {503}
     assert not list((tmp_path / "models").rglob("*.safetensors"))

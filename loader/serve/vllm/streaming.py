@@ -10,7 +10,7 @@ from pathlib import Path
 from loader.arriving.feed import Feed, Taken
 from loader.arriving.filling import FillingFolder
 from loader.arriving.standins import EnginePath
-from loader.errors import DiskError, LoaderError
+from loader.errors import DiskError
 from loader.serve.model import base_name
 from loader.types import STREAM_VARIABLE, ReadyModel
 
@@ -46,11 +46,6 @@ class Stream:
         except BaseException:
             self._at.release()
             raise
-
-    @property
-    def error(self) -> LoaderError | None:
-        """What ended the weights' arrival, if something did."""
-        return self.feed.error
 
     def publish(self, ready: ReadyModel) -> str:
         """Let the engine's path lead to *ready*, all of which is proved.
