@@ -7,7 +7,7 @@ name has to be there, with the members that are used, and take the arguments tha
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 from loader.serve.vllm import private
 from loader.serve.vllm.private import IMPORTED, REACHED, SPOKEN, Private
 
+TABLES = {**IMPORTED, **REACHED, **SPOKEN}
 ROOM = Path(private.__file__).parent
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -38,19 +39,31 @@ class Use:
     member: str
 
 
-def breaks(sources: Path) -> list[str]:
-    """Return what podloader would miss with the vLLM in *sources*, nothing where it would run."""
-    release = Release(sources)
+def read_source(file: Path) -> str:
+    """Return what *file* holds."""
+    return file.read_text(encoding="utf-8")
+
+
+def breaks(
+    sources: Path, names: Collection[str] = TABLES, read: Callable[[Path], str] = read_source
+) -> list[str]:
+    """Return what podloader would miss with the vLLM in *sources*, nothing where it would run.
+
+    *names* are those of the tables that are looked at; *read* gives a file's text.
+    """
+    release = Release(sources, read)
     found: list[str] = []
-    for name, entry in IMPORTED.items():
-        found += _check_imported(release, name, entry)
-    for name, entry in REACHED.items():
-        found += _check_members(release, name, entry, release.places(entry.places))
+    for name in names:
+        if name in IMPORTED:
+            found += _check_imported(release, name, IMPORTED[name])
+        elif name in REACHED:
+            entry = REACHED[name]
+            found += _check_members(release, name, entry, release.places(entry.places))
+        elif not release.says(SPOKEN[name], name):
+            found.append(f"{name!r} is no longer said in {SPOKEN[name]}")
     for call in room_calls():
-        found += _check_call(release, call)
-    for text, place in SPOKEN.items():
-        if not release.says(place, text):
-            found.append(f"{text!r} is no longer said in {place}")
+        if call.owner in names:
+            found += _check_call(release, call)
     return list(dict.fromkeys(found))
 
 
@@ -65,12 +78,17 @@ def room_files() -> list[Path]:
 _parse = cache(ast.parse)
 
 
+@cache
+def _walk(node: ast.AST) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(node))
+
+
 def room_calls() -> list[Call]:
     """Return each call of a private name, or of a member of one."""
     return [
         Call(f"{path.name}:{node.lineno}", *target, node)
         for path in room_files()
-        for node in ast.walk(_parse(path.read_text(encoding="utf-8")))
+        for node in _walk(_parse(read_source(path)))
         if isinstance(node, ast.Call) and (target := _target(node.func))
     ]
 
@@ -80,7 +98,7 @@ def room_uses() -> list[Use]:
     return [
         Use(f"{path.name}:{node.lineno}", owner, node.attr)
         for path in room_files()
-        for node in ast.walk(_parse(path.read_text(encoding="utf-8")))
+        for node in _walk(_parse(read_source(path)))
         if isinstance(node, ast.Attribute) and (owner := _owner(node))
     ]
 
@@ -111,8 +129,8 @@ _ALIASES = {"models": "OpenAIServingModels", "openai_serving_models": "OpenAISer
 class Release:
     """The sources of one release, parsed as they are asked for."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, read: Callable[[Path], str]) -> None:
+        self._root, self._read = root, read
         self._modules: dict[str, Module | None] = {}
 
     def module(self, name: str) -> Module | None:
@@ -121,7 +139,7 @@ class Release:
             path = self._root / name.replace(".", "/")
             files = (path.with_suffix(".py"), path / "__init__.py")
             file = next((file for file in files if file.is_file()), None)
-            self._modules[name] = Module(self, name, file) if file else None
+            self._modules[name] = Module(self, name, file, self._read(file)) if file else None
         return self._modules[name]
 
     def places(self, places: tuple[str, ...]) -> list[tuple[Module, str]]:
@@ -138,15 +156,15 @@ class Release:
 class Module:
     """One module of a release."""
 
-    def __init__(self, release: Release, name: str, file: Path) -> None:
+    def __init__(self, release: Release, name: str, file: Path, text: str) -> None:
         self.release, self.name = release, name
         self.package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-        self.tree = _parse(file.read_text(encoding="utf-8"))
+        self.tree = _parse(text)
 
     @cached_property
     def strings(self) -> set[str]:
         """All strings in it."""
-        nodes = ast.walk(self.tree)
+        nodes = _walk(self.tree)
         return {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
 
     @cached_property
@@ -173,7 +191,7 @@ class Module:
 
     def calls(self, name: str) -> bool:
         """Return whether its code calls *name*."""
-        nodes = ast.walk(self.tree)
+        nodes = _walk(self.tree)
         calls = (node.func for node in nodes if isinstance(node, ast.Call))
         return any(isinstance(called, ast.Name) and called.id == name for called in calls)
 
@@ -241,7 +259,7 @@ class Class:
         """All that an instance has."""
         found = set(self.fields)
         for node in self.lineage:
-            for inner in ast.walk(node):
+            for inner in _walk(node):
                 match inner:
                     case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
                         found.add(name)
@@ -309,14 +327,14 @@ def _check_members(
 def _given(module: Module, what: str) -> set[str]:
     """Return what *module* puts into an object that has no class: ``state``, or ``args``."""
     if what == "state":
-        attributes = (n for n in ast.walk(module.tree) if isinstance(n, ast.Attribute))
+        attributes = (n for n in _walk(module.tree) if isinstance(n, ast.Attribute))
         stored = (n for n in attributes if isinstance(n.ctx, ast.Store))
         return {n.attr for n in stored if isinstance(n.value, ast.Name) and n.value.id == what}
     if what != "args":
         return set()
-    classes = (node for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef))
+    classes = (node for node in _walk(module.tree) if isinstance(node, ast.ClassDef))
     found = {field for node in classes for field in Class(module, node).fields}
-    for node in ast.walk(module.tree):
+    for node in _walk(module.tree):
         match node:
             case ast.Call(func=ast.Attribute(attr="add_argument"), args=words):
                 names = [str(word.value) for word in words if isinstance(word, ast.Constant)]

@@ -10,7 +10,7 @@ import pytest
 
 from loader.serve.vllm.private import IMPORTED, REACHED, SPOKEN
 from loader.serve.vllm.releases import PROVED
-from tests.engines.contract import breaks, room_files, room_uses
+from tests.engines.contract import TABLES, breaks, read_source, room_files, room_uses
 from tests.engines.sources import UnavailableError, sources_of
 
 _OF_PYDANTIC = {"model_copy"}
@@ -57,42 +57,43 @@ _CHANGES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The newest release's sources, to be changed."""
-    return Path(shutil.copytree(have(PROVED[-1]), tmp_path_factory.mktemp("vllm") / "sources"))
-
-
 @pytest.mark.engine
 @pytest.mark.parametrize(("file", "is_there", "becomes", "told"), _CHANGES, ids=lambda t: t[:24])
-def test_one_thing_renamed_is_told(
-    copy: Path, file: str, is_there: str, becomes: str, told: str
-) -> None:
-    path = copy / "vllm" / file
-    before = path.read_text(encoding="utf-8")
-    assert is_there in before
-    path.write_text(before.replace(is_there, becomes), encoding="utf-8")
-    try:
-        found = breaks(copy)
-    finally:
-        path.write_text(before, encoding="utf-8")
+def test_one_change_is_told(file: str, is_there: str, becomes: str, told: str) -> None:
+    sources = have(PROVED[-1])
+    changed = sources / "vllm" / file
+    assert is_there in read_source(changed)
+
+    def read(path: Path) -> str:
+        text = read_source(path)
+        return text.replace(is_there, becomes) if path == changed else text
+
+    found = breaks(sources, read=read)
     assert any(told in line for line in found), found
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", IMPORTED)
-def test_a_module_that_is_gone_is_told(copy: Path, name: str) -> None:
-    gone = []
-    for place in IMPORTED[name].places:
-        stem = copy / place.replace(".", "/")
-        gone += [p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.is_file()]
-    for path in gone:
-        path.rename(path.with_suffix(".gone"))
-    try:
-        assert any(name in line for line in breaks(copy))
-    finally:
-        for path in gone:
-            path.with_suffix(".gone").rename(path)
+@pytest.mark.parametrize("name", TABLES)
+def test_whatever_is_renamed_is_told(name: str) -> None:
+    sources, entry = have(PROVED[-1]), TABLES[name]
+    members = () if isinstance(entry, str) else entry.members
+    words = [name] if name not in REACHED else []
+    for word in (*words, *(member.partition("(")[0] for member in members)):
+        anywhere = re.compile(rf"\b{word.replace('_', '[-_]')}")  # as an option of the command, too
+
+        def read(path: Path, anywhere: re.Pattern[str] = anywhere) -> str:
+            return anywhere.sub("renamed", read_source(path))
+
+        assert breaks(sources, [name], read), word
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["serve_http", "EngineArgs", "LoRAModelManager"])
+def test_a_module_that_is_gone_is_told(name: str, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(have(PROVED[-1]), tmp_path / "sources"))
+    for other in IMPORTED[name].places:
+        copy.joinpath(other.replace(".", "/")).with_suffix(".py").unlink(missing_ok=True)
+    assert any(name in line for line in breaks(copy))
 
 
 def test_the_tables_say_all_that_the_room_uses() -> None:
