@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import shlex
 import shutil
+import socket
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,8 @@ from tests.stores.api import KEY, Api
 from tests.stores.hub import Hub
 
 NAMES = sorted(path.parent.name for path in TEMPLATES.glob("*/config.yaml"))
+ENGINE_ARGS = {"enforce_eager": True, "dtype": "float32", "max_model_len": 256}
+_CLONE_NEWNET = 0x40000000  # linux/sched.h
 PROMPT = {"prompt": "the capital of france", "temperature": 0, "max_tokens": 8}
 
 
@@ -115,12 +121,11 @@ def text_of(server: TrussServer, body: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def vllm_server(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrussServer]:
-    engine_args = {"enforce_eager": True, "dtype": "float32", "max_model_len": 256}
     with start(
         job,
         "vllm-model",
         tmp_path_factory.mktemp("pod"),
-        PODLOADER_ENGINE_ARGS=json.dumps(engine_args),
+        PODLOADER_ENGINE_ARGS=json.dumps(ENGINE_ARGS),
     ) as server:
         yield server
 
@@ -285,23 +290,46 @@ def test_lora_multi_with_secrets_for_s3_and_the_hub_and_spans(
 
 
 @pytest.mark.engine
-def test_files_that_another_tool_laid_there_and_no_origin(tmp_path: Path) -> None:
+def test_files_that_another_tool_laid_there_no_artifacts_and_no_network(tmp_path: Path) -> None:
     with serving(tmp_path / "origin") as origin:
         job = Job(tmp_path, origin)
-        job.listing.write_text("")  # nothing to read there
+    job.listing.write_text("")  # nothing to read there
     for name in ("checkpoint-1", "checkpoint-2"):
-        shutil.copytree(job.folder / name, tmp_path / "down/rank-0" / name)
+        laid = tmp_path / "down/rank-0" / name
+        laid.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["cp", "-r", str(job.folder / name), str(laid)], check=True)
     settings = {
-        "PODLOADER_ENGINE": "transformers",
-        "PODLOADER_ARTIFACTS": "local",
+        "PODLOADER_ARTIFACTS": "[]",
         "PODLOADER_BASE_MODEL": str(job.base),
         "PODLOADER_SERVED_MODEL_NAME": "base",
+        "PODLOADER_ENGINE_ARGS": json.dumps(ENGINE_ARGS),
     }
-    with running_template("lora-multi", tmp_path, job.listing, settings) as server:
-        names = ("base", "job1-checkpoint-1", "job1-checkpoint-2")
-        assert len({text_of(server, PROMPT | {"model": name}) for name in names}) == 3
-        log = server.log.read_text()
+
+    def serve() -> str:
+        with running_template("lora-multi", tmp_path, job.listing, settings) as server:
+            names = ("base", "job1-checkpoint-1", "job1-checkpoint-2")
+            assert len({text_of(server, PROMPT | {"model": name}) for name in names}) == 3
+            return server.log.read_text()
+
+    log = run_without_network(serve)
     assert "adoption" in log
+    assert "listing" in log
+
+
+def run_without_network(work: Callable[[], str]) -> str:
+    """Return what *work* does, it and its processes, where there is but a loopback of its own."""
+
+    def alone() -> str:
+        # SAFETY: of this thread alone, which ends with *work*; it takes numbers, and follows none.
+        if ctypes.CDLL(None).unshare(_CLONE_NEWNET):
+            pytest.skip("making a network namespace is not permitted here")
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        with pytest.raises(OSError):
+            socket.create_connection(("192.0.2.1", 80), timeout=1)
+        return work()
+
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(alone).result()
 
 
 def classifier(folder: Path) -> tuple[torch.nn.Linear, torch.nn.Linear]:
