@@ -7,7 +7,7 @@ name has to be there, with the members that are used, and take the arguments tha
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 from loader.serve.vllm import private
 from loader.serve.vllm.private import IMPORTED, REACHED, SPOKEN, Private
 
-TABLES = {**IMPORTED, **REACHED, **SPOKEN}
+TABLES: Mapping[str, Private | str] = {**IMPORTED, **REACHED, **SPOKEN}
 ROOM = Path(private.__file__).parent
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loader.serve.vllm.private import IMPORTED, REACHED, SPOKEN
+from loader.serve.vllm.private import IMPORTED, REACHED, SPOKEN, Private
 from loader.serve.vllm.releases import PROVED
 from tests.engines.contract import TABLES, breaks, read_source, room_files, room_uses
 from tests.engines.sources import UnavailableError, sources_of
@@ -76,7 +76,7 @@ def test_one_change_is_told(file: str, is_there: str, becomes: str, told: str) -
 @pytest.mark.parametrize("name", TABLES)
 def test_whatever_is_renamed_is_told(name: str) -> None:
     sources, entry = have(PROVED[-1]), TABLES[name]
-    members = () if isinstance(entry, str) else entry.members
+    members = entry.members if isinstance(entry, Private) else ()
     words = [name] if name not in REACHED else []
     for word in (*words, *(member.partition("(")[0] for member in members)):
         anywhere = re.compile(rf"\b{word.replace('_', '[-_]')}")  # as an option of the command, too

@@ -103,11 +103,11 @@ class RunningPod:
         """Ask the pod."""
         return httpx.get(self.url + path, timeout=30)
 
-    def wait_answer(self, timeout_s: float = 60) -> dict[str, Any]:
+    def wait_answer(self, timeout_s: float = 300) -> dict[str, Any]:
         """Return the first answer of ``/health``."""
         return self.wait_for(lambda _: True, timeout_s)
 
-    def wait_for(self, wanted: Any, timeout_s: float = 60) -> dict[str, Any]:
+    def wait_for(self, wanted: Any, timeout_s: float = 300) -> dict[str, Any]:
         """Return the first body of ``/health`` that *wanted* takes."""
         seen = 0
         ends = time.monotonic() + timeout_s

@@ -79,7 +79,7 @@ def rendered(pod: RunningPod) -> str:
 
 @pytest.mark.engine
 def test_the_models_class_is_looked_at_while_its_weights_come(pod: RunningPod) -> None:
-    pod.wait_for(lambda _: "model class: " in pod.text(), 300)
+    pod.wait_for(lambda _: "model class: " in pod.text())
     assert "download of the base: " not in pod.text()
     pod.stop_probing()
     pod.signal(signal.SIGTERM)

@@ -166,7 +166,7 @@ def test_a_signal_ends_the_load_of_an_engine_at_once(start: Start) -> None:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "VLLM_CPU_KVCACHE_SPACE": "1"}
         pod = start(as_pid_1=True, environment=environment)
-        pod.wait_for(lambda body: "engine load" in body["stage"], 200)
+        pod.wait_for(lambda body: "engine load" in body["stage"])
         family = [pod.pod, *pod.pod.children(recursive=True)]
         pod.stop_probing()
         began = time.monotonic()
