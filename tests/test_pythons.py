@@ -30,6 +30,7 @@ _HEAVY = re.compile(r"^ *(from|import) (peft|tests\.models|tokenizers|torch|tran
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("minor", [minor for minor in _MINORS if minor != _HERE])
 def test_sockets_and_tls(minor: str) -> None:
     python = environment(minor)
