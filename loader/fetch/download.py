@@ -29,7 +29,7 @@ _SPARE_BYTES = 64 << 20  # journals, records, folders
 class Download:
     """The files of a fetch that have to be brought here, by this process or one beside it.
 
-    Records *seen* before prove nothing new.
+    *stale*: records already checked and rejected; they do not make a file count as present.
     """
 
     def __init__(
@@ -37,14 +37,14 @@ class Download:
         root: Path,
         limits: Limits,
         verify: Verify,
-        seen: Mapping[Artifact, Record],
+        stale: Mapping[Artifact, Record],
         progress: Progress,
         arrivals: Arrivals,
     ) -> None:
         self._root = root
         self._limits = limits
         self._verify = verify
-        self._seen = seen
+        self._stale = stale
         self._progress = progress
         self._arrivals = arrivals
         self._waited = False
@@ -109,7 +109,7 @@ class Download:
                 self._progress.advance(file.size_bytes, file.path)
             self._progress.finish_file(file.path)
 
-    def _begin(self, part: PartFile, see: Callable[[PartFile], None]) -> bool:
+    def _begin(self, part: PartFile, open_part: Callable[[PartFile], None]) -> bool:
         if not part.lock():
             part.drop_opened()
             if not self._waited:
@@ -117,10 +117,10 @@ class Download:
                 _log.info("%s: another process is fetching it; waiting", part.artifact.path)
             return False
         claimed = 0
-        if part.is_seen:
+        if part.is_confirmed:
             claimed = part.claimed_bytes
         else:
-            see(part)
+            open_part(part)
         self.claim(part)
         found = part.have_bytes if part.done is None else part.info.size_bytes
         if found != claimed:
@@ -132,7 +132,7 @@ class Download:
     def _completed(self, part: PartFile) -> Record | None:
         """Return the record of a file that another process has completed meanwhile."""
         record = read_record(part.place)
-        if record is None or record == self._seen.get(part.artifact):
+        if record is None or record == self._stale.get(part.artifact):
             return None
         whole = (
             is_same(part.artifact, record, part.info)

@@ -106,7 +106,7 @@ class FirstRequests:
         for request in self._large:
             artifact = request.artifact
             part = self._events.make(artifact, ObjectInfo(artifact.size_bytes or 0))
-            part.is_seen = False
+            part.is_confirmed = False
             self._parts[request.place] = part
         found = [self._parts[place] for place in sorted(self._parts)]
         self._total_bytes = sum(part.info.size_bytes for part in found)
@@ -133,7 +133,7 @@ class FirstRequests:
                     self._note_retry(request, error)
                     raise
                 part.opened = stream, request.end
-                part.see(check_size(part.artifact, stream.info, self._store))
+                part.confirm(check_size(part.artifact, stream.info, self._store))
 
     def next(self, held: int) -> FirstRequest | None:
         """Return a request for a thread that has *held* in flight, None for no more.

@@ -40,7 +40,7 @@ from loader.stores.base import ByteStream
 from loader.types import Artifact, FetchedFile
 
 LARGE_BYTES = 1 << 20  # smaller files come first, and several at a time
-Tell = Callable[[str, str, int, int], None]
+OnRange = Callable[[str, str, int, int], None]
 Order = Callable[[Artifact, ObjectInfo, tuple[Range, ...]], tuple[Range, ...]]
 
 
@@ -49,13 +49,12 @@ class PartFile:
     may be called from many threads.
 
     Files that are not worth a journal are fetched from their start after an interruption. *choose*
-    says which of the origin's sums is compared. *tell* is called with the artifact's path, the file
-    that it is in, start and end of what has come, and with what was here; not of what comes whole
-    at once. *order* says in which order what is missing is fetched, in which pieces.
-    ``is_seen``: ``info`` is the origin's, not the listing's. ``opened``: the stream of the file's
-    beginning, and where it was to end. ``is_new``: ``lock`` found
-    nothing of it here. ``missing`` is what ``resume`` left to be fetched, ``done`` the file once it
-    is whole.
+    says which of the origin's sums is compared. *on_range* is called with the artifact's path, the
+    file that it is in, start and end of what has come, and with what was here; not of what comes
+    whole at once. *order* says in which order what is missing is fetched, in which pieces.
+    ``is_confirmed``: ``info`` is the origin's, not the listing's. ``opened``: the stream of the
+    file's beginning, and where it was to end. ``is_new``: ``lock`` found nothing of it here.
+    ``missing`` is what ``resume`` left to be fetched, ``done`` the file once it is whole.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class PartFile:
         *,
         guesses: Guesses | None = None,
         journaled: bool = True,
-        tell: Tell = lambda path, part, start, end: None,
+        on_range: OnRange = lambda path, part, start, end: None,
         order: Order = lambda artifact, info, missing: missing,
     ) -> None:
         self.artifact = artifact
@@ -76,12 +75,12 @@ class PartFile:
         self._guesses = guesses
         self._set_info(info)
         self._journaled = journaled
-        self._tell = tell
+        self._on_range = on_range
         self._order = order
         self.done: FetchedFile | None = None
         self.missing: tuple[Range, ...] = ()
         self.is_new = False
-        self.is_seen = True
+        self.is_confirmed = True
         self.opened: tuple[ByteStream, int] | None = None
         self.fetched_bytes = 0
         self.place = place
@@ -120,10 +119,10 @@ class PartFile:
         held = found.st_blocks * 512 if found is not None else 0
         return max(0, self.info.size_bytes - held)
 
-    def see(self, info: ObjectInfo) -> None:
+    def confirm(self, info: ObjectInfo) -> None:
         """Take what the origin says of the object."""
         self._set_info(info)
-        self.is_seen = True
+        self.is_confirmed = True
 
     def take_opened(self) -> tuple[ByteStream, int] | None:
         """Return the stream of the file's beginning and where it ends, once; None: not wanted."""
@@ -171,7 +170,7 @@ class PartFile:
         missing = missing_ranges(self._have, self.info.size_bytes)
         self.missing = self._order(self.artifact, self.info, missing) if missing else ()
         for entry in self._have:
-            self._tell(self.artifact.path, self.place.part, entry.start, entry.end)
+            self._on_range(self.artifact.path, self.place.part, entry.start, entry.end)
         self.done = self._adopt()
         if self.done is not None:
             self.missing = ()
@@ -213,7 +212,7 @@ class PartFile:
             self._have_bytes += entry.end - entry.start
             self.fetched_bytes += entry.end - entry.start
             is_whole = self._have_bytes == self.info.size_bytes
-        self._tell(self.artifact.path, self.place.part, entry.start, entry.end)
+        self._on_range(self.artifact.path, self.place.part, entry.start, entry.end)
         return is_whole
 
     def publish(self) -> None:

@@ -158,16 +158,15 @@ def _fetch(
 
     def make(artifact: Artifact, info: ObjectInfo) -> PartFile:
         large = info.size_bytes > min(options.range_bytes, LARGE_BYTES)
-        place, tell = at[artifact], arrivals.advance
         return PartFile(
             artifact,
             info,
-            place,
+            at[artifact],
             boot,
             choose,
             guesses=guesses,
             journaled=large,
-            tell=tell,
+            on_range=arrivals.advance,
             order=options.order,
         )
 

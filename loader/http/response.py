@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Protocol
 
 from loader.http.grammar import AnswerError, Chunks, Head, frame, read_head
+from loader.http.sockets import PlainSocket
 
 _BYTES = 20 << 10  # of a first read: an answer's head, and a small file behind it
 _MOST_BYTES = 64 << 10  # of a head
@@ -24,27 +24,6 @@ _END = re.compile(rb"\n\r?\n")  # of a head, with the last line's
 
 class UnansweredError(ConnectionResetError):
     """The connection was closed without an answer."""
-
-
-class Incoming(Protocol):
-    """A socket, see ``sockets``. Who waits in it holds it: it is closed when nobody does."""
-
-    deadline: float
-
-    def begin_time(self) -> None:
-        """Let all waits from now on take no longer together than one may."""
-
-    def recv_some(self, buffer: memoryview, /) -> int:
-        """Put into *buffer* what has come; wait where that is nothing. 0 at the end."""
-
-    def recv_into(self, buffer: memoryview, /) -> int:
-        """Do the same; what is about to come may be waited for as well."""
-
-    def hold(self) -> None:
-        """Keep it open until it is let go of, whoever closes it."""
-
-    def let_go(self) -> None:
-        """Note that it is not needed any more."""
 
 
 def request_head(method: str, target: str, headers: Mapping[str, str]) -> bytes:
@@ -67,7 +46,7 @@ class Inbox:
     ``sample`` is what the last head's body began with.
     """
 
-    def __init__(self, sock: Incoming) -> None:
+    def __init__(self, sock: PlainSocket) -> None:
         self.sock = sock
         self.sample = b""
         self._buffer = bytearray(_BYTES)

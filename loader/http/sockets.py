@@ -63,7 +63,7 @@ class PlainSocket:
         self.settimeout(sock.gettimeout())
 
     def recv_into(self, buffer: memoryview, /) -> int:
-        """Wait for bytes and put them into *buffer*; 0 at the end. Raises TimeoutError.
+        """Like ``recv_some``, but may block until the buffer is full (SO_RCVLOWAT).
 
         From a peer that is fast, so many are waited for as are due within a moment.
         """
@@ -183,7 +183,7 @@ class TlsSocket(PlainSocket):
         self._sock.setblocking(False)
 
     def peek(self) -> bytes | None:
-        """Do the same."""
+        """Return one decrypted byte that has come, none at the end; None where nothing has come."""
         return _read_one(self._tls)
 
     def recv_some(self, buffer: memoryview, /) -> int:
@@ -233,7 +233,7 @@ class BufferedTlsSocket(PlainSocket):
         self.deadline = math.inf
 
     def peek(self) -> bytes | None:
-        """Do the same."""
+        """Return one decrypted byte that has come, none at the end; None where nothing has come."""
         try:
             data = self._sock.recv(_RECORD_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -248,7 +248,7 @@ class BufferedTlsSocket(PlainSocket):
         return self.recv_some(buffer)
 
     def recv_some(self, buffer: memoryview, /) -> int:
-        """Do the same."""
+        """Wait for a record, decrypt what has come into *buffer*; 0 where the peer has ended it."""
         while True:
             if self._dry:
                 self._receive()

@@ -19,6 +19,7 @@ from loader.http.addresses import is_link_local
 from loader.http.expiry import expiry, refused
 from loader.http.grammar import AnswerError
 from loader.http.response import Answer, Inbox, UnansweredError
+from loader.http.sockets import PlainSocket
 from loader.prepare.named_base import named_base
 from loader.resolve.manifest import check_count, check_names, resolve
 from loader.stores.listing import parse_listings
@@ -31,15 +32,14 @@ from loader.weights.index import weight_map
 WHERE = "somewhere"
 
 
-class Wire:
+class Wire(PlainSocket):
     """A connection on which *data* comes, a few bytes at a time."""
 
-    deadline = 0.0
-
     def __init__(self, data: bytes) -> None:
+        self.deadline = 0.0
         self._data = data
 
-    def begin_time(self) -> None:
+    def begin_time(self, limit_s: float | None = None) -> None:
         """Nobody waits here."""
 
     def hold(self) -> None:
@@ -55,7 +55,9 @@ class Wire:
         self._data = self._data[count:]
         return count
 
-    recv_into = recv_some
+    def recv_into(self, buffer: memoryview, /) -> int:
+        """Give the next bytes, 0 at the end."""
+        return self.recv_some(buffer)
 
 
 class Held:
