@@ -63,10 +63,16 @@ def prepare(
     timeline = timeline or Timeline()
     timeline.note(**_asked_for(settings))
     ready = _prepare(settings, progress, timeline, ask, announce)
-    from loader.serve.vllm.releases import installed_versions  # the first request is ahead of it
+    from loader.serve.model import base_name  # the first request is ahead of these
+    from loader.serve.vllm.releases import installed_versions
 
     names = [adapter.name for adapter in ready.adapters]
-    timeline.note(model=str(ready.path), adapters=names, versions=installed_versions())
+    timeline.note(
+        model=str(ready.path),
+        adapters=names,
+        served_as=[base_name(ready, settings.served_model_name), *names],
+        versions=installed_versions(),
+    )
     return ready
 
 
@@ -297,7 +303,6 @@ def _asked_for(settings: Settings) -> dict[str, object]:
     """Return what the settings ask for, as a start tells of itself."""
     references = settings.training.artifact_references
     return {
-        "served_as": settings.served_model_name or "",
         "checkpoints": [
             f"{one.training_job_id}/{path}" for one in references for path in one.paths
         ],

@@ -119,6 +119,7 @@ def test_a_start_tells_what_it_is_about(job: Job, base: Path, adapter: Path) -> 
     assert facts["bytes_from"] == [f"http://127.0.0.1:{job.origin.server_port}"]
     assert (facts["model"], facts["base_model"]) == (str(ready.path), str(base))
     assert facts["adapters"] == ["job1"]
+    assert facts["served_as"] == ["base", "job1"]
     assert {"podloader", "vllm", "torch"} == set(dict(facts["versions"]))  # type: ignore[call-overload]
 
 

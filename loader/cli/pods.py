@@ -45,6 +45,7 @@ def _run(pod: Pod, config: Path | None, timeline: Timeline, timeline_file: Path 
     # Not before the port answers: these import rich.
     from loader.cli.display import choose_progress
     from loader.cli.timelines import timeline_kept
+    from loader.status.state import fact_text
 
     try:
         with timeline_kept(timeline_file, timeline):
@@ -58,5 +59,6 @@ def _run(pod: Pod, config: Path | None, timeline: Timeline, timeline_file: Path 
             say("/health answers with this until a signal comes")
             pod.hold()
         return error.exit_code
-    say(f"ready after {show_seconds(timeline.now_s)}")
+    names = fact_text(timeline.facts.get("served_as", ()))
+    say(f"ready after {show_seconds(timeline.now_s)}{names and f', as {names}'}")
     return pod.serve()

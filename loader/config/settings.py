@@ -62,7 +62,7 @@ def _setting(
     written: str = "",
     repr: bool = True,  # noqa: A002 - as field's
 ) -> Any:
-    """Return a field of ``Settings`` with its line of the README's table.
+    """Return a field of ``Settings`` with its line of the table in docs/settings.md.
 
     *written*: how a person would write the default, where that is not its JSON.
     """
@@ -105,7 +105,8 @@ class Settings:
     adapter_policy: Literal["auto", "attach", "merge"] = _setting(
         "auto",
         description="`attach`: the engine serves adapters by name. `merge`: one adapter is folded "
-        "into the base's weights. `auto`: whichever makes the faster server (see Adapters).",
+        "into the base's weights. `auto`: whichever makes the faster server "
+        "([Adapters](adapters.md)).",
     )
     adapter_jobs: Words = _setting(
         (),
@@ -141,7 +142,9 @@ class Settings:
         description="Arguments of the engine, named as vLLM's `AsyncEngineArgs` names them.",
     )
     served_model_name: str | None = _setting(
-        None, description="The name requests give the model. Default: the job id or base model."
+        None,
+        description="The name requests give the model. Default: its folder's, a merged adapter's "
+        "own.",
     )
     concurrency: Annotated[int, Meta(ge=1, le=256)] = _setting(
         16,
@@ -173,7 +176,7 @@ class Settings:
         "sample",
         description="What a file that an earlier start fetched has to prove: its size and time "
         "stamp, the digests of a few ranges as well, or the digest of every byte. `full` "
-        "also compares what the origin says of large new files, see How it fails.",
+        "also compares what the origin says of large new files ([How it fails](failures.md)).",
     )
     accept_unwritten: bool = _setting(
         False,
@@ -380,7 +383,7 @@ class Settings:
                 "settings that are wrong",
                 where=where if where in origins.values() else "",
                 problems=problems,
-                next_step="correct them; the README's table lists every setting",
+                next_step="correct them; `podloader settings` lists every one",
             )
         return cls(
             training=training,

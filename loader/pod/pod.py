@@ -56,6 +56,7 @@ KILL_AFTER_S = 5.0
 """Past ``drain_timeout_s`` the engine is killed."""
 _FIRST_PROCESS = 1
 _CONFIG = "config.json"
+_NAMED = "--served-model-name"
 _UNKNOWN = ReadyModel(Path("model"), (), None, Path("model"), {})  # until the files are here
 _log = logging.getLogger("podloader")
 
@@ -192,6 +193,8 @@ class Pod:
                 self._load(stream.ready, LOAD_FORMAT)
             case _Prepared(ready):
                 self._ready = ready
+                if any(word.replace("_", "-").startswith(_NAMED) for word in self._arguments):
+                    self._timeline.note(served_as=[])  # vLLM's argument wins
                 self._take(ready)
             case EngineLoaded(engine) if engine is self._engine:
                 self._loaded = True

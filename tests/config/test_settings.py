@@ -17,7 +17,7 @@ from loader.config.truss_config import DOWNLOAD_FOLDER
 from loader.errors import ConfigError
 from loader.types import ArtifactReference
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 REFERENCES = [{"training_job_id": "job1", "paths": ["rank-*/checkpoint-10/", "rank-0/x.json"]}]
 
 
@@ -216,7 +216,7 @@ def test_a_config_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_the_readme_has_the_table_of_settings() -> None:
-    assert settings_table() in README.read_text(encoding="utf-8")
+    assert settings_table() in PAGE.read_text(encoding="utf-8")
 
 
 def test_a_config_may_hold_every_default() -> None:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import venv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dockerfile_parse import DockerfileParser
@@ -26,16 +26,17 @@ DOCKERFILE = Path(__file__).parents[2] / "deploy" / "Dockerfile"
 _VENV, _BEHIND = "/opt/python", "/opt/packages"
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc", "/proc", "/dev", "/sys")
 
-# $2 "ro" makes the image read-only, as `docker run --read-only`; $3 is what lies at /cache then.
+# $2 "ro" makes the image read-only, as `docker run --read-only`; $3 is what lies at /cache then, $6
+# the size of /tmp.
 _ENTER = """
 set -eu
-root=$1 mode=$2 cache=$3 user=$4 places=$5
-shift 5
+root=$1 mode=$2 cache=$3 user=$4 places=$5 tmp=$6
+shift 6
 mount --bind "$root" "$root"
 for place in $places; do mkdir -p "$root$place"; mount --rbind "$place" "$root$place"; done
 if [ "$mode" = ro ]; then
     mkdir -p "$root/tmp"
-    mount -t tmpfs -o mode=1777 none "$root/tmp"
+    mount -t tmpfs -o mode=1777,size=$tmp none "$root/tmp"
     mount --bind "$cache" "$root/cache"
     mount -o remount,bind,ro "$root"
 fi
@@ -60,14 +61,27 @@ class Image:
         cache: Path,
         variables: Mapping[str, str] | None = None,
         user: str = "",
+        tmp: str = "50%",
     ) -> list[str]:
         """Return what runs a container with *arguments* for CMD, in a mount namespace.
 
-        Its root is read-only; *cache* lies at /cache. *user* is another than the image's.
+        Its root is read-only; *cache* lies at /cache. *user* is another than the image's, *tmp* the
+        size of /tmp.
         """
         given = {**self.variables, **(variables or {})}
         words = [*self.entrypoint, *(arguments or self.arguments)]
-        return _enter(self.root, "ro", cache, user or self.user, given, self.folder, words)
+        return _enter(self.root, "ro", cache, user or self.user, given, self.folder, words, tmp)
+
+
+def run(
+    image: Image, cache: Path, *words: str, user: str = "", tmp: str = "50%", **changed: str
+) -> subprocess.CompletedProcess[str]:
+    """Run *words* in a container, in the place of its entrypoint."""
+    other = replace(image, entrypoint=words[:1], variables={**image.variables, **changed})
+    command = other.command(*words[1:], cache=cache, user=user, tmp=tmp)
+    return subprocess.run(
+        [*AS_PID_1, *command], capture_output=True, text=True, check=False, timeout=120
+    )
 
 
 def build(wheel: Path, folder: Path) -> Image:
@@ -135,13 +149,14 @@ def _enter(
     variables: Mapping[str, str],
     folder: str,
     words: Sequence[str],
+    tmp: str = "50%",
 ) -> list[str]:
     packages = [path for path in sys.path if path.endswith("site-packages")]
     mounted = [*filter(os.path.exists, _SYSTEM), sys.base_prefix, *packages, *_roots()]
     given = [f"{name}={value}" for name, value in variables.items()]
     inside = ["env", "-i", "-C", folder, *given, *words]
     script = ["sh", "-c", _ENTER, "container", str(root), mode, str(cache), user]
-    return [*script, " ".join(dict.fromkeys(mounted)), *inside]
+    return [*script, " ".join(dict.fromkeys(mounted)), tmp, *inside]
 
 
 def _roots() -> list[str]:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from openai import OpenAI
 
-from loader.scaffold.wheel import REQUIREMENTS, write_wheel
+from loader.scaffold.wheel import REQUIREMENTS
 from loader.serve.vllm.releases import IMAGE
-from tests.deploy.image import DOCKERFILE, Image, build
+from tests.deploy.image import DOCKERFILE, Image, run
 from tests.models import tiny_llama
 from tests.origin import serving, write_listing
-from tests.pod.pods import AS_PID_1, ENGINE_ARGS, RunningPod, free_port, needs_namespaces
+from tests.pod.pods import AS_PID_1, ENGINE_ARGS, RunningPod, free_port
 
 
 def test_it_is_built_on_the_newest_engine_that_is_proved() -> None:
@@ -29,29 +27,6 @@ def test_what_it_installs_is_what_was_tested() -> None:
     asked = {word for word in DOCKERFILE.read_text().split() if "==" in word}
     assert asked <= set((DOCKERFILE.parents[1] / ".ci/constraints.txt").read_text().split())
     assert set(REQUIREMENTS) <= asked
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    needs_namespaces()
-    folder = tmp_path_factory.mktemp("image")
-    return build(write_wheel(folder), folder)
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    """What lies at /cache: only its own user may write there."""
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    os.chown(folder, 10001, 10001)
-    return folder
-
-
-def run(image: Image, cache: Path, *words: str, **changed: str) -> subprocess.CompletedProcess[str]:
-    """Run *words* in a container in the place of its entrypoint."""
-    other = replace(image, entrypoint=words[:1])
-    command = [*AS_PID_1, *other.command(*words[1:], cache=cache, variables=changed)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
 def test_the_image_runs_the_wheel_as_nobody_in_particular(image: Image, cache: Path) -> None:
@@ -74,7 +49,7 @@ def test_what_it_is_started_with(image: Image, cache: Path) -> None:
         [*AS_PID_1, *command], capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 2, done.stderr
-    (line,) = [json.loads(line) for line in done.stderr.splitlines()]
+    *_, line = [json.loads(line) for line in done.stderr.splitlines()]
     assert line["level"] == "ERROR"
     assert "/app/config.yaml" in line["message"]
 

@@ -15,7 +15,7 @@ from loader.serve.vllm import private, releases
 from loader.serve.vllm.releases import IMAGE, PROVED, RANGE
 
 ROOT = Path(__file__).parents[2]
-_TEXTS = ["README.md", "truss_templates", "deploy", "loader/scaffold"]
+_TEXTS = ["README.md", "docs", "truss_templates", "deploy", "loader/scaffold"]
 
 
 def test_a_package_asks_for_what_is_proved() -> None:
@@ -40,7 +40,7 @@ def test_every_image_is_the_newest_that_is_proved() -> None:
         (str(path.relative_to(ROOT)), image)
         for paths in files
         for path in paths
-        if path.suffix in {".md", ".yaml", ".yml", ".py"} and path.is_file()
+        if path.suffix in {".md", ".yaml", ".yml", ".py", ""} and path.is_file()
         for image in re.findall(r"vllm/vllm-openai:[\w.-]+", path.read_text(encoding="utf-8"))
     }
     assert found

@@ -1,4 +1,4 @@
-"""The README's table of faults, row by row: each injected on a real socket into a whole fetch."""
+"""The table in docs/failures.md, row by row: each fault on a real socket, in a whole fetch."""
 
 from __future__ import annotations
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,7 +17,8 @@ import pytest
 
 from tests import origin as faults
 from tests.origin import FaultyOrigin
-from tests.pod.pods import RunningPod, needs_namespaces, start_pod, write_config
+from tests.pod.pods import RunningPod, free_port, needs_namespaces, start_pod, write_config
+from tests.status.test_tracing import receiving
 
 Start = Callable[..., RunningPod]
 
@@ -53,6 +56,42 @@ def test_a_signal_ends_a_download_at_once_and_keeps_its_bytes(
     assert "what has been fetched is kept" in pod.text()
     assert list((tmp_path / "models").rglob("*.part*"))
     origin.faults.clear()
+
+
+def test_all_of_a_start_is_one_trace_that_the_log_lines_name(
+    origin: FaultyOrigin, tmp_path: Path
+) -> None:
+    """The engine's import as well, which begins before anything is exported."""
+    with receiving() as receiver:
+        config, port = (
+            write_config(origin, tmp_path, "joba", base_model="checkpoint:no/rank-0/no/"),
+            free_port(),
+        )
+        command = [sys.executable, "-m", "loader", "--log-format", "json", "serve", str(config)]
+        endpoint = f"http://127.0.0.1:{receiver.server_port}"
+        pod = RunningPod(
+            [*command, "--", "--host", "127.0.0.1", "--port", str(port)],
+            tmp_path,
+            port,
+            as_pid_1=False,
+            environment={"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint},
+        )
+        try:
+            assert pod.wait(60) == 3, pod.text()
+        finally:
+            pod.close()
+        spans = [
+            span
+            for request in receiver.requests
+            for resource in request.resource_spans
+            for scope in resource.scope_spans
+            for span in scope.spans
+        ]
+    assert {"podloader", "engine import"} <= {span.name for span in spans}
+    (trace,) = {span.trace_id.hex() for span in spans}
+    lines = [json.loads(line) for line in pod.text().splitlines() if line.startswith("{")]
+    assert {line["trace_id"] for line in lines} == {trace}
+    assert lines[-1]["level"] == "ERROR"
 
 
 def test_the_first_answer_comes_before_anything_heavy(start: Start) -> None:

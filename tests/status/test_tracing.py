@@ -43,14 +43,22 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    """An OTLP receiver on the loopback interface."""
+@contextlib.contextmanager
+def receiving() -> Iterator[Receiver]:
+    """Give an OTLP receiver on the loopback interface."""
     server = Receiver()
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with receiving() as server:
+        yield server
 
 
 def start_that_fails(timeline: Timeline) -> None:
