@@ -6,6 +6,7 @@ environment of a few wheels is made for each Python, in a cache folder: no torch
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -26,7 +27,8 @@ _FOR_TESTS = ("moto[server]", "numpy", "psutil", "pytest", "pytest-asyncio", "py
 _SMOKE = ("tests/http/test_sockets.py",)
 _QUICK = ("tests/fetch", "tests/http", "tests/resolve", "tests/stores")
 # What needs an engine's packages is not tried here.
-_HEAVY = re.compile(r"^ *(from|import) (peft|tests\.models|tokenizers|torch|transformers)\b", re.M)
+_HEAVY = re.compile(r"^ *(from|import) (peft|safetensors|tokenizers|torch|transformers)\b", re.M)
+_OURS = re.compile(r"^ *from (tests[\w.]*) import", re.M)
 
 
 @pytest.mark.engine
@@ -44,8 +46,16 @@ def light_tests() -> Iterator[str]:
     """Return the files of ``_QUICK`` that do without an engine's packages."""
     for room in _QUICK:
         for path in sorted((_ROOT / room).glob("test_*.py")):
-            if not _HEAVY.search(path.read_text(encoding="utf-8")):
+            if not _is_heavy(path):
                 yield str(path)
+
+
+@functools.cache
+def _is_heavy(path: Path) -> bool:
+    """Return whether a file of the tests, or one that it imports, needs an engine's packages."""
+    text = path.read_text(encoding="utf-8")
+    others = (_ROOT / f"{name.replace('.', '/')}.py" for name in _OURS.findall(text))
+    return bool(_HEAVY.search(text)) or any(_is_heavy(f) for f in others if f.is_file())
 
 
 def environment(minor: str) -> Path:
