@@ -8,9 +8,9 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 from loader.units import show_seconds
 
@@ -56,14 +56,8 @@ class Span:
         return f"failed: {self.failed}" if self.failed else "stopped" if self.stopped else ""
 
 
-class Listener(Protocol):
-    """Told of spans as they begin and end, from the threads that do the work."""
-
-    def begun(self, span: Open) -> None:
-        """A span has begun."""
-
-    def ended(self, span: Span, begun: Open) -> None:
-        """The span that had begun is over."""
+Listener = Callable[[Open, Span | None], None]
+"""Told of spans as they begin (None) and of what they have become, from the threads that work."""
 
 
 class Timeline:
@@ -136,10 +130,7 @@ class Timeline:
                 *((span.end_s, 1, begun, span) for begun, span in over),
             ]
             for _, _, begun, span in sorted(events, key=lambda event: event[:2]):
-                if span is None:
-                    listener.begun(begun)
-                else:
-                    listener.ended(span, begun)
+                listener(begun, span)
             self._listeners.append(listener)
 
     def count(self, name: str, more: int = 1) -> None:
@@ -171,7 +162,7 @@ class Timeline:
                 return begun
             self._open.append(begun)
             for listener in self._listeners:
-                listener.begun(begun)
+                listener(begun, None)
         return begun
 
     def end(
@@ -201,7 +192,7 @@ class Timeline:
             self._open.remove(begun)
             self._spans.append(span)
             for listener in self._listeners:
-                listener.ended(span, begun)
+                listener(begun, span)
         if span.kind == "stage" and not span.note:
             _log.log(self._level, "%s: %s", span.name, show_seconds(span.seconds))
         return span

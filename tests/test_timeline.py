@@ -16,12 +16,11 @@ class Heard:
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def begun(self, span: Open) -> None:
-        self.lines.append(f"begun {span.name}")
-
-    def ended(self, span: Span, begun: Open) -> None:
-        assert begun.name == span.name
-        self.lines.append(f"ended {span.name} {span.note}".rstrip())
+    def __call__(self, begun: Open, span: Span | None) -> None:
+        """Keep it as a line."""
+        assert span is None or begun.name == span.name
+        ended = f"ended {begun.name} {span.note}".rstrip() if span is not None else ""
+        self.lines.append(ended or f"begun {begun.name}")
 
 
 def test_a_stage_runs_and_then_is_over() -> None:

@@ -38,7 +38,7 @@ def exporting(timeline: Timeline, exporter: str | None) -> Iterator[None]:
         yield
         return
     spans = _Spans(timeline, provider.get_tracer("podloader"))
-    timeline.listen(spans)
+    timeline.listen(spans.note)
     wait_s = _FLUSH_S
     try:
         yield
@@ -101,7 +101,14 @@ class _Spans:
         self._open: dict[int, Any] = {}
         self._stage = self._root
 
-    def begun(self, span: Open) -> None:
+    def note(self, begun: Open, span: Span | None) -> None:
+        """Note that a span has begun, or what it has become."""
+        if span is None:
+            self._begin(begun)
+        else:
+            self._end(begun, span)
+
+    def _begin(self, span: Open) -> None:
         from opentelemetry.trace import set_span_in_context
 
         with self._lock:
@@ -116,7 +123,7 @@ class _Spans:
             if span.kind == "stage" and span.lane == _ROOT:
                 self._stage = started
 
-    def ended(self, span: Span, begun: Open) -> None:
+    def _end(self, begun: Open, span: Span) -> None:
         with self._lock:
             started = self._open.pop(id(begun), None)
         if started is None:  # begun after the root has ended
