@@ -302,7 +302,7 @@ def test_where_a_source_that_cannot_be_read_was_named(config: Path) -> None:
         (["plan", "x.json", "--bogus", "--json"], "unknown: --bogus"),
         (["fetch", "--json", "--log-format", "xml"], "argument --log-format: invalid choice"),
         (["fech", "--json"], "there is no command fech; did you mean fetch?"),
-        (["truss", "init", "--json"], "the following arguments are required: --output"),
+        (["truss", "wheel", "--json"], "the following arguments are required: TRUSS"),
     ],
 )
 def test_a_wrong_command_line_as_json(words: list[str], what: str) -> None:

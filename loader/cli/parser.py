@@ -128,7 +128,10 @@ _EXAMPLES = {
     "clean": ["clean /tmp/training_checkpoints --keep 100GiB --dry-run"],
     "settings": ["settings config.yaml"],
     "env": ["env --json"],
-    "truss init": ["truss init --artifacts checkpoints.json --output my-truss"],
+    "truss init": [
+        "truss init --artifacts checkpoints.json --output my-truss",
+        "truss init --from truss_configs/my-model/config.yaml --output my-truss",
+    ],
     "truss wheel": ["truss wheel my-truss"],
     "completion": ["completion bash"],
     "demo": ["demo --folder /tmp/demo"],
@@ -342,7 +345,10 @@ def _add_clean(commands: _Commands) -> None:
 
 def _add_init(commands: _Commands) -> None:
     parser = commands.add("init", "Make the Truss that serves a training job's checkpoints.")
-    _add_output(parser, "The Truss folder to make.")
+    told = "The Truss folder to make; asked for where there is a terminal."
+    parser.add_argument("--output", metavar="DIR", type=Path, help=told)
+    told = "A config.yaml that `truss train deploy_checkpoints` wrote, to take all that from."
+    parser.add_argument("--from", dest="deployed", metavar="CONFIG", type=Path, help=told)
     several = [
         ("--artifacts", "SRC", "Where the checkpoints are listed."),
         ("--job-id", "JOB", "Checkpoints of this job only."),

@@ -68,8 +68,11 @@ def write_json(document: dict[str, object]) -> None:
 
 
 @contextlib.contextmanager
-def errors_shown(as_json: bool) -> Iterator[None]:
-    """Turn what goes wrong in the block into lines and the documented exit code."""
+def errors_shown(as_json: bool, kept: str = "what has been fetched is kept") -> Iterator[None]:
+    """Turn what goes wrong in the block into lines and the documented exit code.
+
+    *kept*: what is left where a signal ends it.
+    """
     from loader.pod.signals import Signals, StopSignal
 
     signals = Signals()
@@ -81,14 +84,14 @@ def errors_shown(as_json: bool) -> Iterator[None]:
             write_json({"error": error.to_json()})
         raise SystemExit(error.exit_code) from None
     except StopSignal as stop:
-        say(f"ended by {stop}; what has been fetched is kept")
+        say(f"ended by {stop}; {kept}")
         if as_json:
             write_json({"error": {"error": "Interrupted", "what": f"ended by {stop}"}})
         raise SystemExit(stop.exit_code) from None
     except BrokenPipeError:
         raise
     except EOFError:
-        say_error("error: no answer, and nothing was written")
+        say_error(f"error: no answer; {kept}")
         raise SystemExit(_UNEXPECTED) from None
     except Exception as error:
         _unexpected(error, as_json)

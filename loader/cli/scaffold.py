@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loader.cli.report import errors_shown, say, show, write_json
+from loader.errors import ConfigError
 
 if TYPE_CHECKING:
     from loader.scaffold.deployment import Deployment, Wishes
-    from loader.scaffold.survey import Found
 
-_SHOWN = 20
 Words = list[str] | None
 
 
@@ -22,7 +21,8 @@ Words = list[str] | None
 class Options:
     """What ``truss init`` was given; see ``arguments``."""
 
-    output: Path
+    output: Path | None
+    deployed: Path | None
     artifacts: Words
     job_id: Words
     checkpoint: Words
@@ -40,44 +40,72 @@ class Options:
 
 def init(given: Options) -> None:
     """Make the Truss that serves a training job's checkpoints."""
-    with errors_shown(given.as_json):
+    with errors_shown(given.as_json, "nothing was written"):
+        from loader.cli import questions
         from loader.scaffold.choice import check_together, choose
-        from loader.scaffold.deployment import Secret, Wishes, decide
-        from loader.scaffold.folder import write_truss
+        from loader.scaffold.deployment import decide
+        from loader.scaffold.folder import check_output, write_truss
         from loader.scaffold.selection import LATEST
         from loader.scaffold.survey import survey
 
         asks = (
             given.interactive and not given.as_json and sys.stdin.isatty() and sys.stderr.isatty()
         )
-        found = survey(given.artifacts or (), given.job_id or ())
+        given, wishes = _wished(given)
+        if given.output is not None:
+            check_output(given.output, given.overwrite)  # before anybody answers questions
+        sources, jobs = tuple(given.artifacts or ()), given.job_id or ()
+        if asks and not sources and given.deployed is None:
+            sources, found = questions.ask_source(jobs)
+        else:
+            found = survey(sources, jobs)
         if asks and not given.checkpoint:
-            chosen = _ask_checkpoints(found)
+            chosen = questions.ask_checkpoints(found)
         else:
             chosen = choose(found, given.checkpoint or [LATEST])
         check_together(chosen)
-        wishes = Wishes(
-            model_name=given.name,
-            base_model=given.base_model,
-            max_model_len=given.max_model_len,
-            requests=given.requests,
-            accelerator=given.accelerator,
-            sources=tuple(given.artifacts or ()),
-            environment=dict(map(_variable, given.env or ())),
-            secrets=tuple(Secret(*reversed(text.split("=", 1))) for text in given.secret or ()),
-        )
-        deployment = decide(chosen, wishes)
+        wishes = replace(wishes, sources=sources)
         if asks:
-            deployment = _ask_rest(chosen, wishes, deployment)
-        write_truss(deployment, given.artifacts or (), given.output, overwrite=given.overwrite)
-        _show(deployment, given.output)
+            wishes = questions.ask_rest(chosen, questions.ask_base(chosen, wishes))
+        deployment = decide(chosen, wishes)
+        output = given.output or (questions.ask_output(deployment.model_name) if asks else None)
+        if output is None:
+            raise ConfigError("the folder to make is not named", next_step="give --output DIR")
+        write_truss(deployment, wishes.sources, output, overwrite=given.overwrite)
+        _show(deployment, output)
         if given.as_json:
-            write_json(_document(deployment, given.output))
+            write_json(_document(deployment, output))
+
+
+def _wished(given: Options) -> tuple[Options, Wishes]:
+    """Return what was asked for, with what ``--from`` names where no option says otherwise."""
+    from loader.scaffold.deployed import read_deployed
+    from loader.scaffold.deployment import Secret, Wishes
+    from loader.stores.baseten import NAME as BASETEN
+
+    told = read_deployed(given.deployed) if given.deployed is not None else None
+    before = told.wishes if told else Wishes()
+    if told is not None:
+        given = replace(
+            given,
+            artifacts=given.artifacts or [BASETEN],
+            job_id=given.job_id or list(told.jobs),
+            checkpoint=given.checkpoint or list(told.checkpoints),
+        )
+    secrets = tuple(Secret(*reversed(text.split("=", 1))) for text in given.secret or ())
+    return given, replace(
+        before,
+        model_name=given.name or before.model_name,
+        base_model=given.base_model or before.base_model,
+        max_model_len=given.max_model_len or before.max_model_len,
+        requests=given.requests,
+        accelerator=given.accelerator or before.accelerator,
+        environment={**before.environment, **dict(map(_variable, given.env or ()))},
+        secrets=(*before.secrets, *secrets),
+    )
 
 
 def _variable(text: str) -> tuple[str, str]:
-    from loader.errors import ConfigError
-
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ConfigError(
@@ -86,57 +114,14 @@ def _variable(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _ask_checkpoints(found: tuple[Found, ...]) -> tuple[Found, ...]:
-    """Return the checkpoints that a person chooses from the list, the most recent by default."""
-    from loader.scaffold.choice import by_step
+def is_folder_here(base_model: str) -> bool:
+    """Return whether a base model is a path of this machine."""
+    from loader.config.values import user_path
+    from loader.stores.registry import is_remote
 
-    listed = by_step(found)
-    if len(listed) == 1:
-        return (listed[0],)
-    for number, one in enumerate(listed[:_SHOWN], start=1):
-        say(f"{number:>4}  {one.path}  ({one.kind.value})")
-    if len(listed) > _SHOWN:
-        say(f"      … and {len(listed) - _SHOWN} more: name one with --checkpoint")
-    while True:
-        text = _ask("Which (several LoRA with commas)", "1")
-        words = [word.strip() for word in text.split(",")]
-        if all(word.isdecimal() and 0 < int(word) <= len(listed) for word in words):
-            return tuple(listed[int(word) - 1] for word in dict.fromkeys(words))
-        say(f"numbers from 1 to {len(listed)}, please")
-
-
-def _ask_rest(chosen: tuple[Found, ...], wishes: Wishes, deployment: Deployment) -> Deployment:
-    """Return the deployment with what a person changed; what an option gave is not asked again."""
-    from loader.scaffold.deployment import decide
-
-    if wishes.model_name is None:
-        name = _ask("Model name", deployment.model_name)
-        wishes = replace(wishes, model_name=name)
-    length = deployment.engine_args.get("max_model_len")
-    if wishes.max_model_len is None and isinstance(length, int):
-        asked = _ask_number("Tokens of one request", length)
-        wishes = replace(wishes, max_model_len=asked)
-    deployment = decide(chosen, wishes)
-    if wishes.accelerator is None:
-        for line in deployment.placement.calculation:
-            say(f"  {line}")
-        gpus = _ask("GPUs", deployment.placement.accelerator)
-        deployment = decide(chosen, replace(wishes, accelerator=gpus))
-    return deployment
-
-
-def _ask(question: str, default: str) -> str:
-    from rich.console import Console
-    from rich.prompt import Prompt
-
-    return Prompt.ask(question, default=default, console=Console(stderr=True))
-
-
-def _ask_number(question: str, default: int) -> int:
-    from rich.console import Console
-    from rich.prompt import IntPrompt
-
-    return IntPrompt.ask(question, default=default, console=Console(stderr=True))
+    return base_model.lower().startswith("file:") or (
+        not is_remote(base_model) and user_path(base_model).is_dir()
+    )
 
 
 def _show(deployment: Deployment, output: Path) -> None:
@@ -149,6 +134,11 @@ def _show(deployment: Deployment, output: Path) -> None:
         show(f"           {line}")
     show(f"names      {', '.join([*deployment.adapters, deployment.served_model_name])}")
     show(f"Truss      {output}")
+    if deployment.base_model and is_folder_here(deployment.base_model):
+        say(
+            f"warning: {deployment.base_model} is a folder of this machine, which no pod has; give "
+            "a Hugging Face id or a folder's URL with --base-model"
+        )
     if any((output / "data").glob("*.json")):
         say(
             "warning: the URLs of the listing in data/ end after 7 days at most, also for pods "

@@ -384,16 +384,14 @@ def vllm_arguments(
     settings: Settings, ready: ReadyModel, given: Sequence[str], load_format: str | None = None
 ) -> tuple[str, ...]:
     """Return what ``vllm serve`` would be given; *given* stands last and wins."""
-    from loader.serve.vllm.arguments import serve_arguments
+    from loader.serve.vllm.arguments import pod_arguments
 
-    drain: tuple[str, ...] = ()
-    if "shutdown_timeout" not in settings.engine_args:
-        drain = ("--shutdown-timeout", str(round(settings.drain_timeout_s)))
-    return serve_arguments(
+    return pod_arguments(
         ready,
         settings.engine_args,
+        given,
+        drain_timeout_s=settings.drain_timeout_s,
         served_model_name=settings.served_model_name,
         trust_remote_code=settings.trust_remote_code,
         load_format=load_format,
-        extra=(*drain, *given),
     )

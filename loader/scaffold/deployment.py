@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,12 +14,14 @@ from loader.adapters.base_task import goes_on_with_text
 from loader.adapters.config import AdapterConfig, parse_adapter_config
 from loader.config.truss_config import DOWNLOAD_FOLDER
 from loader.errors import AdapterError, ConfigError
+from loader.fetch.files import STATE
 from loader.scaffold.base_model import choose_base, describe_base
-from loader.scaffold.gpus import Load, Placement, place
-from loader.scaffold.survey import Found
+from loader.scaffold.gpus import Load, Placement, fitting, place
+from loader.scaffold.survey import SHARDED, Found
 from loader.serve.size import ModelSize, size_of
-from loader.serve.vllm.arguments import serve_arguments
+from loader.serve.vllm.arguments import pod_arguments
 from loader.stores.hub import REPO_ID
+from loader.stores.registry import is_remote
 from loader.types import Kind, ReadyModel, ServedAdapter
 
 Task = Literal["chat", "embeddings", "transcription"]
@@ -27,6 +30,8 @@ ENDPOINTS: Mapping[Task, str] = {
     "embeddings": "/v1/embeddings",
     "transcription": "/v1/audio/transcriptions",
 }
+PORT = 8000
+DRAIN_S = 8  # Truss's supervisor kills what has not ended 10 s after it was asked to
 DEFAULT_TOKENS = 8192
 DEFAULT_REQUESTS = 4
 # What the pod reads an origin with; on S3 nothing of it is needed where the pod has a role.
@@ -70,11 +75,15 @@ class Wishes:
     environment: Mapping[str, str] = field(default_factory=dict)
     secrets: tuple[Secret, ...] = ()
     sources: tuple[str, ...] = ()
+    engine_args: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """Everything that the Truss says. ``command`` is what follows ``vllm serve`` in the pod."""
+    """Everything that the Truss says. ``command`` is what follows ``vllm serve`` in the pod.
+
+    ``gpus`` tells what else would hold the model.
+    """
 
     model_name: str
     task: Task
@@ -88,6 +97,7 @@ class Deployment:
     environment: Mapping[str, str]
     secrets: tuple[Secret, ...]
     command: tuple[str, ...]
+    gpus: Callable[[], tuple[str, ...]] = field(compare=False)
 
 
 def decide(chosen: Sequence[Found], wishes: Wishes) -> Deployment:
@@ -106,10 +116,12 @@ def decide(chosen: Sequence[Found], wishes: Wishes) -> Deployment:
     tokens = _tokens(task, size, wishes.max_model_len)
     configs = [parse_adapter_config(f.config, Path(f.path)) for f in adapters]
     policy = _policy(configs, config)
-    attached = bool(adapters) and policy != "merge"
+    merged = policy == "merge" or (policy == "auto" and is_remote(str(base_model)))
+    attached = bool(adapters) and not merged
     rank = smallest_limit(c.max_rank for c in configs) if attached else 0
     slots = min(len(adapters), _SLOTS) if attached else 0
-    found = place(size, Load(tokens, wishes.requests, rank, slots), wishes.accelerator)
+    load = Load(tokens, wishes.requests, rank, slots)
+    found = place(size, load, wishes.accelerator)
     dtype = "float16" if size.dtype == "bfloat16" and not found.gpu.bfloat16 else size.dtype
     engine_args: dict[str, object] = {"dtype": dtype, "tensor_parallel_size": found.count}
     if task == "chat" or wishes.max_model_len:
@@ -118,17 +130,20 @@ def decide(chosen: Sequence[Found], wishes: Wishes) -> Deployment:
         engine_args["max_lora_rank"] = rank
     if task == "embeddings":
         engine_args["runner"] = "pooling"
+    engine_args |= wishes.engine_args
     model_name = _model_name(wishes.model_name, first, base_model if adapters else None)
     folders = [(f.job, Path(DOWNLOAD_FOLDER) / f.path) for f in adapters]
     named = name_adapters(folders) if attached else ()
     ready = ReadyModel(
-        path=Path(base_model) if adapters and base_model else Path(DOWNLOAD_FOLDER) / first.path,
+        path=_served_path(first, str(base_model) if attached else None, merged=bool(adapters)),
         adapters=tuple(
             ServedAdapter(a.name, a.folder, c.max_rank)
             for a, c in zip(named, configs if attached else (), strict=True)
         ),
         max_lora_rank=rank or None,
-        tokenizer=Path(DOWNLOAD_FOLDER) / first.path,
+        tokenizer=Path(DOWNLOAD_FOLDER) / first.path
+        if attached
+        else _served_path(first, None, merged=bool(adapters)),
         provenance={},
     )
     served = str(base_model) if attached else model_name
@@ -144,8 +159,26 @@ def decide(chosen: Sequence[Found], wishes: Wishes) -> Deployment:
         placement=found,
         environment=wishes.environment,
         secrets=_secrets(base_model, wishes),
-        command=serve_arguments(ready, engine_args, served_model_name=served, cpu=False),
+        command=pod_arguments(
+            ready,
+            engine_args,
+            ("--port", str(PORT)),
+            drain_timeout_s=DRAIN_S,
+            served_model_name=served,
+            cpu=False,
+        ),
+        gpus=partial(fitting, size, load),
     )
+
+
+def _served_path(first: Found, base_model: str | None, *, merged: bool) -> Path:
+    """Return the folder that the pod's engine is given, as far as it is known before."""
+    if base_model is not None:
+        return Path(base_model)
+    if merged or first.kind in SHARDED:
+        made = "merge" if merged else "consolidate"
+        return Path(DOWNLOAD_FOLDER) / STATE / "models" / f"{made}-DIGEST"
+    return Path(DOWNLOAD_FOLDER) / first.path
 
 
 def _size(first: Found, base_model: str | None) -> tuple[ModelSize, Mapping[str, object]]:

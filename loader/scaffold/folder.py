@@ -23,15 +23,13 @@ import yaml
 from loader.config.settings import Settings
 from loader.config.truss_config import DOWNLOAD_FOLDER
 from loader.errors import ConfigError, DiskError
-from loader.scaffold.deployment import ENDPOINTS, Deployment, Task
+from loader.scaffold.deployment import DRAIN_S, ENDPOINTS, PORT, Deployment, Task
 from loader.scaffold.wheel import AUDIO, INSTALL, REQUIREMENTS, write_wheel
 from loader.serve.vllm.releases import IMAGE
 from loader.stores.registry import is_remote
 from loader.types import Kind
 
-PORT = 8000
 _STARTUP_S = 3000  # the most that the platform takes
-_DRAIN_S = 8  # Truss's supervisor kills what has not ended 10 s after it was asked to
 _WIDTH = 96
 _EXAMPLES: Mapping[Task, dict[str, object]] = {
     "chat": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64},
@@ -51,7 +49,7 @@ def write_truss(
         ConfigError: *output* is there, or a source cannot be kept in a config.
         DiskError: the disk refused.
     """
-    _check_output(output, overwrite)
+    check_output(output, overwrite)
     listings = _listings(sources)
     text = render(deployment, tuple(listings.values()))
     Settings.load(yaml.safe_load(text))  # what podloader itself would refuse is never written
@@ -145,12 +143,12 @@ def _podloader(d: Deployment, artifacts: Sequence[str]) -> dict[str, object]:
         section["adapter_policy"] = d.adapter_policy
     section["served_model_name"] = d.served_model_name
     section["engine_args"] = dict(d.engine_args)
-    section["drain_timeout_s"] = _DRAIN_S
+    section["drain_timeout_s"] = DRAIN_S
     return section
 
 
 def _command(d: Deployment) -> list[str]:
-    words = ["vllm", "serve", *d.command, "--port", str(PORT)]
+    words = ["vllm", "serve", *d.command]
     lines: list[str] = []
     for word in map(shlex.quote, words):
         fits = lines and len(lines[-1]) + len(word) < _WIDTH - 8
@@ -209,7 +207,8 @@ def _listings(sources: Sequence[str]) -> dict[str, str]:
     return named
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise ConfigError where *output* is there, and may not be replaced."""
     if not output.exists():
         return
     empty = output.is_dir() and not any(output.iterdir())

@@ -15,6 +15,7 @@ Where the table comes from:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,20 +33,23 @@ _COUNTS = (1, 2, 4, 8)  # of one node
 class Gpu:
     """A GPU by Truss's name.
 
-    ``offered``: chosen without being asked for; ``most``: that many are chosen for one instance.
+    ``served``: the engine's image has code for it; ``offered``: chosen without being asked for;
+    ``most``: that many are chosen for one instance.
     """
 
     name: str
     memory_gib: int
     bfloat16: bool = True
     offered: bool = False
+    served: bool = True
     most: int = _COUNTS[-1]
 
 
-# T4 and V100 compute no bfloat16 (compute capability < 8.0).
+# T4 and V100 compute no bfloat16 (compute capability < 8.0). For V100 (7.0) PyTorch's builds of
+# CUDA 12.8 and later have no kernels (release notes of PyTorch 2.8).
 GPUS = (
     Gpu("T4", 14, bfloat16=False, most=4),
-    Gpu("V100", 15, bfloat16=False),
+    Gpu("V100", 15, bfloat16=False, served=False),
     Gpu("L4", 22, offered=True, most=4),
     Gpu("A10G", 22),
     Gpu("H100_40GB", 39, offered=True, most=1),
@@ -116,14 +120,27 @@ def place(size: ModelSize, load: Load, asked: str | None = None) -> Placement:
     )
 
 
+def fitting(size: ModelSize, load: Load) -> tuple[str, ...]:
+    """Return the GPUs that hold *size* under *load*, the fewest of each that do, as Truss's."""
+    found = []
+    for gpu in GPUS:
+        if gpu.served:
+            with contextlib.suppress(ConfigError):
+                found.append(place(size, load, gpu.name).accelerator)
+    return tuple(found)
+
+
 def _read(asked: str) -> tuple[Gpu, int | None]:
     name, colon, count = asked.partition(":")
     gpu = next((g for g in GPUS if g.name == name.upper().replace("-", "_")), None)
-    if gpu is None or (colon and count not in map(str, _COUNTS)):
+    if gpu is None or not gpu.served or (colon and count not in map(str, _COUNTS)):
         raise ConfigError(
-            "an accelerator that is not known",
+            "an accelerator that the engine has no code for"
+            if gpu is not None and not gpu.served
+            else "an accelerator that is not known",
             where="--accelerator",
-            expected=f"one of {', '.join(g.name for g in GPUS)}, with :2, :4 or :8 for several",
+            expected=f"one of {', '.join(g.name for g in GPUS if g.served)}, with :2, :4 or :8 for "
+            "several",
             got=asked,
             next_step="correct it; config.yaml can be edited afterwards",
         )

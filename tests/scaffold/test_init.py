@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,15 @@ from loader import boot
 from loader.config.settings import Settings
 from loader.demo.origin import PROJECT
 from loader.errors import AdapterError, ConfigError, ListingError, ResolveError
+from loader.pod.pod import vllm_arguments
+from loader.scaffold import deployment as deployments
 from loader.scaffold.choice import choose
 from loader.scaffold.deployment import Deployment, Secret, Wishes, decide
 from loader.scaffold.folder import write_truss
 from loader.scaffold.survey import Found, survey
 from loader.scaffold.wheel import AUDIO, INSTALL, REQUIREMENTS
 from loader.serve.vllm.arguments import parse_arguments
+from loader.types import ReadyModel
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin, serving, write_listing
 from tests.other_models import draw_whisper_lora, tiny_embedder, tiny_whisper
@@ -374,11 +379,15 @@ def test_the_command_where_there_is_no_terminal(jobs: Jobs, tmp_path: Path) -> N
     assert "--overwrite" in again.stderr
 
 
-def in_a_terminal(arguments: list[str], typed: str) -> str:
+def in_a_terminal(arguments: list[str], typed: str, code: int = 0) -> str:
     """Run the command in a terminal where somebody types, and return what the terminal showed."""
     leader, follower = pty.openpty()
     process = subprocess.Popen(
-        command(*arguments), stdin=follower, stdout=follower, stderr=follower, close_fds=True
+        ["setsid", "--ctty", "--wait", *command(*arguments)],  # Ctrl-C is the terminal's
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        close_fds=True,
     )
     os.close(follower)
     os.write(leader, typed.encode())
@@ -390,14 +399,173 @@ def in_a_terminal(arguments: list[str], typed: str) -> str:
             break
         shown += piece
     os.close(leader)
-    assert process.wait(timeout=60) == 0, shown.decode()
+    assert process.wait(timeout=60) == code, shown.decode()
     return shown.decode()
+
+
+def test_all_that_is_lacking_is_asked_for(jobs: Jobs, tmp_path: Path) -> None:
+    """Each answer is checked at once; the platform is offered where URLs in data/ would end."""
+    typed = [
+        *("nothing.json", jobs.listing("lora"), "3", "1"),
+        *("nothing known", str(jobs.base), "a name", "mine", "many", "128", "V100", "L4"),
+        *("perhaps", "y", "a=b=c", "A=b, c"),
+        *(str(jobs.folder), str(tmp_path / "out")),
+    ]
+    shown = in_a_terminal([], "".join(f"{line}\n" for line in typed))
+    for told in (
+        "the listing cannot be read",
+        "numbers from 1 to 2, please",
+        "only you may choose",
+        "nothing tells how large the base model is",
+        "a model name that Truss does not take",
+        "a number, please",
+        "that the engine has no code for",
+        "whose URLs end in",
+        "y or n, please",
+        "not the name of a secret",
+        "the output folder is there already",
+        "which no pod has",
+        f"next       truss push {tmp_path / 'out'}",
+    ):
+        assert told in shown.replace("\r\n", "\n"), told
+    config, settings = read(tmp_path / "out")
+    assert (config.model_name, settings.artifacts) == ("mine", ("baseten",))
+    assert set(config.secrets) == {"baseten_api_key", "b", "c"}
+    assert not list((tmp_path / "out/data").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("key", "code", "said"), [("\x04", 1, "error: no answer; "), ("\x03", 130, "ended by SIGINT; ")]
+)
+def test_a_person_who_gives_up(jobs: Jobs, tmp_path: Path, key: str, code: int, said: str) -> None:
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        ["setsid", "--ctty", "--wait", *command("--output", str(tmp_path / "out"))],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+    )
+    os.close(follower)
+    shown = ""
+    while "Source" not in shown:
+        shown += os.read(leader, 1 << 16).decode()
+    os.write(leader, key.encode())
+    assert process.wait(timeout=60) == code
+    shown = os.read(leader, 1 << 16).decode()
+    os.close(leader)
+    assert shown.strip().splitlines()[-1] == f"{said}nothing was written"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_comment_is_the_command_that_the_pod_runs(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    deployment = make(jobs, "full", tmp_path / "out", "checkpoint-20")
+    settings = Settings.load(tmp_path / "out/config.yaml")
+    down = tmp_path / "down"
+    settings = replace(settings, training=replace(settings.training, download_folder=down))
+    ready = boot.prepare(settings)
+    words = vllm_arguments(settings, ready, ["--port", "8000"])
+    here = [word.replace(str(down), "/tmp/training_checkpoints") for word in words]
+    assert list(deployment.command) == here
+    text = (tmp_path / "out/config.yaml").read_text()
+    told = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if "#" in line)
+    assert shlex.join(["vllm", "serve", *here]) in told
+
+
+def test_an_adapter_over_a_base_behind_a_url_is_shown_merged(jobs: Jobs) -> None:
+    found = choose(jobs.find("lora"), ["latest"])
+    deployment = decide(found, over(jobs))
+    assert "--enable-lora" in deployment.command
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deployments, "is_remote", lambda name: True)
+        deployment = decide(found, over(jobs))
+    assert "--enable-lora" not in deployment.command
+    assert deployment.command[0].endswith("/.podloader/models/merge-DIGEST")
+
+
+def test_a_config_that_deploy_checkpoints_wrote(jobs: Jobs, tmp_path: Path) -> None:
+    """In the shape of the file in Truss's own tests."""
+    start = (
+        f'sh -c "HF_TOKEN=$(cat /secrets/hf_access_token) vllm serve {jobs.base} --port 8000 '
+        "--tensor-parallel-size 2 --enable-lora --max-lora-rank 16 --dtype bfloat16 "
+        "--max-model-len 128 --seed 7 --enforce-eager --lora-modules "
+        'lora=/tmp/training_checkpoints/lora/rank-0/checkpoint-9"'
+    )
+    document = {
+        "base_image": {"image": "vllm/vllm-openai:latest"},
+        "docker_server": {
+            "liveness_endpoint": "/health",
+            "predict_endpoint": "/v1/chat/completions",
+            "readiness_endpoint": "/health",
+            "server_port": 8000,
+            "start_command": "%(ENV_BT_DOCKER_SERVER_START_CMD)s",
+        },
+        "environment_variables": {
+            "BT_DOCKER_SERVER_START_CMD": start,
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_USE_V1": "0",
+        },
+        "model_name": "mine-vLLM-LORA",
+        "resources": {"accelerator": "H100:2", "use_gpu": True},
+        "secrets": {"hf_access_token": "set token in baseten workspace", "other": "x"},
+        "training_checkpoints": {
+            "artifact_references": [{"training_job_id": "lora", "paths": ["rank-0/checkpoint-9/"]}],
+            "download_folder": "/tmp/training_checkpoints",
+        },
+    }
+    theirs = tmp_path / "config.yml"
+    theirs.write_text(yaml.safe_dump(document))
+    words = ["--from", str(theirs), "--artifacts", jobs.listing("lora"), "--non-interactive"]
+    done = subprocess.run(
+        command(*words, "--output", str(tmp_path / "out")),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    config, settings = read(tmp_path / "out")
+    assert config.model_name == "mine-vLLM-LORA"
+    assert config.resources.accelerator.count == 2
+    assert settings.training.artifact_references[0].paths == ("rank-0/checkpoint-9/",)
+    assert settings.base_model == str(jobs.base)
+    assert settings.engine_args == {
+        "dtype": "bfloat16",
+        "tensor_parallel_size": 2,
+        "max_model_len": 128,
+        "max_lora_rank": 8,
+        "seed": 7,
+        "enforce_eager": True,
+    }
+    assert config.environment_variables == {"VLLM_LOGGING_LEVEL": "WARNING"}
+    assert set(config.secrets) == {"hf_access_token", "other"}
+    assert 'export HF_TOKEN="$(cat /secrets/hf_access_token)"' in str(config.docker_server)
+    parse_arguments(_of_pod(settings))
+
+
+def _of_pod(settings: Settings) -> list[str]:
+    ready = ReadyModel(Path("m"), (), None, Path("m"), {})
+    return list(vllm_arguments(settings, ready, ["--port", "8000"]))
+
+
+def test_a_config_that_starts_something_else(jobs: Jobs, tmp_path: Path) -> None:
+    make(jobs, "lora", tmp_path / "out")
+    done = subprocess.run(
+        command("--from", str(tmp_path / "out"), "--output", str(tmp_path / "b")),
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 2
+    assert "starts no `vllm serve`" in done.stderr
 
 
 def test_a_person_is_asked(jobs: Jobs, tmp_path: Path) -> None:
     base = ["--base-model", str(jobs.base)]
     arguments = ["--artifacts", jobs.listing("lora"), *base, "--output", str(tmp_path / "out")]
-    shown = in_a_terminal(arguments, "7\n1,2\n\n128\nH100\n")
+    shown = in_a_terminal(arguments, "7\n1,2\n\n128\nH100\n\n\n")
     assert "numbers from 1 to 2" in shown
     assert "lora/rank-0/checkpoint-100  (adapter)" in shown
     config, settings = read(tmp_path / "out")
@@ -411,7 +579,7 @@ def test_defaults_by_pressing_enter_are_those_without_a_terminal(
     jobs: Jobs, tmp_path: Path
 ) -> None:
     source = ["--artifacts", jobs.listing("full"), "--output"]
-    in_a_terminal([*source, str(tmp_path / "asked")], "\n\n\n\n")
+    in_a_terminal([*source, str(tmp_path / "asked")], "\n\n\n\n\n\n")
     shown = in_a_terminal([*source, str(tmp_path / "silent"), "--non-interactive"], "")
     assert "Which" not in shown
     texts = [(tmp_path / name / "config.yaml").read_text() for name in ("asked", "silent")]

@@ -98,6 +98,36 @@ def written(arguments: Mapping[str, object]) -> tuple[str, ...]:
     return tuple(word for key, value in arguments.items() for word in _write(key, value))
 
 
+def pod_arguments(
+    ready: ReadyModel,
+    engine_args: Mapping[str, object],
+    given: Sequence[str],
+    *,
+    drain_timeout_s: float,
+    served_model_name: str | None = None,
+    trust_remote_code: bool = False,
+    load_format: str | None = None,
+    cpu: bool | None = None,
+) -> tuple[str, ...]:
+    """Return what ``podloader serve`` gives ``vllm serve``; *given* stands last and wins.
+
+    Raises:
+        ConfigError: as ``serve_arguments``.
+    """
+    drain: tuple[str, ...] = ()
+    if "shutdown_timeout" not in engine_args:
+        drain = ("--shutdown-timeout", str(round(drain_timeout_s)))
+    return serve_arguments(
+        ready,
+        engine_args,
+        served_model_name=served_model_name,
+        trust_remote_code=trust_remote_code,
+        load_format=load_format,
+        extra=(*drain, *given),
+        cpu=cpu,
+    )
+
+
 def sizing_arguments(words: Sequence[str]) -> dict[str, object]:
     """Return, as engine_args, those of ``vllm serve``'s *words* that decide how much room it takes.
 
