@@ -71,8 +71,11 @@ class HttpStream:
         self._waited_s, self._brought = 0.0, 0
         self._coding = content_coding(answer.fields)
         # Where no length is told, but the size of what all of this is.
-        tells = answer.length is not None or info.ranges or not wanted.is_sized
-        self._missing = None if tells else info.size_bytes
+        self._missing: int | None = None
+        if answer.length is None and wanted.is_sized:
+            self._missing = info.size_bytes
+            if info.ranges and wanted.span is not None:
+                self._missing = max(min(wanted.span[1], info.size_bytes) - wanted.span[0], 0)
         self.info = info
         self.fields = answer.fields
 
@@ -155,6 +158,8 @@ class HttpStream:
                 got=f"{self._missing} bytes too few",
             )
         if not self._missing and self.read_coded(memoryview(bytearray(1))):
+            if self.info.ranges:
+                raise TransientError("the answer is longer than its range", where=self._url)
             raise FetchError(
                 "the object is longer than the listing says",
                 where=self._url,

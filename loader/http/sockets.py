@@ -54,6 +54,7 @@ class PlainSocket:
     def __init__(self, sock: socket.socket) -> None:
         self.deadline = math.inf
         self._sock = sock
+        self._lock = threading.Lock()
         self._holders = 0
         self._closed = False
         self._due_bytes = 0  # within the next moment
@@ -148,18 +149,29 @@ class PlainSocket:
         self._sock.shutdown(how)
 
     def hold(self) -> None:
-        """Keep it open until it is let go of: no thread's read may meet another's descriptor."""
-        self._holders += 1
+        """Keep it open until it is let go of: no thread's read may meet another's descriptor.
+
+        OpenSSL knows its descriptor by the number alone, which the next connection may have.
+
+        Raises:
+            ConnectionAbortedError: another thread has closed it.
+        """
+        with self._lock:
+            if self._closed and not self._holders:
+                raise ConnectionAbortedError
+            self._holders += 1
 
     def let_go(self) -> None:
         """Note that it is not needed any more."""
-        self._holders -= 1
-        self._drop_if_unused()
+        with self._lock:
+            self._holders -= 1
+            self._drop_if_unused()
 
     def close(self) -> None:
         """Close, once nobody holds it."""
-        self._closed = True
-        self._drop_if_unused()
+        with self._lock:
+            self._closed = True
+            self._drop_if_unused()
 
     def _drop_if_unused(self) -> None:
         if self._closed and self._holders <= 0:

@@ -111,6 +111,14 @@ def object_info(url: str, answer: Answer, wanted: Wanted) -> ObjectInfo:
             expected=f"bytes {wanted.span[0]}-{wanted.span[1] - 1}",
             got=match[0],
         )
+    length = read_length(fields)
+    if length is not None and length != held[1] - held[0] and not answer.is_chunked:
+        raise TransientError(
+            "an answer that is not as long as the range that it says it is",
+            where=url,
+            expected=f"{held[1] - held[0]} bytes",
+            got=f"Content-Length: {length}",
+        )
     return ObjectInfo(total, version, True, checksums)
 
 

@@ -161,3 +161,40 @@ def test_an_object_that_is_asked_for_without_a_range(client: HttpClient) -> None
             assert stream.read_all(1 << 20) == CONTENT
         with pytest.raises(FetchError, match="does not tell"):
             client.head(origin.url)
+
+
+def at_length(length: int, form: str) -> Callable[[socket.socket, bytes], bool]:
+    """Answer a range with a body of another *length* than its Content-Range says."""
+
+    def talk(sock: socket.socket, request: bytes) -> bool:
+        found = RANGE.search(request)
+        assert found is not None
+        start, end = int(found[1]), min(int(found[2]) + 1, len(CONTENT))
+        body = (CONTENT[start:end] + b"y" * length)[: end - start + length]
+        head = b'HTTP/1.1 206 P\r\nETag: "1"\r\nContent-Range: bytes %d-%d/%d\r\n' % (
+            start,
+            end - 1,
+            len(CONTENT),
+        )
+        if form == "length":
+            sock.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        elif form == "chunks":
+            sock.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(body) + body)
+            sock.sendall(b"\r\n0\r\n\r\n")
+        else:
+            sock.sendall(head + b"\r\n" + body)
+        return form != "end"
+
+    return talk
+
+
+@pytest.mark.parametrize("form", ["length", "chunks", "end"])
+@pytest.mark.parametrize("length", [-1, 0, 1, 5000])
+def test_a_range_is_as_long_as_it_says(form: str, length: int, tmp_path: Path) -> None:
+    with answering(at_length(length, form)) as origin:
+        if not length:
+            assert bring(origin, tmp_path, len(CONTENT), retries=0) == CONTENT
+            return
+        with pytest.raises(FetchError):
+            bring(origin, tmp_path, len(CONTENT), retries=0)
+    assert not (tmp_path / "j/rank-0/x").exists()

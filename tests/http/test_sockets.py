@@ -13,13 +13,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import pytest
 import trustme
 
 from loader.config.settings import Settings
+from loader.errors import TransientError
 from loader.http import openssl, sockets
+from loader.http.client import HttpClient, HttpOptions
 from loader.http.sockets import BufferedTlsSocket, PlainSocket, TlsSocket, shake_hands
+from tests.http.raw import answering
 
 CONTENT = os.urandom(1 << 20) * 8
 MEBIBYTE = 1 << 20
@@ -329,3 +333,30 @@ def test_the_setting_leaves_reading_to_python(authority: trustme.CA) -> None:
         ) as sock:
             assert isinstance(sock, BufferedTlsSocket)
         thread.join()
+
+
+def test_what_was_closed_is_not_read_any_more() -> None:
+    """Its descriptor's number may be another connection's by then."""
+    here, there = socket.socketpair()
+    with here, there:
+        sock = PlainSocket(here)
+        sock.hold()
+        sock.close()
+        sock.hold()  # who still reads may go on
+        sock.let_go()
+        assert here.fileno() >= 0
+        sock.let_go()
+        assert here.fileno() < 0
+        with pytest.raises(ConnectionAbortedError):
+            sock.hold()
+
+
+def test_an_answer_that_another_thread_has_given_up() -> None:
+    def talk(sock: socket.socket, request: bytes) -> None:
+        sock.sendall(b"HTTP/1.1 206 P\r\nContent-Range: bytes 0-0/1\r\nContent-Length: 1\r\n\r\nx")
+
+    with answering(talk) as origin, closing(HttpClient(HttpOptions())) as client:
+        sent = client.send(origin.url, span=(0, 1))
+        sent.close()
+        with pytest.raises(TransientError):
+            client.receive(sent, origin.url, span=(0, 1))

@@ -245,7 +245,7 @@ def test_a_passing_failure_of_a_cold_start(hub: Hub, path: str, status: int) -> 
 
 
 def test_what_does_not_pass_is_told_by_what_it_is(hub: Hub) -> None:
-    hub.faults = [(FILES, 429)] * 99
+    hub.faults = [(FILES, 429)] * 999
     told = ask(hub, script=RETRIED).splitlines()[-1]
     assert told.startswith("TransientError the Hub does not answer now")
 
