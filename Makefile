@@ -36,7 +36,7 @@ types: setup
 	$(BIN)/mypy
 
 check: lint types
-	$(BIN)/pytest -m "not engine"
+	$(BIN)/pytest -m "not engine and not slow"
 
 test: lint types
 	$(BIN)/pytest

@@ -10,7 +10,7 @@ import contextlib
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,38 +34,22 @@ _AT_ONCE = 16
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
-class ArrivingWeights:
-    """The weights in the files *paths* of *delivery*, all in one folder: a ``FillingFolder``.
+class StoredWeights:
+    """The weights in safetensors files of which *heads* are the headers, by place.
+
+    *open_file* opens one of them, wherever it is.
 
     Raises:
-        FetchError: their headers cannot be read.
         FormatError: a header is broken, or a tensor is in two files.
     """
 
-    def __init__(self, delivery: Delivery, paths: Collection[str]) -> None:
-        self._delivery = delivery
-        with delivery.timeline.stage("headers"):
-            heads = delivery.read_heads(paths)
-        self._headers = {p: parse_header(h.content, h.size_bytes, p) for p, h in heads.items()}
-        self.heads: Mapping[str, Head] = {Path(path).name: head for path, head in heads.items()}
-        self.stored = join_headers({delivery.root / p: h for p, h in self._headers.items()})
-
-    @property
-    def small_files(self) -> Mapping[str, Path]:
-        """The files beside them that are here, by name."""
-        home = next(iter(self._headers)).rpartition("/")[0] + "/"
-        here = filter(self._delivery.is_here, self._delivery.paths)
-        names = {p.removeprefix(home): p for p in here if p.startswith(home)}
-        root = self._delivery.root
-        return {name: root / p for name, p in names.items() if name not in self.heads}
-
-    def open(self, file_name: str) -> int:
-        """Return a descriptor of one of the files, of which some is here; the caller's to close.
-
-        Raises:
-            DiskError: it cannot be opened.
-        """
-        return self._delivery.open(next(p for p in self._headers if Path(p).name == file_name))
+    def __init__(self, heads: Mapping[Path, Head], open_file: Callable[[Path], ByteFile]) -> None:
+        self._headers = {
+            path: parse_header(head.content, head.size_bytes, str(path))
+            for path, head in heads.items()
+        }
+        self.stored = join_headers(self._headers)
+        self._open_file = open_file
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -75,14 +59,7 @@ class ArrivingWeights:
     @property
     def missing_bytes(self) -> int:
         """The bytes that the disk has yet to find room for."""
-        missing = 0
-        for path, header in self._headers.items():
-            size = max((t.end for t in header.tensors.values()), default=0)
-            with contextlib.suppress(OSError):
-                part = Places(Folders(str(self._delivery.root)), path).part
-                size -= Path(part).stat().st_blocks * 512
-            missing += 0 if self._delivery.is_here(path) else max(0, size)
-        return missing
+        return sum(info.size_bytes for info in self.tensors.values())
 
     def find_packed(self, config: Mapping[str, object]) -> Mapping[str, Packed]:
         """Return every quantised weight by the name that it had; descriptions are read by ranges.
@@ -91,31 +68,79 @@ class ArrivingWeights:
             FetchError: they cannot be read.
             FormatError: a description that cannot be understood.
         """
-
-        def read(name: str) -> bytes:
-            found = self.stored[name]
-            buffer = bytearray(found.info.size_bytes)
-            with contextlib.closing(self._file(found.path)) as file:
-                file.read_into(found.info.start, memoryview(buffer))
-            return bytes(buffer)
-
         names = tuple(filter(is_description, self.tensors))
-        texts = dict(zip(names, map_on_threads(read, names, _AT_ONCE), strict=True))
+        with contextlib.ExitStack() as stack:
+            paths = {self.stored[name].path for name in names}
+            opened = {p: stack.enter_context(contextlib.closing(self._open_file(p))) for p in paths}
+
+            def read(name: str) -> bytes:
+                found = self.stored[name]
+                buffer = bytearray(found.info.size_bytes)
+                opened[found.path].read_into(found.info.start, memoryview(buffer))
+                return bytes(buffer)
+
+            texts = dict(zip(names, map_on_threads(read, names, _AT_ONCE), strict=True))
         return find_packed(config, self.tensors, texts.__getitem__)
+
+
+class ArrivingWeights(StoredWeights):
+    """The weights in the files *paths* of *delivery*, all in one folder: a ``FillingFolder``.
+
+    Raises:
+        FetchError: their headers cannot be read.
+        FormatError: as ``StoredWeights``.
+    """
+
+    def __init__(self, delivery: Delivery, paths: Collection[str]) -> None:
+        self._delivery, self._paths = delivery, {delivery.root / path: path for path in paths}
+        with delivery.timeline.stage("headers"):
+            heads = delivery.read_heads(paths)
+        places = {delivery.root / path: head for path, head in heads.items()}
+        super().__init__(places, lambda place: delivery.file(self._paths[place]))
+        self.heads: Mapping[str, Head] = {place.name: head for place, head in places.items()}
+
+    @property
+    def small_files(self) -> Mapping[str, Path]:
+        """The files beside them that are here, by name."""
+        folder = next(iter(self._headers)).parent
+        here = (self._delivery.root / p for p in self._delivery.paths if self._delivery.is_here(p))
+        beside = (place for place in here if place.is_relative_to(folder))
+        names = {place.relative_to(folder).as_posix(): place for place in beside}
+        return {name: place for name, place in names.items() if name not in self.heads}
+
+    def open(self, file_name: str) -> int:
+        """Return a descriptor of one of the files, of which some is here; the caller's to close.
+
+        Raises:
+            DiskError: it cannot be opened.
+        """
+        place = next(place for place in self._paths if place.name == file_name)
+        return self._delivery.open(self._paths[place])
+
+    @property
+    def missing_bytes(self) -> int:
+        """The bytes that the disk has yet to find room for."""
+        missing = 0
+        for place, header in self._headers.items():
+            path = self._paths[place]
+            size = max((t.end for t in header.tensors.values()), default=0)
+            with contextlib.suppress(OSError):
+                part = Places(Folders(str(self._delivery.root)), path).part
+                size -= Path(part).stat().st_blocks * 512
+            missing += 0 if self._delivery.is_here(path) else max(0, size)
+        return missing
 
     @property
     def order(self) -> Sequence[str]:
         """The paths of the files in the order of the model's layers, for the download."""
-        return sorted(self._headers, key=lambda path: _first_layer(self._headers[path]))
+        ordered = sorted(self._headers, key=lambda place: _first_layer(self._headers[place]))
+        return [self._paths[place] for place in ordered]
 
     def open_reader(self) -> SafetensorsReader:
         """Return what reads the tensors, large ones as they come; close it."""
         from loader.weights.readers import SafetensorsReader  # torch
 
-        return SafetensorsReader(self.stored, self._file, self.follow)
-
-    def _file(self, path: Path) -> ByteFile:
-        return self._delivery.file(path.relative_to(self._delivery.root).as_posix())
+        return SafetensorsReader(self.stored, self._open_file, self.follow)
 
     def follow(self) -> Iterator[Collection[str]]:
         """Yield the names of tensors that are here, a few at a time; they were begun.
@@ -124,20 +149,20 @@ class ArrivingWeights:
             LoaderError: the fetch failed.
             ChangedError: a file is another than its header said.
         """
-        tallies = {path: _Tally(header) for path, header in self._headers.items()}
+        tallies = {path: _Tally(self._headers[place]) for place, path in self._paths.items()}
         for arrivals, paths in self._delivery.arrivals(tallies).items():
             for pieces in arrivals.follow(paths):
                 for piece in pieces:
                     if piece.whole:
-                        self._compare(piece.path)
+                        self._compare(self._delivery.root / piece.path)
                     end = math.inf if piece.whole else piece.end
                     yield tallies[piece.path].add(piece.start, end)
 
-    def _compare(self, path: str) -> None:
-        if read_header(self._delivery.root / path).tensors != self._headers[path].tensors:
+    def _compare(self, place: Path) -> None:
+        if read_header(place).tensors != self._headers[place].tensors:
             raise ChangedError(
                 "the object changed while it was being read",
-                where=path,
+                where=str(place),
                 expected="the tensors that its header told of before",
                 next_step="run again when nobody writes to it any more",
             )

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from loader.arriving.origin_files import ArrivingFile, RemoteFile
+from loader.arriving.origin_files import BLOCK_BYTES, ArrivingFile, RemoteFile
 from loader.arriving.range_progress import RangeProgress
 from loader.fetch.arrivals import Arrivals
 from loader.fetch.background import are_here, fetching
-from loader.fetch.declared import identify
+from loader.fetch.declared import declared_digest, identify
 from loader.fetch.progress import LogProgress, Progress
+from loader.fetch.range_read import read_range
 from loader.fetch.sizes import ask_version
 from loader.fetch.snapshot import FetchOptions
 from loader.fetch.spans import SpanProgress
@@ -26,7 +28,7 @@ from loader.stores.base import Store
 from loader.threads import map_on_threads
 from loader.timeline import Timeline
 from loader.types import Checkpoint, Head, Manifest, Snapshot
-from loader.weights.byte_files import ByteFile, LocalFile, read_head
+from loader.weights.byte_files import HEAD_BYTES, ByteFile, LocalFile, read_head
 from loader.weights.formats.places import weight_folders
 from loader.weights.formats.rank_files import Files
 from loader.weights.header import Header, parse_header
@@ -51,7 +53,7 @@ class Delivery:
         self.manifest, self.root = manifest, root.absolute()
         self.timeline, self.progress = timeline, progress
         self._artifacts = {artifact.path: artifact for artifact in manifest.files}
-        self._store, self._options = store, options
+        self._store, self._options, self.retries = store, options, options.retries
         self._begun: dict[str, Arrivals] = {}
         self._versions: dict[str, ObjectInfo] = {}
         self._heads: dict[str, Head] = {}
@@ -168,12 +170,30 @@ class Delivery:
         """Return whether this run has brought or found the whole file."""
         return path in self._begun and self._begun[path].is_here(path)
 
-    def file(self, path: str, progress: RangeProgress | None = None) -> ByteFile:
+    def file(
+        self, path: str, progress: RangeProgress | None = None, block_bytes: int = BLOCK_BYTES
+    ) -> ByteFile:
         """Return the file, to be closed; *progress* is told of what is read at the origin."""
         if self.is_here(path):
             return LocalFile(self.root / path)
-        retries, version = self._options.retries, self._version(path)
-        remote = RemoteFile(self._artifacts[path], self._store, version, retries, progress)
+        artifact, version, retries = self._artifacts[path], self._version(path), self.retries
+
+        def read(start: int, buffer: memoryview) -> None:
+            if progress is None:
+                read_range(artifact, self._store, version, start, buffer, retries)
+                return
+            progress.begin(path)
+            retry = partial(progress.retry, path)
+            read_range(artifact, self._store, version, start, buffer, retries, retry)
+
+        remote = RemoteFile(
+            path,
+            version.size_bytes,
+            read,
+            digest=declared_digest(version),
+            has_ranges=version.ranges,
+            block_bytes=block_bytes,
+        )
         return ArrivingFile(remote, self._begun[path]) if path in self._begun else remote
 
     def read_heads(self, paths: Collection[str]) -> Mapping[str, Head]:
@@ -185,7 +205,7 @@ class Delivery:
         """
 
         def read(path: str) -> Head:
-            with contextlib.closing(self.file(path)) as file:
+            with contextlib.closing(self.file(path, block_bytes=HEAD_BYTES)) as file:
                 return read_head(file)
 
         unknown = [path for path in paths if path not in self._heads]
@@ -240,7 +260,7 @@ class Delivery:
         unknown = [path for path in paths if path not in self._versions]
 
         def ask(path: str) -> ObjectInfo:
-            return ask_version(self._artifacts[path], self._store, self._options.retries)
+            return ask_version(self._artifacts[path], self._store, self.retries)
 
         versions = map_on_threads(ask, unknown, self._options.concurrency)
         self._versions |= dict(zip(unknown, versions, strict=True))

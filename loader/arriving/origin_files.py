@@ -5,38 +5,36 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future
 
-from loader.arriving.range_progress import RangeProgress
 from loader.errors import FormatError
 from loader.fetch.arrivals import Arrivals
-from loader.fetch.range_read import read_range
-from loader.http.objects import ObjectInfo
-from loader.stores.base import Store
-from loader.types import Artifact
 from loader.weights.byte_files import read_descriptor
 
-_BLOCK_BYTES = 1 << 18  # what small reads, of headers and directories, are rounded up to
+BLOCK_BYTES = 1 << 18  # what small reads, of headers and directories, are rounded up to
 _BLOCKS = 8
 
 
 class RemoteFile:
-    """A ``ByteFile`` at the origin. Small reads come out of blocks, the last few of which stay."""
+    """A ``ByteFile`` at an origin, of which *read* fills a buffer from a place on.
+
+    Small reads come out of blocks, the last few of which stay.
+    """
 
     def __init__(
         self,
-        artifact: Artifact,
-        store: Store,
-        info: ObjectInfo,
-        retries: int,
-        progress: RangeProgress | None = None,
+        where: str,
+        size_bytes: int,
+        read: Callable[[int, memoryview], None],
+        *,
+        digest: str | None = None,
+        has_ranges: bool = True,
+        block_bytes: int = BLOCK_BYTES,
     ) -> None:
-        self.where = artifact.path
-        self.size_bytes = info.size_bytes
-        self.digest = _digest(info)
-        self.has_ranges = info.ranges
-        self._artifact, self._store, self._info, self._retries = artifact, store, info, retries
-        self._progress = progress
+        self.where, self.size_bytes = where, size_bytes
+        self.digest, self.has_ranges = digest, has_ranges
+        self._read, self._block_bytes = read, block_bytes
         self._blocks: OrderedDict[int, Future[bytes]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -54,12 +52,12 @@ class RemoteFile:
                 expected=f"{start + len(buffer)} bytes",
                 got=f"{self.size_bytes} bytes",
             )
-        if len(buffer) >= _BLOCK_BYTES:
+        if len(buffer) >= self._block_bytes:
             self._read(start, buffer)
             return
         done = 0
         while done < len(buffer):
-            number, offset = divmod(start + done, _BLOCK_BYTES)
+            number, offset = divmod(start + done, self._block_bytes)
             piece = self._block(number)[offset : offset + len(buffer) - done]
             buffer[done : done + len(piece)] = piece
             done += len(piece)
@@ -74,8 +72,8 @@ class RemoteFile:
                 self._blocks.popitem(last=False)
         if mine:
             try:
-                start = number * _BLOCK_BYTES
-                content = bytearray(min(_BLOCK_BYTES, self.size_bytes - start))
+                start = number * self._block_bytes
+                content = bytearray(min(self._block_bytes, self.size_bytes - start))
                 self._read(start, memoryview(content))
                 block.set_result(bytes(content))
             except BaseException as error:
@@ -84,26 +82,11 @@ class RemoteFile:
                 block.set_exception(error)
         return block.result()
 
-    def _read(self, start: int, buffer: memoryview) -> None:
-        def retry(reason: str) -> None:
-            if self._progress:
-                self._progress.retry(self.where, reason)
-
-        if self._progress:
-            self._progress.begin(self.where)
-        read_range(self._artifact, self._store, self._info, start, buffer, self._retries, retry)
-
     def descriptor(self, start: int, end: int) -> None:
         """Return None: it is on no disk here."""
 
     def close(self) -> None:
         """Do nothing: what is open is the store's."""
-
-
-def _digest(info: ObjectInfo) -> str | None:
-    """Return what the origin says that the bytes sum up to; no version tells of other objects."""
-    sums = (f"{s.algorithm} {s.parts} {s.part_bytes} {s.digest.hex()}" for s in info.checksums)
-    return next(sums, None)
 
 
 class ArrivingFile:
@@ -124,7 +107,7 @@ class ArrivingFile:
             LoaderError: the fetch failed.
         """
         end = start + len(buffer)
-        is_small = len(buffer) < _BLOCK_BYTES or end > self.size_bytes
+        is_small = len(buffer) < BLOCK_BYTES or end > self.size_bytes
         is_here = self._arrivals.has_range(self.where, start, end)
         if is_small and self._remote.has_ranges and not is_here:
             self._remote.read_into(start, buffer)

@@ -35,6 +35,12 @@ def identify(artifact: Artifact, info: ObjectInfo) -> str | None:
     return None
 
 
+def declared_digest(info: ObjectInfo) -> str | None:
+    """Return what the origin says that the bytes sum up to; no version tells of other objects."""
+    sums = (f"{s.algorithm} {s.parts} {s.part_bytes} {s.digest.hex()}" for s in info.checksums)
+    return next(sums, None)
+
+
 def is_as_declared(artifact: Artifact, place: Places, record: Record) -> bool:
     """Return whether a whole file, which is what *record* says, has the sums of its manifest.
 

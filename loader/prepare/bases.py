@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
-from loader.arriving.arriving_weights import ArrivingWeights
+from loader.arriving.arriving_weights import ArrivingWeights, StoredWeights
 from loader.arriving.delivery import Delivery
+from loader.arriving.origin_files import BLOCK_BYTES, RemoteFile
 from loader.config.paths import suggest_path
 from loader.config.settings import Settings
 from loader.config.values import user_path
@@ -41,6 +42,8 @@ from loader.resolve.manifest import check_names
 from loader.retry import ask_again
 from loader.stores.hub import REPO_ID, HubModel, fetch_model
 from loader.stores.hub_cache import declared_sha256
+from loader.stores.hub_errors import is_offline
+from loader.stores.hub_ranges import WholeFileError, read_range
 from loader.stores.hub_requests import ask_as_we_do
 from loader.stores.model_files import (
     absent_shards,
@@ -50,41 +53,15 @@ from loader.stores.model_files import (
     weight_files,
 )
 from loader.stores.registry import Stores, http_options, is_remote
+from loader.threads import map_on_threads
 from loader.timeline import Timeline
-from loader.types import JOB_ID, Artifact, Checkpoint, Kind, Listing, Manifest, Snapshot
-from loader.weights.header import TensorInfo
+from loader.types import JOB_ID, Artifact, Checkpoint, Head, Kind, Listing, Manifest, Snapshot
+from loader.weights.byte_files import HEAD_BYTES, ByteFile, read_head
 from loader.weights.index import read_weight_map, shard_names
 from loader.weights.inspect import INDEXES, open_checkpoint
-from loader.weights.quantised import find_packed, is_description
-from loader.weights.stored_forms import Packed
-
-if TYPE_CHECKING:
-    from loader.weights.readers import SafetensorsReader  # torch
 
 _SMALL, _WHOLE = "download of small files", "download of the base"
 WHOLE = (Kind.FULL, Kind.WHISPER)
-
-
-class BaseWeights(Protocol):
-    """Weights of a base that are not here, known from their headers."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """All tensors, as they are stored."""
-
-    @property
-    def missing_bytes(self) -> int:
-        """The bytes that the disk has yet to find room for."""
-
-    def find_packed(self, config: Mapping[str, object]) -> Mapping[str, Packed] | None:
-        """Return every quantised weight by the name that it had; None where that is not known.
-
-        Raises:
-            FormatError: a description that cannot be understood.
-        """
-
-    def open_reader(self) -> SafetensorsReader | None:
-        """Return what reads tensors as they come, to be closed; None where only all come."""
 
 
 class FoundBase(Protocol):
@@ -95,7 +72,7 @@ class FoundBase(Protocol):
         """The folder that it will be whole in."""
 
     @property
-    def weights(self) -> BaseWeights | None:
+    def weights(self) -> StoredWeights | None:
         """Its weights as their headers tell; None where they are here, or nothing tells.
 
         Raises:
@@ -255,29 +232,41 @@ class HubBase:
         return self.model.path
 
     @cached_property
-    def weights(self) -> HubWeights | None:
+    def weights(self) -> StoredWeights | None:
         """What it is made of; None where weights are here, or the Hub cannot tell.
 
         Raises:
             FetchError: the Hub refuses.
             TransientError: the Hub did not answer.
+            FormatError: a header is broken.
         """
-        from loader.stores.hub_headers import read_tensors, read_values
+        index, sizes = self.path / INDEXES[0], self.model.sizes
+        indexed = set(read_weight_map(index).values()) if index.is_file() else ()
+        names = weight_files(sizes, indexed=indexed)
+        is_known = bool(names) and sizes.keys() >= set(names)
+        if is_offline() or not is_known or any(self.path.glob("*.safetensors")):
+            return None
 
-        if any(self.path.glob("*.safetensors")):
-            return None
-        name, commit, token = self.name, self.model.commit, hub_token(self.settings)
-        retries = self.settings.retries
+        def read(name: str) -> Head:
+            return read_head(self._open(name, HEAD_BYTES))
+
         ask_as_we_do(http_options(self.settings))
-        tensors = ask_again(lambda: read_tensors(name, commit, token=token), retries)
-        if tensors is None:
+        try:
+            heads = map_on_threads(read, names, self.settings.concurrency)
+        except WholeFileError:
             return None
-        described = {tensor: t for tensor, t in tensors.items() if is_description(tensor)}
-        texts: Mapping[str, bytes] | None = {}
-        if described:
-            texts = ask_again(lambda: read_values(name, commit, described, token=token), retries)
-        infos = {n: TensorInfo(n, t.dtype, t.shape, t.start, t.end) for n, t in tensors.items()}
-        return HubWeights(infos, texts)
+        places = {self.path / name: head for name, head in zip(names, heads, strict=True)}
+        return StoredWeights(places, lambda place: self._open(place.name))
+
+    def _open(self, name: str, block_bytes: int = BLOCK_BYTES) -> ByteFile:
+        repo, commit, token = self.name, self.model.commit, hub_token(self.settings)
+
+        def read(start: int, buffer: memoryview) -> None:
+            ask = partial(read_range, repo, commit, name, start, buffer, token=token)
+            ask_again(ask, self.settings.retries)
+
+        size_bytes = self.model.sizes[name]
+        return RemoteFile(f"{repo}/{name}", size_bytes, read, block_bytes=block_bytes)
 
     def begin(self, only: Literal["weights"] | None = "weights") -> None:
         """Bring its weights; *only*: None brings small files that are gone, too.
@@ -304,35 +293,6 @@ class HubBase:
         files = own | {path.name: text for path, text in kept.items()}
         identity = {"hub": self.name, "commit": self.model.commit, "files": files}
         return BaseModel(folder, identity, kept)
-
-
-@dataclass(frozen=True, slots=True)
-class HubWeights:
-    """The weights of a model on the Hub, which are not here.
-
-    ``texts`` are the descriptions among them, None where the Hub does not give those by themselves.
-    """
-
-    tensors: Mapping[str, TensorInfo]
-    texts: Mapping[str, bytes] | None
-
-    @property
-    def missing_bytes(self) -> int:
-        """The bytes of all tensors."""
-        return sum(info.size_bytes for info in self.tensors.values())
-
-    def find_packed(self, config: Mapping[str, object]) -> Mapping[str, Packed] | None:
-        """Return every quantised weight by the name that it had; None where that is not known.
-
-        Raises:
-            FormatError: a description that cannot be understood.
-        """
-        if self.texts is None:
-            return None
-        return find_packed(config, self.tensors, self.texts.__getitem__)
-
-    def open_reader(self) -> None:
-        """Return None: the cache's files come whole."""
 
 
 def _fetch_from_hub(

@@ -32,10 +32,11 @@ REPO_ID = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class HubModel:
-    """A model in huggingface-hub's cache, and the commit that it is."""
+    """A model in huggingface-hub's cache, the commit that it is, and the bytes of all its files."""
 
     path: Path
     commit: str
+    sizes: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def fetch_model(
         raise
     except Exception as error:
         raise translate_error(error, repo_id, revision) from None
-    return HubModel(folder, folder.name)
+    return HubModel(folder, folder.name, sizes)
 
 
 def _prove(folder: Path, names: Iterable[str], bring: Callable[[], None]) -> None:

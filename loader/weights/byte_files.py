@@ -11,6 +11,7 @@ from loader.errors import FormatError
 from loader.types import Head
 from loader.weights.header import header_length
 
+HEAD_BYTES = 1 << 16  # holds the header of most safetensors files
 _LENGTH_BYTES = 8
 
 

@@ -10,13 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trustme
 
-from loader.arriving.origin_files import RemoteFile
 from loader.errors import FetchError, ListingError, TransientError
+from loader.fetch.range_read import read_range
 from loader.fetch.snapshot import FetchOptions, fetch, read_artifact
 from loader.http import openssl, pool
 from loader.http.client import HttpClient, HttpOptions
@@ -155,9 +156,8 @@ def test_every_way_cuts_a_slow_connection(
         elif way == "small file":
             assert read_artifact(artifact, tmp_path, store) == CONTENT
         else:
-            file = RemoteFile(artifact, store, ObjectInfo(len(CONTENT), '"1"'), 3)
             found = bytearray(len(CONTENT))
-            file.read_into(0, memoryview(found))
+            read_range(artifact, store, ObjectInfo(len(CONTENT), '"1"'), 0, memoryview(found), 3)
             assert found == CONTENT
     assert time.monotonic() - began < GENEROUS_S
 
@@ -208,17 +208,16 @@ def test_giving_up_soon_is_no_failure(tmp_path: Path, monkeypatch: pytest.Monkey
     with answering(slow_once(2)) as origin:
         store = PresignedStore(HttpClient(HttpOptions()))
         with closing(store):
-            file = RemoteFile(
-                Artifact("j", 0, "x", f"{origin.url}/x"), store, ObjectInfo(len(CONTENT), '"1"'), 0
+            artifact, info = (
+                Artifact("j", 0, "x", f"{origin.url}/x"),
+                ObjectInfo(len(CONTENT), '"1"'),
             )
             found = bytearray(len(CONTENT))
-            file.read_into(0, memoryview(found))
+            read_range(artifact, store, info, 0, memoryview(found), 0)
             assert found == CONTENT
     with answering(slow_once(9)) as origin:
         store = PresignedStore(HttpClient(HttpOptions(stall_timeout_s=0.5)))
         with closing(store):
-            file = RemoteFile(
-                Artifact("j", 0, "x", f"{origin.url}/x"), store, ObjectInfo(len(CONTENT), '"1"'), 0
-            )
+            artifact = replace(artifact, url=f"{origin.url}/x")
             with pytest.raises(TransientError):
-                file.read_into(0, memoryview(bytearray(len(CONTENT))))
+                read_range(artifact, store, info, 0, memoryview(bytearray(len(CONTENT))), 0)

@@ -34,6 +34,8 @@ class Hub(ThreadingHTTPServer):
         """Whether files come with their commit and ETag."""
         self.cuts: list[str] = []
         """Files of which every answer breaks off before its last byte."""
+        self.bytes_sent = 0
+        """Of all bodies."""
         self.faults: list[tuple[str, int]] = []
         """What a path begins with, and what one request for it gets; 0 ends the connection."""
         super().__init__(("127.0.0.1", 0), Handler)
@@ -129,6 +131,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.path.rpartition("/")[2] in self.server.cuts:
                 self.close_connection = True
                 body = body[:-1]
+            self.server.bytes_sent += len(body)
             self.wfile.write(body[: 1 << 20])
             for place in range(1 << 20, len(body), 1 << 20):
                 time.sleep(self.server.pause_s)
