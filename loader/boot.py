@@ -169,7 +169,7 @@ def _streamed_start(
         imports.wait()
         return start(ready, settings, timeline, load_format=LOAD_FORMAT)
 
-    return StreamedStart(cache_folder(settings), begin, timeline)
+    return StreamedStart(cache_folder(settings), settings.served_model_name, begin, timeline)
 
 
 def start(

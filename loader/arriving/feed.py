@@ -240,9 +240,13 @@ class Follower:
         self._descriptors: dict[int, int] = {}
         self.is_over = False
         """Whether all tensors are here."""
-        while (message := self._next())["kind"] != "files":
-            file = FedFile(str(message["name"]), int(message["size_bytes"]), str(message["head"]))
-            self._files.append(file)
+        try:
+            while (message := self._next())["kind"] != "files":
+                size_bytes, digest = int(message["size_bytes"]), str(message["head"])
+                self._files.append(FedFile(str(message["name"]), size_bytes, digest))
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self

@@ -293,8 +293,8 @@ class Pod:
             from loader.prepare.consolidated import cache_folder
 
             try:
-                taken = self._state.take_weights
-                stream = Stream(cache_folder(settings), filling, ready, taken)
+                taken, name = self._state.take_weights, settings.served_model_name
+                stream = Stream(cache_folder(settings), filling, ready, name, taken)
             except (LoaderError, OSError) as error:
                 _log.warning("engine start: files, not streamed: %s", error)
                 return

@@ -345,7 +345,8 @@ def _merge(
 
     def begin(writer: CheckpointWriter) -> None:
         if is_sure and job.announce:
-            job.announce(writer.fill(), ReadyModel(output, (), None, output, {}))
+            provenance: dict[str, object] = {"name": job.adapters[0].name}
+            job.announce(writer.fill(), ReadyModel(output, (), None, output, provenance))
 
     return merge(
         base,

@@ -26,10 +26,15 @@ class StreamedStart:
     """
 
     def __init__(
-        self, cache: Path, start: Callable[[ReadyModel], ServedModel], timeline: Timeline
+        self,
+        cache: Path,
+        served_model_name: str | None,
+        start: Callable[[ReadyModel], ServedModel],
+        timeline: Timeline,
     ) -> None:
         os.environ.update(stream_environment())
-        self._cache, self._start, self._timeline = cache, start, timeline
+        self._cache, self._name, self._start = cache, served_model_name, start
+        self._timeline = timeline
         self._stream: Stream | None = None
         self._thread: threading.Thread | None = None
         self._model: ServedModel | None = None
@@ -39,7 +44,7 @@ class StreamedStart:
     def announce(self, filling: FillingFolder, ready: ReadyModel) -> None:
         """Begin to load *ready*, whose weights *filling* brings; see ``Announce``."""
         try:
-            stream = Stream(self._cache, filling, ready, self._tell)
+            stream = Stream(self._cache, filling, ready, self._name, self._tell)
         except (LoaderError, OSError) as error:
             _log.warning("engine start: files, not streamed: %s", error)
             return

@@ -10,7 +10,7 @@ from pathlib import Path
 from loader.arriving.feed import Feed, Taken
 from loader.arriving.filling import FillingFolder
 from loader.arriving.standins import EnginePath
-from loader.errors import DiskError
+from loader.errors import ConfigError, DiskError
 from loader.serve.model import base_name
 from loader.types import STREAM_VARIABLE, ReadyModel
 
@@ -31,13 +31,26 @@ class Stream:
     ``ready`` is what the engine is given. *taken* is told as by ``Feed``.
 
     Raises:
+        ConfigError: what requests are to call it is not known yet.
         DiskError: the disk refused.
         OSError: there are no sockets.
     """
 
     def __init__(
-        self, cache: Path, filling: FillingFolder, ready: ReadyModel, taken: Taken
+        self,
+        cache: Path,
+        filling: FillingFolder,
+        ready: ReadyModel,
+        served_model_name: str | None,
+        taken: Taken,
     ) -> None:
+        self._name = served_model_name
+        if not served_model_name and "name" not in ready.provenance and _has_no_name(ready.path):
+            raise ConfigError(
+                "the model has no name before all of it is here",
+                where=str(ready.path),
+                next_step="set served_model_name to have its weights streamed",
+            )
         self._at = EnginePath.take(cache)
         try:
             self._at.stand_in(filling)
@@ -53,7 +66,7 @@ class Stream:
         Return why the engine cannot serve it all the same; empty where it can.
         """
         found, given = self._lead(ready), self.ready
-        names = (base_name(found, None), base_name(given, None))
+        names = (base_name(found, self._name), base_name(given, self._name))
         if replace(found, provenance={}) != replace(given, provenance={}) or len(set(names)) > 1:
             return "the model is another than was announced"
         try:
@@ -80,6 +93,11 @@ class Stream:
             tokenizer=path if ready.tokenizer == ready.path else ready.tokenizer,
             provenance=ready.provenance | {"name": base_name(ready, None)},
         )
+
+
+def _has_no_name(path: Path) -> bool:
+    """Return whether a folder will have another name when it is complete."""
+    return any(part.endswith(".partial") for part in path.parts)
 
 
 def why_not_streamed(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from loader.arriving.feed import Follower
-from loader.errors import EngineError, FetchError
+from loader.errors import ConfigError, EngineError, FetchError
 from loader.serve.model import base_name
 from loader.serve.vllm.streamed_start import StreamedStart
 from loader.serve.vllm.streaming import (
@@ -44,7 +44,7 @@ def ready(tmp_path: Path) -> ReadyModel:
 
 @pytest.fixture
 def stream(filling: SlowFolder, ready: ReadyModel, tmp_path: Path) -> Iterator[Stream]:
-    made = Stream(tmp_path / "cache", filling, ready, lambda done, total: None)
+    made = Stream(tmp_path / "cache", filling, ready, None, lambda done, total: None)
     yield made
     made.close()
 
@@ -61,7 +61,8 @@ def test_the_engine_gets_a_path_of_its_own_and_the_models_name(
 def test_a_tokenizer_of_its_own_stays(
     filling: SlowFolder, ready: ReadyModel, tmp_path: Path
 ) -> None:
-    made = Stream(tmp_path, filling, replace(ready, tokenizer=tmp_path / "t"), lambda *_: None)
+    other = replace(ready, tokenizer=tmp_path / "t")
+    made = Stream(tmp_path, filling, other, None, lambda done, total: None)
     assert made.ready.tokenizer == tmp_path / "t"
     made.close()
 
@@ -90,6 +91,18 @@ def test_a_folder_that_got_its_name_in_the_end_is_the_same_model(
     found = replace(ready, path=named, tokenizer=named, provenance={"name": "model", "why": "x"})
     assert not stream.publish(found)
     assert stream.ready.path.resolve() == named
+
+
+def test_a_folder_that_gets_its_name_last_needs_one_from_the_settings(
+    filling: SlowFolder, ready: ReadyModel, tmp_path: Path
+) -> None:
+    folder = tmp_path / ".consolidating.x.partial" / "model"
+    unnamed = replace(ready, path=folder, tokenizer=folder)
+    with pytest.raises(ConfigError, match="no name"):
+        Stream(tmp_path, filling, unnamed, None, lambda done, total: None)
+    made = Stream(tmp_path, filling, unnamed, "served", lambda done, total: None)
+    assert not made.publish(ready)
+    made.close()
 
 
 @pytest.mark.parametrize(
@@ -160,7 +173,7 @@ def begin(filling: SlowFolder, ready: ReadyModel, tmp_path: Path, monkeypatch: A
             engines.append(Engine(given, error, follows=follows))
             return engines[-1]
 
-        made = StreamedStart(tmp_path / "cache", start, Timeline(quiet=True))
+        made = StreamedStart(tmp_path / "cache", None, start, Timeline(quiet=True))
         made.announce(filling, ready)
         return made
 
@@ -220,6 +233,7 @@ def test_a_model_that_fails_ends_its_engine(
 
 @pytest.mark.usefixtures("begin")
 def test_nothing_announced_is_nothing_started(tmp_path: Path, ready: ReadyModel) -> None:
-    started = StreamedStart(tmp_path, lambda _: pytest.fail("started"), Timeline(quiet=True))
+    failing = lambda _: pytest.fail("started")  # noqa: E731
+    started = StreamedStart(tmp_path, None, failing, Timeline(quiet=True))
     assert started.finish(ready) is None
     started.abort(FetchError("x"))
