@@ -130,7 +130,7 @@ class FirstRequests:
                 try:
                     stream = self._store.open_first(part.artifact, request.end)
                 except TransientError as error:
-                    self._note_retry(request, error)
+                    self.note_retry(request.artifact, error)
                     raise
                 part.opened = stream, request.end
                 part.confirm(check_size(part.artifact, stream.info, self._store))
@@ -220,11 +220,17 @@ class FirstRequests:
         """Return the backoff before *request* is sent again. Raises *error* at the last."""
         if self._halt.is_set():
             raise StoppedError
-        self._note_retry(request, error)
+        self.note_retry(request.artifact, error)
         if request.attempt > self._limits.retries:
             raise error
         request.attempt += 1
         return pause_s(error, request.attempt - 1)
+
+    def note_retry(self, artifact: Artifact, error: TransientError) -> None:
+        """Tell that *artifact* is asked for again; fewer at a time where the origin is busy."""
+        self._events.progress.retry(artifact.path, error.what)
+        if error.busy:
+            self._pace.slow_down(time.monotonic())
 
     def _set_if_over(self) -> None:
         if not self._left and not self._large_left and not self._may_open():
@@ -248,11 +254,6 @@ class FirstRequests:
         limits = self._limits
         end = guided_bytes(size, self._total_bytes, limits.concurrency, limits.range_bytes)
         return FirstRequest(place, artifact, end, is_large=True)
-
-    def _note_retry(self, request: FirstRequest, error: TransientError) -> None:
-        self._events.progress.retry(request.artifact.path, error.what)
-        if error.busy:
-            self._pace.slow_down(time.monotonic())
 
     def _part(self, request: FirstRequest, info: ObjectInfo) -> PartFile:
         part = self._parts[request.place] = self._events.make(request.artifact, info)

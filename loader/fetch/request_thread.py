@@ -24,7 +24,6 @@ from loader.errors import LoaderError, TransientError
 from loader.fetch.claim import Claim
 from loader.fetch.events import Events, Limits
 from loader.fetch.first_requests import FirstRequest, FirstRequests
-from loader.fetch.pace import Pace
 from loader.fetch.schedule import Schedule
 from loader.fetch.stopping import StoppedError
 from loader.retry import Tries, retrying
@@ -45,7 +44,6 @@ class RequestThread:
         store: Store,
         limits: Limits,
         events: Events,
-        pace: Pace,
         halt: threading.Event,
         place: int,
     ) -> None:
@@ -56,7 +54,6 @@ class RequestThread:
         self._store = store
         self._limits = limits
         self._events = events
-        self._pace = pace
         self._halt = halt
         self._in_flight: deque[FirstRequest] = deque()
         self._failed: list[FirstRequest] = []
@@ -192,9 +189,7 @@ class RequestThread:
                 return
             tries.note(claim.place, error)
             if isinstance(error, TransientError):
-                self._events.progress.retry(claim.part.artifact.path, error.what)
-                if error.busy:
-                    self._pace.slow_down(time.monotonic())
+                self._first.note_retry(claim.part.artifact, error)
             raise
 
     def _receive(self, claim: Claim) -> None:

@@ -110,7 +110,6 @@ class Transfer:
                 self._store,
                 self._limits,
                 self._events,
-                self._pace,
                 self._halt,
                 len(self._threads),
             )

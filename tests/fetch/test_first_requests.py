@@ -173,7 +173,7 @@ def test_a_far_origin_is_asked_for_as_much_as_is_allowed(
 def test_a_busy_origin_is_asked_for_half(
     origin: FaultyOrigin, store: PresignedStore, tmp_path: Path
 ) -> None:
-    before, after, noted = Crowd(0.1), Crowd(0.1), Noted()
+    before, after, noted = Crowd(0.5), Crowd(0.1), Noted()
     busy = [lambda handler: before(handler) or status(503)(handler)] * 8
     origin.fail(".bin", *busy, *[after] * 24)
     options = FetchOptions(concurrency=8, retries=3)
