@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +68,17 @@ def test_what_readme_shows_is_what_happens(tmp_path: Path) -> None:
 def test_five_lines_from_a_listing_to_an_answer(tmp_path: Path) -> None:
     with world(tmp_path) as found:
         run_blocks(found, engine=True)
+
+
+@pytest.mark.engine
+def test_the_demo_trains_serves_and_asks(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "loader", "demo", "--folder", str(tmp_path / "demo")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answers = re.findall(r"^    (base|fine-tuned) +(.+)$", done.stdout, re.MULTILINE)
+    assert answers
+    assert {name for name, _ in answers} == {"base", "fine-tuned"}
+    assert all(one[1] != other[1] for one, other in zip(answers[::2], answers[1::2], strict=True))
 
 
 def test_an_output_that_differs_is_seen() -> None:
