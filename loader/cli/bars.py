@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 from rich.console import Console
 from rich.progress import (
@@ -30,14 +31,7 @@ class BarProgress(Progress):
 
     def __init__(self) -> None:
         super().__init__()
-        self._bars = Bars(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
+        self._bars = _bars(Console(stderr=True))
         self._task = TaskID(0)
         self._lock = threading.Lock()
         self._files: dict[str, TaskID] = {}
@@ -91,6 +85,43 @@ class BarProgress(Progress):
 
     def _label(self) -> str:
         return f"{self._count}/{self._total} files"
+
+
+class WorkBar:
+    """A bar of one piece of work, shown once that has taken a while. A context manager."""
+
+    def __init__(self, what: str, console: Console | None = None, after_s: float = 1.0) -> None:
+        self._bars = _bars(console or Console(stderr=True))
+        self._task = self._bars.add_task(what, total=None)
+        self._from_s = time.monotonic() + after_s
+        self._lock = threading.Lock()
+        self._shown = False
+
+    def __enter__(self) -> WorkBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            self._bars.stop()
+
+    def report(self, done: int, total: int) -> None:
+        """Move it. From any thread."""
+        self._bars.update(self._task, completed=done, total=total)
+        with self._lock:
+            if not self._shown and time.monotonic() >= self._from_s:
+                self._shown = True
+                self._bars.start()
+
+
+def _bars(console: Console) -> Bars:
+    return Bars(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 def _short(path: str) -> str:

@@ -137,19 +137,22 @@ def merge(
     with errors_shown(as_json):
         from loader.adapters.merge import WeightedAdapter
         from loader.adapters.merge import merge as merge_folders
+        from loader.cli.display import work_shown
         from loader.cli.documents import ready_document
         from loader.cli.tables import show_ready
 
         weighted = [WeightedAdapter(*_weighted(text)) for text in adapter]
-        ready = merge_folders(
-            Path(base),
-            weighted,
-            output,
-            exact=exact,
-            combine=combine,
-            dequantise=dequantise,
-            allow_pickle=allow_pickle,
-        )
+        with work_shown("merged") as report:
+            ready = merge_folders(
+                Path(base),
+                weighted,
+                output,
+                exact=exact,
+                combine=combine,
+                dequantise=dequantise,
+                allow_pickle=allow_pickle,
+                on_progress=report,
+            )
         show_ready(ready)
         if as_json:
             write_json(ready_document(ready))
@@ -163,17 +166,18 @@ def consolidate(
         from loader.weights.formats.learning import learning_names
 
         with learning_names() as learn:
+            from loader.cli.display import work_shown
             from loader.cli.documents import consolidated_document
             from loader.cli.tables import show_consolidated
-            from loader.prepare.consolidated import log_progress
             from loader.weights.formats.consolidation import consolidate as consolidate_folders
             from loader.weights.formats.places import find_sharded
             from loader.weights.inspect import open_checkpoint
 
-            sharded, report = find_sharded(source), log_progress()
-            consolidate_folders(
-                sharded, output, base=base, dtype=dtype, on_progress=report, learn=learn
-            )
+            sharded = find_sharded(source)
+            with work_shown("consolidated") as report:
+                consolidate_folders(
+                    sharded, output, base=base, dtype=dtype, on_progress=report, learn=learn
+                )
         made = open_checkpoint(output)
         show_consolidated(sharded, made)
         if as_json:
@@ -183,10 +187,12 @@ def consolidate(
 def sums(folder: Path, as_json: bool) -> None:
     """Write a manifest of sums to lay beside a checkpoint."""
     with errors_shown(as_json):
+        from loader.cli.display import work_shown
         from loader.cli.documents import sums_document
         from loader.fetch.sum_manifests import sum_folder
 
-        path, found = sum_folder(folder)
+        with work_shown("summed up") as report:
+            path, found = sum_folder(folder, report)
         show(f"{len(found)} files in {path}")
         if as_json:
             write_json(sums_document(path, found))

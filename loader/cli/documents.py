@@ -74,6 +74,7 @@ def plan_document(found: Forecast, folder: Path, free_bytes: int) -> dict[str, o
             "mode": found.mode or None,
             "consolidates": found.consolidates,
             "why": found.why,
+            "weights": found.weights_from,
         },
         "room": [
             {

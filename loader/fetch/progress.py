@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 from loader.stores.base import Progress
 from loader.units import show_bytes, show_rate, show_seconds
 
-__all__ = ["LogProgress", "Progress", "Retries"]
+__all__ = ["LogProgress", "Progress", "Report", "Retries", "log_work"]
 
 _log = logging.getLogger("podloader")
 _EVERY_S = 5.0
+
+Report = Callable[[int, int], None]
+"""Told how much is done, and of how much."""
 
 
 class LogProgress(Progress):
@@ -104,3 +108,20 @@ class Retries:
         with self._lock:
             untold, self._untold, self._told = self._untold, 0, None
         return f"asked for again: {untold} others" if untold else ""
+
+
+def log_work(
+    what: str, show: Callable[[float], str] = show_bytes, every_s: float = _EVERY_S
+) -> Report:
+    """Return what logs a line every few seconds: done, all, and the time that is left."""
+    began = told = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= every_s:
+            told = now
+            left = show_seconds((total - done) * (now - began) / max(done, 1))
+            _log.info("%s %s of %s, %s left", what, show(done), show(total), left)
+
+    return report

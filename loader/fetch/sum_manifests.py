@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from loader.errors import CheckpointError, DiskError, FetchError, FormatError
 from loader.fetch.background import are_here
 from loader.fetch.digests import read_digest
 from loader.fetch.files import STATE
+from loader.fetch.progress import Report
 from loader.fetch.snapshot import read_artifact, read_small
 from loader.resolve.sum_files import (
     OURS,
@@ -58,8 +60,10 @@ def declare_sums(
     return declare(files, found) if found else tuple(files)
 
 
-def sum_folder(folder: Path) -> tuple[Path, Sums]:
+def sum_folder(folder: Path, report: Report = lambda done, total: None) -> tuple[Path, Sums]:
     """Return the manifest of *folder*, which is written, and what it says of each file.
+
+    *report* is told of bytes, a file at a time.
 
     Raises:
         CheckpointError: no such folder, or nothing in it.
@@ -79,11 +83,17 @@ def sum_folder(folder: Path) -> tuple[Path, Sums]:
     if not names:
         raise CheckpointError("a folder without files", where=str(folder))
 
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    total, done, lock = sum(sizes.values()), [0], threading.Lock()
+
     def read(name: str) -> tuple[Checksum, ...]:
         try:
             found = read_digest(folder / name, _ALGORITHMS)
         except OSError as error:
             raise _refused(folder / name, error) from None
+        with lock:
+            done.append(sizes[name])
+            report(sum(done), total)
         return tuple(Checksum(algorithm, digest) for algorithm, digest in found.items())
 
     sums = dict(zip(names, map_on_threads(read, names, _THREADS), strict=True))

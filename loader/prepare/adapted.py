@@ -33,7 +33,7 @@ from loader.adapters.plan_builder import Base
 from loader.arriving.arriving_weights import ArrivingWeights
 from loader.arriving.filling import Announce
 from loader.config.settings import Settings
-from loader.fetch.progress import Progress
+from loader.fetch.progress import Progress, log_work
 from loader.prepare.bases import FoundBase, HubBase, LocalBase, find_base
 from loader.prepare.checkpoint_sources import BaseModel, Source
 from loader.prepare.consolidated import (
@@ -356,5 +356,6 @@ def _merge(
         dequantise=job.settings.dequantise,
         allow_pickle=job.settings.allow_pickle,
         weights=weights,
+        on_progress=log_work("merged"),
         on_begin=begin,
     )

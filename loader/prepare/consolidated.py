@@ -20,7 +20,6 @@ import hashlib
 import json
 import logging
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,10 +30,10 @@ from loader.errors import FormatError
 from loader.fetch.crc import crc64nvme
 from loader.fetch.digests import Digests
 from loader.fetch.files import STATE
+from loader.fetch.progress import log_work
 from loader.prepare.checkpoint_sources import SHARDED, BaseModel, Source
 from loader.prepare.inputs import prove
 from loader.types import Kind
-from loader.units import show_bytes
 from loader.weights.formats.learning import learning_names
 from loader.weights.formats.places import has_config
 from loader.weights.formats.refused import find_refusal
@@ -46,11 +45,9 @@ from loader.weights.publishing import disk_error, scratch_folder, sweep, use
 if TYPE_CHECKING:
     from loader.weights.writer import CheckpointWriter  # torch
 
-_EVERY_S = 5.0
 _MODE, _COMING = "consolidate", "consolidating"
 _log = logging.getLogger("podloader")
 
-Report = Callable[[int, int], None]  # told of bytes done, and of bytes in all
 OnBegin = Callable[["CheckpointWriter"], None]
 
 
@@ -140,7 +137,7 @@ def _consolidate(
             files=files,
             base=base.path if base else None,
             dtype=settings.consolidate_dtype,
-            on_progress=ranges.report if ranges else log_progress(),
+            on_progress=ranges.report if ranges else log_work("consolidated"),
             on_begin=on_begin,
             digest=digest,
             learn=learn,
@@ -212,16 +209,3 @@ def cache_folder(settings: Settings) -> Path:
 def models_folder(root: Path) -> Path:
     """Return where they are kept for the download folder *root*, unless the settings say."""
     return root / STATE / "models"
-
-
-def log_progress() -> Report:
-    """Return what logs a line every few seconds: bytes done and bytes in all."""
-    last = time.monotonic()
-
-    def report(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _EVERY_S:
-            last = time.monotonic()
-            _log.info("consolidated %s of %s", show_bytes(done), show_bytes(total))
-
-    return report

@@ -26,6 +26,7 @@ from loader.prepare.remote import read_checkpoints
 from loader.serve.machine import read_machine
 from loader.serve.room import Room, describe_short, engine_room
 from loader.serve.size import count_parameters, dtype_bytes, served_bytes, stored_dtype
+from loader.serve.vllm.streaming import why_not_streamed
 from loader.stores.base import Store
 from loader.stores.registry import is_remote
 from loader.types import Artifact, Checkpoint, Kind, Listing, Manifest, total_bytes
@@ -67,6 +68,7 @@ class Forecast:
     urls_end: datetime | None = None
     warnings: tuple[str, ...] = ()
     engine: str = ""
+    weights_from: str = ""
 
     @property
     def base_files(self) -> tuple[BaseFile, ...]:
@@ -92,9 +94,25 @@ def forecast(settings: Settings, manifest: Manifest, store: Store) -> Forecast:
         step = f"; {error.next_step}" if error.next_step else ""
         told = f"what a start would make of the files is not known: {error.what}{step}"
         found = _warned(found, told)
-    found = replace(found, room=tuple(_room(settings, found)))
+    found = replace(
+        found,
+        room=tuple(_room(settings, found)),
+        weights_from=_weights_from(settings, found),
+    )
     short = [describe_short(room) for room in found.room if room.is_short]
     return replace(found, warnings=(*found.warnings, *map("not enough {}".format, short)))
+
+
+def _weights_from(settings: Settings, found: Forecast) -> str:
+    """Return whether the engine loads weights while they arrive, or from files, and why."""
+    missing = [a for a in found.manifest.files if found.manifest.presence[a.path] == "missing"]
+    if settings.engine != "vllm":
+        return "files"
+    if why := why_not_streamed(settings.engine_start, settings.engine_args):
+        return f"files: {why}"
+    if not missing and not (found.base and found.base.missing):
+        return "files: all of them are here"
+    return "while they arrive, where the engine can"
 
 
 def begin(settings: Settings, manifest: Manifest) -> Forecast:

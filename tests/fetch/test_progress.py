@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from loader.fetch.progress import LogProgress
+from loader.fetch.progress import LogProgress, log_work
 
 
 def test_each_fetch_counts_its_own_files(caplog: pytest.LogCaptureFixture) -> None:
@@ -42,3 +42,18 @@ def test_no_rate_tells_no_time(caplog: pytest.LogCaptureFixture) -> None:
         progress.start(1, 100, 40)
         progress.finish()
     assert caplog.messages[-1] == "0/1 files, 40 B of 100 B, 0 B/s"
+
+
+def test_work_is_told_every_few_seconds(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, logger="podloader")
+    clock = iter([0.0, 1.0, 6.0, 7.0, 12.0])
+    monkeypatch.setattr("loader.fetch.progress.time.monotonic", lambda: next(clock))
+    report = log_work("merged", every_s=5)
+    for done in (1000, 2000, 3000, 4000):
+        report(done, 4000)
+    assert caplog.messages == [
+        "merged 2.0 kB of 4.0 kB, 6.0 s left",
+        "merged 4.0 kB of 4.0 kB, 0.00 s left",
+    ]

@@ -79,6 +79,7 @@ def test_a_base_on_the_hub_is_in_the_plan(hub: Hub, job: Job, adapter: Path) -> 
         "mode": "attach",
         "consolidates": False,
         "why": "vLLM serves plain LoRA as it is, nothing to write first",
+        "weights": document["start"]["weights"],
     }
     assert document["base"]["origin"] == "the Hub"
     assert (
@@ -108,6 +109,9 @@ def test_a_base_behind_a_url_is_in_the_plan_and_merged(job: Job, adapter: Path, 
     assert found.base is not None
     assert found.base.weight_bytes == (base / "model.safetensors").stat().st_size
     assert {file.presence for file in found.base_files} == {"missing"}
+    for start, told in (("auto", "while they arrive"), ("files", "files: as engine_start says")):
+        settings = job.settings("rank-0/", base_model=f"file://{base}", engine_start=start)
+        assert boot.look_ahead(settings).weights_from.startswith(told)
     (disk,) = [r for r in found.room if r.what == "disk"]
     brought = sum(p.stat().st_size for folder in (base, adapter) for p in folder.iterdir())
     assert disk.needed_bytes == brought + (base / "model.safetensors").stat().st_size
