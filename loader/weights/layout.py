@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +60,27 @@ class Place:
 
 
 def walk_names(root: Path) -> list[str]:
-    """Return all files below *root*, relative to it; hidden folders are left out."""
+    """Return all files below *root*, relative to it; hidden folders are left out.
+
+    So are pipes, sockets and devices, which whoever opens them may wait for without an end.
+    """
     names = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
         relative = Path(folder).relative_to(root)
-        names += [(relative / file).as_posix() for file in files]
+        names += [
+            (relative / file).as_posix()
+            for file in files
+            if not _is_special(os.path.join(folder, file))  # noqa: PTH118 - of thousands of files
+        ]
     return names
+
+
+def _is_special(path: str) -> bool:
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116
+    except OSError:  # who opens it says what is wrong
+        return False
 
 
 def group_places(root: Path, names: Iterable[str]) -> tuple[Place, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -289,3 +290,13 @@ def test_a_latest_that_is_no_text(tmp_path: Path, content: bytes) -> None:
     assert refusal.got == "global_step20/"
     assert str(refusal).isprintable() or "\n" in str(refusal)
     assert len(str(refusal)) < 10_000
+
+
+@pytest.mark.parametrize(
+    "name", ["latest", "config.json", "model.safetensors.index.json", "adapter_config.json"]
+)
+def test_pipes_are_not_waited_for(tmp_path: Path, name: str) -> None:
+    put(tmp_path, "c/global_step20/mp_rank_00_model_states.pt", "c/model.safetensors")
+    os.mkfifo(tmp_path / "c" / name)
+    (found,) = find_checkpoints(tmp_path)
+    assert found.path == tmp_path / "c"
