@@ -24,7 +24,7 @@ from loader.weights.layout import Place
 
 FSDP_WEIGHTS = "pytorch_model_fsdp.bin"  # accelerate's full state dict, on the first rank
 DTENSOR_FILE = re.compile(r"^model_world_size_(?P<world>\d+)_rank_(?P<rank>\d+)\.pt$")
-BESIDE = "huggingface"  # verl's folder of config and tokenizer, in the checkpoint's own
+BESIDE = ("huggingface", "lora_adapter")  # verl's folders of config, tokenizer and adapter
 _DCP = re.compile(r"\.distcp$|^shard-\d+-model-\d+-of-\d+\.safetensors$")
 _DCP_OF_PARENT = re.compile(r"^(pytorch_model_fsdp_\d+|model(_\d+)?|sharded)$")
 _OPTIMIZER = re.compile(r"^optim(izer)?(_\d+)?$")

@@ -106,7 +106,9 @@ def _find_in_job(places: tuple[Place, ...], read: _Read) -> list[Checkpoint]:
         if not any(_is_hollow(c, read) for c in whole[relative]):
             del zero[relative]
     cut = find_cut(places, by_folder).items()
-    others = {r: c for r, c in cut if not {r, f"{r}/{BESIDE}".lstrip("/")} & whole.keys()}
+    others = {
+        r: c for r, c in cut if not {r, *(f"{r}/{n}".lstrip("/") for n in BESIDE)} & whole.keys()
+    }
     sharded = {r: [c] for r, c in {**others, **zero}.items()}
     merged = {**whole, **sharded}
     return [c for relative in sorted(merged) for c in merged[relative]]

@@ -148,6 +148,21 @@ def test_a_whole_model_beside_it_is_taken(verl: Path, tmp_path: Path) -> None:
     assert (checkpoint.kind, checkpoint.path) == (Kind.FULL, beside)
 
 
+def test_an_adapter_beside_its_shards_is_taken(verl: Path, tmp_path: Path) -> None:
+    """Which verl's worker saves; where there is its config alone the shards give the tensors."""
+    checkpoint = found(verl / "lora")
+    assert (checkpoint.kind, checkpoint.path.name) == (Kind.ADAPTER, "lora_adapter")
+    case = copy_case(verl / "lora", tmp_path / "case")
+    adapter = case / "rank-0" / ACTOR / "lora_adapter"
+    (adapter / "adapter_model.safetensors").unlink()
+    out = consolidate(found(case), tmp_path / "out")
+    merged = load_file(out / "adapter_model.safetensors")
+    assert_same(merged, load_file(verl / "lora/full.safetensors"))
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match="without its adapter_config"):
+        consolidate(found(case), tmp_path / "without")
+
+
 @pytest.mark.parametrize("only", [True, False])
 def test_from_signed_urls(verl: Path, origin: FaultyOrigin, tmp_path: Path, only: bool) -> None:
     job = Job(origin, tmp_path)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -101,10 +102,27 @@ def fsdp1(case: str) -> None:
     save(case, model, state, full)
 
 
+def lora(case: str) -> None:
+    """The whole PeftModel in shards, and the adapter beside them, as verl's worker saves both."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    torch.manual_seed(1)
+    model: Any = get_peft_model(LlamaForCausalLM.from_pretrained(BASE), config)
+    train(train(fully_shard(model, mesh=init_device_mesh("cpu", (4,)))))
+    full = get_model_state_dict(model, options=FULL)
+    adapter = get_peft_model_state_dict(model, full) if full else {}
+    save(case, model, model.state_dict(), adapter)
+    if dist.get_rank() == 0:
+        folder = OUT / case / "rank-0/global_step_5/actor/lora_adapter"
+        model.peft_config["default"].save_pretrained(folder)
+        tensors = {k: v.detach().clone().contiguous() for k, v in adapter.items()}
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+
 CASES: dict[str, Callable[[str], None]] = {
     "fsdp2": fsdp2,
     "replicated": replicated,
     "fsdp1": fsdp1,
+    "lora": lora,
 }
 
 if __name__ == "__main__":
