@@ -105,7 +105,9 @@ def make_ready(
             f"trained over: base_model: checkpoint:{models[0].place}/",
         )
     if not adapters:
-        models = [*models, *([base] if base else [])]
+        if base and models:  # what it was trained over: its weights are here if they were needed
+            later -= set(base.paths)
+        models = models or ([base] if base else [])
         ready = _serve_whole(settings, delivery, models, later, announce)
     else:
         under = _as_base(settings, base, later) if base else None

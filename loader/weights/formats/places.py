@@ -27,7 +27,11 @@ def home_folders(checkpoint: Checkpoint) -> list[Path]:
     name = checkpoint.path.name
     folders = [f if f.name == name else f.parent for f in weight_folders(checkpoint)]
     found = list(dict.fromkeys([checkpoint.path, *folders]))
-    beside = [folder / name for folder in found for name in BESIDE] if checkpoint.kind is Kind.DTENSOR else []
+    beside = (
+        [folder / name for folder in found for name in BESIDE]
+        if checkpoint.kind is Kind.DTENSOR
+        else []
+    )
     return [*beside, *found]
 
 

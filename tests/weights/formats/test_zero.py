@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,8 @@ from loader.types import Checkpoint, Kind
 from loader.weights.byte_files import LocalFile
 from loader.weights.formats.consolidation import consolidate
 from loader.weights.inspect import find_checkpoints, open_checkpoint
+from tests.origin import FaultyOrigin, write_listing
+from tests.stores.hub import Hub
 from tests.weights.formats.conftest import assert_same, copy_case, found, tensors_of
 
 TRAINED = {
@@ -301,3 +307,33 @@ def test_frozen_parameters_that_were_not_saved_come_from_the_base(
     for only in (True, False):
         ready = boot.prepare(publish(zero / case, base_model=str(base), weights_only_fetch=only))
         assert_same(tensors_of(ready.path), wanted | {name: frozen})
+
+
+@pytest.mark.parametrize("case", ["zero2-without", "zero3-without"])
+@pytest.mark.parametrize("at", ["url", "hub", "checkpoint"])
+def test_the_base_of_frozen_parameters_lies_anywhere(
+    zero: Path, base: Path, case: str, at: str, configure: Any, origin: FaultyOrigin, tmp_path: Path
+) -> None:
+    name = "model.embed_tokens.weight"
+    frozen = load_file(base / "model.safetensors")[name].to(torch.bfloat16)
+    with Hub(base) as hub:
+        model = {"url": f"file://{base}", "hub": "org/base", "checkpoint": "checkpoint:b/rank-0/m/"}
+        document = configure(zero / case, base_model=model[at])
+        shutil.copytree(base, origin.folder("b") / "m")
+        listing = write_listing(origin, tmp_path / "b.json", "b")
+        document["model_metadata"]["podloader"]["artifacts"].append(str(listing))
+        config = tmp_path / "config.yaml"
+        config.write_text(json.dumps(document))
+        home = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        command = [sys.executable, "-m", "loader", "prepare", str(config), "--json"]
+        done = subprocess.run(
+            command, env=os.environ | home, capture_output=True, text=True, check=False
+        )
+        hub.shutdown()
+    assert done.returncode == 0, done.stderr
+    out = Path(json.loads(done.stdout)["path"])
+    assert_same(tensors_of(out), reference(zero / case, torch.bfloat16) | {name: frozen})
