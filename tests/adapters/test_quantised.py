@@ -165,7 +165,7 @@ def test_compressed_tensors_of_packed_integers(base: Path, adapter: Path, tmp_pa
 
 
 def four_bits(kind: str, nested: bool, seen: Tensors) -> Callable[[str, torch.Tensor], Tensors]:
-    """Quantise as bitsandbytes 0.50 stores it; the layout was compared with its own output."""
+    """Quantise as bitsandbytes stores it, where that is not installed."""
     code = torch.linspace(-1, 1, 16) ** 3
     outer_code = torch.linspace(-1, 1, 256)
 
@@ -221,6 +221,50 @@ def test_bitsandbytes_in_eight_bits(base: Path, adapter: Path, tmp_path: Path) -
         scale = weight.float().abs().amax(1)
         stored = (weight.float() / scale[:, None] * 127).round().to(torch.int8)
         seen[name] = (stored.float() * (scale / 127)[:, None]).to(torch.bfloat16)
+        module = name.removesuffix(".weight")
+        mark = torch.zeros((), dtype=torch.uint8)
+        return {name: stored, f"{module}.SCB": scale, f"{module}.weight_format": mark}
+
+    about = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    quantised = rewrite(base, tmp_path / "bnb", quantise, about)
+    check(quantised, plain(base, tmp_path / "seen", seen.__getitem__), adapter, tmp_path)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("kind", "nested"), [("nf4", True), ("nf4", False), ("fp4", True)])
+def test_four_bits_as_bitsandbytes_itself_stores_and_reads_them(
+    base: Path, adapter: Path, tmp_path: Path, kind: str, nested: bool, storage: torch.dtype
+) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    seen: Tensors = {}
+
+    def quantise(name: str, weight: torch.Tensor) -> Tensors:
+        stored, state = functional.quantize_4bit(
+            weight.to(torch.bfloat16),
+            blocksize=64,
+            compress_statistics=nested,
+            quant_type=kind,
+            quant_storage=storage,
+        )
+        seen[name] = functional.dequantize_4bit(stored, state)
+        packed = {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}
+        return {name: stored, **packed}
+
+    about = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    quantised = rewrite(base, tmp_path / "bnb", quantise, about)
+    check(quantised, plain(base, tmp_path / "seen", seen.__getitem__), adapter, tmp_path)
+
+
+def test_eight_bits_as_bitsandbytes_itself_stores_and_reads_them(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    seen: Tensors = {}
+
+    def quantise(name: str, weight: torch.Tensor) -> Tensors:
+        stored, scale, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
+        read = functional.int8_vectorwise_dequant(stored, scale)
+        seen[name] = read.to(torch.bfloat16)
         module = name.removesuffix(".weight")
         mark = torch.zeros((), dtype=torch.uint8)
         return {name: stored, f"{module}.SCB": scale, f"{module}.weight_format": mark}
