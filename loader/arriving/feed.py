@@ -74,7 +74,7 @@ class Feed:
                 self._places[info.name] = number, place
                 self.total_bytes += info.size_bytes
         self._here: Broadcast[tuple[int, int]] = Broadcast()
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._followers: list[_Followed] = []
         self.error: BaseException | None = None
         """What ended the filling, if something did."""
@@ -100,6 +100,11 @@ class Feed:
         """Whether somebody followed, and everybody who did has all."""
         with self._lock:
             return bool(self._followers) and all(one.is_done for one in self._followers)
+
+    def wait_taken(self, timeout_s: float = 1.0) -> bool:
+        """Return ``is_taken``; what an engine's worker said last may still be on its way."""
+        with self._lock:
+            return self._lock.wait_for(lambda: self.is_taken, timeout_s)
 
     def end(self, error: BaseException) -> None:
         """Let followers fail with *error*, if not all is here already."""
@@ -182,6 +187,7 @@ class Feed:
     def _tell_taken(self) -> None:
         with self._lock:
             taken = min(one.taken_bytes for one in self._followers)
+            self._lock.notify_all()
         self._taken(taken, self.total_bytes)
 
     def _break(self, what: str) -> None:

@@ -198,7 +198,7 @@ class Pod:
                 self._take(ready)
             case EngineLoaded(engine) if engine is self._engine:
                 self._loaded = True
-                if self._stream is not None and not self._stream.feed.is_taken:
+                if self._stream is not None and not self._stream.feed.wait_taken():
                     self._fall_back("the engine did not follow the weights")
                 self._hand_over()
             case EngineGone(engine) if engine is self._engine:

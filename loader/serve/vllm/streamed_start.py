@@ -69,7 +69,7 @@ class StreamedStart:
         if why:
             stream.feed.close()
         self._thread.join()
-        if self._model is not None and not why and stream.feed.is_taken:
+        if self._model is not None and not why and stream.feed.wait_taken():
             stream.finish()
             return self._model
         why = why or stream.feed.broken
