@@ -300,6 +300,7 @@ SPOKEN = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "vllm.envs",
     "VLLM_WORKER_MULTIPROC_METHOD": "vllm.envs",
     "VLLM_ENGINE_READY_TIMEOUT_S": "vllm.envs",
+    "VLLM_PLUGINS": "vllm.envs",
     "EngineCore": "vllm.v1.engine.utils",  # begins the name of the process that holds the model
 }
 
