@@ -73,7 +73,8 @@ def run_on(release: str, tests: Sequence[str], *, quiet: bool = True) -> Run:
         UnavailableError: a wheel cannot be had.
     """
     overlay = overlay_of(release)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    told = "-q" if quiet else "-v"  # by name as it goes: a run that is cut short has told them
+    command = [sys.executable, "-m", "pytest", told, "-p", "no:cacheprovider", *tests]
     done = subprocess.run(
         command, env=_environment_of(overlay), cwd=_ROOT, capture_output=quiet, text=True
     )
