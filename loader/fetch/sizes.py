@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import count
 
 from loader.errors import FetchError, LoaderError
+from loader.fetch.progress import log_work
 from loader.http.objects import ObjectInfo
 from loader.retry import ask_again
 from loader.stores.base import Store
@@ -64,7 +66,10 @@ def ask_sizes(manifest: Manifest, store: Store, concurrency: int) -> Manifest:
     unknown = [a for a in (*manifest.files, *manifest.left_out) if a.size_bytes is None]
     failures: list[tuple[Artifact, FetchError]] = []
 
+    report, asked = log_work(f"sizes of {len(unknown)} files: asked for", show=str), count(1)
+
     def ask(artifact: Artifact) -> int | None:
+        report(next(asked), len(unknown))
         if any(error.retryable for _, error in failures):
             return None
         try:
