@@ -29,7 +29,7 @@ def beside_peers(
     """
     if not settings.peers:
         return store, options
-    from loader.peers.sharing import beside
+    from loader.peers.store import beside
 
     return beside(settings, store, root, options)
 
@@ -41,7 +41,7 @@ def serve_peers_on(settings: Settings, *, wait: bool = False) -> None:
     """
     if not settings.peers:
         return
-    from loader.peers.sharing import linger, wait_lingering
+    from loader.peers.store import linger, wait_lingering
 
     if not wait:
         linger(settings.peers_linger_s)

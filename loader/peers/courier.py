@@ -87,12 +87,8 @@ class Courier:
         self._counts = counts
 
     def bring(self, flight: Flight, origin: Origin, *, distrusted: bool) -> None:
-        """Fill *flight*, for this pod: *distrusted* is a chunk whose bytes it was given before."""
+        """Fill *flight*; *distrusted* is a chunk whose bytes were given here before."""
         self._submit(self._bring, flight, origin, distrusted)
-
-    def bring_from_origin(self, flight: Flight, origin: Origin) -> None:
-        """Fill *flight*, whose home this pod is for whoever asks."""
-        self._submit(self._ask_origin, flight, origin)
 
     def close(self) -> None:
         """Begin nothing more."""
@@ -121,7 +117,7 @@ class Courier:
         me = self._members.me
         is_home = not homes or homes[0] == me
         for place, peer in enumerate(homes):
-            if flight.is_promoted:
+            if flight.is_promoted and not is_home:
                 break
             if peer == me:
                 if not is_home:
@@ -143,7 +139,7 @@ class Courier:
             FetchError: it does not give the chunk.
         """
         until, tries = time.monotonic() + _BUSY_S, 0
-        while not (self._stop.is_set() or flight.is_promoted):
+        while not (self._stop.is_set() or (flight.is_promoted and not held_only)):
             try:
                 self._ask_peer(flight, peer, held_only=held_only)
                 return

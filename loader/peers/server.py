@@ -74,7 +74,8 @@ class ChunkServer:
         self._start_flight = start_flight
         self._wake = wake
         self._bytes_per_s = bytes_per_s
-        self._connections = self._uploads = 0
+        self._uploads = 0
+        self._writers: set[asyncio.StreamWriter] = set()
         self._free_at = 0.0  # when the next byte may be sent
         self._holders: OrderedDict[str, deque[str]] = OrderedDict()
         self._began = math.inf
@@ -87,11 +88,19 @@ class ChunkServer:
             self._converse, None, port, ssl=tls, limit=_MOST_HEAD_BYTES, backlog=1024
         )
 
+    async def close(self) -> None:
+        """Drop every connection, when nobody is let in any more."""
+        while self._writers:  # one may have come to the loop a moment ago
+            for writer in tuple(self._writers):
+                writer.transport.abort()
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # a transport's socket is closed a turn later
+
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections += 1
+        self._writers.add(writer)
         try:
             wait_s = _HEAD_S
-            while self._connections <= _MOST_CONNECTIONS:
+            while len(self._writers) <= _MOST_CONNECTIONS:
                 async with asyncio.timeout(wait_s):
                     text = await reader.readuntil(b"\r\n\r\n")
                 wait_s = _IDLE_S
@@ -103,7 +112,7 @@ class ChunkServer:
         except asyncio.CancelledError:
             pass  # at the end of all; asyncio's streams would show it
         finally:
-            self._connections -= 1
+            self._writers.discard(writer)
             writer.close()
 
     async def _answer(self, asking: Asking, writer: asyncio.StreamWriter) -> bool:

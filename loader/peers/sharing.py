@@ -14,10 +14,8 @@ import contextlib
 import logging
 import ssl
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from loader.config.credentials import Secret
@@ -29,14 +27,14 @@ from loader.http.client import HttpClient, HttpOptions
 from loader.http.objects import ObjectInfo
 from loader.http.trust import pinned_context
 from loader.peers.access import Token, new_nonce
-from loader.peers.chunks import CHUNK_BYTES, Chunk, SharedObject, shared_object
+from loader.peers.chunks import Chunk, SharedObject, shared_object
 from loader.peers.courier import Counts, Courier, Origin
 from loader.peers.flights import Flight, Flights
 from loader.peers.held import Held, find_held
 from loader.peers.members import HELLO_S, Members
 from loader.peers.ring import order_chunks, rank_homes
 from loader.peers.server import ChunkServer
-from loader.stores.base import ByteStream, PendingResponse, Store
+from loader.stores.base import Store
 from loader.types import Artifact
 
 _SETTLE_S = 1.0  # what a first read waits for the others to say that they are there
@@ -110,12 +108,8 @@ class Sharing:
         """How much other pods were sent."""
         return self._server.uploaded_bytes
 
-    def front(self, store: Store, root: Path) -> PeerStore:
-        """Return *store* with the peers in front of it, for a fetch into *root*."""
-        return PeerStore(self, store, root)
-
     def adapt(self, options: FetchOptions) -> FetchOptions:
-        """Return *options* for a fetch by ``front``'s store."""
+        """Return *options* for a fetch by a ``PeerStore``."""
         return replace(options, order=self.order, is_curable=self.is_curable)
 
     def order(
@@ -208,7 +202,8 @@ class Sharing:
     def _start_flight(self, chunk: Chunk) -> Flight | None:
         flight, is_new = self._flights.join(chunk, always=False)
         if flight is not None and is_new:
-            self._courier.bring_from_origin(flight, self._objects[chunk.of.name].origin)
+            origin = self._objects[chunk.of.name].origin
+            self._courier.bring(flight, origin, distrusted=False)
         return flight
 
     def _run(self, port: int, tls: ssl.SSLContext | None, listening: Future[None]) -> None:
@@ -236,141 +231,9 @@ class Sharing:
         for task in (pending := asyncio.all_tasks(self._loop)):
             task.cancel()
         self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.run_until_complete(self._server.close())
         self._loop.close()
-
-
-class PeerStore:
-    """A ``Store`` whose large objects come from peers where these have them."""
-
-    def __init__(self, sharing: Sharing, store: Store, root: Path) -> None:
-        self._sharing, self._store, self._root = sharing, store, root
-        self.stat = store.stat
-        self.listed_size = store.listed_size
-        self.close = store.close
-
-    def open_first(self, artifact: Artifact, end: int) -> ByteStream:
-        """Return the bytes ``[0, end)`` of the version there is. Raises as ``Store.open_first``."""
-        if (artifact.size_bytes or 0) < CHUNK_BYTES:
-            return self._store.open_first(artifact, end)
-        info = self._store.stat(artifact)
-        return self.open_range(artifact, 0, min(end, info.size_bytes), info)
-
-    def send_first(self, artifact: Artifact, end: int) -> PendingResponse:
-        """Ask what ``open_first`` asks; of large objects when the response is received."""
-        if (artifact.size_bytes or 0) < CHUNK_BYTES:
-            return self._store.send_first(artifact, end)
-        return PendingResponse(partial(self.open_first, artifact, end))
-
-    def open_range(
-        self, artifact: Artifact, start: int, end: int, version: ObjectInfo
-    ) -> ByteStream:
-        """Return the bytes ``[start, end)`` of *version*. Raises as ``Store.open_range`` does."""
-        shared = self._sharing.share(artifact, version, self._store, self._root)
-        if shared is None:
-            return self._store.open_range(artifact, start, end, version)
-        self._sharing.wait_settled()
-        return PeerStream(self._sharing, shared, version, start, end)
-
-
-class PeerStream:
-    """A ``ByteStream`` out of chunks."""
-
-    def __init__(
-        self, sharing: Sharing, shared: SharedObject, info: ObjectInfo, start: int, end: int
-    ) -> None:
-        self._sharing, self.info = sharing, info
-        self._place, self._start, self._end = start, start, end
-        self._chunks: Iterator[Chunk] = shared.chunks(start, end)
-        self._flight: Flight | None = None
-        self._is_aborted = False
-
-    def readinto(self, buffer: memoryview, /) -> int:
-        """Put what is there into *buffer* and return the count, 0 at the range's end."""
-        if self._place == self._end or not buffer:
-            return 0
-        if self._flight is None:
-            chunk = next(self._chunks)
-            whole = self._start <= chunk.start and chunk.end <= self._end
-            self._flight = self._sharing.take(chunk, again=whole)
-        flight, chunk = self._flight, self._flight.chunk
-        readable = flight.wait(self._place - chunk.start, lambda: self._is_aborted)
-        end = min(chunk.start + readable, self._end, self._place + len(buffer))
-        count = end - self._place
-        at = self._place - chunk.start
-        buffer[:count] = memoryview(flight.data)[at : at + count]
-        self._place = end
-        if end == chunk.end:
-            self._sharing.note_taken(flight)
-            self._flight = None
-        return count
-
-    def abort(self) -> None:
-        """Make a read that waits in another thread fail now."""
-        self._is_aborted = True
-        if (flight := self._flight) is not None:
-            flight.tell()
-
-    def close(self) -> None:
-        """Do nothing more."""
-        self._is_aborted = True
-
-
-_lock = threading.Lock()
-_current: Sharing | None = None
-_ending: threading.Timer | None = None
-
-
-def beside(
-    settings: Settings, store: Store, root: Path, options: FetchOptions
-) -> tuple[Store, FetchOptions]:
-    """Return *store* and *options* for a fetch into *root*, with the settings' peers in front.
-
-    There is one ``Sharing`` in a process, which goes on until ``linger`` ends it.
-
-    Raises:
-        ConfigError: no token, a wrong address, a port that is taken.
-    """
-    global _current
-    if settings.peers_token is None:
-        raise ConfigError(
-            "peers without a token",
-            where="peers",
-            expected="a secret that all pods share",
-            next_step="set the secret podloader_peers_token, or PODLOADER_PEERS_TOKEN",
-        )
-    with _lock:
-        if _ending is not None:
-            _ending.cancel()
-        if _current is None:
-            _current = Sharing(settings, settings.peers_token)
-        return _current.front(store, root), _current.adapt(options)
-
-
-def linger(seconds: float) -> None:
-    """Serve peers for so long still, if they are served; return at once."""
-    global _ending
-    with _lock:
-        if _current is None:
-            return
-        if _ending is not None:
-            _ending.cancel()
-        _ending = threading.Timer(seconds, _end)
-        _ending.daemon = True
-        _ending.start()
-
-
-def wait_lingering() -> None:
-    """Wait until peers are served no more."""
-    if (ending := _ending) is not None:
-        ending.join()
-
-
-def _end() -> None:
-    global _current
-    with _lock:
-        sharing, _current = _current, None
-    if sharing is not None:
-        sharing.close()
 
 
 def _server_tls(certificate: Path, key: Path | None) -> ssl.SSLContext:

@@ -17,6 +17,7 @@ from loader.fetch.snapshot import FetchOptions, fetch
 from loader.http.client import HttpClient, HttpOptions
 from loader.peers.chunks import CHUNK_BYTES
 from loader.peers.sharing import Sharing
+from loader.peers.store import PeerStore
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact, Manifest, TrainingCheckpoints
 from tests.origin import FaultyOrigin
@@ -46,7 +47,7 @@ class TestPod:
     def fetch(self, artifact: Artifact) -> bytes:
         """Return the artifact's bytes, fetched into the pod's own folder."""
         options = self.sharing.adapt(FetchOptions(concurrency=4))
-        front = self.sharing.front(self.store, self.root)
+        front = PeerStore(self.sharing, self.store, self.root)
         fetch(Manifest((artifact,)), self.root, front, options)
         return (self.root / artifact.path).read_bytes()
 
