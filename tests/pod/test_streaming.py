@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -169,7 +170,9 @@ def test_an_end_while_the_engine_waits_for_weights(
     family = [pod.pod, *pod.pod.children(recursive=True)]
     pod.stop_probing()
     if number == signal.SIGKILL:
-        pod.engine_core().kill()
+        worker = re.search(r"\(Worker pid=(\d+)\)", pod.text())
+        assert worker is not None
+        psutil.Process(int(worker[1])).kill()
     else:
         pod.signal(number)
     assert pod.wait(60) == code
@@ -183,7 +186,9 @@ def _lives(process: psutil.Process) -> bool:
 
 @pytest.mark.engine
 def test_two_workers_follow_one_feed(start: Start, answers: dict[str, Any]) -> None:
-    pod = start(["--tensor-parallel-size", "2"], stall_s=1)
+    # Each would have a NUMA node of its own.
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    pod = start(["--tensor-parallel-size", "2"], stall_s=1, environment=binding)
     pod.wait_ready()
     assert "engine start: stream" in pod.text()
     found, wanted = (told["token_logprobs"] for told in (ask(pod), answers.get("files", ask(pod))))
