@@ -15,7 +15,8 @@ from loader.fetch.snapshot import read_artifact
 from loader.prepare.bases import find_base_files, hub_token, no_such_base
 from loader.prepare.inputs import names_in, small_names, weight_names
 from loader.stores.hub import REPO_ID, list_model_files
-from loader.stores.registry import Stores, is_remote
+from loader.stores.hub_requests import ask_as_we_do
+from loader.stores.registry import Stores, http_options, is_remote
 from loader.weights.inspect import read_json
 
 LOCAL = "this machine"
@@ -80,6 +81,7 @@ def plan_base(settings: Settings, name: str) -> PlannedBase:
         return _plan_remote(settings, name)
     if not REPO_ID.fullmatch(name):
         raise no_such_base(settings, name)
+    ask_as_we_do(http_options(settings))
     found = list_model_files(
         name,
         settings.base_revision,
