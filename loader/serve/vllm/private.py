@@ -202,12 +202,14 @@ REACHED = {
             "vllm.entrypoints.generate.api_router:state",
             f"{_SPEECH}.factories:state",
             "vllm.entrypoints.pooling.factories:state",
+            f"{_LAUNCHERS}.launcher:state",
         ),
         (
             "openai_serving_chat",
             "openai_serving_completion",
             "openai_serving_models",
             "openai_serving_transcription",
+            "server",  # uvicorn's
             "serving_embedding",
         ),
     ),
