@@ -329,7 +329,7 @@ def _given(module: Module, what: str) -> set[str]:
     if what == "state":
         attributes = (n for n in _walk(module.tree) if isinstance(n, ast.Attribute))
         stored = (n for n in attributes if isinstance(n.ctx, ast.Store))
-        return {n.attr for n in stored if isinstance(n.value, ast.Name) and n.value.id == what}
+        return {n.attr for n in stored if what in (_name_of(n.value), getattr(n.value, "attr", ""))}
     if what != "args":
         return set()
     classes = (node for node in _walk(module.tree) if isinstance(node, ast.ClassDef))
@@ -340,6 +340,10 @@ def _given(module: Module, what: str) -> set[str]:
                 names = [str(word.value) for word in words if isinstance(word, ast.Constant)]
                 found.update(name.lstrip("-").replace("-", "_") for name in names)
     return found
+
+
+def _name_of(node: ast.expr) -> str:
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _check_call(release: Release, call: Call) -> list[str]:
