@@ -28,6 +28,7 @@ from pathlib import Path
 from loader.errors import FetchError
 from loader.fetch.files import STATE, disk_errors
 from loader.fetch.stopping import check_stop
+from loader.units import show_seconds
 
 _BEAT_S = 2.0
 _STALE_S = 15.0
@@ -150,7 +151,7 @@ def leased(root: Path, stop: threading.Event) -> Iterator[None]:
         raise FetchError(
             "another machine took over the download",
             where=str(root),
-            got=f"this one wrote nothing for {_STALE_S:g} s",
+            got=f"this one wrote nothing for {show_seconds(_STALE_S)}",
             next_step="run again; what has been fetched is kept",
         )
 

@@ -9,6 +9,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loader.units import show_seconds
+
 if TYPE_CHECKING:
     from loader.config.settings import Settings
     from loader.fetch.snapshot import FetchOptions
@@ -46,6 +48,6 @@ def serve_peers_on(settings: Settings, *, wait: bool = False) -> None:
     if not wait:
         linger(settings.peers_linger_s)
     elif "peers_linger_s" in settings.origins:
-        _log.info("peers are served for %g s more", settings.peers_linger_s)
+        _log.info("peers are served for %s more", show_seconds(settings.peers_linger_s))
         linger(settings.peers_linger_s)
         wait_lingering()

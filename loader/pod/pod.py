@@ -48,6 +48,7 @@ from loader.status.boot_server import BootServer, listen
 from loader.status.state import BootState
 from loader.timeline import Timeline
 from loader.types import ReadyModel
+from loader.units import show_seconds
 
 if TYPE_CHECKING:
     from loader.config.settings import Settings
@@ -374,7 +375,7 @@ def _check_engine(settings: Settings) -> None:
 def _too_late() -> EngineError:
     return EngineError(
         "vLLM did not start in time",
-        expected=f"an engine {ready_timeout_s():.0f} s after all weights were here",
+        expected=f"an engine {show_seconds(ready_timeout_s())} after all weights were here",
         next_step=f"the engine's own log lines above tell how far it was; {READY_TIMEOUT} is the "
         "limit in seconds",
     )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from loader.errors import LoaderError, redact
 from loader.fetch.progress import Progress
 from loader.timeline import Open, Span, Timeline
+from loader.units import show_seconds
 
 Phase = Literal["starting", "ready", "failed", "stopping"]
 WEIGHTS = "weights"
@@ -63,7 +64,7 @@ class Boot:
         """What the start waits for: stages with their seconds so far, files, the last failure."""
         files = [span.name for span in self.running if span.kind == "file"]
         waits = [
-            f"{span.name}, for {self.now_s - span.start_s:.0f} s"
+            f"{span.name}, for {show_seconds(self.now_s - span.start_s)}"
             for span in self.running
             if span.kind == "stage"
         ]

@@ -180,9 +180,9 @@ def test_a_local_base_that_is_written_to_meanwhile(
 def then(act: Callable[[], object]) -> Callable[..., ReadyModel]:
     from loader.prepare.adapted import _merge
 
-    def merge_and_act(*given: Any) -> ReadyModel:
+    def merge_and_act(*given: Any, **options: Any) -> ReadyModel:
         try:
-            return _merge(*given)
+            return _merge(*given, **options)
         finally:
             act()
 
