@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 
@@ -87,8 +88,10 @@ def test_a_model_that_is_served_as_it_is_and_a_pod_that_was_killed(
         assert body["weights"]["done"] == 0 < body["weights"]["total"]
         assert body["bytes"]["done"] < body["bytes"]["total"]
         killed.stop_probing()
+        started = killed.pod.children(recursive=True)
         killed.signal(signal.SIGKILL)
         killed.wait()
+        assert not psutil.wait_procs(started, timeout=60)[1]  # nothing goes on without it
     finally:
         killed.close()
     (stand_in,) = tmp_path.rglob("*.safetensors")  # none that bears the model's name

@@ -50,7 +50,7 @@ def test_what_a_start_waits_for() -> None:
         timeline.begin(f"job/rank-0/{name}", kind="file")
     state.retry("job/rank-0/a", "503 from https://host/a?Signature=SECRET")
     assert state.boot().to_json()["waiting_for"] == [
-        "download, for 0 s",
+        "download, for 0.00 s",
         "job/rank-0/a, job/rank-0/b, job/rank-0/c and 2 more",
         "asked for again: job/rank-0/a: 503 from https://host/a?…",
     ]

@@ -29,6 +29,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ from loader.serve.vllm.channel import Channel
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _UNEXPECTED = 1
+_END_S = 5.0  # from SIGTERM
 
 
 class Stages:
@@ -67,12 +69,12 @@ def main(channel_fd: int, listening_fd: int, logging_chosen: str) -> int:
     set_up_logging(**json.loads(logging_chosen))
     channel = Channel(socket.socket(fileno=channel_fd))
     listening = socket.socket(fileno=listening_fd)
-    signal.signal(signal.SIGTERM, _interrupt)
     _end_with_parent()
     stages = Stages(channel)
     try:
         with stages.stage("engine import"):
-            _import_vllm()
+            _import_vllm()  # SIGTERM ends it as it is: modules pass over what is raised in them
+        signal.signal(signal.SIGTERM, _interrupt)
         return _serve(channel, listening, stages)
     except LoaderError as error:
         _tell_failure(channel, error)
@@ -140,7 +142,13 @@ def _tell_failure(channel: Channel, error: LoaderError) -> None:
 
 
 def _interrupt(*_: object) -> NoReturn:
-    """End what runs before vLLM's server has handlers of its own."""
+    """End what runs before vLLM's server has handlers of its own.
+
+    Some library may pass over it; then this process ends with all that it has started.
+    """
+    limit = threading.Timer(_END_S, os.killpg, (0, signal.SIGKILL))
+    limit.daemon = True
+    limit.start()
     raise KeyboardInterrupt
 
 
