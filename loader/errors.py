@@ -10,6 +10,7 @@ LoaderError                 base; ``exit_code`` is what the command line ends wi
 │   ├── DeniedError         the origin refuses access
 │   ├── ExpiredError        a signed URL is no longer honoured
 │   ├── ChangedError        the object changed while it was being read
+│   ├── WholeFileError      a range is answered with all of a file
 │   ├── UnsizedError        nothing tells how long an object is
 │   ├── SumError            what came does not sum up to what is declared of it
 │   ├── UnprovedError       files are not what they were when they were fetched

@@ -106,6 +106,12 @@ class Feed:
         with self._lock:
             return self._lock.wait_for(lambda: self.is_taken, timeout_s)
 
+    def wait_broken(self, timeout_s: float = 1.0) -> str:
+        """Return ``broken``, when all is heard of workers that have ended a moment ago."""
+        with self._lock:
+            self._lock.wait_for(lambda: all(one.is_over for one in self._followers), timeout_s)
+        return self.broken
+
     def end(self, error: BaseException) -> None:
         """Let followers fail with *error*, if not all is here already."""
         self.error = self.error or error
@@ -183,6 +189,9 @@ class Feed:
                 one.is_done = done
                 one.taken_bytes = self.total_bytes if done else int(message["bytes"])
                 self._tell_taken()
+        with self._lock:
+            one.is_over = True
+            self._lock.notify_all()
 
     def _tell_taken(self) -> None:
         with self._lock:
@@ -210,7 +219,7 @@ class _Followed:
     def __init__(self, end: socket.socket) -> None:
         self.end = end
         self.taken_bytes = 0
-        self.is_done = False
+        self.is_done = self.is_over = False
 
     def send(self, kind: str, **content: object) -> None:
         self.end.sendall(_packet(kind, **content))

@@ -48,10 +48,6 @@ class Counts:
     wrong: int = 0
 
 
-class _AbsentError(FetchError):
-    """The peer does not have it."""
-
-
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Where an object is asked for when no peer has it."""
@@ -174,7 +170,7 @@ class Courier:
         buffer, place = memoryview(flight.data), 0
         with contextlib.closing(stream):
             if stream.info.size_bytes != len(buffer):
-                raise _AbsentError("a peer's chunk of another size", where=f"{peer}{target}")
+                raise FetchError("a peer's chunk of another size", where=f"{peer}{target}")
             began = time.monotonic()
             while place < len(buffer) and (count := stream.readinto(buffer[place:])):
                 place += count
@@ -184,13 +180,13 @@ class Courier:
             digest = self._ask_sum(flight.chunk, peer)
         if digest != f"{crc64nvme(buffer):016x}":
             self._counts.wrong += 1
-            raise _AbsentError("a peer's bytes do not sum up", where=f"{peer}{target}")
+            raise FetchError("a peer's bytes do not sum up", where=f"{peer}{target}")
 
     def _check_pace(self, peer: str, count: int, seconds: float) -> None:
         """Raise FetchError where *peer* is much slower than others have been."""
         if seconds > _SLOW_S and count < seconds * self._typical_bytes_s / _TIMES_SLOWER:
             self._members.rest(peer)
-            raise _AbsentError("a peer that is much slower than others", where=peer)
+            raise FetchError("a peer that is much slower than others", where=peer)
 
     def _note_pace(self, count: int, seconds: float) -> None:
         rate = count / max(seconds, 1e-3)
@@ -204,13 +200,13 @@ class Courier:
                 stream, digest = self._open(peer, target)
                 stream.close()
                 return digest
-        raise _AbsentError("a peer does not say what its bytes sum up to", where=peer)
+        raise FetchError("a peer does not say what its bytes sum up to", where=peer)
 
     def _open(self, peer: str, target: str) -> tuple[HttpStream, str]:
         """Return a peer's answer, proved to be its own, and the digest that it tells."""
         nonce = self._members.nonce(peer)
         if not nonce:
-            raise _AbsentError("the peer is not there", where=peer)
+            raise FetchError("the peer is not there", where=peer)
         own, asking = self._token.ask(nonce, target)
         headers = {ASK: asking, SENDER: self._members.me or ""}
         try:
@@ -224,7 +220,7 @@ class Courier:
             stream.close()
             self._members.shun(peer)
             _log.warning("peers: %s does not hold the token; it is not asked again", peer)
-            raise _AbsentError("a peer that does not hold the token", where=peer)
+            raise FetchError("a peer that does not hold the token", where=peer)
         return stream, digest
 
     def _ask_origin(self, flight: Flight, origin: Origin) -> None:

@@ -22,7 +22,7 @@ import math
 import os
 import ssl
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
@@ -85,19 +85,26 @@ class ChunkServer:
         """Listen on *port* of every address. Raises OSError."""
         self._began = asyncio.get_running_loop().time()
         return await asyncio.start_server(
-            self._converse, None, port, ssl=tls, limit=_MOST_HEAD_BYTES, backlog=1024
+            self._let_in, None, port, ssl=tls, limit=_MOST_HEAD_BYTES, backlog=1024
         )
 
-    async def close(self) -> None:
-        """Drop every connection, when nobody is let in any more."""
-        while self._writers:  # one may have come to the loop a moment ago
-            for writer in tuple(self._writers):
-                writer.transport.abort()
-            await asyncio.sleep(0.01)
+    @property
+    def writers(self) -> tuple[asyncio.StreamWriter, ...]:
+        """The connections that are open."""
+        return tuple(self._writers)
+
+    async def drop(self, writers: Sequence[asyncio.StreamWriter]) -> None:
+        """Drop connections, when nobody is let in any more and no task is left of them."""
+        for writer in writers:
+            writer.transport.abort()
         await asyncio.sleep(0.01)  # a transport's socket is closed a turn later
 
-    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _let_in(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
+        task = asyncio.get_running_loop().create_task(self._converse(reader, writer))
+        task.add_done_callback(lambda _: self._writers.discard(writer))
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             wait_s = _HEAD_S
             while len(self._writers) <= _MOST_CONNECTIONS:
@@ -112,7 +119,6 @@ class ChunkServer:
         except asyncio.CancelledError:
             pass  # at the end of all; asyncio's streams would show it
         finally:
-            self._writers.discard(writer)
             writer.close()
 
     async def _answer(self, asking: Asking, writer: asyncio.StreamWriter) -> bool:

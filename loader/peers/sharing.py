@@ -227,12 +227,13 @@ class Sharing:
         settling.add_done_callback(lambda _: self._settled.set())
         self._loop.run_forever()
         server.close()
+        writers = self._server.writers
         members.cancel()
         for task in (pending := asyncio.all_tasks(self._loop)):
             task.cancel()
         self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
-        self._loop.run_until_complete(self._server.close())
+        self._loop.run_until_complete(self._server.drop(writers))
         self._loop.close()
 
 

@@ -228,9 +228,9 @@ class Pod:
             raise engine.error
         if self._stream.feed.error is not None:
             raise self._stream.feed.error
-        if not self._stream.feed.broken:
+        if not (broken := self._stream.feed.wait_broken()):
             raise engine.error
-        self._fall_back(self._stream.feed.broken)
+        self._fall_back(broken)
 
     def _start_engine(self) -> EngineProcess:
         return EngineProcess(self._listening, self._timeline, self._told)

@@ -82,6 +82,7 @@ def _read_gpus() -> tuple[Gpu, ...]:
     try:
         done = subprocess.run(
             [program, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"],
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=_ANSWER_S,

@@ -33,10 +33,10 @@ set -eu
 root=$1 mode=$2 cache=$3 user=$4 places=$5 tmp=$6
 shift 6
 mount --bind "$root" "$root"
+mkdir -p "$root/tmp"
+[ "$mode" != ro ] || mount -t tmpfs -o mode=1777,size=$tmp none "$root/tmp"
 for place in $places; do mkdir -p "$root$place"; mount --rbind "$place" "$root$place"; done
 if [ "$mode" = ro ]; then
-    mkdir -p "$root/tmp"
-    mount -t tmpfs -o mode=1777,size=$tmp none "$root/tmp"
     mount --bind "$cache" "$root/cache"
     mount -o remount,bind,ro "$root"
 fi

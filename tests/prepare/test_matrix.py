@@ -43,7 +43,7 @@ IMPOSSIBLE = {
 }
 BLOCK_BYTES = 8192  # what small reads at the origin are rounded up to, here
 SMALL_READS_BYTES = 64 << 10  # of headers and directories, which a tiny model is not large beside
-UNFINISHED_BYTES = 4 * (64 << 10)  # ranges under way when a run ends; each is asked for anew
+UNFINISHED_BYTES = 8 * (64 << 10)  # ranges under way when a run ends; each is asked for anew
 WHERE = {"full": "plain", "attach": "plain", "merge": "plain", "dequantise": "fp8"}
 
 

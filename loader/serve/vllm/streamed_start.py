@@ -72,7 +72,7 @@ class StreamedStart:
         if self._model is not None and not why and stream.feed.wait_taken():
             stream.finish()
             return self._model
-        why = why or stream.feed.broken
+        why = why or stream.feed.wait_broken()
         if self._error is not None and not why:
             stream.close()
             raise self._error
