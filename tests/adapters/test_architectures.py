@@ -34,17 +34,24 @@ from tests.models import draw_adapter, tiny_llama, train_or_draw_lora
 
 CLASSES = {
     "AriaForConditionalGeneration": "experts stored (in, out)",
+    "BertForMaskedLM": "an encoder, its head tied",
+    "GPT2LMHeadModel": "stored (in, out)",
+    "Gemma2ForCausalLM": "norms around both halves",
     "GraniteMoeForCausalLM": "stacks under other names",
     "GteForMaskedLM": "fused gate and up, fused q, k and v",
     "HrmTextForCausalLM": "fused with a gate",
     "JetMoeForCausalLM": "stacks that are called weight",
     "LlamaForCausalLM": "trained without its head",
+    "MistralForCausalLM": "plain",
     "MixtralForCausalLM": "an expert a tensor",
     "MllamaForConditionalGeneration": "two towers",
     "NemotronHForCausalLM": "backbone on disk",
     "PhimoeForCausalLM": "a router",
     "Qwen2AudioForConditionalGeneration": "renamed by its class",
+    "Qwen2ForCausalLM": "biases",
+    "Qwen3ForCausalLM": "norms of queries and keys",
     "Qwen3VLMoeForConditionalGeneration": "stacks turned on disk",
+    "WhisperForConditionalGeneration": "hears",
 }
 
 

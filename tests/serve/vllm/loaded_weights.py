@@ -32,7 +32,7 @@ def main(folders: list[Path], answer: TextIO) -> None:
     streamed_weights._SMALL_BYTES = 8192  # tiny models have tensors of both sorts
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
-        _begin(Path(name))
+        begin(Path(name))
         for folder in folders:
             found[folder.name] = {PLAIN: _load(folder, "auto")}
             for order in ORDERS:
@@ -41,7 +41,8 @@ def main(folders: list[Path], answer: TextIO) -> None:
         json.dump(found, answer)
 
 
-def _begin(folder: Path) -> None:
+def begin(folder: Path) -> None:
+    """Begin vLLM's groups of processes, of this one alone; *folder* is theirs."""
     import torch
     from vllm.config import VllmConfig
 
