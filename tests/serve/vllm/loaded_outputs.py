@@ -26,10 +26,11 @@ class Loaded(TypedDict, total=False):
     unset: list[str]  # parameters that no tensor gave every value of
     left_out: int  # how many values of the files are in no parameter
     foreign: int  # how many values of the parameters are in no file
+    cast: list[str]  # dtypes of the files that no parameter has
     base: Loaded
 
 
-WHOLE: Loaded = {"unset": [], "left_out": 0, "foreign": 0}
+WHOLE: Loaded = {"unset": [], "left_out": 0, "foreign": 0, "cast": []}
 
 
 def load_in_vllm(outputs: Sequence[tuple[Path, Path | None]]) -> list[Loaded]:
@@ -121,6 +122,7 @@ def _look(model: Any, folder: Path) -> Loaded:
         "unset": sorted(n for n, p in parameters.items() if p.data.isnan().any()),
         "left_out": (filed - held).total(),
         "foreign": sum(count for value, count in held.items() if value not in filed),
+        "cast": sorted({str(t.dtype) for t in files} - {str(p.dtype) for p in parameters.values()}),
     }
 
 
