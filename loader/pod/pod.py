@@ -112,6 +112,7 @@ class Pod:
         self.holds = settings.on_failure == "hold"
         """Whether a failed start is to be told until a signal comes."""
         self._serving = self._ending = False
+        self._drained = self._cut_off = False
         self._folder: Path | None = None
         self._limit: threading.Timer | None = None
         self._late: threading.Timer | None = None
@@ -174,11 +175,14 @@ class Pod:
     def serve(self) -> int:
         """Return the exit code, when a signal or a crash has ended the engine.
 
-        An end that nobody has asked for is a failure, whatever the engine calls it.
+        An end that nobody has asked for is a failure, whatever the engine calls it; one that was
+        asked for is none once the engine has drained, whatever hung afterwards.
         """
         if os.getpid() == _FIRST_PROCESS:
             signal.signal(signal.SIGCHLD, lambda *_: reap_orphans(self._engine.pid))
         code = self._engine.wait()
+        if self._drained and self._cut_off:
+            return 0
         return code if code or self._limit else EngineError.exit_code
 
     def hold(self) -> None:
@@ -331,6 +335,7 @@ class Pod:
     def _told(self, event: EngineLoaded | EngineDrained | EngineGone) -> None:
         """Take the port back when the engine has drained: nobody is refused until the end."""
         if isinstance(event, EngineDrained):
+            self._drained = True
             self._state.stop()
             self._server = self._answer()
         else:
@@ -356,9 +361,14 @@ class Pod:
         else:
             self._engine.signal(signal.SIGTERM)
             limit_s = self._settings.drain_timeout_s + KILL_AFTER_S
-            self._limit = threading.Timer(limit_s, self._engine.kill)
+            self._limit = threading.Timer(limit_s, self._cut)
             self._limit.daemon = True
             self._limit.start()
+
+    def _cut(self) -> None:
+        self._cut_off = True
+        _log.warning("the engine did not end in time, and is killed")
+        self._engine.kill()
 
 
 def _check_engine(settings: Settings) -> None:
