@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.progress import Progress as Bars
+from rich.table import Column
 
-from loader.fetch.progress import Progress, Retries
+from loader.fetch.progress import Progress, Report, Retries, Waits
 
 _BIG_BYTES = 64 << 20
 _LONGEST = 40
+_NARROW = 50  # columns, which a bar has no room in
 _BARS = 6  # of files at a time; all others move only the bar of the whole
 
 
 class BarProgress(Progress):
     """One bar of all bytes, with the files counted before it, and one of each big file under way.
 
-    Retries are lines above them.
+    Work beside downloads has one once that has taken *after_s*. Retries and waits are lines above
+    them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console | None = None, after_s: float = 1.0) -> None:
         super().__init__()
-        self._bars = _bars(Console(stderr=True))
+        self._bars = _bars(console or Console(stderr=True))
+        self._after_s = after_s
+        self._is_fetching = False
+        self._works = 0
+        self._waits = Waits()
         self._task = TaskID(0)
         self._lock = threading.Lock()
         self._files: dict[str, TaskID] = {}
@@ -41,6 +51,7 @@ class BarProgress(Progress):
 
     def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
         """Show the bars."""
+        self._is_fetching = True
         self._count, self._total = 0, files
         self._task = self._bars.add_task(self._label(), total=size_bytes, completed=have_bytes)
         self._bars.start()
@@ -52,7 +63,7 @@ class BarProgress(Progress):
         with self._lock:
             if path not in self._files and len(self._files) < _BARS:
                 self._files[path] = self._bars.add_task(
-                    _short(path), total=size_bytes, completed=have_bytes
+                    self._short(path), total=size_bytes, completed=have_bytes
                 )
 
     def advance(self, count_bytes: int, path: str) -> None:
@@ -77,7 +88,57 @@ class BarProgress(Progress):
     def finish(self) -> None:
         """Leave the bars as they stand."""
         self._show(self._retries.tell_rest())
-        self._bars.stop()
+        self._is_fetching = False
+        self._stop()
+        self._bars.update(self._task, visible=False)
+
+    @contextlib.contextmanager
+    def working(self, what: str) -> Iterator[Report]:
+        """Give what moves a bar of its own, where it takes a while."""
+        task = self._bars.add_task(self._work_label(what), total=None, visible=False)
+        from_s = time.monotonic() + self._after_s
+
+        is_over = False
+
+        def report(done: int, total: int) -> None:
+            with self._lock:
+                if is_over:  # a thread that nobody waits for any more
+                    return
+                shown = time.monotonic() >= from_s
+                self._bars.update(task, completed=done, total=total, visible=shown)
+                if shown:
+                    self._bars.start()
+
+        with self._lock:
+            self._works += 1
+        try:
+            yield report
+        finally:
+            with self._lock:
+                is_over = True
+                self._works -= 1
+            self._stop()
+            self._bars.remove_task(task)
+
+    def wait_for(self, what: str) -> None:
+        """Say it at once, and now and then for how long."""
+        self._show(self._waits.tell(what))
+
+    def _stop(self) -> None:
+        """Leave the bars as they stand, unless others move."""
+        if not self._is_fetching and not self._works:
+            self._bars.stop()
+
+    def _short(self, path: str, before: str = "") -> str:
+        """Return *before* and the end of a path, which tells files apart; narrow terminals have
+        room for less of it.
+        """
+        most = max(8, min(_LONGEST, self._bars.console.width * 2 // 5) - len(before))
+        return before + (path if len(path) <= most else "…" + path[1 - most :])
+
+    def _work_label(self, what: str) -> str:
+        done, _, of = what.rstrip(":").partition(" ")
+        return self._short(of, f"{done} ") if of else done
 
     def _show(self, line: str) -> None:
         if line:
@@ -87,43 +148,16 @@ class BarProgress(Progress):
         return f"{self._count}/{self._total} files"
 
 
-class WorkBar:
-    """A bar of one piece of work, shown once that has taken a while. A context manager."""
-
-    def __init__(self, what: str, console: Console | None = None, after_s: float = 1.0) -> None:
-        self._bars = _bars(console or Console(stderr=True))
-        self._task = self._bars.add_task(what, total=None)
-        self._from_s = time.monotonic() + after_s
-        self._lock = threading.Lock()
-        self._shown = False
-
-    def __enter__(self) -> WorkBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            self._bars.stop()
-
-    def report(self, done: int, total: int) -> None:
-        """Move it. From any thread."""
-        self._bars.update(self._task, completed=done, total=total)
-        with self._lock:
-            if not self._shown and time.monotonic() >= self._from_s:
-                self._shown = True
-                self._bars.start()
-
-
 def _bars(console: Console) -> Bars:
-    return Bars(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-def _short(path: str) -> str:
-    """Return the end of a path, which tells files apart."""
-    return path if len(path) <= _LONGEST else "…" + path[1 - _LONGEST :]
+    """Return bars with what *console* has room for: figures before the bar, the rate last."""
+    width = console.width
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+        DownloadColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+    ]
+    if width >= _NARROW:
+        columns.insert(1, BarColumn(min(40, width // 5)))
+    if width >= 2 * _NARROW:
+        columns.insert(3, TransferSpeedColumn(table_column=Column(no_wrap=True)))
+    return Bars(*columns, console=console)

@@ -137,12 +137,12 @@ def merge(
     with errors_shown(as_json):
         from loader.adapters.merge import WeightedAdapter
         from loader.adapters.merge import merge as merge_folders
-        from loader.cli.display import work_shown
+        from loader.cli.display import choose_progress
         from loader.cli.documents import ready_document
         from loader.cli.tables import show_ready
 
         weighted = [WeightedAdapter(*_weighted(text)) for text in adapter]
-        with work_shown("merged") as report:
+        with choose_progress().working("merged") as report:
             ready = merge_folders(
                 Path(base),
                 weighted,
@@ -166,7 +166,7 @@ def consolidate(
         from loader.weights.formats.learning import learning_names
 
         with learning_names() as learn:
-            from loader.cli.display import work_shown
+            from loader.cli.display import choose_progress
             from loader.cli.documents import consolidated_document
             from loader.cli.tables import show_consolidated
             from loader.weights.formats.consolidation import consolidate as consolidate_folders
@@ -174,7 +174,7 @@ def consolidate(
             from loader.weights.inspect import open_checkpoint
 
             sharded = find_sharded(source)
-            with work_shown("consolidated") as report:
+            with choose_progress().working("consolidated") as report:
                 consolidate_folders(
                     sharded, output, base=base, dtype=dtype, on_progress=report, learn=learn
                 )
@@ -187,11 +187,11 @@ def consolidate(
 def sums(folder: Path, as_json: bool) -> None:
     """Write a manifest of sums to lay beside a checkpoint."""
     with errors_shown(as_json):
-        from loader.cli.display import work_shown
+        from loader.cli.display import choose_progress
         from loader.cli.documents import sums_document
         from loader.fetch.sum_manifests import sum_folder
 
-        with work_shown("summed up") as report:
+        with choose_progress().working("summed up") as report:
             path, found = sum_folder(folder, report)
         show(f"{len(found)} files in {path}")
         if as_json:

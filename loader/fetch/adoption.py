@@ -14,7 +14,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from loader.fetch.files import (
 )
 from loader.fetch.folders import Folders
 from loader.fetch.missing_ranges import DoneRange, Range, combine
-from loader.fetch.progress import Progress
+from loader.fetch.progress import LogProgress, Progress, Working
 from loader.fetch.range_read import read_range
 from loader.fetch.scan import (
     allocated_only,
@@ -106,7 +106,8 @@ def adopt(
     """
     root = root.absolute()
     folders = Folders(str(root))
-    found = _unproved(manifest, folders, laid, options)
+    progress = progress or LogProgress()
+    found = _unproved(manifest, folders, laid, options, progress.working)
     if not found:
         return
     with SpanProgress(progress, timeline, "adoption") as watched:
@@ -162,7 +163,11 @@ def presence(manifest: Manifest, root: Path, laid: LaidFiles) -> Mapping[str, Pr
 
 
 def _unproved(
-    manifest: Manifest, folders: Folders, laid: LaidFiles, options: FetchOptions
+    manifest: Manifest,
+    folders: Folders,
+    laid: LaidFiles,
+    options: FetchOptions,
+    working: Working,
 ) -> list[tuple[Artifact, tuple[Path, ...]]]:
     """Return what lies here, and has no record that a fetch would believe."""
     jobs = {artifact.job for artifact in manifest.files}
@@ -180,7 +185,7 @@ def _unproved(
         is_local = artifact.url in map(_url, paths)
         believed = record is not None and (record.compared or is_local)
         if record is not None and (record.target or is_local):
-            believed &= is_intact(place, record, options.verify, boot_id())
+            believed &= is_intact(place, record, options.verify, boot_id(), working)
         if not believed:
             found.append((artifact, paths))
     return found
@@ -218,7 +223,9 @@ class _Look:
     stamps: Mapping[Path, tuple[int, ...]]
     at_s: float = field(default_factory=time.monotonic)
 
-    def wait_until_settled(self, fd: int, path: Path, limit_s: float) -> None:
+    def wait_until_settled(
+        self, fd: int, path: Path, limit_s: float, wait_for: Callable[[str], None]
+    ) -> None:
         """Wait until nothing has changed a file for a while; its own clock may not be ours."""
         now_s, found = time.monotonic(), os.fstat(fd)
         if time.time() - found.st_ctime >= _RECENT_S:
@@ -230,6 +237,8 @@ class _Look:
                 raise _RejectedError(
                     f"it has been written to for {show_seconds(limit_s)}, and still is"
                 )
+            if time.monotonic() - now_s > _RECENT_S:
+                wait_for(f"whoever writes to {path}")
             time.sleep(_LOOK_S)
             stamp = _stamp(os.fstat(fd))
             if stamp != seen:
@@ -258,7 +267,11 @@ class _Candidate:
             if (control := Path(f"{real}{_UNFINISHED}")).exists():
                 raise _RejectedError(f"it is not finished: {control.name} lies beside it")
             with _open_regular(real, self.laid) as fd:
-                self.looked.wait_until_settled(fd, self.path, self.options.settle_s)
+                wait_for = self.progress.wait_for
+                try:
+                    self.looked.wait_until_settled(fd, self.path, self.options.settle_s, wait_for)
+                finally:
+                    wait_for("")
                 record = self._known(place) or self._prove(fd)
         except _RejectedError as error:
             self.reason = str(error)

@@ -7,6 +7,7 @@ from pathlib import Path
 from loader.fetch.digests import Digests
 from loader.fetch.files import STATE, Places, Record
 from loader.fetch.missing_ranges import digest_text
+from loader.fetch.progress import Working
 from loader.http.objects import Checksum, ObjectInfo
 from loader.types import Artifact
 
@@ -41,7 +42,7 @@ def declared_digest(info: ObjectInfo) -> str | None:
     return next(sums, None)
 
 
-def is_as_declared(artifact: Artifact, place: Places, record: Record) -> bool:
+def is_as_declared(artifact: Artifact, place: Places, record: Record, working: Working) -> bool:
     """Return whether a whole file, which is what *record* says, has the sums of its manifest.
 
     Raises:
@@ -50,5 +51,5 @@ def is_as_declared(artifact: Artifact, place: Places, record: Record) -> bool:
     for checksum in artifact.checksums:
         if checksum.algorithm == "crc64nvme":  # of which every file has one
             return record.digest == digest_text(int.from_bytes(checksum.digest, "big"))
-    digests = Digests(Path(place.folders.root, STATE, "digests"))
+    digests = Digests(Path(place.folders.root, STATE, "digests"), working)
     return all(digests.of(place.final, c.algorithm) == c.digest for c in artifact.checksums)

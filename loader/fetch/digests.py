@@ -22,6 +22,7 @@ from typing import TypeVar
 
 from loader.errors import ChangedError, DiskError
 from loader.fetch.crc import combine_crc64nvme
+from loader.fetch.progress import LogProgress, Working, add_up
 from loader.fetch.sums import Hasher, new_hasher
 from loader.threads import map_on_threads
 from loader.types import Algorithm
@@ -35,10 +36,14 @@ _TICK_NS = 50_000_000  # file systems' clocks are coarse: a newer file may chang
 
 
 class Digests:
-    """The digests of files on this disk. Every method may be called from any thread."""
+    """The digests of files on this disk. Every method may be called from any thread.
 
-    def __init__(self, folder: Path) -> None:
+    *working* is told of files that have to be read.
+    """
+
+    def __init__(self, folder: Path, working: Working | None = None) -> None:
         self.folder = folder
+        self._working = working or LogProgress().working
 
     def of(self, path: Path, algorithm: Algorithm) -> bytes:
         """Return the digest of *path*, read where it has changed since the last time.
@@ -59,7 +64,9 @@ class Digests:
                 if is_young and stamp[0] >= _LARGE_BYTES:
                     time.sleep(_TICK_NS / 1e9)
                     is_young = False
-                found = _digest(file.fileno(), stamp[0], algorithm)
+                with self._working(f"summed up {path.name}:") as report:
+                    tell = add_up(report, stamp[0])
+                    found = _digest(file.fileno(), stamp[0], algorithm, tell)
                 if _stamp(file.fileno()) != stamp:
                     raise ChangedError(
                         "a file changed while it was being read",
@@ -102,18 +109,19 @@ def read_digest(path: Path, algorithms: Iterable[Algorithm]) -> dict[Algorithm, 
     """
     hashers = {algorithm: new_hasher(algorithm) for algorithm in algorithms}
     with path.open("rb", buffering=0) as file:
-        _put_through(file.fileno(), 0, os.fstat(file.fileno()).st_size, *hashers.values())
+        size_bytes = os.fstat(file.fileno()).st_size
+        _put_through(file.fileno(), 0, size_bytes, lambda count: None, *hashers.values())
     return {algorithm: hasher.digest() for algorithm, hasher in hashers.items()}
 
 
-def _digest(fd: int, size_bytes: int, algorithm: Algorithm) -> bytes:
+def _digest(fd: int, size_bytes: int, algorithm: Algorithm, tell: Callable[[int], None]) -> bytes:
     """Return the digest of an open file; a CRC of parts of it on several threads."""
     step = _PART_BYTES if algorithm == "crc64nvme" else max(size_bytes, 1)
     spans = [(start, min(start + step, size_bytes)) for start in range(0, size_bytes, step)]
 
     def part(span: tuple[int, int]) -> bytes:
         hasher = new_hasher(algorithm)
-        _put_through(fd, *span, hasher)
+        _put_through(fd, *span, tell, hasher)
         return hasher.digest()
 
     digests = map_on_threads(part, spans or [(0, 0)], _THREADS)
@@ -125,12 +133,15 @@ def _digest(fd: int, size_bytes: int, algorithm: Algorithm) -> bytes:
     return crc.to_bytes(8, "big")
 
 
-def _put_through(fd: int, place: int, end: int, *hashers: Hasher) -> None:
+def _put_through(
+    fd: int, place: int, end: int, tell: Callable[[int], None], *hashers: Hasher
+) -> None:
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     while place < end and (count := os.preadv(fd, [buffer[: end - place]], place)):
         for hasher in hashers:
             hasher.update(buffer[:count])
         place += count
+        tell(count)
 
 
 def _stamp(fd: int) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from loader.stores.base import Store
 from loader.types import Artifact
 from loader.units import show_bytes
 
-_log = logging.getLogger("podloader")
 _SPARE_BYTES = 64 << 20  # journals, records, folders
 
 
@@ -76,6 +74,7 @@ class Download:
                 transfer.bring(left)
             finally:
                 transfer.close()
+                self._wait_no_more()
                 self._progress.finish()
         return parts
 
@@ -112,10 +111,10 @@ class Download:
     def _begin(self, part: PartFile, open_part: Callable[[PartFile], None]) -> bool:
         if not part.lock():
             part.drop_opened()
-            if not self._waited:
-                self._waited = True
-                _log.info("%s: another process is fetching it; waiting", part.artifact.path)
+            self._progress.wait_for(f"another process, which fetches {part.artifact.path}")
+            self._waited = True
             return False
+        self._wait_no_more()
         claimed = 0
         if part.is_confirmed:
             claimed = part.claimed_bytes
@@ -129,6 +128,11 @@ class Download:
             self._arrived(part)
         return True
 
+    def _wait_no_more(self) -> None:
+        if self._waited:
+            self._waited = False
+            self._progress.wait_for("")
+
     def _completed(self, part: PartFile) -> Record | None:
         """Return the record of a file that another process has completed meanwhile."""
         record = read_record(part.place)
@@ -137,7 +141,7 @@ class Download:
         whole = (
             is_same(part.artifact, record, part.info)
             and is_intact(part.place, record, self._verify, boot_id())
-            and is_as_declared(part.artifact, part.place, record)
+            and is_as_declared(part.artifact, part.place, record, self._progress.working)
         )
         return record if whole else None
 

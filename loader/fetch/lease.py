@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from loader.errors import FetchError
@@ -38,7 +37,6 @@ _SHARED = {
     *("nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "ceph", "lustre", "gpfs", "beegfs"),
     *("glusterfs", "afs", "orangefs", "ocfs2", "gfs2", "vboxsf", "fuse"),
 }
-_log = logging.getLogger("podloader")
 
 
 class _Lease:
@@ -51,12 +49,12 @@ class _Lease:
         self._over = threading.Event()
         self.lost = threading.Event()
 
-    def acquire(self, stop: threading.Event) -> None:
+    def acquire(self, stop: threading.Event, wait_for: Callable[[str], None]) -> None:
         """Return when this process holds it. Raises StoppedError when *stop* is set."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._create():
             return
-        seen, since, waited = b"", time.monotonic(), False
+        seen, since = b"", time.monotonic()
         while True:
             check_stop(stop)
             found = self._read()
@@ -70,9 +68,7 @@ class _Lease:
                 if self._is_ours():
                     return
                 since = time.monotonic()
-            if not waited:
-                waited = True
-                _log.info("another machine fetches into this folder; waiting: %s", self._path)
+            wait_for(f"another machine, which fetches into this folder, {self._path}")
             stop.wait(_BEAT_S / 2)
 
     def keep(self) -> None:
@@ -125,10 +121,13 @@ class _Lease:
 
 
 @contextlib.contextmanager
-def leased(root: Path, stop: threading.Event) -> Iterator[None]:
+def leased(
+    root: Path, stop: threading.Event, wait_for: Callable[[str], None] = lambda what: None
+) -> Iterator[None]:
     """Let this machine alone fetch into *root* while the block runs, where others may do so, too.
 
-    On a disk of this machine's own, the locks of its files do that.
+    On a disk of this machine's own, the locks of its files do that. *wait_for* is told of another
+    machine that does so now, as ``Progress.wait_for``.
 
     Raises:
         StoppedError: *stop* was set before.
@@ -140,7 +139,10 @@ def leased(root: Path, stop: threading.Event) -> Iterator[None]:
         return
     lease = _Lease(root / STATE / "lease")
     with disk_errors(root):
-        lease.acquire(stop)
+        try:
+            lease.acquire(stop, wait_for)
+        finally:
+            wait_for("")
     keeping = threading.Thread(target=lease.keep, name="lease", daemon=True)
     keeping.start()
     try:

@@ -32,8 +32,9 @@ from loader.fetch.missing_ranges import (
     sound_ranges,
     unit_end,
 )
+from loader.fetch.progress import Working, add_up, say_nothing
 from loader.fetch.stopping import StoppedError
-from loader.fetch.sums import Check
+from loader.fetch.sums import Check, Sum
 from loader.fetch.verify import check_structure, proved_ranges
 from loader.http.objects import Checksum, ObjectInfo
 from loader.stores.base import ByteStream
@@ -52,6 +53,7 @@ class PartFile:
     says which of the origin's sums is compared. *on_range* is called with the artifact's path, the
     file that it is in, start and end of what has come, and with what was here; not of what comes
     whole at once. *order* says in which order what is missing is fetched, in which pieces.
+    *working* is told of bytes that are read again.
     ``is_confirmed``: ``info`` is the origin's, not the listing's. ``opened``: the stream of the
     file's beginning, and where it was to end. ``is_new``: ``lock`` found nothing of it here.
     ``missing`` is what ``resume`` left to be fetched, ``done`` the file once it is whole.
@@ -69,6 +71,7 @@ class PartFile:
         journaled: bool = True,
         on_range: OnRange = lambda path, part, start, end: None,
         order: Order = lambda artifact, info, missing: missing,
+        working: Working = say_nothing,
     ) -> None:
         self.artifact = artifact
         self._choose = choose
@@ -77,6 +80,7 @@ class PartFile:
         self._journaled = journaled
         self._on_range = on_range
         self._order = order
+        self._working = working
         self.done: FetchedFile | None = None
         self.missing: tuple[Range, ...] = ()
         self.is_new = False
@@ -165,7 +169,7 @@ class PartFile:
             everything = (Range(0, self.info.size_bytes),)
             self.missing = self._order(self.artifact, self.info, everything)
             return
-        self._have = list(proved_ranges(self.place, "part", self._claimed(), self.sum))
+        self._have = list(self._proved(self._claimed(), self.sum))
         self._have_bytes = sum(entry.end - entry.start for entry in self._have)
         missing = missing_ranges(self._have, self.info.size_bytes)
         self.missing = self._order(self.artifact, self.info, missing) if missing else ()
@@ -303,7 +307,7 @@ class PartFile:
         if found is None and (self.check.rereads or self.fetched_bytes < self.info.size_bytes):
             # An earlier run left ranges behind holes, where no hash could go on.
             again = self.check.sum_again(self.info.size_bytes)
-            if len(proved_ranges(self.place, "part", have, again)) < len(have):
+            if len(self._proved(have, again)) < len(have):
                 self._drop_part()
                 raise DiskError(
                     "the disk does not give back what was written",
@@ -316,6 +320,12 @@ class PartFile:
         # Nobody can say which of the bytes are wrong: they all come again.
         self._drop_part()
         raise self.check.differs(found, self.artifact.source)
+
+    def _proved(self, claimed: tuple[DoneRange, ...], sum_: Sum | None) -> tuple[DoneRange, ...]:
+        """Return those of the *claimed* ranges that are here; *sum_* takes them in."""
+        with self._working(f"proved {self.artifact.path}:") as report:
+            tell = add_up(report, sum(r.end - r.start for r in claimed))
+            return proved_ranges(self.place, "part", claimed, sum_, tell)
 
     def _drop_part(self) -> None:
         self.place.remove("journal", "part")

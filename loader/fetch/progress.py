@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from loader.stores.base import Progress
+from loader.stores.base import Progress, Report, Working
 from loader.units import show_bytes, show_rate, show_seconds
 
-__all__ = ["LogProgress", "Progress", "Report", "Retries", "log_work"]
+__all__ = [
+    "LogProgress",
+    "Progress",
+    "Report",
+    "Retries",
+    "Waits",
+    "Working",
+    "add_up",
+    "log_work",
+    "say_nothing",
+]
 
 _log = logging.getLogger("podloader")
 _EVERY_S = 5.0
+_WAIT_EVERY_S = 30.0
 
-Report = Callable[[int, int], None]
-"""Told how much is done, and of how much."""
+say_nothing: Working = Progress().working
+"""Gives what tells nobody of work."""
 
 
 class LogProgress(Progress):
@@ -30,6 +42,7 @@ class LogProgress(Progress):
         self._bytes = self._total_bytes = self._had_bytes = 0
         self._began = self._told = time.monotonic()
         self._retries = Retries(every_s)
+        self._waits = Waits()
 
     def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
         """Say what is to come."""
@@ -64,6 +77,16 @@ class LogProgress(Progress):
         if line := self._retries.tell_rest():
             _log.info("%s", line)
         self._tell()
+
+    @contextlib.contextmanager
+    def working(self, what: str) -> Iterator[Report]:
+        """Give what logs a line every few seconds."""
+        yield log_work(what, every_s=self._every_s)
+
+    def wait_for(self, what: str) -> None:
+        """Say it at once, and now and then for how long."""
+        if line := self._waits.tell(what):
+            _log.info("%s", line)
 
     def _tell(self) -> None:
         seconds = max(time.monotonic() - self._began, 1e-9)
@@ -108,6 +131,43 @@ class Retries:
         with self._lock:
             untold, self._untold, self._told = self._untold, 0, None
         return f"asked for again: {untold} others" if untold else ""
+
+
+class Waits:
+    """Lines about waits: one as the first begins, and no more than one every so often."""
+
+    def __init__(self, every_s: float = _WAIT_EVERY_S) -> None:
+        self._every_s = every_s
+        self._lock = threading.Lock()
+        self._since: float | None = None
+        self._told: float | None = None
+
+    def tell(self, what: str) -> str:
+        """Return the line to be shown now, empty where it is too soon for one."""
+        now = time.monotonic()
+        with self._lock:
+            if not what:
+                self._since = None
+                return ""
+            self._since = self._since or now
+            if self._told is not None and now - self._told < self._every_s:
+                return ""
+            self._told = now
+            for_s = now - self._since
+        return f"waiting for {what}" + (f", for {show_seconds(for_s)} now" if for_s else "")
+
+
+def add_up(report: Report, total: int) -> Callable[[int], None]:
+    """Return what adds up counts, from any thread, and reports how much of *total* they are."""
+    lock, done = threading.Lock(), 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            report(done, total)
+
+    return add
 
 
 def log_work(

@@ -30,14 +30,15 @@ from loader.fetch.files import (
 from loader.fetch.folders import Folders
 from loader.fetch.guesses import Guesses
 from loader.fetch.lease import leased
+from loader.fetch.missing_ranges import DoneRange
 from loader.fetch.part import LARGE_BYTES, Order, PartFile, fetched_file
 from loader.fetch.path_check import check_still, check_way
-from loader.fetch.progress import LogProgress, Progress
+from loader.fetch.progress import LogProgress, Progress, add_up
 from loader.fetch.range_read import read_range
 from loader.fetch.sizes import ask_version
 from loader.fetch.stopping import check_stop
 from loader.fetch.sums import Check, choose_check
-from loader.fetch.verify import Verify, is_intact
+from loader.fetch.verify import Verify, has_ranges, is_intact, ranges_to_prove
 from loader.http.objects import ObjectInfo
 from loader.stores.base import Store
 from loader.threads import map_on_threads
@@ -111,7 +112,7 @@ def fetch(
     try:
         while True:
             try:
-                with leased(root, arrivals.stop):
+                with leased(root, arrivals.stop, progress.wait_for):
                     snapshot = _fetch(manifest, root, store, options, progress, arrivals)
                 break
             except SumError as error:
@@ -141,7 +142,7 @@ def _fetch(
     seen = {}
     if (root / STATE).is_dir():  # else there is nothing to be looked for, file by file
         seen = {a: r for a, place in at.items() if (r := read_record(place))}
-    kept = _kept(seen, at, options, boot, arrivals.stop)
+    kept = _kept(seen, at, options, boot, progress, arrivals.stop)
     check_way(root, [artifact for artifact in manifest.files if artifact not in kept])
     own = {a for a in kept if _is_own_origin(a, at[a])}
     infos = _ask([a for a in kept if a not in own], store, options, arrivals.stop)
@@ -168,6 +169,7 @@ def _fetch(
             journaled=large,
             on_range=arrivals.advance,
             order=options.order,
+            working=progress.working,
         )
 
     limits = Limits(options.concurrency, options.retries, options.deadline_s, options.range_bytes)
@@ -214,16 +216,19 @@ def _kept(
     at: Mapping[Artifact, Places],
     options: FetchOptions,
     boot: str,
+    progress: Progress,
     stop: threading.Event,
 ) -> dict[Artifact, Record]:
     """Return those files that an earlier fetch completed which are still intact."""
 
-    def is_kept(artifact: Artifact) -> bool:
+    def look(artifact: Artifact) -> Sequence[DoneRange] | None:
+        return ranges_to_prove(at[artifact], seen[artifact], options.verify, boot)
+
+    def is_kept(fitting: tuple[Artifact, Sequence[DoneRange] | None]) -> bool:
+        artifact, wanted = fitting
         record, place = seen[artifact], at[artifact]
-        if artifact.size_bytes not in (None, record.size_bytes):
-            return False
-        if is_intact(place, record, options.verify, boot):
-            if is_as_declared(artifact, place, record):
+        if wanted is not None and has_ranges(place, record, wanted, tell):
+            if is_as_declared(artifact, place, record, progress.working):
                 return True
             says = artifact.checksums[0].said_by
             _log.warning("%s is not what %s says; it is fetched again", artifact.path, says)
@@ -232,8 +237,15 @@ def _kept(
             _log.warning("%s is not what was fetched; it is fetched again", artifact.path)
         return False
 
-    found = map_on_threads(is_kept, tuple(seen), options.concurrency, partial(check_stop, stop))
-    return {a: r for (a, r), kept in zip(seen.items(), found, strict=True) if kept}
+    check = partial(check_stop, stop)
+    fitting = [a for a, r in seen.items() if a.size_bytes in (None, r.size_bytes)]
+    ranges = map_on_threads(look, fitting, options.concurrency, check)
+    total = sum(r.end - r.start for wanted in ranges for r in wanted or ())
+    with progress.working("proved files that are here:") as report:
+        tell = add_up(report, total)
+        pairs = tuple(zip(fitting, ranges, strict=True))
+        found = map_on_threads(is_kept, pairs, options.concurrency, check)
+    return {a: seen[a] for a, kept in zip(fitting, found, strict=True) if kept}
 
 
 def _is_own_origin(artifact: Artifact, place: Places) -> bool:

@@ -27,16 +27,20 @@ class SpanProgress(Progress):
         self._files: dict[str, Open] = {}
         self._stage: Open | None = timeline.begin("verify")
         self._left = 0
+        self._wait: Open | None = None
+        self._is_moving = False
 
     def __enter__(self) -> SpanProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._is_moving:
+            super().finish()
         self._close(kind.__name__ if kind else "")
 
     def start(self, files: int, size_bytes: int, have_bytes: int) -> None:
         """The proving is over, the download begins."""
-        self._left = files
+        self._left, self._is_moving = files, True
         self._next(self._download)
         super().start(files, size_bytes, have_bytes)
 
@@ -65,12 +69,26 @@ class SpanProgress(Progress):
 
     def finish(self) -> None:
         """End what is open: the fetch is over, well or not."""
+        self._is_moving = False
         super().finish()
         self._close("unfinished" if self._left else "")
+
+    def wait_for(self, what: str) -> None:
+        """A wait is a stage of its own, whatever more there is to say of it."""
+        with self._lock:
+            begun, self._wait = self._wait, None
+            if what:
+                self._wait = begun or self._timeline.begin(f"wait for {what.partition(',')[0]}")
+                begun = None
+        if begun is not None:
+            self._timeline.end(begun)
+        super().wait_for(what)
 
     def _close(self, failed: str) -> None:
         with self._lock:
             left, self._files = tuple(self._files.values()), {}
+            if self._wait is not None:
+                left, self._wait = (*left, self._wait), None
         for begun in left:
             self._timeline.end(begun, failed=failed)
         self._next(None, failed)

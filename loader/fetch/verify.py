@@ -6,13 +6,14 @@ import json
 import os
 import random
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from loader.errors import FormatError
 from loader.fetch.crc import crc64nvme
 from loader.fetch.files import WHOLE, Places, Record, whole_place
 from loader.fetch.missing_ranges import DoneRange, combine, missing_ranges
+from loader.fetch.progress import Working, add_up, say_nothing
 from loader.fetch.sums import Sum, Tally
 from loader.weights.header import header_length, parse_header
 
@@ -22,11 +23,16 @@ _SAMPLES = 4
 
 
 def proved_ranges(
-    place: Places, kind: str, claimed: Iterable[DoneRange], total: Sum | None = None
+    place: Places,
+    kind: str,
+    claimed: Iterable[DoneRange],
+    total: Sum | None = None,
+    tell: Callable[[int], None] = lambda count: None,
 ) -> tuple[DoneRange, ...]:
     """Return those of the *claimed* ranges whose bytes in the file of *kind* have their CRC.
 
-    They are put into *total*, too, the sum of the whole file.
+    They are put into *total*, too, the sum of the whole file; *tell* is told of bytes as they are
+    read.
     """
     try:
         fd = place.open(kind)
@@ -34,38 +40,55 @@ def proved_ranges(
         return ()
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     try:
-        return tuple(r for r in claimed if _is_proved(fd, r, buffer, total))
+        return tuple(r for r in claimed if _is_proved(fd, r, buffer, total, tell))
     except OSError:  # unreadable sectors prove nothing
         return ()
     finally:
         os.close(fd)
 
 
-def is_intact(place: Places, record: Record, verify: Verify, boot_id: str) -> bool:
-    """Return whether the whole file is still what *record* says, as far as *verify* looks.
+def is_intact(
+    place: Places, record: Record, verify: Verify, boot_id: str, working: Working = say_nothing
+) -> bool:
+    """Return whether the whole file is still what *record* says, as far as *verify* looks."""
+    wanted = ranges_to_prove(place, record, verify, boot_id)
+    if not wanted:
+        return wanted is not None
+    with working(f"proved {place.path}:") as report:
+        tell = add_up(report, sum(r.end - r.start for r in wanted))
+        return has_ranges(place, record, wanted, tell)
 
-    Everything is read where the time stamp has changed, or the machine went down since. A record
+
+def has_ranges(
+    place: Places, record: Record, wanted: Sequence[DoneRange], tell: Callable[[int], None]
+) -> bool:
+    """Return whether the whole file of *record* has the *wanted* ranges; *tell* takes counts."""
+    return len(proved_ranges(whole_place(place, record), WHOLE, wanted, tell=tell)) == len(wanted)
+
+
+def ranges_to_prove(
+    place: Places, record: Record, verify: Verify, boot_id: str
+) -> Sequence[DoneRange] | None:
+    """Return what of a whole file has to be read yet; None where it is not what *record* says.
+
+    That is everything where the time stamp has changed, or the machine went down since. A record
     whose ranges do not make up the file and its digest proves nothing.
     """
     if missing_ranges(record.ranges, record.size_bytes) or combine(record.ranges) != record.digest:
-        return False
+        return None
     place = whole_place(place, record)
     try:
         found = place.stat(WHOLE)
     except OSError:
-        return False
+        return None
     if found is None or not stat.S_ISREG(found.st_mode) or found.st_size != record.size_bytes:
-        return False
+        return None
     if not place.folders.is_ours(found):
-        return False
+        return None
     touched = found.st_mtime_ns != record.mtime_ns
     if touched or verify == "full" or (verify == "sample" and record.boot_id != boot_id):
-        wanted: Sequence[DoneRange] = record.ranges
-    elif verify == "sample":
-        wanted = _sample(record.ranges)
-    else:
-        wanted = ()
-    return len(proved_ranges(place, WHOLE, wanted)) == len(wanted)
+        return record.ranges
+    return _sample(record.ranges) if verify == "sample" else ()
 
 
 def check_structure(fd: int, named: str) -> None:
@@ -96,9 +119,17 @@ def _sample(ranges: Sequence[DoneRange]) -> list[DoneRange]:
     return list(dict.fromkeys([*ranges[:1], *chosen, *ranges[-1:]]))
 
 
-def _is_proved(fd: int, claimed: DoneRange, buffer: memoryview, total: Sum | None) -> bool:
+def _is_proved(
+    fd: int,
+    claimed: DoneRange,
+    buffer: memoryview,
+    total: Sum | None,
+    tell: Callable[[int], None],
+) -> bool:
     tally = total.tally(claimed.start) if total is not None else None
-    if _range_crc(fd, claimed, buffer, tally) != claimed.crc:
+    crc = _range_crc(fd, claimed, buffer, tally)
+    tell(claimed.end - claimed.start)
+    if crc != claimed.crc:
         return False
     if tally is not None:
         tally.mark()

@@ -33,7 +33,7 @@ from loader.adapters.plan_builder import Base
 from loader.arriving.arriving_weights import ArrivingWeights
 from loader.arriving.filling import Announce
 from loader.config.settings import Settings
-from loader.fetch.progress import Progress, log_work
+from loader.fetch.progress import LogProgress, Progress
 from loader.prepare.bases import FoundBase, HubBase, LocalBase, find_base
 from loader.prepare.checkpoint_sources import BaseModel, Source
 from loader.prepare.consolidated import (
@@ -348,14 +348,15 @@ def _merge(
             provenance: dict[str, object] = {"name": job.adapters[0].name}
             job.announce(writer.fill(), ReadyModel(output, (), None, output, provenance))
 
-    return merge(
-        base,
-        [WeightedAdapter(adapter.folder) for adapter in job.adapters],
-        output,
-        exact=job.settings.exact,
-        dequantise=job.settings.dequantise,
-        allow_pickle=job.settings.allow_pickle,
-        weights=weights,
-        on_progress=log_work("merged"),
-        on_begin=begin,
-    )
+    with (job.progress or LogProgress()).working("merged") as report:
+        return merge(
+            base,
+            [WeightedAdapter(adapter.folder) for adapter in job.adapters],
+            output,
+            exact=job.settings.exact,
+            dequantise=job.settings.dequantise,
+            allow_pickle=job.settings.allow_pickle,
+            weights=weights,
+            on_progress=report,
+            on_begin=begin,
+        )

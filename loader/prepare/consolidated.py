@@ -30,7 +30,7 @@ from loader.errors import FormatError
 from loader.fetch.crc import crc64nvme
 from loader.fetch.digests import Digests
 from loader.fetch.files import STATE
-from loader.fetch.progress import log_work
+from loader.fetch.progress import LogProgress
 from loader.prepare.checkpoint_sources import SHARDED, BaseModel, Source
 from loader.prepare.inputs import prove
 from loader.types import Kind
@@ -128,6 +128,8 @@ def _consolidate(
     with contextlib.ExitStack() as stack:
         learn = stack.enter_context(learning_names())
         files, ranges = stack.enter_context(delivery.opened(source.checkpoint))
+        progress = delivery.progress or LogProgress()
+        local = None if ranges else stack.enter_context(progress.working("consolidated"))
 
         from loader.weights.formats.consolidation import consolidate  # torch
 
@@ -137,7 +139,7 @@ def _consolidate(
             files=files,
             base=base.path if base else None,
             dtype=settings.consolidate_dtype,
-            on_progress=ranges.report if ranges else log_work("consolidated"),
+            on_progress=ranges.report if ranges else local,
             on_begin=on_begin,
             digest=digest,
             learn=learn,

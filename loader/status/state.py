@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from loader.errors import LoaderError, redact
-from loader.fetch.progress import Progress
+from loader.fetch.progress import Progress, Report
 from loader.timeline import Open, Span, Timeline
-from loader.units import show_seconds
+from loader.units import show_bytes, show_seconds
 
 Phase = Literal["starting", "ready", "failed", "stopping"]
 WEIGHTS = "weights"
@@ -37,6 +38,7 @@ class Boot:
     ``weights`` are the bytes that an engine takes as they arrive, 0 where it reads files.
     ``error`` holds the fields of the error that ended a start. ``facts`` say what it is about;
     ``retried`` is the last request of a running download that had to be made again, and why.
+    ``work`` is what goes on beside downloads, such as proving files, and how far it is.
     """
 
     phase: Phase
@@ -57,6 +59,7 @@ class Boot:
     running: tuple[Open, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     retried: str = ""
+    work: tuple[str, ...] = ()
     trace_id: str = ""
 
     @property
@@ -70,6 +73,7 @@ class Boot:
         ]
         more = f" and {len(files) - _FILES_TOLD} more" if len(files) > _FILES_TOLD else ""
         waits += [f"{', '.join(files[:_FILES_TOLD])}{more}"] if files else []
+        waits += self.work
         return waits + ([f"asked for again: {self.retried}"] if self.retried else [])
 
     @property
@@ -88,7 +92,8 @@ class Boot:
         spans = tuple(Span(**span) for span in document["spans"])
         running = tuple(Open(**span) for span in document["running"])
         own = {name: value for name, value in document.items() if name != "waiting_for"}
-        return cls(**{**own, "spans": spans, "running": running})
+        work = tuple(document["work"])
+        return cls(**{**own, "spans": spans, "running": running, "work": work})
 
 
 class BootState(Progress):
@@ -116,6 +121,7 @@ class BootState(Progress):
         self._ready_s: float | None = None
         self._error: Mapping[str, Any] | None = None
         self._retried = ""
+        self._work: dict[object, str] = {}
 
     def pass_on(self, inner: Progress) -> None:
         """Tell *inner* too from now on."""
@@ -165,6 +171,29 @@ class BootState(Progress):
             self._fetching = False
             self._retried = ""
         super().finish()
+
+    @contextlib.contextmanager
+    def working(self, what: str) -> Iterator[Report]:
+        """Keep how far it is."""
+        key = object()
+        with super().working(what) as tell:
+
+            def report(done: int, total: int) -> None:
+                self._work[key] = f"{what} {show_bytes(done)} of {show_bytes(total)}"
+                tell(done, total)
+
+            try:
+                yield report
+            finally:
+                self._work.pop(key, None)
+
+    def wait_for(self, what: str) -> None:
+        """Keep it while it lasts."""
+        if what:
+            self._work["wait"] = f"waiting for {what}"
+        else:
+            self._work.pop("wait", None)
+        super().wait_for(what)
 
     def take_weights(self, done: int, total: int) -> None:
         """Say how many of the weights' bytes are in the engine, which waits for the rest."""
@@ -233,6 +262,7 @@ class BootState(Progress):
                 running=running,
                 facts=self.timeline.facts,
                 retried=self._retried,
+                work=tuple(self._work.copy().values()),
                 trace_id=self.timeline.trace_id,
             )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +13,10 @@ from loader.http.objects import ObjectInfo
 from loader.types import Artifact
 
 SMALL_BYTES = 256 << 10  # of a file that comes whole with its first request
+Report = Callable[[int, int], None]
+"""Told how much is done, and of how much."""
+Working = Callable[[str], AbstractContextManager[Report]]
+"""As ``Progress.working``."""
 
 
 class ByteStream(Protocol):
@@ -35,7 +41,7 @@ class ByteStream(Protocol):
 
 
 class Progress:
-    """Told of one download after the other as they move, from many threads; tells *inner* the same.
+    """Told of downloads, other work and waits, from many threads; tells *inner* the same.
 
     Whoever shows or counts some of it overrides that.
     """
@@ -77,6 +83,20 @@ class Progress:
         """The download is over, well or not."""
         if self._inner:
             self._inner.finish()
+
+    @contextlib.contextmanager
+    def working(self, what: str) -> Iterator[Report]:
+        """Give what is told of bytes that are *what*, such as ``proved a.bin:``, in the block."""
+        if self._inner is None:
+            yield lambda done, total: None
+            return
+        with self._inner.working(what) as report:
+            yield report
+
+    def wait_for(self, what: str) -> None:
+        """Nothing moves but for *what*; told again and again meanwhile, empty when it is over."""
+        if self._inner:
+            self._inner.wait_for(what)
 
 
 @dataclass(frozen=True, slots=True)

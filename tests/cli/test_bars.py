@@ -10,16 +10,23 @@ import pytest
 from rich.console import Console
 
 from loader.cli import display
-from loader.cli.bars import WorkBar
+from loader.cli.bars import BarProgress
+from loader.fetch.progress import LogProgress
 from loader.log_lines import set_up_logging
+
+SHOWN, HIDDEN = "\x1b[?25h", "\x1b[?25l"  # the cursor
+
+
+def terminal(width: int) -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    return Console(file=out, force_terminal=True, width=width), out
 
 
 def shown(after_s: float, width: int) -> str:
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=width)
-    with WorkBar("merged", console, after_s) as bar:
+    console, out = terminal(width)
+    with BarProgress(console, after_s).working("merged") as report:
         for done in (1, 2_000_000, 3_000_000):
-            bar.report(done, 3_000_000)
+            report(done, 3_000_000)
     return out.getvalue()
 
 
@@ -27,11 +34,58 @@ def shown(after_s: float, width: int) -> str:
 def test_a_bar_of_what_takes_a_while(width: int) -> None:
     text = shown(0, width)
     assert "merged" in text
-    assert "\u2501" in text
+    assert ("\u2501" in text) is (width > 40)
+    assert "3.0/3.0 MB" in text, "whole, not cut or wrapped"
 
 
 def test_no_bar_of_what_is_done_at_once() -> None:
     assert shown(60, 80) == ""
+
+
+@pytest.mark.parametrize("width", [40, 120])
+def test_work_goes_on_beside_a_download_and_after_it(width: int) -> None:
+    console, out = terminal(width)
+    progress = BarProgress(console, after_s=0)
+    progress.start(2, 100, 0)
+    with progress.working("proved job1/rank-0/model-00001-of-00002.safetensors:") as report:
+        report(1, 2)
+        progress.advance(100, "a")
+        progress.finish()
+        report(2, 2)
+        assert out.getvalue().count(HIDDEN) == 1, "one display for both"
+    report(2, 2)
+    text = out.getvalue()
+    assert "proved" in text
+    assert "tensors" in text, "the end of the name"
+    assert "bytes" in text
+    assert text.count(HIDDEN) == text.count(SHOWN) == 1
+    with progress.working("merged") as report:
+        report(1, 2)
+    after = out.getvalue()[len(text) :]
+    assert "merged" in after
+    assert "files" not in after, "the bar of what is over"
+
+
+def test_work_that_fails_gives_the_terminal_back() -> None:
+    console, out = terminal(80)
+
+    def fail() -> None:
+        with BarProgress(console, 0).working("merged") as report:
+            report(1, 2)
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
+    assert out.getvalue().count(HIDDEN) == out.getvalue().count(SHOWN) == 1
+
+
+def test_a_wait_is_a_line() -> None:
+    console, out = terminal(80)
+    progress = BarProgress(console)
+    for _ in range(3):
+        progress.wait_for("another process")
+    progress.wait_for("")
+    assert out.getvalue() == "waiting for another process\n"
 
 
 @pytest.mark.parametrize(("quiet", "bars"), [(False, True), (True, False)])
@@ -43,7 +97,7 @@ def test_no_bar_where_nothing_but_errors_is_to_be_said(
     before = (logger.level, logger.handlers[:], logger.propagate)
     set_up_logging(quiet=quiet)
     try:
-        assert display._has_bars() is bars
+        assert isinstance(display.choose_progress(), BarProgress if bars else LogProgress)
     finally:
         logger.setLevel(before[0])
         logger.handlers[:], logger.propagate = before[1], before[2]

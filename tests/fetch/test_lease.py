@@ -80,10 +80,15 @@ def test_who_lost_it_says_so_and_leaves_the_others_alone(tmp_path: Path) -> None
 @pytest.mark.usefixtures("shared")
 def test_whoever_waits_can_be_stopped(tmp_path: Path) -> None:
     stop = threading.Event()
+    told: list[str] = []
     with leased(tmp_path, threading.Event()):
         threading.Timer(0.1, stop.set).start()
-        with pytest.raises(StoppedError), leased(tmp_path, stop):
+        with pytest.raises(StoppedError), leased(tmp_path, stop, told.append):
             pass
+    path = tmp_path / ".podloader" / "lease"
+    assert told[0] == f"another machine, which fetches into this folder, {path}"
+    assert len(told) > 2, "as long as it lasts"
+    assert told[-1] == ""
 
 
 @pytest.mark.skipif(bool(why_not()), reason=why_not())

@@ -80,7 +80,8 @@ def test_a_dead_owner_is_succeeded(origin: FaultyOrigin, command: Command) -> No
     until(lambda: origin.bytes_sent or list(command.root.rglob("*.part")))
     heir = command.start()
     assert heir.stderr is not None
-    assert any("another process is fetching it; waiting" in line for line in heir.stderr)
+    wait = "waiting for another process, which fetches job1/rank-0/a.bin"
+    assert any(wait in line for line in heir.stderr)
     time.sleep(0.5)
     owner.send_signal(signal.SIGKILL)
     owner.communicate()

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from loader.fetch.progress import LogProgress, log_work
+from loader.fetch.progress import LogProgress, add_up, log_work
 
 
 def test_each_fetch_counts_its_own_files(caplog: pytest.LogCaptureFixture) -> None:
@@ -56,4 +56,38 @@ def test_work_is_told_every_few_seconds(
     assert caplog.messages == [
         "merged 2.0 kB of 4.0 kB, 6.0 s left",
         "merged 4.0 kB of 4.0 kB, 0.00 s left",
+    ]
+
+
+def test_a_wait_is_told_at_once_and_every_half_minute(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, logger="podloader")
+    progress = LogProgress()
+    now = iter([10.0, 11.0, 39.0, 40.0, 41.0, 70.0, 75.0, 76.0, 77.0, 101.0])
+    monkeypatch.setattr("loader.fetch.progress.time.monotonic", lambda: next(now))
+    for what in ("x", "y", "x", "x", "x", "x", "", "x", "x", "x"):
+        progress.wait_for(what)
+    assert caplog.messages == [
+        "waiting for x",
+        "waiting for x, for 30.0 s now",
+        "waiting for x, for 1 min 00 s now",
+        "waiting for x, for 25.0 s now",
+    ]
+
+
+def test_work_of_many_threads_is_one_sum(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, logger="podloader")
+    clock = iter([0.0, 6.0, 12.0])
+    progress = LogProgress()
+    monkeypatch.setattr("loader.fetch.progress.time.monotonic", lambda: next(clock))
+    with progress.working("proved files that are here:") as report:
+        tell = add_up(report, 4000)
+        for _ in range(2):
+            tell(1000)
+    assert caplog.messages == [
+        "proved files that are here: 1.0 kB of 4.0 kB, 18.0 s left",
+        "proved files that are here: 2.0 kB of 4.0 kB, 12.0 s left",
     ]

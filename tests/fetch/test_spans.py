@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import pytest
 from loader import boot
 from loader.config.settings import Settings
 from loader.errors import FetchError
+from loader.fetch.progress import Progress, Report
+from loader.fetch.spans import SpanProgress
 from loader.timeline import Timeline
 from tests import origin as faults
 from tests.origin import FaultyOrigin, serving, write_listing
@@ -54,6 +58,38 @@ def test_files_that_are_here_are_cache_hits_and_no_spans(tmp_path: Path) -> None
         boot.fetch_files(settings(origin, tmp_path), timeline=timeline)
     assert timeline.counts == {"cache_hits": 1}
     assert all(span.kind == "stage" for span in timeline.spans)
+
+
+def test_files_that_are_here_are_told_of_as_they_are_proved(tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    class Told(Progress):
+        @contextlib.contextmanager
+        def working(self, what: str) -> Iterator[Report]:
+            yield lambda done, total: told.append((what, done, total))
+
+    with serving(tmp_path / "origin") as origin:
+        for name in "ab":
+            origin.put(f"c/{name}.bin", b"a" * 3_000_000)
+        fields = {"range_size": "1MiB", "verify": "full"}
+        for _ in range(2):
+            boot.fetch_files(settings(origin, tmp_path, **fields), Told(), Timeline(quiet=True))
+    what = "proved files that are here:"
+    assert [one for one in told if one[0] == what][-1] == (what, 6_000_000, 6_000_000)
+    assert len(told) == 6
+
+
+def test_a_wait_is_a_stage(tmp_path: Path) -> None:
+    timeline = Timeline(quiet=True)
+    with SpanProgress(Progress(), timeline) as watched:
+        for _ in range(2):
+            watched.wait_for("another process, which fetches job1/rank-0/a.bin")
+        running = [span.name for span in timeline.running]
+        assert running == ["verify", "wait for another process"]
+        watched.wait_for("")
+        watched.wait_for("another machine")
+    assert [span.name for span in timeline.stages][:1] == ["wait for another process"]
+    assert timeline.running == ()
 
 
 def test_a_fetch_that_fails_leaves_nothing_running(tmp_path: Path) -> None:

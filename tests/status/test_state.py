@@ -58,6 +58,21 @@ def test_what_a_start_waits_for() -> None:
     assert not any("again" in wait for wait in state.boot().waiting_for)
 
 
+def test_work_and_waits_are_told_while_they_last() -> None:
+    state = BootState(Timeline(quiet=True))
+    with state.working("proved files that are here:") as report:
+        report(1_000_000, 3_000_000)
+        state.wait_for("another process, which fetches job/rank-0/a")
+        boot = state.boot()
+        assert boot.waiting_for == [
+            "proved files that are here: 1.0 MB of 3.0 MB",
+            "waiting for another process, which fetches job/rank-0/a",
+        ]
+        assert Boot.from_json(json.loads(json.dumps(boot.to_json()))) == boot
+    state.wait_for("")
+    assert state.boot().waiting_for == []
+
+
 def test_a_failure_is_told_without_signatures() -> None:
     state = BootState(Timeline(quiet=True))
     error = FetchError("refused", where="https://host/a?Signature=SECRET", next_step="ask")
