@@ -19,6 +19,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
 
 from loader.config.settings import Settings
+from loader.peers.members import parse_peers
 from loader.pod.pod import KILL_AFTER_S
 from loader.status.metrics import exposition
 from loader.status.state import Boot
@@ -51,7 +52,7 @@ def composed() -> dict[str, Any]:
     return service
 
 
-@pytest.mark.parametrize("name", ["podloader", "secret", "servicemonitor"])
+@pytest.mark.parametrize("name", ["podloader", "secret", "servicemonitor", "peers"])
 def test_kubernetes_would_take_them(name: str) -> None:
     own = [d for d in documents(f"kubernetes/{name}.yaml") if "coreos" not in d["apiVersion"]]
     for one in own:
@@ -177,6 +178,36 @@ def test_secrets_are_named_as_they_are_made(deployed: dict[str, Any]) -> None:
     secret = document("kubernetes/secret.yaml", "Secret")
     assert {ref["name"] for ref in refs} == {secret["metadata"]["name"]}
     assert {ref["key"] for ref in refs} == set(secret["stringData"])
+
+
+def test_the_peers_that_are_commented_out_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (DEPLOY / "kubernetes/podloader.yaml").read_text()
+    taken = re.sub(r"^( +)# (- |  )", r"\1\2", text, flags=re.MULTILINE)
+    (deployment,) = [d for d in yaml.safe_load_all(taken) if d["kind"] == "Deployment"]
+    kubernetes_validate.validate(deployment, RELEASE, strict=True)
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    given = {one["name"]: one for one in container["env"]}
+    secret, service, policy = documents("kubernetes/peers.yaml")
+    ref = given["PODLOADER_PEERS_TOKEN"]["valueFrom"]["secretKeyRef"]
+    assert ref == {"name": secret["metadata"]["name"], "key": next(iter(secret["stringData"]))}
+    monkeypatch.setenv("PODLOADER_PEERS", given["PODLOADER_PEERS"]["value"])
+    monkeypatch.setenv("PODLOADER_PEERS_TOKEN", "x" * 64)
+    settings = Settings.load(DEPLOY / "config.yaml")
+    name, _ = parse_peers(settings.peers, settings.peers_port)
+    (port,) = service["spec"]["ports"]
+    assert name == f"{service['metadata']['name']}:{port['port']}"
+    assert settings.peers_token is not None
+    ports = {one["name"]: one["containerPort"] for one in container["ports"]}
+    assert ports[port["targetPort"]] == settings.peers_port
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= labels.items()
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["publishNotReadyAddresses"], "they find each other while they start"
+    everybody, pods = policy["spec"]["ingress"]
+    assert everybody == {"ports": [{"port": "http"}]}
+    assert pods["ports"] == [{"port": port["targetPort"]}]
+    chosen = [policy["spec"]["podSelector"], *(one["podSelector"] for one in pods["from"])]
+    assert all(one["matchLabels"].items() <= labels.items() for one in chosen)
 
 
 def test_the_services_find_the_pod_and_the_monitor_finds_one_of_them() -> None:
