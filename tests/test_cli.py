@@ -296,6 +296,20 @@ def test_where_a_source_that_cannot_be_read_was_named(config: Path) -> None:
     assert "named by" not in run("plan", "/gone.json").stderr
 
 
+def test_a_models_folder_in_a_sources_place(tmp_path: Path) -> None:
+    model = tmp_path / "my-model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    told = run("plan", model)
+    assert told.returncode == 3
+    assert "what lies here needs no fetching: `podloader inspect`" in told.stderr
+    url = f"file://{model}"
+    assert url in told.stderr
+    taken = run("fetch", url, "--output", tmp_path / "down")
+    assert taken.returncode == 0, taken.stderr
+    assert (tmp_path / "down/my-model/rank-0/config.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "what"),
     [
@@ -349,17 +363,26 @@ def test_a_fetch_that_fails_says_what_to_do(config: Path, origin: FaultyOrigin) 
     assert "Signature" not in done.stderr
 
 
-def test_interrupted_by_a_person(config: Path, origin: FaultyOrigin) -> None:
+@pytest.mark.parametrize("words", [["fetch"], ["fetch", "--json"], ["prepare", "--json"]])
+def test_interrupted_by_a_person(config: Path, origin: FaultyOrigin, words: list[str]) -> None:
     origin.put("checkpoint-10/model.bin", b"x" * 10_000_000)
     origin.fail("model.bin", act(lambda: None), *[slow(0.2)] * 100)
     process = subprocess.Popen(
-        [sys.executable, "-m", "loader", "fetch", str(config)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "loader", *words, str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while len(origin.ranges_of("model.bin")) < 2:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
+    shown, said = process.communicate(timeout=20)
     assert process.returncode == 130
+    if "--json" in words:
+        error = json.loads(shown)["error"]
+        assert error == {"error": "Interrupted", "what": "ended by SIGINT"}
+    else:
+        assert shown == ""
     assert "ended by SIGINT; what has been fetched is kept" in said
     assert "Traceback" not in said
 

@@ -126,6 +126,11 @@ class AdapterConfig:
         return found
 
 
+def is_adapter(folder: Path) -> bool:
+    """Return whether what lies in *folder* calls itself an adapter."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
 def read_adapter_config(folder: Path) -> AdapterConfig:
     """Return the settings of the adapter in *folder*.
 
@@ -134,7 +139,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         FormatError: it is no JSON object.
     """
     path = folder / ADAPTER_CONFIG
-    if not path.is_file():
+    if not is_adapter(folder):
         raise AdapterError(
             "missing adapter_config.json",
             where=str(folder),

@@ -36,7 +36,7 @@ from loader.adapters.edit_plan import MergePlan, plan_merge
 from loader.adapters.edits import Edit, LowRank, Replace, ReplaceRows
 from loader.adapters.effect import check_effect
 from loader.adapters.fold import Exact
-from loader.adapters.plan_builder import Base, check_base_folder
+from loader.adapters.plan_builder import Base, check_base_folder, check_roles
 from loader.adapters.problems import run_all
 from loader.adapters.surroundings import list_surroundings, write_config
 from loader.errors import AdapterError, CheckpointError, UnsupportedError
@@ -99,6 +99,7 @@ def merge(
         DiskError: no room, or the disk refused.
     """
     _check_output(output)
+    check_roles(base, [adapter.folder for adapter in adapters])
     with ExitStack() as stack:
         if weights is None:  # a merge while the base arrives lasts long, and is not alone
             stack.enter_context(uncollected())

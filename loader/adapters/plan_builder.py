@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from loader.adapters.config import AdapterConfig
+from loader.adapters.config import ADAPTER_CONFIG, AdapterConfig, is_adapter
 from loader.adapters.edits import CombinedLowRank, Edit, ExpertLowRank, LowRank, Part, Replace
 from loader.errors import AdapterError
 from loader.weights.architecture import Architecture, Piece, read_architecture
@@ -131,9 +131,34 @@ def check_base_folder(base: Path, named: str | None = None) -> None:
             "the base model is missing",
             where=str(base),
             expected="a folder with config.json and weights",
-            got="no config.json" if base.is_dir() else "no such folder",
+            got="an adapter"
+            if is_adapter(base)
+            else "no config.json"
+            if base.is_dir()
+            else "no such folder",
             next_step="give the base model that the adapter was trained over"
             + (f", such as {named}" if named else ""),
+        )
+
+
+def check_roles(base: Path, adapters: Sequence[Path]) -> None:
+    """Check that no whole model is among the *adapters*.
+
+    Raises:
+        AdapterError: one is; *base* may be the adapter then.
+    """
+    for folder in adapters:
+        if is_adapter(folder) or not (folder / "config.json").is_file():
+            continue
+        swapped = is_adapter(base)
+        raise AdapterError(
+            "base and adapter are swapped" if swapped else "a whole model in an adapter's place",
+            where=str(folder),
+            expected=f"a folder with {ADAPTER_CONFIG}",
+            got="config.json and no adapter_config.json",
+            next_step=f"swap them: --base {folder} --adapter {base}"
+            if swapped
+            else "give what was trained over the base, such as a checkpoint of PEFT's",
         )
 
 

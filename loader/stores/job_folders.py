@@ -67,7 +67,8 @@ class Listed:
 def list_jobs(tree: Tree, root: str, jobs: Sequence[str]) -> tuple[Listing, ...]:
     """Return the listings of *jobs* below *root*.
 
-    Where no job is named, of every job there; a folder without ranks is then taken as it is.
+    Where no job is named, of every job there. A folder without ranks is taken as it is, as rank 0
+    of a job with its own name, where no other is asked for.
 
     Raises:
         ListingError: there is none, or it cannot be told which job a folder is of.
@@ -82,9 +83,10 @@ def list_jobs(tree: Tree, root: str, jobs: Sequence[str]) -> tuple[Listing, ...]
                 got=f"{tree.url(found[job])} and {tree.url(folder)}",
                 next_step="give the URL of one of them",
             )
-    if not found and not jobs:
-        name = root.rpartition("/")[2]
-        whole = list_folder(tree, root, name if JOB_ID.fullmatch(name) else "folder")
+    name = root.rpartition("/")[2]
+    name = name if JOB_ID.fullmatch(name) else "folder"
+    if not found and set(jobs) <= {name}:
+        whole = list_folder(tree, root, name)
         if whole.artifacts:
             return (whole,)
     if not found:

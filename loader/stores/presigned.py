@@ -18,6 +18,7 @@ from loader.stores.urls import SignedUrls
 from loader.types import Artifact, Listing
 
 _LISTING_LIMIT_BYTES = 1 << 30
+_MODEL_FILES = ("config.json", "adapter_config.json")  # one of which a checkpoint has
 _Out = TypeVar("_Out")
 
 
@@ -182,13 +183,23 @@ class FileListing:
                 where=str(self._path),
                 expected="a file that `truss train get_checkpoint_urls` wrote, or its URL",
                 got=error.strerror or type(error).__name__,
-                next_step=f"give a folder of jobs or ranks as a URL: file://{self._path}"
+                next_step=self._name_folder()
                 if self._path.is_dir()
                 else suggest_path(self._given, "give the path of a file, or a URL such as s3://…"),
             ) from None
         listings = parse_listings(text, str(self._path), local_urls=self._local_urls)
         self._read = stamp
         return listings
+
+    def _name_folder(self) -> str:
+        """Return what to do with a folder in a listing's place."""
+        url = f"file://{self._path}"
+        if any((self._path / name).is_file() for name in _MODEL_FILES):
+            return (
+                "what lies here needs no fetching: `podloader inspect` says what it is, merge and "
+                f"`vllm serve` take its path; as a URL it is copied like a checkpoint: {url}"
+            )
+        return f"give a folder of jobs or ranks, or a model's, as a URL: {url}"
 
     def has_news(self) -> bool:
         """Return whether the file is another one than was read."""

@@ -113,6 +113,17 @@ def test_missing_base(adapter: Path, tmp_path: Path) -> None:
     refused(tmp_path / "none", adapter, AdapterError, "base model is missing")
 
 
+def test_base_and_adapter_swapped(base: Path, adapter: Path) -> None:
+    error = refused(adapter, base, AdapterError, "base and adapter are swapped")
+    assert error.next_step == f"swap them: --base {base} --adapter {adapter}"
+
+
+def test_a_whole_model_in_an_adapters_place(base: Path, adapter: Path) -> None:
+    error = refused(base, base, AdapterError, "a whole model in an adapter's place")
+    assert "swap" not in error.next_step
+    assert refused(adapter, adapter, AdapterError, "the base model is missing").got == "an adapter"
+
+
 def test_missing_config_and_truncated_adapter(base: Path, adapter: Path) -> None:
     path = adapter / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])

@@ -118,6 +118,8 @@ def test_a_folder_without_ranks_is_taken_as_it_is(s3: Any, s3_url: str, bucket: 
     put(s3, bucket, "llama/config.json", "llama/original/params.json", "llama/.cache/x/rank-0/y")
     (listing,) = open_stores(s3_url).read_listings(f"s3://{bucket}/llama")
     assert "llama/rank-0/config.json" in {a.path for a in listing.artifacts}
+    (again,) = open_stores(s3_url).read_listings(f"s3://{bucket}/llama", ("llama",))
+    assert again == listing
     with pytest.raises(ListingError, match="no folder"):
         open_stores(s3_url).read_listings(f"s3://{bucket}/llama", ("j1",))
 
