@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from loader.adapters.config import ADAPTER_CONFIG, AdapterConfig, is_adapter
+from loader.adapters.config import AdapterConfig, is_adapter
 from loader.adapters.edits import CombinedLowRank, Edit, ExpertLowRank, LowRank, Part, Replace
 from loader.errors import AdapterError
 from loader.weights.architecture import Architecture, Piece, read_architecture
 from loader.weights.header import TensorInfo
+from loader.weights.inspect import ADAPTER_CONFIG
 
 Shapes = Mapping[str, TensorInfo]
 # Families whose blocks are plain: what an adapter calls a layer is what the checkpoint calls it,
