@@ -112,12 +112,13 @@ class Model:
                 yield self.env.process(self._bring(home, number))
             giver = home
             if home.up.count >= _FLOWS:  # busy: it names those that have it from there
-                free = [p for p in self.holders[number][-4:] if p.up.count < _FLOWS]
-                giver = random.choice(free) if free else home
+                giver = self._choose_holder(pod, number) or home
             if giver.rate < self.rate / _SLOWER:
                 yield self.env.timeout(_DEAD_S)
-                pod.done_without.add(name)
-                continue
+                pod.done_without.add(giver.name)
+                if giver is home:
+                    continue
+                giver = home
             yield from self._transfer(giver.up, giver.rate)
             giver.sent += self.size
             self.holders[number].append(pod)
@@ -128,6 +129,11 @@ class Model:
             self.origin_gb += self.size
         pod.has.add(number)
         pod.coming.pop(number).succeed()
+
+    def _choose_holder(self, pod: Pod, number: int) -> Pod | None:
+        holders = (p for p in self.holders[number][-4:] if p.name not in pod.done_without)
+        free = [holder for holder in holders if holder.up.count < _FLOWS]
+        return random.choice(free) if free else None
 
     def _transfer(self, way: simpy.Resource, rate: float) -> Steps:
         with way.request() as turn:
