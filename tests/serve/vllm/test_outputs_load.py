@@ -17,6 +17,7 @@ import pytest
 from transformers import AutoModel
 
 from loader.adapters.merge import WeightedAdapter, merge
+from loader.serve.vllm.releases import installed_release
 from tests.models import train_or_draw_lora
 from tests.other_models import draw_whisper_lora, tiny_embedder, tiny_whisper
 from tests.serve.vllm.loaded_outputs import WHOLE, Loaded, load_in_vllm
@@ -47,7 +48,8 @@ KINDS = (
     "test_a_quantised_cache_alone",
     "test_gpt_oss_merged_as_peft_merges_it",
 )
-# What vLLM says of some, and of their bases alike: by the test that makes them.
+# What this release says of some, and of their bases alike: by the test that makes them.
+RELEASE = "0.32.0"
 NOT_BUILT = {
     "[GteForMaskedLM]": "does not dispatch through the Transformers attention interface",
     "[MllamaForConditionalGeneration]": "Can't load image processor",  # the tiny model has none
@@ -68,6 +70,10 @@ NOT_KEPT = {
     "test_a_base_of_float64": "rounded",
     "a tiny bert": "its pooler, which embeddings do not go through",
 }
+
+of_release = pytest.mark.skipif(
+    not (installed_release() or "").startswith(RELEASE), reason=f"of vLLM {RELEASE}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +135,7 @@ def test_whole(told: dict[str, list[Loaded]], kind: str) -> None:
     assert all(answer == WHOLE for answer in answers), answers
 
 
+@of_release
 @pytest.mark.parametrize("test", NOT_BUILT)
 def test_not_built_for_a_reason_that_the_base_has_too(
     told: dict[str, list[Loaded]], test: str
@@ -141,6 +148,7 @@ def test_not_built_for_a_reason_that_the_base_has_too(
             assert re.search(NOT_BUILT[test], answer["base"]["error"])
 
 
+@of_release
 @pytest.mark.parametrize("test", NOT_KEPT)
 def test_what_vllm_makes_of_a_base_it_makes_of_what_was_merged(
     told: dict[str, list[Loaded]], test: str
