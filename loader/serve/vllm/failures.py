@@ -24,5 +24,6 @@ def start_failure(error: Exception, where: str) -> EngineError:
         got=f"{type(error).__name__}: {error}",
         problems=[why] if (why := unwritable_cache()) else [],
         next_step="the engine's own log lines above name the cause; memory is set by "
-        "engine_args gpu_memory_utilization and max_model_len",
+        "engine_args gpu_memory_utilization and max_model_len, without a GPU by "
+        "VLLM_CPU_KVCACHE_SPACE, too",
     )
