@@ -14,6 +14,7 @@ every pod takes the chunks in the order of the file, for comparison.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from loader.peers.chunks import CHUNK_BYTES, Chunk, SharedObject
 from loader.peers.ring import order_chunks, rank_homes
 
 _FLOWS = 16  # transfers of one node at a time, in each direction
+_HOMES = 4
 _DEAD_S = 2.0
 _SLOW, _SLOWER = 10.0, 4.0  # of the slow ones, and what a pod does without
 _COLUMNS = 60
@@ -65,7 +67,7 @@ class Model:
             name = f"10.0.{number // 256}.{number % 256}:8790"
             up = simpy.Resource(self.env, _FLOWS)
             self.pods[name] = Pod(name, up, rate / (_SLOW if slow else 1), dies)
-        self.homes = [rank_homes(chunk.name, self.pods, 3) for chunk in self.chunks]
+        self.homes = [rank_homes(chunk.name, self.pods, 4 * _HOMES) for chunk in self.chunks]
         self.holders: list[list[Pod]] = [[] for _ in self.chunks]
 
     def run(self) -> None:
@@ -98,12 +100,11 @@ class Model:
             yield pod.coming[number]
             return
         pod.coming[number], is_given = self.env.event(), False
-        for name in self.homes[number]:
+        known = (name for name in self.homes[number] if name not in pod.done_without)
+        for name in list(itertools.islice(known, _HOMES)):
             home = self.pods[name]
             if home is pod:
                 break
-            if name in pod.done_without:
-                continue
             if self._is_dead(home):
                 pod.done_without.add(name)
                 yield self.env.timeout(_DEAD_S)
