@@ -31,6 +31,7 @@ from loader.stores.base import Store
 from loader.types import Artifact
 
 _HOMES = 4
+_ASKED_YOUNG, _YOUNG_S = 24, 20.0  # pods that are asked whether they have it, and for how long
 _BUSY_S = 30.0  # for how long a home may say that it is busy
 _PAUSE_S = 0.2
 _SLOW_S, _TIMES_SLOWER = 2.0, 4.0
@@ -78,6 +79,7 @@ class Courier:
         self._pool = ThreadPoolExecutor(threads, "peers")
         self._lock = threading.Lock()
         self._given: dict[str, tuple[str, int]] = {}  # by whom, and what it summed up to
+        self._began = time.monotonic()
         self._typical_bytes_s = 0.0  # of chunks that peers have given
         self._stop = threading.Event()
         self._counts = counts
@@ -109,9 +111,12 @@ class Courier:
             self._ask_origin(flight, origin)
             self._judge(flight)
             return
-        homes = rank_homes(chunk.name, self._members.living(), _HOMES)
+        is_young = time.monotonic() - self._began < _YOUNG_S
+        homes = rank_homes(chunk.name, self._members.living(), _ASKED_YOUNG)
         me = self._members.me
         is_home = not homes or homes[0] == me
+        if not (is_home and is_young):  # pods that start together know few of each other
+            homes = homes[:_HOMES]
         for place, peer in enumerate(homes):
             if flight.is_promoted and not is_home:
                 break

@@ -145,12 +145,12 @@ class Members:
                     if not member.is_settled and member.again_at <= now:
                         member.is_asked = True
                         greetings.create_task(self._greet(member))
-                if all(m.tries or m.nonce for m in self._found.values()):
+                if self._found and all(m.is_living for m in self._found.values()):
                     self._settled.set()
                 await asyncio.sleep(0.05)
 
     async def wait_settled(self, timeout_s: float) -> None:
-        """Wait until every address has answered or failed once, at the most so long."""
+        """Wait until every address answers, at the most so long: pods may start together."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._settled.wait(), timeout_s)
 

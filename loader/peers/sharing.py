@@ -37,7 +37,7 @@ from loader.peers.server import ChunkServer
 from loader.stores.base import Store
 from loader.types import Artifact
 
-_SETTLE_S = 1.0  # what a first read waits for the others to say that they are there
+_SETTLE_S = 2.0  # what a first read waits for the others to say that they are there
 _log = logging.getLogger("podloader")
 
 
@@ -227,6 +227,8 @@ class Sharing:
         settling.add_done_callback(lambda _: self._settled.set())
         self._loop.run_forever()
         server.close()
+        # asyncio loses a socket that it has accepted where the task of that is ended.
+        self._loop.run_until_complete(asyncio.sleep(0.05))
         writers = self._server.writers
         members.cancel()
         for task in (pending := asyncio.all_tasks(self._loop)):

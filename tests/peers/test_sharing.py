@@ -26,6 +26,10 @@ from tests.origin import FaultyOrigin, cut
 from tests.peers.conftest import CONTENT, TOKEN, MakePod, TestPod, free_ports, sent_copies
 
 
+# asyncio may leave a socket to the collector where its loop is stopped midway, as a pod's is here.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
 def _fetch_all(pods: list[TestPod], weights: Artifact) -> None:
     with ThreadPoolExecutor(len(pods)) as pool:
         for found in pool.map(lambda pod: pod.fetch(weights), pods):
