@@ -25,7 +25,6 @@ from loader.types import Artifact, Checksum
 from tests.origin import FaultyOrigin, cut
 from tests.peers.conftest import CONTENT, TOKEN, MakePod, TestPod, free_ports, sent_copies
 
-
 # asyncio may leave a socket to the collector where its loop is stopped midway, as a pod's is here.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
