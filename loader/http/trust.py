@@ -1,4 +1,4 @@
-"""The certificates that TLS trusts: the system's, and those of a bundle beside them.
+"""The certificates that TLS trusts and shows: the system's, those of a bundle, our servers' own.
 
 The system keeps its certificates twice, in one file and in a directory by their subjects' hashes.
 To read all of the file takes 25 ms before a first request; the directory gives the few that are
@@ -15,7 +15,7 @@ import ssl
 import threading
 from pathlib import Path
 
-from loader.errors import FetchError
+from loader.errors import ConfigError, FetchError
 
 _log = logging.getLogger("podloader")
 _HASHED = re.compile(r"[0-9a-f]{8}\.\d+")
@@ -70,6 +70,39 @@ def pinned_context(certificate: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False  # addresses of pods come and go; the key tells who it is
     _load(context, certificate)
+    return context
+
+
+def server_tls(
+    certificate: Path,
+    key: Path | None,
+    clients: Path | None = None,
+    *,
+    verify: ssl.VerifyMode = ssl.CERT_NONE,
+    ciphers: str | None = None,
+) -> ssl.SSLContext:
+    """Return what serves https by the files of a certificate and its key.
+
+    *clients* holds the authorities of clients' certificates, *verify* whether those have to come.
+
+    Raises:
+        ConfigError: they cannot be read, or do not belong together.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate, key)
+        context.verify_mode = verify
+        if clients is not None:
+            context.load_verify_locations(clients)
+        if ciphers:
+            context.set_ciphers(ciphers)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            "the TLS certificate cannot be read",
+            where=", ".join(str(path) for path in (certificate, key, clients) if path),
+            got=str(error),
+            next_step="give PEM files of a certificate and of the key that belongs to it",
+        ) from None
     return context
 
 

@@ -25,7 +25,7 @@ from loader.fetch.missing_ranges import Range
 from loader.fetch.snapshot import FetchOptions
 from loader.http.client import HttpClient, HttpOptions
 from loader.http.objects import ObjectInfo
-from loader.http.trust import pinned_context
+from loader.http.trust import pinned_context, server_tls
 from loader.peers.access import Token, new_nonce
 from loader.peers.chunks import Chunk, SharedObject, shared_object
 from loader.peers.courier import Counts, Courier, Origin
@@ -55,8 +55,8 @@ class Sharing:
 
     def __init__(self, settings: Settings, token: Secret) -> None:
         own_id, nonce = new_nonce(), new_nonce()
-        certificate, key = settings.peers_certificate, settings.peers_key
-        server_tls = _server_tls(certificate, key) if certificate else None
+        certificate = settings.peers_certificate
+        own_tls = server_tls(certificate, settings.peers_key) if certificate else None
         client_tls = pinned_context(certificate) if certificate else None
         options = HttpOptions(
             connect_timeout_s=HELLO_S,
@@ -97,7 +97,7 @@ class Sharing:
         self._settled = threading.Event()
         listening: Future[None] = Future()
         self._thread = threading.Thread(
-            target=self._run, args=(settings.peers_port, server_tls, listening), name="peers"
+            target=self._run, args=(settings.peers_port, own_tls, listening), name="peers"
         )
         self._thread.daemon = True
         self._thread.start()
@@ -237,17 +237,3 @@ class Sharing:
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.run_until_complete(self._server.drop(writers))
         self._loop.close()
-
-
-def _server_tls(certificate: Path, key: Path | None) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(certificate, key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(
-            "the peers' certificate cannot be read",
-            where=str(certificate),
-            got=str(error),
-            next_step="correct peers_certificate and peers_key",
-        ) from None
-    return context

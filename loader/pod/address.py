@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from loader.errors import ConfigError
-from loader.status.boot_server import server_tls
+from loader.http.trust import server_tls
 
 _PORT = 8000  # vLLM's default
 _PORTS = range(1, 65536)

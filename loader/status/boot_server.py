@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from pathlib import Path
 
 from loader.errors import ConfigError
 from loader.status.replies import UNAUTHORISED, Reply, reply
@@ -57,38 +56,6 @@ def listen(host: str, port: int) -> socket.socket:
             next_step="choose another: podloader serve CONFIG -- --port PORT",
         ) from None
     return listening
-
-
-def server_tls(
-    certificate: Path,
-    key: Path | None,
-    clients: Path | None = None,
-    *,
-    verify: ssl.VerifyMode = ssl.CERT_NONE,
-    ciphers: str | None = None,
-) -> ssl.SSLContext:
-    """Return what serves https with the files that vLLM's ``--ssl-`` arguments name.
-
-    *clients* holds the authorities of clients' certificates, *verify* whether those have to come.
-
-    Raises:
-        ConfigError: they cannot be read, or do not belong together.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(certificate, key)
-        context.verify_mode = verify
-        if clients is not None:
-            context.load_verify_locations(clients)
-        if ciphers:
-            context.set_ciphers(ciphers)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(
-            "the TLS certificate cannot be read",
-            where=", ".join(str(path) for path in (certificate, key, clients) if path),
-            got=str(error),
-        ) from None
-    return context
 
 
 Allows = Callable[[str, str, str], bool]

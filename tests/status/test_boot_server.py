@@ -18,8 +18,9 @@ import pytest
 import trustme
 
 from loader.errors import ConfigError
+from loader.http.trust import server_tls
 from loader.status import boot_server
-from loader.status.boot_server import _MOST_CONNECTIONS, BootServer, listen, server_tls
+from loader.status.boot_server import _MOST_CONNECTIONS, BootServer, listen
 from loader.status.state import Boot
 
 BOOT = Boot(phase="starting", stage="download", now_s=1.0)
