@@ -15,7 +15,6 @@ import os
 import random
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from benchmarks.overlap import ThrottledHandler, ThrottledOrigin
 from loader.demo.origin import PROJECT
+from tests.peers.conftest import free_ports
 
 _JOB = "job1"
 _SLOW_BYTES_S = 2 << 20
@@ -70,15 +70,6 @@ def make_origin(folder: Path, size_bytes: int, rate_bytes_s: float) -> tuple[Cou
     listing = folder / "listing.json"
     listing.write_text(json.dumps(origin.listing(_JOB, with_sizes=True)))
     return origin, listing
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(found.getsockname()[1]) for found in sockets]
-    for found in sockets:
-        found.close()
-    return ports
 
 
 def start_pod(

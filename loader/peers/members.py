@@ -35,7 +35,6 @@ class Member:
 
     address: str
     nonce: str = ""
-    is_me: bool = False
     is_shunned: bool = False
     tries: int = 0
     again_at: float = 0.0  # when it is greeted next; never while it lives
@@ -50,6 +49,11 @@ class Member:
     def is_settled(self) -> bool:
         """Whether it is not to be greeted now, whatever the time."""
         return self.is_living or self.is_asked or self.is_shunned
+
+
+def join_address(host: str, port: int | str) -> str:
+    """Return what a peer is called: its host, as URLs write it, and its port."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse_peers(named: Sequence[str], port: int) -> tuple[str | None, tuple[str, ...]]:
@@ -73,7 +77,7 @@ def parse_peers(named: Sequence[str], port: int) -> tuple[str | None, tuple[str,
                 expected="dns://<headless service>[:port], or host[:port]",
                 got=text,
             )
-        address = f"[{host}]:{own_port}" if ":" in host else f"{host}:{own_port}"
+        address = join_address(host, own_port)
         if is_dns:
             if name is not None:
                 raise ConfigError("two DNS names of peers", where="peers", got=", ".join(named))
@@ -166,7 +170,7 @@ class Members:
             _log.debug("peers: %s cannot be resolved: %s", host, error)
             return
         hosts = {str(info[4][0]) for info in infos}
-        now = {f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts}
+        now = {join_address(host, port) for host in hosts}
         for address in now - self._found.keys():
             self._found[address] = Member(address)
         for address in self._found.keys() - now:
@@ -178,7 +182,7 @@ class Members:
             async with self._slots, asyncio.timeout(HELLO_S):
                 found = await self._hello(member.address)
             if found["id"] == self._own_id:
-                self.me, member.is_me = member.address, True
+                self.me = member.address
             member.nonce, member.tries = str(found["nonce"]), 0
         except (OSError, TimeoutError, ValueError, KeyError, TypeError, EOFError):
             pause_s = _AGAIN_S[min(member.tries, len(_AGAIN_S) - 1)]

@@ -31,6 +31,7 @@ from loader.peers.access import ASK, PROOF, SENDER, Token
 from loader.peers.chunks import Chunk, SharedObject
 from loader.peers.flights import Flight
 from loader.peers.held import Held
+from loader.peers.members import join_address
 
 SUM = "Podloader-Sum"
 _IDLE_S = 60.0  # of a kept connection
@@ -129,7 +130,7 @@ class ChunkServer:
         if asking.target == "/hello":
             _write(writer, HTTPStatus.OK, self._hello)
             host, port = writer.get_extra_info("peername")[0], asking.fields.get(SENDER.lower(), "")
-            self._wake(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            self._wake(join_address(host, port))
             return True
         own = self._token.may_ask(asking.fields.get(ASK.lower(), ""), self._nonce, asking.target)
         if own is None:
