@@ -21,17 +21,21 @@ def read_range(
     buffer: memoryview,
     retries: int,
     on_retry: Callable[[str], None] = lambda reason: None,
+    *,
+    on_bytes: Callable[[int], None] = lambda done: None,
+    stop: threading.Event | None = None,
 ) -> None:
     """Fill *buffer* from *start* on, with the bytes of *info*'s version.
 
-    It goes on where a connection broke off. *on_retry* is told why.
+    It goes on where a connection broke off. *on_retry* is told why, *on_bytes* how many are there;
+    *stop* ends the tries.
 
     Raises:
         FetchError: the origin does not give the bytes, or the object changed.
     """
     tries, done = Tries(retries), 0
     end = start + len(buffer)
-    for attempt in retrying(tries.are_over, threading.Event()):
+    for attempt in retrying(tries.are_over, stop or threading.Event()):
         with attempt:
             done = done if info.ranges else 0
             try:
@@ -41,6 +45,7 @@ def read_range(
                 with contextlib.closing(stream):
                     while done < len(buffer) and (count := stream.readinto(buffer[done:])):
                         done += count
+                        on_bytes(done)
                 if done < len(buffer):
                     raise TransientError("the body ended before its length", where=artifact.source)
             except TransientError as error:

@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from loader.errors import DeniedError, FetchError, LoaderError, TransientError
 from loader.fetch.crc import crc64nvme
+from loader.fetch.range_read import read_range
 from loader.http.body import HttpStream
 from loader.http.client import HttpClient
 from loader.http.objects import ObjectInfo
@@ -26,7 +28,6 @@ from loader.peers.flights import Flight
 from loader.peers.members import Members
 from loader.peers.ring import rank_homes
 from loader.peers.server import SUM
-from loader.retry import Tries, retrying
 from loader.stores.base import Store
 from loader.types import Artifact
 
@@ -59,6 +60,13 @@ class Origin:
     retries: int
 
 
+class Given(NamedTuple):
+    """Who gave a chunk, home or holder, and what its bytes sum up to."""
+
+    peer: str
+    crc: int
+
+
 class Courier:
     """Fills flights, on threads of its own. Every method may be called from any thread."""
 
@@ -78,7 +86,7 @@ class Courier:
         self._scheme = "https" if secure else "http"
         self._pool = ThreadPoolExecutor(threads, "peers")
         self._lock = threading.Lock()
-        self._given: dict[str, tuple[str, int]] = {}  # by whom, and what it summed up to
+        self._given: dict[str, Given] = {}  # by chunks' names
         self._began = time.monotonic()
         self._typical_bytes_s = 0.0  # of chunks that peers have given
         self._stop = threading.Event()
@@ -86,17 +94,10 @@ class Courier:
 
     def bring(self, flight: Flight, origin: Origin, *, distrusted: bool) -> None:
         """Fill *flight*; *distrusted* is a chunk whose bytes were given here before."""
-        self._submit(self._bring, flight, origin, distrusted)
 
-    def close(self) -> None:
-        """Begin nothing more."""
-        self._stop.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _submit(self, work: Callable[..., None], flight: Flight, *arguments: object) -> None:
         def run() -> None:
             try:
-                work(flight, *arguments)
+                self._bring(flight, origin, distrusted)
             except BaseException as error:
                 flight.fail(error)
 
@@ -104,6 +105,11 @@ class Courier:
             self._pool.submit(run)
         except RuntimeError:  # closed
             flight.fail(TransientError("the fetch is over", where=flight.chunk.of.path))
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        self._stop.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _bring(self, flight: Flight, origin: Origin, distrusted: bool) -> None:
         chunk = flight.chunk
@@ -127,14 +133,14 @@ class Courier:
             # One that was the home before this pod came may have it already.
             held_only = is_home or place == _HOMES - 1
             with contextlib.suppress(FetchError):
-                self._ask_home(flight, peer, held_only=held_only)
-                if self._is_sound(flight, origin, peer):
-                    self._finish(flight, peer)
+                given = self._ask_home(flight, peer, held_only=held_only)
+                if self._is_sound(flight, origin, given.peer):
+                    self._finish(flight, given)
                     return
         self._ask_origin(flight, origin)
 
-    def _ask_home(self, flight: Flight, peer: str, *, held_only: bool) -> None:
-        """Fill the flight's memory from *peer*, or from who has it from there.
+    def _ask_home(self, flight: Flight, peer: str, *, held_only: bool) -> Given:
+        """Fill the flight's memory from *peer*, or from who has it from there; say by whom.
 
         Raises:
             FetchError: it does not give the chunk.
@@ -142,20 +148,19 @@ class Courier:
         until, tries = time.monotonic() + _BUSY_S, 0
         while not (self._stop.is_set() or (flight.is_promoted and not held_only)):
             try:
-                self._ask_peer(flight, peer, held_only=held_only)
-                return
+                return self._ask_peer(flight, peer, held_only=held_only)
             except TransientError as error:
                 tries += not error.busy
                 if tries > 1 or time.monotonic() > until:
                     if tries > 1:
                         self._members.fail(peer)
                     raise
-                if error.busy and self._ask_holders(flight, peer):
-                    return
+                if error.busy and (given := self._ask_holders(flight, peer)):
+                    return given
                 self._stop.wait(_PAUSE_S * random.uniform(0.5, 1.0))
         raise TransientError("a peer is not waited for any more", where=flight.chunk.of.path)
 
-    def _ask_holders(self, flight: Flight, home: str) -> bool:
+    def _ask_holders(self, flight: Flight, home: str) -> Given | None:
         """Fill the flight's memory from one of those that have it from *home*, if one gives it."""
         with contextlib.suppress(FetchError):
             stream, _ = self._open(home, f"/objects/{flight.chunk.name}/holders")
@@ -165,11 +170,10 @@ class Courier:
             for peer in random.sample(holders, len(holders)):
                 if peer in living:
                     with contextlib.suppress(FetchError):
-                        self._ask_peer(flight, peer, held_only=True)
-                        return True
-        return False
+                        return self._ask_peer(flight, peer, held_only=True)
+        return None
 
-    def _ask_peer(self, flight: Flight, peer: str, *, held_only: bool) -> None:
+    def _ask_peer(self, flight: Flight, peer: str, *, held_only: bool) -> Given:
         target = f"/objects/{flight.chunk.name}{'?held' if held_only else ''}"
         stream, digest = self._open(peer, target)
         buffer, place = memoryview(flight.data), 0
@@ -183,9 +187,11 @@ class Courier:
         self._note_pace(place, time.monotonic() - began)
         if not digest:
             digest = self._ask_sum(flight.chunk, peer)
-        if digest != f"{crc64nvme(buffer):016x}":
+        crc = crc64nvme(buffer)
+        if digest != f"{crc:016x}":
             self._counts.wrong += 1
             raise FetchError("a peer's bytes do not sum up", where=f"{peer}{target}")
+        return Given(peer, crc)
 
     def _check_pace(self, peer: str, count: int, seconds: float) -> None:
         """Raise FetchError where *peer* is much slower than others have been."""
@@ -231,28 +237,37 @@ class Courier:
     def _ask_origin(self, flight: Flight, origin: Origin) -> None:
         """Fill the flight from the origin, to be read as it comes."""
         flight.is_sourced = True
-        chunk, buffer, crc = flight.chunk, memoryview(flight.data), 0
-        tries, place = Tries(origin.retries), 0
-        for attempt in retrying(tries.are_over, self._stop):
-            with attempt:
-                try:
-                    stream = origin.store.open_range(
-                        origin.artifact, chunk.start + place, chunk.end, origin.info
-                    )
-                    with contextlib.closing(stream):
-                        while place < len(buffer) and (count := stream.readinto(buffer[place:])):
-                            crc = crc64nvme(buffer[place : place + count], crc)
-                            place += count
-                            self._counts.origin_bytes += count
-                            if place < len(buffer):
-                                flight.advance(place)
-                    if place < len(buffer):
-                        where = origin.artifact.source
-                        raise TransientError("the body ended before its length", where=where)
-                except TransientError as error:
-                    tries.note(place, error)
-                    raise
+        buffer, crc, place = memoryview(flight.data), 0, 0
+
+        def come(done: int) -> None:
+            nonlocal crc, place
+            crc = crc64nvme(buffer[place:done], crc)
+            self._counts.origin_bytes += done - place
+            place = done
+            if done < len(buffer):
+                flight.advance(done)
+
+        self._read(origin, flight.chunk.start, buffer, origin.retries, come)
         flight.advance(len(buffer), crc)
+
+    def _read(
+        self,
+        origin: Origin,
+        start: int,
+        buffer: memoryview,
+        retries: int,
+        on_bytes: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        read_range(
+            origin.artifact,
+            origin.store,
+            origin.info,
+            start,
+            buffer,
+            retries,
+            on_bytes=on_bytes,
+            stop=self._stop,
+        )
 
     def _is_sound(self, flight: Flight, origin: Origin, peer: str) -> bool:
         """Return whether a sample of what *peer* gave is what the origin has; most are not taken.
@@ -264,34 +279,29 @@ class Courier:
         chunk = flight.chunk
         size = min(_SAMPLED_BYTES, chunk.size_bytes)
         start = random.randrange(chunk.size_bytes - size + 1)
-        sample, place = bytearray(size), 0
+        sample = bytearray(size)
         try:
-            at = chunk.start + start
-            stream = origin.store.open_range(origin.artifact, at, at + size, origin.info)
-            with contextlib.closing(stream):
-                while place < size and (count := stream.readinto(memoryview(sample)[place:])):
-                    place += count
+            self._read(origin, chunk.start + start, memoryview(sample), 0)
         except LoaderError:
             return True
-        self._counts.origin_bytes += place
-        if place < size or sample == flight.data[start : start + size]:
+        self._counts.origin_bytes += size
+        if sample == flight.data[start : start + size]:
             return True
         self._blame(peer, chunk)
         return False
 
-    def _finish(self, flight: Flight, peer: str) -> None:
-        crc = crc64nvme(memoryview(flight.data))
+    def _finish(self, flight: Flight, given: Given) -> None:
         with self._lock:
-            self._given[flight.chunk.name] = peer, crc
+            self._given[flight.chunk.name] = given
         self._counts.peer_bytes += flight.chunk.size_bytes
-        flight.advance(flight.chunk.size_bytes, crc)
+        flight.advance(flight.chunk.size_bytes, given.crc)
 
     def _judge(self, flight: Flight) -> None:
         """Shun who gave the chunk before, where the origin's bytes are others."""
         with self._lock:
             given = self._given.pop(flight.chunk.name, None)
-        if given is not None and given[1] != flight.crc:
-            self._blame(given[0], flight.chunk)
+        if given is not None and given.crc != flight.crc:
+            self._blame(given.peer, flight.chunk)
 
     def _blame(self, peer: str, chunk: Chunk) -> None:
         self._counts.wrong += 1

@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +142,35 @@ def test_wrong_bytes_are_found_by_the_declared_sum_and_their_peer_is_shunned(
     _wait_for_all([liar, pod])
     _fetch_all([pod], weights)
     assert "other bytes" in caplog.text
+
+
+def test_a_holder_that_lies_is_shunned_and_not_the_home_that_named_it(
+    make_pod: MakePod, weights: Artifact, caplog: pytest.LogCaptureFixture
+) -> None:
+    declared = Checksum("sha256", hashlib.sha256(CONTENT).digest(), said_by="SHA256SUMS")
+    weights = replace(weights, checksums=(declared,))
+    ports = free_ports(3)
+    home, liar = (make_pod(port, ports) for port in ports[:2])
+    _fetch_all([home, liar], weights)
+    (shared,) = (found.object for found in liar.sharing._objects.values())
+    for chunk in shared.chunks(0, shared.size_bytes):
+        home.sharing._server._holders[chunk.name] = deque([f"127.0.0.1:{ports[1]}"])
+    home.sharing._server._uploads = 1000  # it is busy, and names who has the chunk
+    liar.sharing._flights._found.clear()
+    wrong = liar.root / weights.path
+    wrong.write_bytes(bytes(len(CONTENT)))
+
+    def lie(chunk: Chunk) -> held.Held:
+        fd = os.open(wrong, os.O_RDONLY)
+        return held.Held(fd, held._sum(fd, chunk.start, chunk.end))
+
+    liar.sharing._server._find_held = lie
+    pod = make_pod(ports[2], ports)
+    _wait_for_all([home, liar, pod])
+    _fetch_all([pod], weights)
+    blamed = [message for message in caplog.messages if "other bytes" in message]
+    assert blamed
+    assert all(message.startswith(f"peers: 127.0.0.1:{ports[1]} ") for message in blamed)
 
 
 def test_an_accident_on_the_way_is_found_by_the_homes_own_sum(
