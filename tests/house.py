@@ -16,7 +16,7 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 # A room may import what stands below it, and itself.
 LAYERS = [
     {"errors", "units"},
-    {"types", "timeline", "retry", "threads", "import_lock", "log_lines"},
+    {"types", "timeline", "retry", "threads", "import_lock", "log_lines", "json_text"},
     {"config"},
     {"http"},
     {"resolve", "stores", "weights"},

@@ -385,6 +385,14 @@ def test_plan_asks_for_sizes_or_not(job: Job, base: Path) -> None:
     assert "Signature" not in manifest.warnings[-1]
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "added_tokens.json", "config.json"])
+def test_plan_beside_json_without_end(job: Job, base: Path, name: str) -> None:
+    place = job.put(base, "checkpoint-5")
+    (place / "tokenizer_config.json").write_text("{}")
+    (place / name).write_text("[" * 100_000)
+    assert boot.look_ahead(job.settings("rank-0/")).manifest.files
+
+
 def test_a_lying_safetensors_header(job: Job, base: Path) -> None:
     place = job.put(base, "checkpoint-5")
     whole = (place / "model.safetensors").read_bytes()

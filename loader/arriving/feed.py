@@ -38,6 +38,7 @@ from typing import Any, Self
 
 from loader.arriving.filling import FillingFolder
 from loader.errors import EngineError, LoaderError, error_from_json
+from loader.json_text import parse_json
 from loader.threads import Broadcast
 from loader.types import Head
 from loader.weights.header import parse_header
@@ -374,7 +375,7 @@ def _receive(
         return None
     if not data:
         return None
-    message: Mapping[str, Any] = json.loads(data)
+    message: Mapping[str, Any] = parse_json(data)
     keep(message, descriptors)
     return message
 

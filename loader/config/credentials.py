@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from loader.errors import ConfigError
+from loader.json_text import parse_json
 
 SECRETS_FOLDER = Path("/secrets")
 _S3_NAMES = {
@@ -91,7 +91,7 @@ def _document(secrets: Secrets | None) -> dict[str, Secret]:
         if secret is None:
             continue
         try:
-            fields = json.loads(secret.value)
+            fields = parse_json(secret.value)
         except ValueError:
             fields = None
         if not isinstance(fields, dict):

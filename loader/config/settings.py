@@ -6,7 +6,6 @@ The only place that reads the environment. Secrets are looked up by name and kep
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import tempfile
@@ -33,6 +32,7 @@ from loader.config.truss_config import (
 )
 from loader.config.values import Bytes, Words, read_value, show_value
 from loader.errors import ConfigError, redact
+from loader.json_text import parse_json
 from loader.types import CONFIG_VARIABLE, JOB_ID, STREAM_VARIABLE, TrainingCheckpoints
 
 CHECKPOINT_SCHEME = "checkpoint:"
@@ -522,7 +522,7 @@ def parse_value(name: str, text: str, where: str = "") -> object:
     if name not in _JSON:
         return text
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         raise ConfigError(
             f"{name} is not JSON", where=where, expected=f"like {_JSON[name]}"

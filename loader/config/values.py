@@ -6,13 +6,14 @@ byte of a download waits for the settings.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
+
+from loader.json_text import parse_json
 
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])?(i)?b)?", re.IGNORECASE)
 _WORDS = {"yes": True, "on": True, "no": False, "off": False}  # besides true, false, 1 and 0
@@ -66,7 +67,7 @@ def _read_words(text: str) -> object:
     if not text.lstrip().startswith("["):
         return text.split()
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         raise ValueError("expected a JSON list or words between blanks") from None
 

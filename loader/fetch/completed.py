@@ -24,6 +24,7 @@ from loader.fetch.files import (
     read_record,
 )
 from loader.fetch.verify import is_intact
+from loader.json_text import parse_json
 from loader.types import Artifact, Listing, Manifest
 
 
@@ -43,7 +44,7 @@ def write_completed(root: Path, key: str, manifest: Manifest) -> None:
 def read_completed(root: Path, key: str) -> tuple[Listing, ...]:
     """Return the listings of what *key* stands for, empty where a file of it is not here."""
     try:
-        entries = json.loads(_place(root, key).read_bytes())["files"]
+        entries = parse_json(_place(root, key).read_bytes())["files"]
         artifacts = [Artifact(*entry) for entry in entries]
     except (OSError, KeyError, *DAMAGED):
         return ()

@@ -24,6 +24,7 @@ from loader.errors import ChangedError, DiskError
 from loader.fetch.crc import combine_crc64nvme
 from loader.fetch.progress import LogProgress, Working, add_up
 from loader.fetch.sums import Hasher, new_hasher
+from loader.json_text import parse_json
 from loader.threads import map_on_threads
 from loader.types import Algorithm
 
@@ -94,10 +95,10 @@ class Digests:
 def is_stale(entry: Path) -> bool:
     """Return whether *entry* is of a file that is gone or has changed, or is none."""
     try:
-        fields = json.loads(entry.read_bytes())
+        fields = parse_json(entry.read_bytes())
         with Path(fields["path"]).open("rb") as file:
             return bool(_stamp(file.fileno()) != fields["stamp"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError):
         return True
 
 
@@ -150,8 +151,8 @@ def _stamp(fd: int) -> list[int]:
 
 
 def _read(entry: Path, stamp: list[int]) -> dict[str, bytes]:
-    with suppress(OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
-        fields = json.loads(entry.read_bytes())
+    with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+        fields = parse_json(entry.read_bytes())
         if fields["stamp"] == stamp:
             return {name: bytes.fromhex(text) for name, text in fields["sums"].items()}
     return {}

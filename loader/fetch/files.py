@@ -34,13 +34,14 @@ import msgspec
 from loader.errors import DiskError
 from loader.fetch.folders import Folders
 from loader.fetch.missing_ranges import DoneRange
+from loader.json_text import parse_json
 from loader.types import Artifact
 
 STATE = ".podloader"
 KINDS = ("part", "journal", "record")  # of an artifact's state
 WHOLE = ""  # the artifact itself
 _STATE_BYTES = 64 << 20  # of a journal or a record: 50 for each range
-DAMAGED = (ValueError, TypeError, RecursionError)  # of what is no JSON, or not ours
+DAMAGED = (ValueError, TypeError)  # of what is no JSON, or not ours
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENXIO)
@@ -276,14 +277,14 @@ def read_journal(place: Places, key: dict[str, object]) -> tuple[DoneRange, ...]
     except OSError:
         return ()
     try:
-        if json.loads(lines[0]) != key:
+        if parse_json(lines[0]) != key:
             return ()
     except DAMAGED:
         return ()
     done = []
     for line in lines[1:]:
         with contextlib.suppress(*DAMAGED):
-            done.append(_done_range(json.loads(line)))
+            done.append(_done_range(parse_json(line)))
     return tuple(done)
 
 
@@ -312,7 +313,7 @@ def write_journal(place: Places, key: dict[str, object], done: tuple[DoneRange, 
 def read_record(place: Places) -> Record | None:
     """Return the record, None where there is none that can be read."""
     try:
-        fields = json.loads(place.read("record"))
+        fields = parse_json(place.read("record"))
         ranges = tuple(map(_done_range, fields.pop("ranges")))
         record = Record(**fields, ranges=ranges)
     except (OSError, KeyError, AttributeError, *DAMAGED):

@@ -27,6 +27,7 @@ from pathlib import Path
 from loader.errors import FetchError
 from loader.fetch.files import STATE, disk_errors
 from loader.fetch.stopping import check_stop
+from loader.json_text import parse_json
 from loader.units import show_seconds
 
 _BEAT_S = 2.0
@@ -111,7 +112,7 @@ class _Lease:
 
     def _is_ours(self) -> bool:
         try:
-            found = json.loads(self._read() or b"null")
+            found = parse_json(self._read() or b"null")
         except ValueError:
             return False
         return isinstance(found, dict) and found.get("holder") == self._holder

@@ -15,6 +15,7 @@ from loader.fetch.files import WHOLE, Places, Record, whole_place
 from loader.fetch.missing_ranges import DoneRange, combine, missing_ranges
 from loader.fetch.progress import Working, add_up, say_nothing
 from loader.fetch.sums import Sum, Tally
+from loader.json_text import parse_json
 from loader.weights.header import header_length, parse_header
 
 Verify = Literal["size", "sample", "full"]
@@ -104,11 +105,11 @@ def check_json(fd: int, named: str) -> None:
     if not named.endswith(".json"):
         return
     try:
-        json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
+        parse_json(os.pread(fd, os.fstat(fd).st_size, 0))
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
             raise FormatError("no whole JSON", where=named, got=str(error)) from None
-    except (UnicodeDecodeError, RecursionError):
+    except ValueError:
         pass  # not for us to judge
 
 

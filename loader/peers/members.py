@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import ssl
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from loader.errors import ConfigError
+from loader.json_text import parse_json
 from loader.peers.access import SENDER
 
 HELLO_S = 2.0  # for all of a connection and its answer
@@ -204,7 +204,7 @@ class Members:
             raise ValueError("no peer") from error
         finally:
             writer.close()
-        found = json.loads(body)
+        found = parse_json(body)
         if not isinstance(found, dict):
             raise ValueError("no peer")
         return found

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 
 from loader.config.settings import Settings
 from loader.errors import EngineError
 from loader.fetch.snapshot import read_artifact
+from loader.json_text import parse_json
 from loader.stores.base import Store
 from loader.stores.model_files import weight_files
 from loader.types import Manifest
@@ -81,7 +81,7 @@ def _least_served(
     for artifact in manifest.files:
         if artifact.path == f"{folder}/{_CONFIG}":
             with contextlib.suppress(ValueError):
-                config = json.loads(read_artifact(artifact, root, store))
+                config = parse_json(read_artifact(artifact, root, store))
     if isinstance(config, dict) and stored_dtype(config):
         return served_bytes(config, size, settings.engine_args.get("dtype"))
     return size // 2  # float32, of which vLLM makes a half

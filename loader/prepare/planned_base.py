@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from loader.config.settings import Settings
 from loader.config.values import user_path
 from loader.fetch.adoption import LaidFiles, presence
 from loader.fetch.snapshot import read_artifact
+from loader.json_text import parse_json
 from loader.prepare.bases import find_base_files, hub_token, no_such_base
 from loader.prepare.inputs import names_in, small_names, weight_names
 from loader.stores.hub import REPO_ID, list_model_files
@@ -105,6 +105,6 @@ def _plan_remote(settings: Settings, url: str) -> PlannedBase:
         for artifact in found.manifest.files:
             if artifact.relative_file_name == _CONFIG:
                 with contextlib.suppress(ValueError):
-                    text = json.loads(read_artifact(artifact, found.root, stores))
+                    text = parse_json(read_artifact(artifact, found.root, stores))
                     config = text if isinstance(text, dict) else {}
         return PlannedBase(url, "a URL", found.folder, files, config)

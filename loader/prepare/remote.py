@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from loader.config.settings import Settings
 from loader.errors import LoaderError
 from loader.fetch.snapshot import read_artifact
+from loader.json_text import parse_json
 from loader.resolve.manifest import check_count, check_names
 from loader.stores.base import Store
 from loader.stores.registry import Stores, is_remote
@@ -92,8 +92,8 @@ def warn_of_ids(manifest: Manifest, store: Store, root: Path) -> list[str]:
         names = [name for name in ADDED_TOKENS if name in files]
         if names and CONFIG in files:
             with contextlib.suppress(LoaderError, ValueError):
-                read = {n: json.loads(read_artifact(files[n], root, store)) for n in names}
-                config = json.loads(read_artifact(files[CONFIG], root, store))
+                read = {n: parse_json(read_artifact(files[n], root, store)) for n in names}
+                config = parse_json(read_artifact(files[CONFIG], root, store))
                 if warning := describe_ids(read, config):
                     found.append(f"{folder}: {warning}")
     return found

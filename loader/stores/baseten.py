@@ -23,6 +23,7 @@ from loader.config.credentials import Secret
 from loader.errors import ConfigError, DeniedError, FetchError, ListingError
 from loader.http.body import HttpStream
 from loader.http.client import HttpClient
+from loader.json_text import parse_json
 from loader.retry import ask_again
 from loader.stores.listing import parse_entries
 from loader.types import Artifact, Listing
@@ -80,8 +81,8 @@ class Api:
                 next_step="check the secret baseten_api_key or BASETEN_API_KEY, and its rights",
             ) from None
         try:
-            document = json.loads(text)
-        except (ValueError, RecursionError):
+            document = parse_json(text)
+        except ValueError:
             document = None
         if not isinstance(document, dict):
             raise ListingError("the REST API answers no JSON object", where=where)

@@ -7,6 +7,7 @@ before its last bytes are handed out: what passes was read while that version wa
 from __future__ import annotations
 
 import base64
+import errno
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -28,6 +29,7 @@ from loader.types import Artifact
 _CHUNK_BYTES = 4 << 20
 # What drivers call that which changes with the object, the best first.
 _VERSIONS = ("etag", "ETag", "generation", "mtime", "LastModified", "last_modified", "updated")
+_LASTING = (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO)  # asking again is in vain
 
 
 class FsspecStore:
@@ -292,6 +294,7 @@ def _translate(error: Exception, url: str) -> Exception:
         )
     passing = status in (408, 429) or status >= 500
     ours = TypeError | ValueError | LookupError | AttributeError | ArithmeticError
-    if not passing and (400 <= status < 500 or isinstance(error, ours)):
+    lasting = isinstance(error, OSError) and error.errno in _LASTING
+    if not passing and (400 <= status < 500 or isinstance(error, ours) or lasting):
         return FetchError("the driver fails", where=url, got=got)
     return TransientError("the place did not answer", where=url, got=got)

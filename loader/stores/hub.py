@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loader.errors import FetchError, FormatError, LoaderError, TransientError
+from loader.json_text import parse_json
 from loader.retry import ask_again
 from loader.stores.base import Progress
 from loader.stores.hub_cache import drop_rotten
@@ -233,8 +233,8 @@ def _config_of(repo_id: str, folder: Path, token: str | None) -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         config = str(error)
     if not isinstance(config, dict):
         raise FormatError("the model's config.json is no JSON object", where=str(path))
@@ -245,8 +245,8 @@ def _cached_bytes(folder: Path) -> int | None:
     """Return the bytes of the weights in a folder of the cache, which may hold some of them."""
     if (folder / _SINGLE).is_file():
         return (folder / _SINGLE).stat().st_size
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        index = json.loads((folder / f"{_SINGLE}.index.json").read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
+        index = parse_json((folder / f"{_SINGLE}.index.json").read_text(encoding="utf-8"))
         return int(index["metadata"]["total_size"])
     return None
 

@@ -13,7 +13,6 @@ its files, unless the settings allow it.
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import TypeGuard
@@ -21,6 +20,7 @@ from urllib.parse import urlsplit
 
 from loader.errors import ListingError
 from loader.http.addresses import is_link_local
+from loader.json_text import parse_json
 from loader.types import JOB_ID, Artifact, Listing
 
 _LISTS = ("checkpoint_artifacts", "presigned_urls")
@@ -37,8 +37,8 @@ def parse_listings(text: bytes, where: str, *, local_urls: bool = False) -> tupl
         ListingError: not JSON, no job, or entries that are wrong, all of them named.
     """
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(text)
+    except ValueError as error:
         raise ListingError(
             "the listing is not JSON",
             where=where,

@@ -9,7 +9,6 @@ Source of the format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import json
 import math
 import reprlib
 import struct
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from loader.errors import FormatError
+from loader.json_text import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64  # of what torch computes with; a product of many more is work without end
@@ -155,8 +155,8 @@ def _decode(text: bytes, where: str) -> dict[str, object]:
     if not text.startswith(b"{"):
         raise _broken("not a safetensors file", where, "a header that opens with '{'", text[:16])
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        entries = parse_json(text.decode("utf-8"), unique)
+    except ValueError as error:
         raise _broken("safetensors header is no JSON", where, "a JSON object", error) from error
     return dict(entries)
 

@@ -6,16 +6,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from loader.errors import FormatError
+from loader.json_text import parse_json
 
 MOST_SHARDS = 100_000  # that a file's name may speak of
-_SAFE = re.compile(r"^[^/\\\0]+\.(safetensors|bin)$")
+_MOST_BYTES = 1 << 63
+_NAME_BYTES = 255  # NAME_MAX of Linux
+_SAFE = re.compile(r"[^/\\\0.\n][^/\\\0\n]*\.(safetensors|bin)")
 
 
 def weight_map(text: bytes, where: str) -> Mapping[str, str]:
@@ -25,15 +27,15 @@ def weight_map(text: bytes, where: str) -> Mapping[str, str]:
         FormatError: not such an index, or it names files outside its folder (all are listed).
     """
     try:
-        index = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        index = parse_json(text.decode("utf-8"))
+    except ValueError as error:
         raise _malformed(where, str(error)) from error
     found = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise _malformed(where, "no weight_map of text to text")
     if not found:
         raise _malformed(where, "an empty weight_map")
-    if unsafe := sorted({v for v in found.values() if not _SAFE.match(v) or v.startswith(".")}):
+    if unsafe := sorted({name for name in found.values() if not _is_safe(name)}):
         raise FormatError(
             "shard names that are refused",
             where=where,
@@ -42,6 +44,10 @@ def weight_map(text: bytes, where: str) -> Mapping[str, str]:
             next_step="save the checkpoint again with save_pretrained",
         )
     return MappingProxyType(found)
+
+
+def _is_safe(name: str) -> bool:
+    return bool(_SAFE.fullmatch(name)) and len(name.encode(errors="replace")) <= _NAME_BYTES
 
 
 def shard_names(text: bytes, where: str) -> frozenset[str]:
@@ -55,9 +61,9 @@ def shard_names(text: bytes, where: str) -> frozenset[str]:
 
 def indexed_bytes(text: bytes) -> int | None:
     """Return the bytes of all tensors, where an index that is well formed says them."""
-    metadata = json.loads(text).get("metadata")
+    metadata = parse_json(text).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return int(total) if isinstance(total, int | float) and total > 0 else None
+    return int(total) if isinstance(total, int | float) and 0 < total < _MOST_BYTES else None
 
 
 def read_weight_map(path: Path) -> Mapping[str, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from loader.config.paths import suggest_path
 from loader.errors import CheckpointError, FormatError, LoaderError
+from loader.json_text import parse_json
 from loader.types import Checkpoint, Kind
 from loader.units import show_bytes
 from loader.weights.byte_files import LocalFile
@@ -276,8 +277,8 @@ def read_json(path: Path) -> dict[str, object]:
     try:
         if path.stat().st_size > _MOST_JSON_BYTES:
             raise ValueError(f"more than {show_bytes(_MOST_JSON_BYTES)}")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         value = str(error)
     if not isinstance(value, dict):
         raise FormatError(

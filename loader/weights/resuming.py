@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
+from loader.json_text import parse_json
 from loader.weights.publishing import disk_error
 from loader.weights.writer import CheckpointWriter, ShardPlan
 
@@ -118,5 +119,5 @@ def _read(path: Path) -> Iterator[tuple[str, int, int, int]]:
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         for line in file:
             with contextlib.suppress(ValueError, TypeError):
-                name, at, size, digest = json.loads(line)
+                name, at, size, digest = parse_json(line)
                 yield str(name), int(at), int(size), int(digest)

@@ -20,7 +20,6 @@ row, or boxes. Factors are floating; where the format says so, bytes that are ex
 
 from __future__ import annotations
 
-import json
 import math
 import reprlib
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from loader.errors import FormatError
+from loader.json_text import parse_json
 from loader.weights.header import MAX_DIMENSIONS, TensorInfo, size_bytes
 
 Form = Literal["scaled", "four bits", "mxfp4", "packed"]
@@ -80,7 +80,7 @@ def find_four_bits(
     if not mark or weight not in tensors:
         return None
     try:
-        state = json.loads(bytes(read(name)))
+        state = parse_json(bytes(read(name)))
         shape = tuple(state["shape"])
         sizes = [state["blocksize"], state.get("nested_blocksize", 1), *shape]
         if len(shape) > MAX_DIMENSIONS or not all(

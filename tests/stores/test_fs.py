@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import uuid
 from collections.abc import Iterator
@@ -138,6 +139,8 @@ class HttpError(Exception):
         (HttpError(503), TransientError),
         (RuntimeError("S3CR3T"), TransientError),
         (ValueError("S3CR3T"), FetchError),
+        (OSError(errno.ELOOP, "a symlink to itself"), FetchError),
+        (OSError(errno.EIO, "a disk"), TransientError),
     ],
 )
 def test_failures(

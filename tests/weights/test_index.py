@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loader.errors import FormatError
-from loader.weights.index import read_weight_map, shard_names, weight_map
+from loader.weights.index import indexed_bytes, read_weight_map, shard_names, weight_map
 
 
 def index(**tensors: object) -> bytes:
@@ -32,7 +32,10 @@ def test_malformed(text: bytes) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../a.safetensors", "/a.safetensors", "a/b.bin", "..", "", "a.py", ".a.bin", "a\\b.bin"],
+    [
+        *("../a.safetensors", "/a.safetensors", "a/b.bin", "..", "", "a.py", ".a.bin", "a\\b.bin"),
+        *("a.bin\n", "a\n.bin", "a\0.bin", "a" * 252 + ".bin", "é" * 126 + ".bin"),
+    ],
 )
 def test_unsafe_names_are_refused(name: str) -> None:
     with pytest.raises(FormatError, match="refused") as error:
@@ -43,3 +46,11 @@ def test_unsafe_names_are_refused(name: str) -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="malformed index"):
         read_weight_map(tmp_path / "i.json")
+
+
+@pytest.mark.parametrize(
+    "total", ["Infinity", "NaN", "-1", "1e999", "9" * 400, "[]", '"8"', "null", "{}"]
+)
+def test_sizes_that_are_none(total: str) -> None:
+    assert indexed_bytes(f'{{"metadata": {{"total_size": {total}}}}}'.encode()) is None
+    assert indexed_bytes(b'{"metadata": {"total_size": 8.0}}') == 8

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loader.json_text import parse_json
+
 Names = Mapping[str, Sequence[str]]
 """The names of an adapter's tensors, by the adapter's."""
 
@@ -99,7 +101,7 @@ def ask_unbound(
     os.waitpid(child, 0)
     if not text:
         return dict.fromkeys(adapters, ("its model cannot be built", False))
-    return read_reasons(json.loads(text))
+    return read_reasons(parse_json(text))
 
 
 def read_reasons(found: Mapping[str, Sequence[Any]]) -> dict[str, Reason]:

@@ -8,6 +8,8 @@ import socket
 import threading
 from typing import Any
 
+from loader.json_text import parse_json
+
 
 class Channel:
     """One end. ``send`` may be called from any thread, ``receive`` from one at a time."""
@@ -29,7 +31,7 @@ class Channel:
             line = self._reader.readline()
         except (OSError, ValueError):
             return None
-        return json.loads(line) if line.endswith("\n") else None
+        return parse_json(line) if line.endswith("\n") else None
 
     def close(self) -> None:
         """Hear and tell no more."""

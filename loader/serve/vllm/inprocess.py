@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loader.errors import EngineError, LoaderError, RequestError
+from loader.json_text import parse_json
 from loader.serve.canary import Said, canary_body, check_adapters, read_said
 from loader.serve.model import base_name, ready_folder
 from loader.serve.request_body import PROMPTS, check_request
@@ -285,7 +285,7 @@ async def _begin(stream: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]
     """
     first = await anext(stream, "")
     if first.startswith('data: {"error"'):
-        error = json.loads(first.removeprefix("data: "))["error"]
+        error = parse_json(first.removeprefix("data: "))["error"]
         raise _refuse_or_fail(error["message"], error["code"])
     return _resume(first, stream)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from loader.errors import EngineError, FormatError, RequestError
+from loader.json_text import parse_json
 from loader.weights.inspect import read_json
 
 _READS_SOUND = ("soundfile", "av")  # vLLM takes the first that it can import
@@ -38,7 +38,7 @@ async def embed(state: Any, body: Mapping[str, Any]) -> dict[str, Any]:
         raise RequestError(
             "embeddings come as JSON here", where="encoding_format", expected="float or base64"
         )
-    answer: dict[str, Any] = json.loads(response.body)
+    answer: dict[str, Any] = parse_json(response.body)
     return answer
 
 

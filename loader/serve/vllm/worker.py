@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import signal
 import socket
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from loader.errors import EngineError, LoaderError
+from loader.json_text import parse_json
 from loader.log_lines import set_up_logging
 from loader.serve.vllm.channel import Channel
 
@@ -66,7 +66,7 @@ class Stages:
 
 def main(channel_fd: int, listening_fd: int, logging_chosen: str) -> int:
     """Do it all and return the process's exit code; *logging_chosen* is how the pod logs."""
-    set_up_logging(**json.loads(logging_chosen))
+    set_up_logging(**parse_json(logging_chosen))
     channel = Channel(socket.socket(fileno=channel_fd))
     listening = socket.socket(fileno=listening_fd)
     _end_with_parent()

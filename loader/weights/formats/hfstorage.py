@@ -12,11 +12,11 @@ Source of the format: torch/distributed/checkpoint/hf_storage.py.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 
 from loader.errors import CheckpointError, FormatError
+from loader.json_text import parse_json
 from loader.weights.byte_files import ByteFile, read_head
 from loader.weights.formats.pieces import Piece, SourceTensor, find_holes
 from loader.weights.formats.rank_files import Files
@@ -89,7 +89,7 @@ def read_range_header(file: ByteFile, start: int = 0) -> Header:
 def _read_shard(file: ByteFile) -> list[tuple[str, Piece]]:
     header = read_range_header(file)
     try:
-        info = json.loads(header.metadata.get(SHARDING_INFO, ""))
+        info = parse_json(header.metadata.get(SHARDING_INFO, ""))
         offsets = {name: dimensions(entry["saved_offsets"]) for name, entry in info.items()}
         return [
             (name, Piece(file, tensor.start, tensor.dtype, offsets[name], tensor.shape))

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from loader.errors import UnsupportedError
+from loader.json_text import parse_json
 from loader.units import show_seconds
 from loader.weights.architecture import is_at_hand
 from loader.weights.formats.expected import ModelNames, read_model_names
@@ -63,7 +64,7 @@ def _ask(process: subprocess.Popen[bytes], folder: Path) -> ModelNames | None:
     except OSError:
         return None
     try:
-        return ModelNames.from_json(json.loads(answered))
+        return ModelNames.from_json(parse_json(answered))
     except ValueError:
         return None
 
