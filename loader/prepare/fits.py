@@ -15,7 +15,7 @@ from loader.stores.model_files import weight_files
 from loader.types import Manifest
 
 _CONFIG = "config.json"
-_SMALL_BYTES = 2 * 10**9  # for which every machine has room that runs vLLM; it is not looked at
+_SMALL_BYTES = 2 * 10**9  # for which every machine with a GPU has room; it is not looked at
 
 
 def check_fits(
@@ -39,7 +39,7 @@ def check_fits(
                 settings, _least_served(settings, manifest, store, folder, size), folder
             )
         warned += short
-    return tuple(warned)
+    return tuple(dict.fromkeys(warned))
 
 
 def check_size(settings: Settings, weight_bytes: int, where: str) -> tuple[str, ...]:
@@ -48,8 +48,10 @@ def check_size(settings: Settings, weight_bytes: int, where: str) -> tuple[str, 
     Raises:
         EngineError: the model at *where* does not fit this machine.
     """
+    from loader.serve.vllm.releases import is_cpu_build
+
     workers = settings.engine_args.get("tensor_parallel_size", 1)
-    if weight_bytes < _SMALL_BYTES and workers == 1:
+    if weight_bytes < _SMALL_BYTES and workers == 1 and not is_cpu_build():
         return ()
     from loader.serve.room import check_engine_room  # the first request is ahead of it
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 _CGROUPS = Path("/sys/fs/cgroup")
 _GROUP = Path("/proc/self/cgroup")
 _SHARED = Path("/dev/shm")
+_CORES = Path("/sys/devices/system/cpu")
 _ANSWER_S = 10
 _QUERY = "index,uuid,memory.total,memory.free,mig.mode.current"
 
@@ -26,12 +28,21 @@ class Gpu:
 
 
 @dataclass(frozen=True, slots=True)
+class Node:
+    """The memory nearest to the first core that a process here may use, and what is free of it."""
+
+    memory_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Machine:
     """``memory_bytes`` is what this process may take: the machine's, or less in a container."""
 
     gpus: tuple[Gpu, ...]
     memory_bytes: int | None
     shm_bytes: int | None
+    node: Node | None = None
 
 
 def read_machine() -> Machine:
@@ -41,13 +52,40 @@ def read_machine() -> Machine:
         shared = shutil.disk_usage(_SHARED).total
     except OSError:
         shared = None
-    return Machine(_read_gpus(), min(limits, default=None), shared)
+    return Machine(_read_gpus(), min(limits, default=None), shared, _read_node())
 
 
 def _memory_total() -> Iterator[int]:
     for line in _lines(Path("/proc/meminfo")):
         if line.startswith("MemTotal:"):
             yield int(line.split()[1]) * 1024
+
+
+def _read_node() -> Node | None:
+    """Return what vLLM's CPU build takes for the memory of its first worker.
+
+    Source: ``get_memory_node_info`` in vllm/utils/cpu_resource_utils.py.
+    """
+    core = min(os.sched_getaffinity(0))
+    nodes = sorted((_CORES / f"cpu{core}").glob("node[0-9]*"))
+    told = {}
+    for line in _lines(nodes[0] / "meminfo" if nodes else Path("/proc/meminfo")):
+        name, _, value = line.partition(":")
+        told[name.split()[-1]] = int(value.split()[0]) * 1024
+    of_files = (told.get(name, 0) for name in ("Active(file)", "Inactive(file)", "SReclaimable"))
+    with contextlib.suppress(KeyError):
+        total, free = told["MemTotal"], told.get("MemAvailable", told["MemFree"] + sum(of_files))
+        for limit, used in (
+            ("memory.max", "memory.current"),
+            ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+        ):
+            for text in _lines(_CGROUPS / limit):
+                if text.isdecimal() and int(text) < total:
+                    total = int(text)
+                    taken = sum(map(int, _lines(_CGROUPS / used)))
+                    free = max(0, min(free, total - taken))
+        return Node(total, free)
+    return None
 
 
 def _cgroup_limits() -> Iterator[int]:

@@ -6,7 +6,9 @@ served, and a floor beside them for the runtime and a first block of the KV cach
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +20,7 @@ from loader.units import show_bytes
 
 _FLOOR_BYTES = 10**9
 _UTILIZATION = 0.92  # vllm/config/cache.py, gpu_memory_utilization
+_CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # vllm/platforms/cpu.py: in GiB, and over the argument
 # vllm/distributed/device_communicators/shm_broadcast.py: a ring of so many chunks between the
 # processes; and what NCCL takes beside it, for each of them.
 _QUEUE_BYTES, _NCCL_BYTES = 10 * (16 << 20), 32 << 20
@@ -72,8 +75,36 @@ def engine_room(
     needed = weight_bytes + _FLOOR_BYTES
     return (
         Room("memory", needed, machine.memory_bytes, why, _are_whole(engine_args)),
+        *(_free_room(engine_args, weight_bytes, machine) if engine == "vllm" else ()),
         *_shared(engine_args, machine),
     )
+
+
+def _free_room(
+    engine_args: Mapping[str, object], weight_bytes: int, machine: Machine
+) -> Iterator[Room]:
+    """Yield what has to be free where vLLM's CPU build starts; by then it may be more, or less.
+
+    Source: vllm/v1/worker/cpu_worker.py.
+    """
+    if machine.node is None:
+        return
+    total = machine.node.memory_bytes
+    share = engine_args.get("gpu_memory_utilization", _UTILIZATION)
+    given = engine_args.get("kv_cache_memory_bytes")
+    cache_bytes = int(str(given)) if str(given).isdecimal() else None
+    if space := os.environ.get(_CPU_SPACE):
+        given, cache_bytes = space, int(space) << 30 if space.isdecimal() else None
+    if cache_bytes is not None:
+        needed = cache_bytes + weight_bytes
+        why = f"weights {show_bytes(weight_bytes)}, KV cache {show_bytes(cache_bytes)}"
+    elif given is None and isinstance(share, int | float):
+        needed = math.ceil(total * share)
+        why = f"vLLM takes {share:.0%} of {show_bytes(total)}, unless {_CPU_SPACE} says how many "
+        why += "GiB it may take for requests"
+    else:
+        return  # "2G", or what vLLM will refuse
+    yield Room("memory now", needed, machine.node.free_bytes, why, is_sure=False)
 
 
 def _gpu_room(

@@ -10,7 +10,7 @@ import pytest
 from loader.errors import EngineError
 from loader.serve import machine as machines
 from loader.serve import room
-from loader.serve.machine import Gpu, Machine, read_machine
+from loader.serve.machine import Gpu, Machine, Node, read_machine
 from loader.serve.room import check_engine_room, engine_room
 
 GB = 10**9
@@ -76,6 +76,60 @@ def test_on_a_cpu_the_machines_memory_counts(monkeypatch: pytest.MonkeyPatch) ->
         "memory: 31.0 GB wanted (weights 30.0 GB, at least 1.0 GB beside them), 16.0 GB there",
     )
     assert check_engine_room("vllm", {}, 3 * GB, "out") == ()
+
+
+@pytest.mark.parametrize(
+    ("args", "space", "needed", "told"),
+    [
+        ({}, None, 92, "vLLM takes 92% of 100.0 GB, unless VLLM_CPU_KVCACHE_SPACE says"),
+        ({"gpu_memory_utilization": 0.5}, None, 50, "vLLM takes 50% of 100.0 GB, unless"),
+        ({"kv_cache_memory_bytes": 4 * GB}, None, 34, "weights 30.0 GB, KV cache 4.0 GB"),
+        ({"kv_cache_memory_bytes": "4000000000"}, None, 34, "weights 30.0 GB, KV cache 4.0 GB"),
+        ({"kv_cache_memory_bytes": "4G"}, None, None, ""),
+        ({}, "10", 30 + (10 << 30) / GB, "weights 30.0 GB, KV cache 10.7 GB"),
+        ({"kv_cache_memory_bytes": 4 * GB}, "10", 30 + (10 << 30) / GB, "KV cache 10.7 GB"),
+        ({}, "", 92, "vLLM takes"),
+        ({}, "half", None, ""),
+    ],
+)
+def test_what_has_to_be_free_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    args: Mapping[str, object],
+    space: str | None,
+    needed: float | None,
+    told: str,
+) -> None:
+    monkeypatch.setattr(room, "is_cpu_build", lambda: True)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    if space is not None:
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", space)
+    machine = Machine((), 100 * GB, GB, Node(100 * GB, 91 * GB))
+    now = [r for r in engine_room("vllm", args, 30 * GB, machine) if r.what == "memory now"]
+    assert [r.needed_bytes / GB for r in now] == ([] if needed is None else [needed])
+    assert all(told in r.why and not r.is_sure for r in now)
+    assert not [r for r in engine_room("transformers", args, 0, machine) if r.what == "memory now"]
+
+
+def test_memory_is_read_as_vllm_reads_it() -> None:
+    pytest.importorskip("vllm")
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
+
+    theirs = get_memory_node_info(get_allowed_cpu_list()[0].numa_node)
+    node = read_machine().node
+    assert node is not None
+    assert node.memory_bytes == theirs.total_memory
+    assert node.free_bytes == pytest.approx(theirs.available_memory, rel=0.2)
+
+
+def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machines, "_CGROUPS", tmp_path)
+    (tmp_path / "memory.max").write_text("8000000\n")
+    (tmp_path / "memory.current").write_text("3000000\n")
+    assert read_machine().node == Node(8_000_000, 5_000_000)
+    (tmp_path / "memory.max").write_text("max\n")
+    node = read_machine().node
+    assert node is not None
+    assert node.memory_bytes > 8_000_000
 
 
 def smi(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, code: int = 0) -> None:
