@@ -29,6 +29,7 @@ from loader.prepare.artifact_sources import (
     wanted_checkpoints,
 )
 from loader.resolve.manifest import check_index, resolve
+from loader.threads import map_on_threads
 from loader.timeline import Timeline
 from loader.types import Artifact, Manifest, ReadyModel, Snapshot
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("podloader")
 _INDEXES = (".safetensors.index.json", ".bin.index.json")
+_AT_ONCE = 8  # requests for indexes
 _MOST_SIZES = 5_000  # more are not asked for one by one by ``plan``
 
 
@@ -89,7 +91,7 @@ def _prepare(
 
     settings, laid = place_downloads(settings)
     root = settings.training.download_folder
-    with open_origin(settings, laid, timeline) as origin:
+    with open_origin(settings, laid, timeline, progress) as origin:
         manifest, indexed = _resolved(settings, origin, progress, timeline)
         for warning in check_fits(settings, manifest, origin.store, indexed):
             _log.warning("this may be too little: %s", warning)
@@ -215,7 +217,7 @@ def fetch_files(
     timeline = timeline or Timeline()
     settings, laid = place_downloads(settings)
     root = settings.training.download_folder
-    with open_origin(settings, laid, timeline) as origin:
+    with open_origin(settings, laid, timeline, progress) as origin:
         manifest, _ = _resolved(settings, origin, progress, timeline)
         options = FetchOptions.of(settings)
         store, options = beside_peers(settings, origin.store, root, options)
@@ -233,19 +235,23 @@ def plan(settings: Settings, *, with_sizes: bool = True) -> Manifest:
         return _planned(settings, origin, with_sizes)
 
 
-def look_ahead(settings: Settings, *, with_sizes: bool = True) -> Forecast:
+def look_ahead(
+    settings: Settings, progress: Progress | None = None, *, with_sizes: bool = True
+) -> Forecast:
     """Return what a start would do and take; without sizes, nothing is asked but the listings."""
     settings, laid = place_downloads(settings)
-    with open_origin(settings, laid, Timeline(quiet=True)) as origin:
-        manifest = _planned(settings, origin, with_sizes)
+    with open_origin(settings, laid, Timeline(quiet=True), progress) as origin:
+        manifest = _planned(settings, origin, with_sizes, progress)
         from loader.prepare.forecast import begin, forecast
 
         if not with_sizes:
             return begin(settings, manifest)
-        return forecast(settings, manifest, origin.store)
+        return forecast(settings, manifest, origin.store, progress)
 
 
-def _planned(settings: Settings, origin: Origin, with_sizes: bool) -> Manifest:
+def _planned(
+    settings: Settings, origin: Origin, with_sizes: bool, progress: Progress | None = None
+) -> Manifest:
     root = settings.training.download_folder
     manifest = _leave_out(settings, resolve(wanted_checkpoints(settings), origin.listings))
     manifest = replace(manifest, presence=presence(manifest, root, origin.laid))
@@ -257,7 +263,8 @@ def _planned(settings: Settings, origin: Origin, with_sizes: bool) -> Manifest:
             reason = f"the listing lacks {unknown} of them, too many to ask for one by one"
             told = (f"sizes are unknown: {reason}",)
         elif unknown:
-            manifest = ask_sizes(manifest, origin.store, settings.concurrency)
+            with (progress or Progress()).step("sizes") as tell:
+                manifest = ask_sizes(manifest, origin.store, settings.concurrency, tell)
         from loader.prepare.remote import warn_of_ids  # the first request is ahead of it
 
         told += tuple(warn_of_ids(manifest, origin.store, root))
@@ -291,7 +298,7 @@ def _resolved(
         listed = [artifact for listing in origin.listings for artifact in listing.artifacts]
         # Their origin may not give them any more.
         adopt_files(Manifest((*indexes, *find_sum_files(listed, manifest.files))))
-        indexed = _check_indexes(indexes, root, origin)
+        indexed = _check_indexes(indexes, root, origin, progress or Progress())
         files = declare_sums(manifest.files, listed, root, origin.store)
         manifest = replace(manifest, files=files)
     adopt_files(manifest)
@@ -333,7 +340,9 @@ def _leave_out(settings: Settings, manifest: Manifest) -> Manifest:
     )
 
 
-def _check_indexes(indexes: Sequence[Artifact], root: Path, origin: Origin) -> Mapping[str, int]:
+def _check_indexes(
+    indexes: Sequence[Artifact], root: Path, origin: Origin, progress: Progress
+) -> Mapping[str, int]:
     """Read every index among the files and refuse holes, before anything large is fetched.
 
     Returns the bytes of the weights in each one's folder, where it says them.
@@ -344,8 +353,11 @@ def _check_indexes(indexes: Sequence[Artifact], root: Path, origin: Origin) -> M
 
     listed = {artifact.path for listing in origin.listings for artifact in listing.artifacts}
     found = {}
-    for artifact in indexes:
-        text = read_artifact(artifact, root, origin.store)
+    with progress.step("indexes"):
+        texts = map_on_threads(
+            lambda artifact: read_artifact(artifact, root, origin.store), indexes, _AT_ONCE
+        )
+    for artifact, text in zip(indexes, texts, strict=True):
         check_index(artifact.job, artifact.name, shard_names(text, artifact.path), listed)
         if size := indexed_bytes(text):
             found[artifact.path.rpartition("/")[0]] = size

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
@@ -20,12 +22,28 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.table import Column
 
-from loader.fetch.progress import Progress, Report, Retries, Waits
+from loader.fetch.progress import Progress, Report, Retries, Tell, Waits
+from loader.units import show_seconds
 
 _BIG_BYTES = 64 << 20
 _LONGEST = 40
 _NARROW = 50  # columns, which a bar has no room in
 _BARS = 6  # of files at a time; all others move only the bar of the whole
+
+
+class _OfBytes(ProgressColumn):
+    """A column of what has an end, empty beside other work; *otherwise* stands there then."""
+
+    def __init__(
+        self, column: ProgressColumn, otherwise: Callable[[Task], str] = lambda task: ""
+    ) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._column = column
+        self._otherwise = otherwise
+
+    def render(self, task: Task) -> RenderableType:
+        """Return what stands in the line of *task*."""
+        return self._otherwise(task) if task.total is None else self._column.render(task)
 
 
 class BarProgress(Progress):
@@ -95,38 +113,60 @@ class BarProgress(Progress):
     @contextlib.contextmanager
     def working(self, what: str) -> Iterator[Report]:
         """Give what moves a bar of its own, where it takes a while."""
-        task = self._bars.add_task(self._work_label(what), total=None, visible=False)
         from_s = time.monotonic() + self._after_s
+        with self._shown(self._work_label(what)) as update:
 
+            def report(done: int, total: int) -> None:
+                shown = time.monotonic() >= from_s
+                update(completed=done, total=total, visible=shown)
+
+            yield report
+
+    @contextlib.contextmanager
+    def step(self, what: str) -> Iterator[Tell]:
+        """Give what tells how far it is, in a line that comes by itself where it takes a while."""
+        with self._shown(what, stays=False) as update:
+            timer = threading.Timer(self._after_s, update, kwargs={"visible": True})
+            timer.daemon = True
+            timer.start()
+            try:
+                yield lambda how_far: update(description=f"{what}  {how_far}")
+            finally:
+                timer.cancel()
+
+    @contextlib.contextmanager
+    def _shown(self, label: str, *, stays: bool = True) -> Iterator[Callable[..., None]]:
+        """Give what changes a line of its own, unseen until that says so; at the end it *stays*."""
+        task = self._bars.add_task(label, total=None, visible=False)
         is_over = False
 
-        def report(done: int, total: int) -> None:
+        def update(**changes: Any) -> None:
             with self._lock:
                 if is_over:  # a thread that nobody waits for any more
                     return
-                shown = time.monotonic() >= from_s
-                self._bars.update(task, completed=done, total=total, visible=shown)
-                if shown:
+                self._bars.update(task, **changes)
+                if changes.get("visible"):
                     self._bars.start()
 
         with self._lock:
             self._works += 1
         try:
-            yield report
+            yield update
         finally:
             with self._lock:
                 is_over = True
                 self._works -= 1
-            self._stop()
+            self._stop(stays=stays)
             self._bars.remove_task(task)
 
     def wait_for(self, what: str) -> None:
         """Say it at once, and now and then for how long."""
         self._show(self._waits.tell(what))
 
-    def _stop(self) -> None:
-        """Leave the bars as they stand, unless others move."""
+    def _stop(self, *, stays: bool = True) -> None:
+        """Leave the bars as they stand, or take them away, unless others move."""
         if not self._is_fetching and not self._works:
+            self._bars.live.transient = not stays
             self._bars.stop()
 
     def _short(self, path: str, before: str = "") -> str:
@@ -153,11 +193,11 @@ def _bars(console: Console) -> Bars:
     width = console.width
     columns: list[ProgressColumn] = [
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
-        DownloadColumn(table_column=Column(no_wrap=True)),
-        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        _OfBytes(DownloadColumn()),
+        _OfBytes(TimeRemainingColumn(), lambda task: show_seconds(task.elapsed or 0)),
     ]
     if width >= _NARROW:
         columns.insert(1, BarColumn(min(40, width // 5)))
     if width >= 2 * _NARROW:
-        columns.insert(3, TransferSpeedColumn(table_column=Column(no_wrap=True)))
+        columns.insert(3, _OfBytes(TransferSpeedColumn()))
     return Bars(*columns, console=console)

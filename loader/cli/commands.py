@@ -28,9 +28,11 @@ def plan(selection: Selection, set_: Words, sizes: bool, as_json: bool) -> None:
     """Show what a start would fetch and do, and whether there is room for it."""
     with errors_shown(as_json):
         from loader import boot
+        from loader.cli.display import choose_progress
 
-        settings = selection.settings(_overrides(set_))
-        found = boot.look_ahead(settings, with_sizes=sizes)
+        progress = choose_progress()
+        settings = selection.settings(_overrides(set_), progress)
+        found = boot.look_ahead(settings, progress, with_sizes=sizes)
 
         from loader.cli.documents import plan_document
         from loader.cli.tables import show_plan
@@ -48,8 +50,9 @@ def fetch(selection: Selection, set_: Words, as_json: bool, *, verbose: bool = F
         from loader.cli.display import choose_progress
         from loader.peers import serve_peers_on
 
-        settings = selection.settings(_overrides(set_))
-        snapshot = boot.fetch_files(settings, choose_progress())
+        progress = choose_progress()
+        settings = selection.settings(_overrides(set_), progress)
+        snapshot = boot.fetch_files(settings, progress)
 
         from loader.cli.documents import fetch_document
         from loader.cli.tables import show_snapshot
@@ -71,8 +74,9 @@ def prepare(selection: Selection, set_: Words, timeline_file: Path | None, as_js
         from loader.peers import serve_peers_on
 
         with timeline_kept(timeline_file) as timeline:
-            settings = selection.settings(_overrides(set_), default=[LATEST])
-            ready = boot.prepare(settings, choose_progress(), timeline)
+            progress = choose_progress()
+            settings = selection.settings(_overrides(set_), progress, default=[LATEST])
+            ready = boot.prepare(settings, progress, timeline)
             show_ready(ready)
         if as_json:
             write_json(ready_document(ready))
@@ -87,10 +91,11 @@ def serve(
 ) -> None:
     """Prepare, then be vLLM's OpenAI server; probes are answered from the first second."""
     with errors_shown(False):
+        from loader.cli.display import choose_progress
         from loader.cli.pods import run_pod
         from loader.errors import ConfigError
 
-        settings = selection.settings(_overrides(set_), default=[LATEST])
+        settings = selection.settings(_overrides(set_), choose_progress(), default=[LATEST])
         if settings.adapter_jobs and selection.config_file is None:
             raise ConfigError(
                 "adapter_jobs without a config",
@@ -104,6 +109,7 @@ def serve(
 def inspect(source: str, set_: Words, as_json: bool) -> None:
     """Say what a checkpoint is, and what would be done with it."""
     with errors_shown(as_json):
+        from loader.cli.display import choose_progress
         from loader.cli.documents import checkpoints_document, file_document
         from loader.cli.tables import show_checkpoints, show_file
         from loader.config.settings import Settings
@@ -117,7 +123,8 @@ def inspect(source: str, set_: Words, as_json: bool) -> None:
             if as_json:
                 write_json(file_document(path, header))
             return
-        checkpoints = inspect_source(source, Settings.without_config(_overrides(set_)))
+        settings = Settings.without_config(_overrides(set_))
+        checkpoints = inspect_source(source, settings, choose_progress())
         show_checkpoints(checkpoints)
         if as_json:
             write_json(checkpoints_document(checkpoints))

@@ -22,6 +22,7 @@ _T = TypeVar("_T")
 
 def ask_source(jobs: Sequence[str]) -> tuple[tuple[str, ...], tuple[Found, ...]]:
     """Return where the checkpoints are listed, and those that are there."""
+    from loader.cli.display import choose_progress
     from loader.scaffold.survey import survey
     from loader.stores.baseten import NAME as BASETEN
 
@@ -29,7 +30,7 @@ def ask_source(jobs: Sequence[str]) -> tuple[tuple[str, ...], tuple[Found, ...]]
         wanted = list(jobs)
         if source == BASETEN and not wanted:
             wanted = [_ask("Training job's id")]
-        return (source,), survey([source], wanted)
+        return (source,), survey([source], wanted, progress=choose_progress())
 
     say("Where are the checkpoints listed? A file of `truss train get_checkpoint_urls`, its URL,")
     say("s3://bucket/prefix, or baseten")

@@ -42,6 +42,7 @@ def init(given: Options) -> None:
     """Make the Truss that serves a training job's checkpoints."""
     with errors_shown(given.as_json, "nothing was written"):
         from loader.cli import questions
+        from loader.cli.display import choose_progress
         from loader.scaffold.choice import check_together, choose
         from loader.scaffold.deployment import decide
         from loader.scaffold.folder import check_output, write_truss
@@ -58,7 +59,7 @@ def init(given: Options) -> None:
         if asks and not sources and given.deployed is None:
             sources, found = questions.ask_source(jobs)
         else:
-            found = survey(sources, jobs)
+            found = survey(sources, jobs, progress=choose_progress())
         if asks and not given.checkpoint:
             chosen = questions.ask_checkpoints(found)
         else:

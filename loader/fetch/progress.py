@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from loader.stores.base import Progress, Report, Working
+from loader.stores.base import Progress, Report, Tell, Working
 from loader.units import show_bytes, show_rate, show_seconds
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Progress",
     "Report",
     "Retries",
+    "Tell",
     "Waits",
     "Working",
     "add_up",
@@ -82,6 +83,25 @@ class LogProgress(Progress):
     def working(self, what: str) -> Iterator[Report]:
         """Give what logs a line every few seconds."""
         yield log_work(what, every_s=self._every_s)
+
+    @contextlib.contextmanager
+    def step(self, what: str) -> Iterator[Tell]:
+        """Give what is told how far it is; a thread logs that every few seconds."""
+        over, began, reached = threading.Event(), time.monotonic(), ""
+
+        def tell(how_far: str) -> None:
+            nonlocal reached
+            reached = f": {how_far}"
+
+        def log() -> None:
+            while not over.wait(self._every_s):
+                _log.info("%s%s, %s", what, reached, show_seconds(time.monotonic() - began))
+
+        threading.Thread(target=log, name="step", daemon=True).start()
+        try:
+            yield tell
+        finally:
+            over.set()
 
     def wait_for(self, what: str) -> None:
         """Say it at once, and now and then for how long."""

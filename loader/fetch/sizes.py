@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import count
 
 from loader.errors import FetchError, LoaderError
-from loader.fetch.progress import log_work
 from loader.http.objects import ObjectInfo
 from loader.retry import ask_again
-from loader.stores.base import Store
+from loader.stores.base import Store, Tell, count_up
 from loader.threads import map_on_threads
 from loader.types import Artifact, Manifest
 
@@ -58,7 +56,9 @@ def ask_version(artifact: Artifact, store: Store, retries: int) -> ObjectInfo:
     return check_size(artifact, ask_again(partial(store.stat, artifact), retries), store)
 
 
-def ask_sizes(manifest: Manifest, store: Store, concurrency: int) -> Manifest:
+def ask_sizes(
+    manifest: Manifest, store: Store, concurrency: int, tell: Tell = lambda how_far: None
+) -> Manifest:
     """Return *manifest* with the sizes that the listing lacks, and a warning where some stay so.
 
     After a failure that asking again does not cure, only the answers under way are waited for.
@@ -66,10 +66,10 @@ def ask_sizes(manifest: Manifest, store: Store, concurrency: int) -> Manifest:
     unknown = [a for a in (*manifest.files, *manifest.left_out) if a.size_bytes is None]
     failures: list[tuple[Artifact, FetchError]] = []
 
-    report, asked = log_work(f"sizes of {len(unknown)} files: asked for", show=str), count(1)
+    count = count_up(tell, f"of {len(unknown):,}")
 
     def ask(artifact: Artifact) -> int | None:
-        report(next(asked), len(unknown))
+        count(1)
         if any(error.retryable for _, error in failures):
             return None
         try:

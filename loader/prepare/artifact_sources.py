@@ -16,6 +16,7 @@ from loader.errors import ConfigError, ListingError, LoaderError, redact
 from loader.fetch.adoption import LaidFiles
 from loader.fetch.completed import read_completed
 from loader.fetch.files import STATE
+from loader.stores.base import Progress
 from loader.stores.laid_files import has_ranks
 from loader.stores.registry import LOCAL, Stores
 from loader.timeline import Timeline
@@ -56,7 +57,9 @@ def place_downloads(settings: Settings) -> tuple[Settings, LaidFiles]:
 
 
 @contextlib.contextmanager
-def open_origin(settings: Settings, laid: LaidFiles, timeline: Timeline) -> Iterator[Origin]:
+def open_origin(
+    settings: Settings, laid: LaidFiles, timeline: Timeline, progress: Progress | None = None
+) -> Iterator[Origin]:
     """Give the listings and the store that the settings name, for the length of the block.
 
     Where no artifacts are named, what lies in the download folder is the listing. A place that does
@@ -66,7 +69,7 @@ def open_origin(settings: Settings, laid: LaidFiles, timeline: Timeline) -> Iter
         ConfigError: no artifacts are named, and none lie there.
         ListingError, FetchError: a listing cannot be read.
     """
-    store = Stores(settings, on_renewal=lambda: timeline.count("refreshes"))
+    store = Stores(settings, lambda: timeline.count("refreshes"), progress)
     try:
         with timeline.stage("listing"):
             try:

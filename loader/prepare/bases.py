@@ -181,7 +181,7 @@ def find_base(
             raise absent_shards(str(folder), missing if isinstance(missing, list) else ())
         return LocalBase(settings, folder.resolve())
     if is_remote(name):
-        stores = stack.enter_context(contextlib.closing(Stores(settings)))
+        stores = stack.enter_context(contextlib.closing(Stores(settings, progress=progress)))
         files = find_base_files(settings, stores, name, weights=weights)
         store, options = beside_peers(settings, stores, files.root, FetchOptions.of(settings))
         delivery = Delivery(files.manifest, files.root, store, options, timeline, progress)

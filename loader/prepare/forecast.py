@@ -27,7 +27,7 @@ from loader.serve.machine import read_machine
 from loader.serve.room import Room, describe_short, engine_room
 from loader.serve.size import count_parameters, dtype_bytes, served_bytes, stored_dtype
 from loader.serve.vllm.streaming import why_not_streamed
-from loader.stores.base import Store
+from loader.stores.base import Progress, Store
 from loader.stores.registry import is_remote
 from loader.types import Artifact, Checkpoint, Kind, Listing, Manifest, total_bytes
 from loader.units import show_bytes
@@ -76,7 +76,9 @@ class Forecast:
         return () if self.base is None or self.base.is_local else self.base.files
 
 
-def forecast(settings: Settings, manifest: Manifest, store: Store) -> Forecast:
+def forecast(
+    settings: Settings, manifest: Manifest, store: Store, progress: Progress | None = None
+) -> Forecast:
     """Return what a start with the files of *manifest* will do. *store* has their origin.
 
     Of the checkpoints and the base, only listings and small files are read.
@@ -86,10 +88,11 @@ def forecast(settings: Settings, manifest: Manifest, store: Store) -> Forecast:
         with temporary_folder() as root:
             checkpoints = [
                 c
-                for c in read_checkpoints(_listings(manifest), store, root)
+                for c in read_checkpoints(_listings(manifest), store, root, progress)
                 if c.kind not in (Kind.OPTIMIZER, Kind.UNKNOWN) and find_refusal(c) is None
             ]
-            found = _decide(settings, found, checkpoints, root)
+            with (progress or Progress()).step("base model"):
+                found = _decide(settings, found, checkpoints, root)
     except LoaderError as error:
         step = f"; {error.next_step}" if error.next_step else ""
         told = f"what a start would make of the files is not known: {error.what}{step}"

@@ -14,6 +14,7 @@ from loader.fetch.snapshot import read_artifact
 from loader.json_text import parse_json
 from loader.prepare.bases import find_base_files, hub_token, no_such_base
 from loader.prepare.inputs import names_in, small_names, weight_names
+from loader.stores.base import Progress
 from loader.stores.hub import REPO_ID, list_model_files
 from loader.stores.hub_requests import ask_as_we_do
 from loader.stores.registry import Stores, http_options, is_remote
@@ -64,7 +65,7 @@ class PlannedBase:
         return sum(s for s in sizes if s) or None if None not in sizes else None
 
 
-def plan_base(settings: Settings, name: str) -> PlannedBase:
+def plan_base(settings: Settings, name: str, progress: Progress | None = None) -> PlannedBase:
     """Return the base called *name*, which is no checkpoint of a job.
 
     Raises:
@@ -78,7 +79,7 @@ def plan_base(settings: Settings, name: str) -> PlannedBase:
         config = read_json(folder / _CONFIG) if _CONFIG in names else {}
         return PlannedBase(name, LOCAL, folder, tuple(files), config)
     if is_remote(name):
-        return _plan_remote(settings, name)
+        return _plan_remote(settings, name, progress)
     if not REPO_ID.fullmatch(name):
         raise no_such_base(settings, name)
     ask_as_we_do(http_options(settings))
@@ -96,8 +97,8 @@ def plan_base(settings: Settings, name: str) -> PlannedBase:
     return PlannedBase(name, "the Hub", found.folder, listed, found.config, told)
 
 
-def _plan_remote(settings: Settings, url: str) -> PlannedBase:
-    with contextlib.closing(Stores(settings)) as stores:
+def _plan_remote(settings: Settings, url: str, progress: Progress | None) -> PlannedBase:
+    with contextlib.closing(Stores(settings, progress=progress)) as stores:
         found = find_base_files(settings, stores, url, weights=True)
         here = presence(found.manifest, found.root, LaidFiles(found.root))
         files = tuple(BaseFile(a.path, a.size_bytes, here[a.path]) for a in found.manifest.files)

@@ -12,6 +12,7 @@ from loader.types import ArtifactReference, TrainingCheckpoints
 
 if TYPE_CHECKING:
     from loader.config.settings import Settings
+    from loader.stores.base import Progress
 
 LATEST = "latest"  # among checkpoints, the one of the highest step
 _CONFIG = "config.yaml"
@@ -43,7 +44,13 @@ class Selection:
         is_config = path.suffix in (".yaml", ".yml") or (path / _CONFIG).is_file()
         return _file_in(path) if is_config else None
 
-    def settings(self, overrides: Mapping[str, Any], *, default: Sequence[str] = ()) -> Settings:
+    def settings(
+        self,
+        overrides: Mapping[str, Any],
+        progress: Progress | None = None,
+        *,
+        default: Sequence[str] = (),
+    ) -> Settings:
         """Return the settings; *default* are the checkpoints to take where nothing chooses.
 
         Raises:
@@ -79,20 +86,24 @@ class Selection:
             chosen = replace(
                 self, patterns=patterns, checkpoints=self.checkpoints or tuple(default)
             )
-            references = chosen._references(settings)
+            references = chosen._references(settings, progress)
             training = TrainingCheckpoints(training.download_folder, references)
         if self.download_folder is not None:
             training = replace(training, download_folder=self.download_folder.absolute())
         return replace(settings, training=training)
 
-    def _references(self, settings: Settings) -> tuple[ArtifactReference, ...]:
+    def _references(
+        self, settings: Settings, progress: Progress | None
+    ) -> tuple[ArtifactReference, ...]:
         if self.checkpoints and not self.patterns:
             from loader.scaffold.choice import choose  # reads the small files that tell
             from loader.scaffold.survey import survey
 
-            chosen = choose(survey(settings.artifacts, self.jobs), self.checkpoints)
+            chosen = choose(
+                survey(settings.artifacts, self.jobs, settings, progress), self.checkpoints
+            )
             return tuple(ArtifactReference(found.job, found.patterns) for found in chosen)
-        jobs = self.jobs or _jobs_of(settings)
+        jobs = self.jobs or _jobs_of(settings, progress)
         return tuple(ArtifactReference(job, self.patterns or (_ALL,)) for job in jobs)
 
 
@@ -100,13 +111,13 @@ def _file_in(path: Path) -> Path:
     return path / _CONFIG if path.is_dir() else path
 
 
-def _jobs_of(settings: Settings) -> tuple[str, ...]:
+def _jobs_of(settings: Settings, progress: Progress | None) -> tuple[str, ...]:
     """Return the jobs that the settings' artifacts hold."""
     from loader.stores.registry import Stores
 
-    store = Stores(settings)
+    store = Stores(settings, progress=progress)
     try:
-        listings = [one for source in settings.artifacts for one in store.read_listings(source)]
+        jobs = [job for source in settings.artifacts for job in store.find_jobs(source)]
     finally:
         store.close()
-    return tuple(dict.fromkeys(listing.job for listing in listings))
+    return tuple(dict.fromkeys(jobs))

@@ -11,7 +11,7 @@ from loader.config.settings import Settings
 from loader.errors import ConfigError, FetchError, ListingError, ResolveError
 from loader.prepare.remote import read_checkpoints
 from loader.resolve.manifest import check_count, check_names
-from loader.stores.base import Store
+from loader.stores.base import Progress, Store
 from loader.stores.registry import Stores
 from loader.types import Artifact, Checkpoint, Kind, Listing
 from loader.weights.formats.places import home_folders
@@ -62,7 +62,12 @@ class Found:
         return "/".join(filter(None, (self.job, f"rank-{self.rank}", self.name)))
 
 
-def survey(sources: Sequence[str], jobs: Sequence[str] = ()) -> tuple[Found, ...]:
+def survey(
+    sources: Sequence[str],
+    jobs: Sequence[str] = (),
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> tuple[Found, ...]:
     """Return the checkpoints that *sources* hold, of *jobs* only where some are named.
 
     Reads the listings and the small files that tell a checkpoint's kind.
@@ -73,13 +78,15 @@ def survey(sources: Sequence[str], jobs: Sequence[str] = ()) -> tuple[Found, ...
         FetchError: a small file cannot be read.
         FormatError: a config or an index is malformed.
     """
-    settings = Settings.without_config()
-    store = Stores(settings)
+    settings, progress = settings or Settings.without_config(), progress or Progress()
+    store = Stores(settings, progress=progress)
     try:
         listings = _read(sources or settings.artifacts, store, jobs)
         with temporary_folder() as root:
             checkpoints = [
-                c for c in read_checkpoints(listings, store, root) if find_refusal(c) is None
+                c
+                for c in read_checkpoints(listings, store, root, progress)
+                if find_refusal(c) is None
             ]
             known = [_describe(c, root, listings, store) for c in checkpoints]
     finally:

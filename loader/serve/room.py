@@ -100,8 +100,7 @@ def _free_room(
         why = f"weights {show_bytes(weight_bytes)}, KV cache {show_bytes(cache_bytes)}"
     elif given is None and isinstance(share, int | float):
         needed = math.ceil(total * share)
-        why = f"vLLM takes {share:.0%} of {show_bytes(total)}, unless {_CPU_SPACE} says how many "
-        why += "GiB it may take for requests"
+        why = f"vLLM takes {share:.0%} of all, unless {_CPU_SPACE} says how many GiB"
     else:
         return  # "2G", or what vLLM will refuse
     yield Room("memory now", needed, machine.node.free_bytes, why, is_sure=False)

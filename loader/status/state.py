@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loader.errors import LoaderError, redact
-from loader.fetch.progress import Progress, Report
+from loader.fetch.progress import Progress, Report, Tell
 from loader.timeline import Open, Span, Timeline
 from loader.units import show_bytes, show_seconds
 
@@ -184,6 +184,21 @@ class BootState(Progress):
 
             try:
                 yield report
+            finally:
+                self._work.pop(key, None)
+
+    @contextlib.contextmanager
+    def step(self, what: str) -> Iterator[Tell]:
+        """Keep how far it is."""
+        key = object()
+        with super().step(what) as tell_inner:
+
+            def tell(how_far: str) -> None:
+                self._work[key] = f"{what}: {how_far}"
+                tell_inner(how_far)
+
+            try:
+                yield tell
             finally:
                 self._work.pop(key, None)
 

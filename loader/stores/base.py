@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ Report = Callable[[int, int], None]
 """Told how much is done, and of how much."""
 Working = Callable[[str], AbstractContextManager[Report]]
 """As ``Progress.working``."""
+Tell = Callable[[str], None]
+"""Told how far it is, in words such as ``12,000 files``."""
 
 
 class ByteStream(Protocol):
@@ -93,10 +96,32 @@ class Progress:
         with self._inner.working(what) as report:
             yield report
 
+    @contextlib.contextmanager
+    def step(self, what: str) -> Iterator[Tell]:
+        """Give what is told how far *what* has come, whose end nobody knows, in the block."""
+        if self._inner is None:
+            yield lambda how_far: None
+            return
+        with self._inner.step(what) as tell:
+            yield tell
+
     def wait_for(self, what: str) -> None:
         """Nothing moves but for *what*; told again and again meanwhile, empty when it is over."""
         if self._inner:
             self._inner.wait_for(what)
+
+
+def count_up(tell: Tell, noun: str) -> Callable[[int], None]:
+    """Return what adds up counts, from any thread, and tells their sum of *noun*."""
+    lock, done = threading.Lock(), 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            tell(f"{done:,} {noun}")
+
+    return add
 
 
 @dataclass(frozen=True, slots=True)

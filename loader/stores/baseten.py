@@ -25,6 +25,7 @@ from loader.http.body import HttpStream
 from loader.http.client import HttpClient
 from loader.json_text import parse_json
 from loader.retry import ask_again
+from loader.stores.job_folders import Count, say_nothing
 from loader.stores.listing import parse_entries
 from loader.types import Artifact, Listing
 
@@ -92,8 +93,11 @@ class Api:
 class JobFiles:
     """The files of one training job, or of one Loops checkpoint: a source that signs anew."""
 
-    def __init__(self, api: Api, job: str, *, loops: bool = False) -> None:
+    def __init__(
+        self, api: Api, job: str, count: Count = say_nothing, *, loops: bool = False
+    ) -> None:
         self._api = api
+        self._count = count
         self._job = job
         self._loops = loops
         self._folder = ""
@@ -184,6 +188,7 @@ class JobFiles:
             most = total or 0
             known = len(files)
             files.update((a.path, a) for a in parse_entries(self._job, entries, path))
+            self._count(len(files) - known)
             if following is None:
                 return files, total
             if not isinstance(following, int) or following <= token or len(files) == known:

@@ -21,7 +21,16 @@ from loader.types import JOB_ID, Artifact, Listing
 
 RANK = re.compile(r"rank-(0|[1-9]\d{0,8})")
 _PROJECTS, _JOBS = "training_projects", "jobs"
+_COUNTED = 500  # files
 _DEEPEST = 4  # training_projects, a project, jobs, a job
+
+
+Count = Callable[[int], None]
+"""Told of so many files more."""
+
+
+def say_nothing(files: int) -> None:
+    """Tell nobody of *files*."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +73,10 @@ class Listed:
         return True
 
 
-def list_jobs(tree: Tree, root: str, jobs: Sequence[str]) -> tuple[Listing, ...]:
-    """Return the listings of *jobs* below *root*.
+def list_jobs(
+    tree: Tree, root: str, jobs: Sequence[str], count: Count = say_nothing
+) -> tuple[Listing, ...]:
+    """Return the listings of *jobs* below *root*; *count* is told of files as they come.
 
     Where no job is named, of every job there. A folder without ranks is taken as it is, as rank 0
     of a job with its own name, where no other is asked for.
@@ -86,7 +97,7 @@ def list_jobs(tree: Tree, root: str, jobs: Sequence[str]) -> tuple[Listing, ...]
     name = root.rpartition("/")[2]
     name = name if JOB_ID.fullmatch(name) else "folder"
     if not found and set(jobs) <= {name}:
-        whole = list_folder(tree, root, name)
+        whole = list_folder(tree, root, name, count)
         if whole.artifacts:
             return (whole,)
     if not found:
@@ -98,12 +109,20 @@ def list_jobs(tree: Tree, root: str, jobs: Sequence[str]) -> tuple[Listing, ...]
             got=", ".join(tree.folders(root)[:10]) or "no folders",
             next_step="correct the URL in artifacts, or training_job_id",
         )
-    return tuple(Listing(job, _artifacts(tree, job, path)) for job, path in found.items())
+    return tuple(Listing(job, _artifacts(tree, job, path, count)) for job, path in found.items())
 
 
-def list_folder(tree: Tree, root: str, job: str) -> Listing:
+def find_jobs(tree: Tree, root: str) -> tuple[str, ...]:
+    """Return the jobs below *root*, by the names of folders alone; none where that does not tell.
+
+    Raises: as ``list_jobs``.
+    """
+    return tuple(dict(_find(tree, root, (), _DEEPEST)))
+
+
+def list_folder(tree: Tree, root: str, job: str, count: Count = say_nothing) -> Listing:
     """Return everything below *root* as rank 0 of *job*: a model's folder, without ranks."""
-    files = tree.files(root)
+    files = _counted(tree.files(root), count)
     return Listing(
         job,
         tuple(Artifact(job, 0, f.path, tree.url(f"{root}/{f.path}"), f.size_bytes) for f in files),
@@ -150,9 +169,17 @@ def _job_of(
     )
 
 
-def _artifacts(tree: Tree, job: str, folder: str) -> tuple[Artifact, ...]:
+def _counted(files: Iterator[StoredFile], count: Count) -> Iterator[StoredFile]:
+    """Yield *files*, and tell *count* of so many at a time."""
+    for number, file in enumerate(files, start=1):
+        if number % _COUNTED == 0:
+            count(_COUNTED)
+        yield file
+
+
+def _artifacts(tree: Tree, job: str, folder: str, count: Count) -> tuple[Artifact, ...]:
     artifacts = []
-    for file in tree.files(folder):
+    for file in _counted(tree.files(folder), count):
         rank, _, name = file.path.partition("/")
         if name and RANK.fullmatch(rank):
             url = tree.url(f"{folder}/{file.path}")

@@ -13,11 +13,11 @@ from loader.errors import ConfigError, ExpiredError, FetchError, ListingError, U
 from loader.http.client import HttpClient, HttpOptions
 from loader.http.objects import ObjectInfo
 from loader.retry import ask_again
-from loader.stores.base import ByteStream, PendingResponse, Store
+from loader.stores.base import ByteStream, PendingResponse, Progress, Store, count_up
 from loader.stores.baseten import NAME as BASETEN
 from loader.stores.baseten import Api, JobFiles
 from loader.stores.fs import FsspecStore
-from loader.stores.job_folders import Listed, Tree, list_folder, list_jobs
+from loader.stores.job_folders import Count, Listed, Tree, find_jobs, list_folder, list_jobs
 from loader.stores.laid_files import has_ranks, is_link_to, list_ranks
 from loader.stores.presigned import FileListing, PresignedStore, UrlListing
 from loader.stores.s3 import SCHEME as S3
@@ -52,11 +52,18 @@ def http_options(settings: Settings) -> HttpOptions:
 class Stores:
     """Every store that the settings make possible, as one ``Store``: the URL's scheme chooses.
 
-    *on_renewal* is called whenever listings were read again because their URLs end.
+    *on_renewal* is called whenever listings were read again because their URLs end. *progress* is
+    told of listings as they come.
     """
 
-    def __init__(self, settings: Settings, on_renewal: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        on_renewal: Callable[[], object] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         self._settings = settings
+        self._progress = progress or Progress()
         self._on_renewal = on_renewal
         options = http_options(settings)
         self._client = HttpClient(options)
@@ -79,15 +86,25 @@ class Stores:
             ListingError: it cannot be read, or there is no listing.
             FetchError: the place refuses or does not answer.
         """
-        if source == BASETEN or source.startswith(f"{BASETEN}:"):
-            return self._read_baseten(source, jobs, loops)
-        if not is_remote(source):
-            return self._keep(FileListing(Path(source), local_urls=self._local))
-        if source.lower().startswith(_WEB):
-            scheme, _, rest = source.partition(":")
-            return self._read_url(f"{scheme.lower()}:{rest}")
-        tree, root = self._tree(source)
-        return self._keep(Listed(partial(list_jobs, tree, root, jobs)))
+        with self._progress.step("listing") as tell:
+            count = count_up(tell, "files")
+            if source == BASETEN or source.startswith(f"{BASETEN}:"):
+                return self._read_baseten(source, jobs, loops, count)
+            if not is_remote(source):
+                return self._keep(FileListing(Path(source), local_urls=self._local))
+            if source.lower().startswith(_WEB):
+                scheme, _, rest = source.partition(":")
+                return self._read_url(f"{scheme.lower()}:{rest}")
+            tree, root = self._tree(source)
+            return self._keep(Listed(partial(list_jobs, tree, root, jobs, count)))
+
+    def find_jobs(self, source: str) -> tuple[str, ...]:
+        """Return the jobs at *source*, by as little as names them. Raises as ``read_listings``."""
+        if is_remote(source) and not source.lower().startswith((*_WEB, BASETEN)):
+            with self._progress.step("listing"):
+                if jobs := find_jobs(*self._tree(source)):
+                    return jobs
+        return tuple(dict.fromkeys(one.job for one in self.read_listings(source)))
 
     def read_download_folder(self, folder: Path, jobs: Sequence[str]) -> tuple[Listing, ...]:
         """Return the listings of those *jobs* of which something lies in the download *folder*.
@@ -118,7 +135,9 @@ class Stores:
             FetchError: the place refuses or does not answer, or there is no file.
         """
         tree, root = self._tree(url)
-        (listing,) = self._keep(Listed(lambda: (list_folder(tree, root, name),)))
+        with self._progress.step("listing") as tell:
+            count = count_up(tell, "files")
+            (listing,) = self._keep(Listed(lambda: (list_folder(tree, root, name, count),)))
         if not listing.artifacts:
             raise FetchError("no files there", where=url, next_step="correct the URL")
         return listing
@@ -171,7 +190,7 @@ class Stores:
         return tree, tree.path(url)
 
     def _read_baseten(
-        self, source: str, jobs: Sequence[str], loops: Collection[str]
+        self, source: str, jobs: Sequence[str], loops: Collection[str], count: Count
     ) -> tuple[Listing, ...]:
         _, _, named = source.partition(":")
         wanted = (named,) if named else tuple(jobs)
@@ -184,7 +203,7 @@ class Stores:
             )
         settings = self._settings
         api = Api(self._trusted, settings.api_url, settings.api_key, settings.retries)
-        sources = (JobFiles(api, job, loops=job in loops) for job in wanted)
+        sources = (JobFiles(api, job, count, loops=job in loops) for job in wanted)
         return tuple(listing for source in sources for listing in self._keep(source))
 
     def _read_url(self, url: str) -> tuple[Listing, ...]:

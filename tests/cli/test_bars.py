@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import time
+from collections.abc import Callable
 
 import pytest
 from rich.console import Console
@@ -20,6 +22,14 @@ SHOWN, HIDDEN = "\x1b[?25h", "\x1b[?25l"  # the cursor
 def terminal(width: int) -> tuple[Console, io.StringIO]:
     out = io.StringIO()
     return Console(file=out, force_terminal=True, width=width), out
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if is_so():
+            return
+        time.sleep(0.01)
+    raise AssertionError("never")
 
 
 def shown(after_s: float, width: int) -> str:
@@ -101,3 +111,24 @@ def test_no_bar_where_nothing_but_errors_is_to_be_said(
     finally:
         logger.setLevel(before[0])
         logger.handlers[:], logger.propagate = before[1], before[2]
+
+
+@pytest.mark.parametrize("width", [40, 120])
+def test_a_step_shows_itself_after_a_while_and_leaves_nothing(width: int) -> None:
+    console, out = terminal(width)
+    with BarProgress(console, 0.05).step("listing") as tell:
+        wait_until(lambda: "listing" in out.getvalue())  # though nobody told anything
+        tell("12,000 files")
+        wait_until(lambda: "listing  12,000 files" in out.getvalue())
+        assert "0.00 s" in out.getvalue() or "0.0" in out.getvalue(), "for how long"
+        assert "bytes" not in out.getvalue()
+    tell("13,000 files")
+    assert out.getvalue().endswith("\x1b[1A\x1b[2K"), "its line is taken away"
+    assert "13,000" not in out.getvalue()
+
+
+def test_a_step_that_is_done_at_once_is_not_shown() -> None:
+    console, out = terminal(80)
+    with BarProgress(console, 60).step("listing") as tell:
+        tell("1 files")
+    assert out.getvalue() == ""

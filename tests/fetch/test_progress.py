@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
+import time
 
 import pytest
 
 from loader.fetch.progress import LogProgress, add_up, log_work
+from loader.stores.base import count_up
 
 
 def test_each_fetch_counts_its_own_files(caplog: pytest.LogCaptureFixture) -> None:
@@ -91,3 +94,22 @@ def test_work_of_many_threads_is_one_sum(
         "proved files that are here: 1.0 kB of 4.0 kB, 18.0 s left",
         "proved files that are here: 2.0 kB of 4.0 kB, 12.0 s left",
     ]
+
+
+def test_a_step_is_told_every_few_seconds_while_nothing_is_heard_of_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger="podloader")
+    with LogProgress(0.05).step("listing") as tell:
+        while len(caplog.messages) < 2:
+            time.sleep(0.01)
+        count = count_up(tell, "files")
+        count(1000)
+        count(11_000)
+        while "12,000" not in caplog.messages[-1]:
+            time.sleep(0.01)
+    assert re.fullmatch(r"listing, [0-9.]+ s", caplog.messages[0])
+    assert re.fullmatch(r"listing: 12,000 files, [0-9.]+ s", caplog.messages[-1])
+    told = len(caplog.messages)
+    time.sleep(0.15)
+    assert len(caplog.messages) <= told + 1

@@ -81,8 +81,8 @@ def test_on_a_cpu_the_machines_memory_counts(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("args", "space", "needed", "told"),
     [
-        ({}, None, 92, "vLLM takes 92% of 100.0 GB, unless VLLM_CPU_KVCACHE_SPACE says"),
-        ({"gpu_memory_utilization": 0.5}, None, 50, "vLLM takes 50% of 100.0 GB, unless"),
+        ({}, None, 92, "vLLM takes 92% of all, unless VLLM_CPU_KVCACHE_SPACE says"),
+        ({"gpu_memory_utilization": 0.5}, None, 50, "vLLM takes 50% of all, unless"),
         ({"kv_cache_memory_bytes": 4 * GB}, None, 34, "weights 30.0 GB, KV cache 4.0 GB"),
         ({"kv_cache_memory_bytes": "4000000000"}, None, 34, "weights 30.0 GB, KV cache 4.0 GB"),
         ({"kv_cache_memory_bytes": "4G"}, None, None, ""),

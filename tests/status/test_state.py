@@ -96,3 +96,11 @@ def test_it_comes_back_from_json() -> None:
     assert boot.phase == "ready"
     assert boot.ready_s == pytest.approx(boot.now_s, abs=0.1)
     assert Boot.from_json(json.loads(json.dumps(boot.to_json()))) == boot
+
+
+def test_how_far_a_step_is() -> None:
+    state = BootState(Timeline(quiet=True))
+    with state.step("listing") as tell:
+        tell("12,000 files")
+        assert state.boot().waiting_for == ["listing: 12,000 files"]
+    assert state.boot().waiting_for == []

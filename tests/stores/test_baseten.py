@@ -9,8 +9,12 @@ from contextlib import closing
 import pytest
 
 from loader import boot
+from loader.config.credentials import Secret
 from loader.config.settings import Settings
 from loader.errors import ConfigError, DeniedError, FetchError, ListingError, TransientError
+from loader.http.client import HttpClient, HttpOptions
+from loader.stores.baseten import Api as ApiClient
+from loader.stores.baseten import JobFiles
 from loader.stores.registry import Stores
 from loader.types import Listing
 from tests.origin import FaultyOrigin
@@ -233,3 +237,11 @@ def test_loops_checkpoints(api: Api, origin: FaultyOrigin, monkeypatch: pytest.M
     assert [a.path for a in manifest.files] == [f"loops1/rank-0/adapter/f{i}" for i in range(3)]
     assert manifest.warnings == ()
     assert set(api.requests) == {"GET /v1/loops/checkpoints/loops1/files"}
+
+
+def test_files_are_counted_page_by_page(api: Api) -> None:
+    told: list[int] = []
+    client = HttpClient(HttpOptions(link_local=True))
+    JobFiles(ApiClient(client, api.url, Secret(KEY), 0), "job1", told.append).read()
+    client.close()
+    assert told == [2, 2, 1]

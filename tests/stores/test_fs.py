@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import json
 import uuid
@@ -18,6 +19,8 @@ from loader import boot
 from loader.config.settings import Settings
 from loader.errors import ChangedError, ConfigError, DeniedError, FetchError, TransientError
 from loader.http.objects import Checksum
+from loader.scaffold.selection import Selection
+from loader.stores.base import Progress, Tell
 from loader.stores.registry import Stores
 from loader.types import Artifact
 
@@ -227,3 +230,38 @@ def test_two_servers_of_one_scheme(cloud: type[Cloud], stores: Stores) -> None:
             stores.read_listings("cloud://b", ("job1",))
     finally:
         del cloud._get_kwargs_from_urls
+
+
+class Steps(Progress):
+    """Keeps what it is told of steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    @contextlib.contextmanager
+    def step(self, what: str) -> Iterator[Tell]:
+        yield lambda how_far: self.told.append(f"{what} {how_far}")
+
+
+def test_files_are_counted_as_they_are_listed(cloud: type[Cloud]) -> None:
+    for number in range(1100):
+        put(b"", f"/b/job1/rank-0/{number}")
+    steps = Steps()
+    own = {"storage_options": {"cloud": {"token": "S3CR3T"}}}
+    stores = Stores(Settings.without_config(own), progress=steps)
+    assert len(stores.read_listings("cloud://b")[0].artifacts) == 1100
+    assert steps.told == ["listing 500 files", "listing 1,000 files"]
+    assert stores.find_jobs("cloud://b") == ("job1",)
+    assert len(steps.told) == 2, "by the names of folders"
+
+
+def test_a_checkpoint_is_looked_for_with_the_settings(cloud: type[Cloud]) -> None:
+    put(b'{"model_type": "llama"}', "/b/job1/rank-0/checkpoint-7/config.json")
+    put(b"", "/b/job1/rank-0/checkpoint-7/model.safetensors")
+    own = {"storage_options": {"cloud": {"token": "wrong"}}}
+    with pytest.raises(ConfigError, match="does not start"):
+        Selection("cloud://b", checkpoints=("latest",)).settings(own)
+    own["storage_options"]["cloud"]["token"] = "S3CR3T"
+    found = Selection("cloud://b", checkpoints=("latest",)).settings(own)
+    assert found.training.artifact_references[0].paths == ("rank-0/checkpoint-7/",)
