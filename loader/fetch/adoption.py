@@ -150,11 +150,13 @@ def presence(manifest: Manifest, root: Path, laid: LaidFiles) -> Mapping[str, Pr
     def look(artifact: Artifact) -> Presence:
         place = Places(folders, artifact.path)
         record = read_record(place)
-        if record is not None and is_intact(place, record, "size", record.boot_id):
+        paths = laid.find(artifact)
+        believed = record is not None and (record.compared or artifact.url in map(_url, paths))
+        if record is not None and believed and is_intact(place, record, "size", record.boot_id):
             return "proved"
         if root != laid.folder and _earlier(artifact, laid, "size"):
             return "proved"
-        files = [path for path in laid.find(artifact) if path.is_file()]
+        files = [path for path in paths if path.is_file()]
         wanted = artifact.size_bytes
         fits = any(wanted in (None, path.stat().st_size) for path in files)
         return "unproved" if fits else "missing"

@@ -477,6 +477,17 @@ def test_what_podloader_fetched_itself_is_known_in_a_read_only_folder(
     assert Path(path).read_bytes() == at_origin(job).read_bytes()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
+@pytest.mark.parametrize("text", ["", "{", "null", '{"size_bytes": 1, "ranges": []}'])
+def test_a_record_that_is_none_in_a_read_only_folder(job: Job, tmp_path: Path, text: str) -> None:
+    boot.fetch_files(job.settings("rank-0/checkpoint-1/"))
+    for record in (job.root / ".podloader").rglob("*.record"):
+        record.write_text(text)
+    for _, real, reused in fetch_read_only(job, tmp_path / "cache"):
+        assert real.startswith(str(job.root))
+        assert reused == "True"
+
+
 def test_the_plan_says_what_is_here(job: Job) -> None:
     settings = job.settings("rank-0/checkpoint-1/")
     names = [f"job1/rank-0/checkpoint-1/{name}" for name in ("config.json", WEIGHTS)]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from loader import boot
+from loader.config.settings import Settings
 from loader.errors import CheckpointError, DiskError, LoaderError, ResolveError
 from loader.fetch import adoption, scan
 from loader.fetch.sum_manifests import sum_folder
@@ -263,6 +264,39 @@ def test_many_files_whose_clock_is_ahead_are_waited_for_once(
     monkeypatch.setattr(time, "sleep", sleep)
     boot.fetch_files(without_origin(job, concurrency=1))
     assert len(slept) <= 5  # 0.2 s, by 0.05
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.model"])
+def test_ended_urls_and_one_file_that_is_a_byte_short(job: Job, name: str) -> None:
+    at_origin(job, "tokenizer.model").write_bytes(b"no format that could tell")
+    settings, path = end_urls(job), lay(job).with_name(name)
+    listing = Path(settings.artifacts[0])
+    told = json.loads(listing.read_text())
+    for entry in told["checkpoint_artifacts"]:
+        if entry["relative_file_name"].endswith(".model"):  # sizes are told of some
+            entry["size_bytes"] = at_origin(job, "tokenizer.model").stat().st_size
+    listing.write_text(json.dumps(told))
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(CheckpointError) as found:
+        boot.fetch_files(settings)
+    (problem,) = found.value.problems
+    assert problem.startswith(f"{path}: ")
+
+
+def test_two_jobs(job: Job) -> None:
+    lay(job)
+    shutil.copytree(job.root / "job1", job.root / "job2")
+    references = [
+        {"training_job_id": name, "paths": ["rank-0/checkpoint-1/"]} for name in ("job1", "job2")
+    ]
+    checkpoints = {"download_folder": str(job.root), "artifact_references": references}
+    settings = Settings.load({"training_checkpoints": checkpoints})
+    found = reused(boot.fetch_files(settings))
+    assert found == dict.fromkeys([*NAMES, *(n.replace("job1", "job2") for n in NAMES)], True)
+    shutil.move(job.root / "job2/rank-0", job.root / "rank-0")  # whose ranks these are is not said
+    with pytest.raises(LoaderError, match="no listing for a job") as lacking:
+        boot.fetch_files(settings)
+    assert lacking.value.expected == "job2"
 
 
 def test_a_listing_of_local_urls(job: Job) -> None:

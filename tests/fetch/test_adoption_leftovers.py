@@ -6,6 +6,8 @@ import ctypes
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -214,6 +216,55 @@ def test_a_trusted_symlink_beside_a_listing(job: Job, tmp_path: Path) -> None:
     assert found == {NAMES[0]: True, NAMES[1]: False}
     assert path.read_bytes() == at_origin(job).read_bytes()
     assert (mount / WEIGHTS).read_bytes() != at_origin(job).read_bytes()
+
+
+def test_the_presence_of_what_no_origin_has_seen(job: Job) -> None:
+    lay(job)
+    listed = end_urls(job)
+    boot.fetch_files(listed)
+    assert set(boot.plan(listed).presence.values()) == {"unproved"}
+    boot.fetch_files(without_origin(job))
+    assert set(boot.plan(without_origin(job)).presence.values()) == {"proved"}
+
+
+_LOOK = """
+import json, sys
+from loader import boot
+from loader.config.settings import Settings
+from loader.errors import LoaderError
+try:
+    boot.fetch_files(Settings.load(json.loads(sys.argv[1])))
+except LoaderError as error:
+    print(type(error).__name__, *str(error).splitlines())
+"""
+_AS_OTHERS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]  # rights count for root
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving rights up takes root")
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        (NAMES[0], "CheckpointError"),
+        (NAMES[1], "CheckpointError"),
+        ("job1/rank-0/checkpoint-1", "DiskError"),
+        ("job1/rank-0", "DiskError"),
+        ("job1", "DiskError"),
+        (".", "DiskError"),
+    ],
+)
+def test_what_may_not_be_read(job: Job, place: str, says: str) -> None:
+    lay(job)
+    (job.root / place).chmod(0)
+    references = [{"training_job_id": "job1", "paths": ["rank-0/checkpoint-1/"]}]
+    checkpoints = {"download_folder": str(job.root), "artifact_references": references}
+    config = json.dumps({"training_checkpoints": checkpoints})
+    command = [*_AS_OTHERS, sys.executable, "-c", _LOOK, config]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    (job.root / place).chmod(0o700)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(says)
+    assert str(job.root / place) in done.stdout
+    assert "Permission denied" in done.stdout
 
 
 def test_the_presence_of_what_has_not_ended(job: Job) -> None:
