@@ -17,6 +17,8 @@ JSON object::
       {"kind": "done"}                         all that it wants
       {"kind": "failed", "what": …}            it cannot follow
 
+A follower that cannot be heard any more leaves word in the file ``lost`` beside the socket.
+
 Files that fill up are mapped, not copied: the kernel's page cache is the memory that all workers of
 a node share, and it is there for as long as one of them uses it.
 """
@@ -43,6 +45,7 @@ from loader.threads import Broadcast
 from loader.types import Head
 from loader.weights.header import parse_header
 
+LOST = "lost"
 HEARTBEAT_S = 5.0
 SILENCE_S = 24 * HEARTBEAT_S  # that ends a follower's patience; the machine may be very busy
 _PACKET_BYTES = 1 << 16
@@ -65,6 +68,7 @@ class Feed:
         self, filling: FillingFolder, path: Path, taken: Taken = lambda done, total: None
     ) -> None:
         self._filling = filling
+        self._lost = path.with_name(LOST)
         self._taken = taken
         self._files = [FedFile(name, *_describe(head)) for name, head in filling.heads.items()]
         self._places: dict[str, tuple[int, int]] = {}
@@ -111,6 +115,8 @@ class Feed:
         """Return ``broken``, when all is heard of workers that have ended a moment ago."""
         with self._lock:
             self._lock.wait_for(lambda: all(one.is_over for one in self._followers), timeout_s)
+        with contextlib.suppress(OSError):
+            self.broken = self.broken or self._lost.read_text("utf-8")
         return self.broken
 
     def end(self, error: BaseException) -> None:
@@ -173,9 +179,11 @@ class Feed:
                 if not places:
                     one.send("alive")
             one.send("end")
-        except OSError:
-            pass  # who follows no more is known to ``_hear``
         except BaseException as error:
+            if isinstance(error, ConnectionError) or one.end.fileno() < 0:
+                return  # who follows no more is known to ``_hear``
+            if self.error is None and not self._closed:
+                self._break(f"{type(error).__name__}: {error}")
             with contextlib.suppress(OSError):
                 one.send("failed", error=_to_json(error))
 
@@ -244,6 +252,7 @@ class Follower:
     """
 
     def __init__(self, path: Path) -> None:
+        self._lost = path.with_name(LOST)
         self._end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._end.settimeout(SILENCE_S)
         try:
@@ -251,7 +260,7 @@ class Follower:
                 self._end.connect(address)
         except OSError as error:
             self._end.close()
-            raise _gone(str(error)) from error
+            raise self._lose(str(error)) from error
         self._files: list[FedFile] = []
         self._descriptors: dict[int, int] = {}
         self.is_over = False
@@ -332,13 +341,22 @@ class Follower:
         try:
             message = _receive(self._end, self._keep)
         except TimeoutError:
-            raise _gone(f"nothing was heard for {SILENCE_S:.0f} seconds") from None
+            raise self._lose(f"nothing was heard for {SILENCE_S:.0f} seconds") from None
         if message is None:
-            raise _gone("the connection ended")
+            raise self._lose("the connection ended")
         if message["kind"] == "failed":
             raise error_from_json(message["error"])
         self.is_over = message["kind"] == "end"
         return message
+
+    def _lose(self, why: str) -> EngineError:
+        with contextlib.suppress(OSError):
+            self._lost.write_text(f"the feed is gone: {why}", "utf-8")
+        return EngineError(
+            "the feed of weights is gone",
+            got=why,
+            next_step="start again: what has been fetched is kept",
+        )
 
     def _keep(self, message: Mapping[str, Any], descriptors: Iterable[int]) -> None:
         for descriptor in descriptors:
@@ -395,14 +413,6 @@ def _to_json(error: BaseException) -> Mapping[str, object]:
     told = error.to_json()
     short = {name: text[:2000] for name, text in told.items() if isinstance(text, str)}
     return {**short, "problems": [text[:200] for text in error.problems[:_MOST_PROBLEMS]]}
-
-
-def _gone(why: str) -> EngineError:
-    return EngineError(
-        "the feed of weights is gone",
-        got=why,
-        next_step="start again: what has been fetched is kept",
-    )
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@
       model                          a symlink: to the stand-ins, then to the published folder
       stand-ins/                     config, tokenizer, index; weight files with headers and holes
         .stand-ins                   says so
-      feed                           the socket of ``loader.arriving.feed``
+      feed, lost                     the socket of ``loader.arriving.feed``; who lost it says why
 
 Weights are never written into the stand-ins, and no weight file here is ever taken for one that is
 whole: what reads them without following the feed is refused by the mark.
@@ -19,6 +19,7 @@ import shutil
 from pathlib import Path
 from typing import Self
 
+from loader.arriving.feed import LOST
 from loader.arriving.filling import FillingFolder
 from loader.errors import DiskError
 from loader.weights.publishing import disk_error, lock_folder
@@ -102,7 +103,8 @@ class EnginePath:
     def clear(self) -> None:
         """Remove all but ``path``, which the engine may read again."""
         shutil.rmtree(self._folder / _STAND_INS, ignore_errors=True)
-        self.feed.unlink(missing_ok=True)
+        for path in (self.feed, self.feed.with_name(LOST)):
+            path.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Remove all of it, and let another process have the path."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from loader.arriving import feed as feeds
 from loader.arriving.feed import Feed, Follower
-from loader.errors import ChangedError, EngineError, LoaderError
+from loader.errors import ChangedError, DiskError, EngineError, LoaderError
 from loader.weights.header import parse_header
 from tests.filling import SlowFolder
 
@@ -183,6 +184,47 @@ def test_a_follower_that_cannot_follow_is_told_of(
             break
         threading.Event().wait(0.01)
     assert feed.broken == "no memory to map"
+
+
+@pytest.mark.parametrize("how", ["silent", "cut off", "unlinked"])
+def test_who_loses_the_feed_leaves_word(
+    feed: Feed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Nothing that is wrong with the feed itself is the fault of the weights, or of the engine."""
+    if how == "silent":
+        monkeypatch.setattr(feeds, "SILENCE_S", 1.0)
+    if how == "unlinked":
+        (tmp_path / "feed").unlink()
+        with pytest.raises(EngineError, match="is gone"):
+            follow(tmp_path)
+    else:
+        with follow(tmp_path) as follower:
+            for one in feed._followers if how == "cut off" else ():
+                one.end.shutdown(socket.SHUT_RDWR)
+            with pytest.raises(EngineError, match="is gone"):
+                list(follower.receive(wait=True))
+    assert "the feed is gone" in feed.wait_broken()
+    assert feed.error is None
+
+
+@pytest.mark.parametrize("error", [OSError(24, "too many files"), DiskError("no such file")])
+def test_a_file_that_cannot_be_opened_is_no_fault_of_the_weights(
+    feed: Feed,
+    filling: SlowFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def refuse(file_name: str) -> int:
+        raise error
+
+    monkeypatch.setattr(filling, "open", refuse)
+    with follow(tmp_path) as follower:
+        filling.put(["layer.0"])
+        with pytest.raises(LoaderError):
+            list(follower.receive(wait=True))
+    assert type(error).__name__ in feed.wait_broken()
+    assert feed.error is None
 
 
 def test_the_sockets_path_may_be_long(filling: SlowFolder, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def read_weights(
     """
     paths = [Path(file) for file in hf_weights_files]
     feed = paths[0].parent.with_name(FEED)
-    if not is_stand_in(paths[0].parent) and not feed.exists():
+    if not is_stand_in(paths[0].parent) and not feed.is_socket():
         yield from own(
             hf_weights_files,
             use_tqdm_on_load,
