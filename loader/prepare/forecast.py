@@ -19,9 +19,10 @@ from loader.errors import LoaderError, redact
 from loader.http.expiry import expiry
 from loader.prepare.checkpoint_sources import SHARDED
 from loader.prepare.consolidated import cache_folder
+from loader.prepare.engine_start import Base, ServedWeights, why_files
 from loader.prepare.fits import weights_by_folder
 from loader.prepare.named_base import named_base, named_revision
-from loader.prepare.planned_base import BaseFile, PlannedBase, plan_base
+from loader.prepare.planned_base import HUB, LOCAL, URL, BaseFile, PlannedBase, plan_base
 from loader.prepare.remote import read_checkpoints
 from loader.serve.machine import read_machine
 from loader.serve.room import Room, describe_short, engine_room
@@ -34,10 +35,12 @@ from loader.units import show_bytes
 from loader.weights.formats.places import home_folders
 from loader.weights.formats.refused import find_refusal
 from loader.weights.formats.serving import is_shard
-from loader.weights.inspect import read_json
+from loader.weights.inspect import ADAPTER_CONFIG, describe_adapter, read_json
 from loader.weights.publishing import temporary_folder
 
 _CONFIG = "config.json"
+_ADAPTER = "adapter_model"
+_BASES: Mapping[str, Base] = {LOCAL: "local", HUB: "hub", URL: "url"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +57,8 @@ class Forecast:
     """The files of a start with those of its base, how the engine is started, and the room.
 
     ``mode``: the model as it is, ``attach``, ``merge``, or empty where nobody knows yet;
-    ``consolidates``: weights sharded over ranks become one model first. ``urls_end`` is when the
-    first of the signed URLs ends that are still needed.
+    ``consolidates``: what is sharded over ranks is made whole first; ``served_is_sharded``: the
+    model or base is. ``urls_end`` is when the first of the signed URLs ends that are still needed.
     """
 
     manifest: Manifest
@@ -69,6 +72,7 @@ class Forecast:
     warnings: tuple[str, ...] = ()
     engine: str = ""
     weights_from: str = ""
+    served_is_sharded: bool = False
 
     @property
     def base_files(self) -> tuple[BaseFile, ...]:
@@ -108,14 +112,36 @@ def forecast(
 
 def _weights_from(settings: Settings, found: Forecast) -> str:
     """Return whether the engine loads weights while they arrive, or from files, and why."""
-    missing = [a for a in found.manifest.files if found.manifest.presence[a.path] == "missing"]
     if settings.engine != "vllm":
         return "files"
-    if why := why_not_streamed(settings.engine_start, settings.engine_args):
+    why = why_not_streamed(settings.engine_start, settings.engine_args)
+    if why := why or why_files(_served_weights(settings, found)):
         return f"files: {why}"
-    if not missing and not (found.base and found.base.missing):
-        return "files: all of them are here"
-    return "while they arrive, where the engine can"
+    return "while they arrive"
+
+
+def _served_weights(settings: Settings, found: Forecast) -> ServedWeights:
+    """Return what is known of them; what an earlier result was made from is not compared."""
+    of_base = () if found.base is None else found.base.files
+    names = {a.name for a in found.manifest.files} | {f.path for f in of_base}
+    weights = [n for n in names if n.endswith(".safetensors") and _ADAPTER not in n]
+    makes = {"consolidate": found.consolidates, "merge": found.mode == "merge"}
+    made = {how for how in makes if any(cache_folder(settings).glob(f"{how}-*"))}
+    # What is read at the origin and made whole here is never on this disk as it was.
+    kept = {a.path for a in found.manifest.files if "consolidate" in made and is_shard(a.path)}
+    absent = {path for path, told in found.manifest.presence.items() if told == "missing"} - kept
+    base: Base = "checkpoint" if settings.base_checkpoint else ""
+    if found.base is not None:
+        base = _BASES[found.base.origin]
+    return ServedWeights(
+        found.mode,
+        "" if found.mode == "as it is" else base,
+        is_sharded=found.consolidates and found.served_is_sharded,
+        is_pickled=not weights and not found.consolidates,
+        is_here=not absent
+        and not (found.base and found.base.missing)
+        and all(how in made for how, is_wanted in makes.items() if is_wanted),
+    )
 
 
 def begin(settings: Settings, manifest: Manifest) -> Forecast:
@@ -135,9 +161,11 @@ def _decide(
 ) -> Forecast:
     """Return *found* with what is done with *checkpoints*, whose small files lie below *root*."""
     sharded = any(c.kind in SHARDED for c in checkpoints)
+    checkpoints = [_as_made(c) for c in checkpoints]
     adapters = [c for c in checkpoints if c.kind is Kind.ADAPTER]
     others = [c for c in checkpoints if c.kind is not Kind.ADAPTER]
-    found = replace(found, consolidates=sharded)
+    is_sharded = any(c.kind in SHARDED for c in others)
+    found = replace(found, consolidates=sharded, served_is_sharded=is_sharded)
     if not adapters:
         name = settings.base_model if not settings.base_checkpoint else None
         if name and sharded:
@@ -173,6 +201,16 @@ def _decide(
     if found.model is not None and found.model.config:
         decision = decide_for_base(decision, settings.adapter_policy, named, found.model.config)
     return replace(found, mode=decision.mode, why=decision.why.partition(": ")[2])
+
+
+def _as_made(checkpoint: Checkpoint) -> Checkpoint:
+    """Return *checkpoint*, an adapter that is sharded over ranks as the one that it becomes."""
+    folders = home_folders(checkpoint) if checkpoint.kind in SHARDED else ()
+    home = next((f for f in folders if (f / ADAPTER_CONFIG).is_file()), None)
+    if home is None:
+        return checkpoint
+    detail = describe_adapter(read_json(home / ADAPTER_CONFIG))
+    return replace(checkpoint, kind=Kind.ADAPTER, path=home, detail=detail)
 
 
 def _why_whole(mode: str) -> str:

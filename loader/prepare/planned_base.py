@@ -20,7 +20,7 @@ from loader.stores.hub_requests import ask_as_we_do
 from loader.stores.registry import Stores, http_options, is_remote
 from loader.weights.inspect import read_json
 
-LOCAL = "this machine"
+LOCAL, HUB, URL = "this machine", "the Hub", "a URL"
 _CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".bin")
 
@@ -94,7 +94,7 @@ def plan_base(settings: Settings, name: str, progress: Progress | None = None) -
         for file, size in found.sizes.items()
     )
     told = f"the Hub did not say what {name} is made of; the cache did" if found.refusal else ""
-    return PlannedBase(name, "the Hub", found.folder, listed, found.config, told)
+    return PlannedBase(name, HUB, found.folder, listed, found.config, told)
 
 
 def _plan_remote(settings: Settings, url: str, progress: Progress | None) -> PlannedBase:
@@ -108,4 +108,4 @@ def _plan_remote(settings: Settings, url: str, progress: Progress | None) -> Pla
                 with contextlib.suppress(ValueError):
                     text = parse_json(read_artifact(artifact, found.root, stores))
                     config = text if isinstance(text, dict) else {}
-        return PlannedBase(url, "a URL", found.folder, files, config)
+        return PlannedBase(url, URL, found.folder, files, config)

@@ -27,6 +27,7 @@ from loader.prepare.bases import (
 )
 from loader.prepare.checkpoint_sources import SHARDED, BaseModel, Source, find_sources
 from loader.prepare.consolidated import make_whole
+from loader.prepare.engine_start import Announcement
 from loader.types import Kind, ReadyModel, Snapshot
 from loader.weights.formats.refused import find_refusal
 from loader.weights.formats.serving import is_shard
@@ -59,6 +60,7 @@ def make_ready(
         LoaderError: as a fetch.
     """
     timeline, progress = delivery.timeline, delivery.progress
+    announcement = announce = Announcement(announce) if announce else None
     later = set(delivery.find_absent(_find_later(settings, delivery.paths, announce is not None)))
     first = [path for path in delivery.paths if path not in later]
     snapshot = delivery.bring(first, "download of small files" if later else "download")
@@ -114,6 +116,8 @@ def make_ready(
         if under is None:
             delivery.bring(sorted(later))
         ready = make_adapted(settings, under, adapters, timeline, progress, ask, announce)
+    if announcement:
+        announcement.tell(ready)
     return _warn_of_ids(ready)
 
 

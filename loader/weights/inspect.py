@@ -131,18 +131,23 @@ def _find_adapters(place: Place) -> list[Checkpoint]:
     for rank in ranks:
         folder = place.folder(rank)
         config = read_json(folder / ADAPTER_CONFIG)
-        detail = {
-            "base_model": config.get("base_model_name_or_path"),
-            "revision": config.get("revision"),
-            "rank": config.get("r"),
-            "targets": config.get("target_modules"),
-            "peft_type": config.get("peft_type"),
-        }
+        detail = describe_adapter(config)
         weights = next(name for name in ADAPTER_WEIGHTS if name in place.files[rank])
         # Every node may have written the same adapter: the lowest rank's is taken for all.
         alike = (json.dumps(config, sort_keys=True), weights, _file_bytes(folder / weights))
         found.setdefault(alike, Checkpoint(Kind.ADAPTER, folder, detail))
     return list(found.values())
+
+
+def describe_adapter(config: Mapping[str, object]) -> dict[str, object]:
+    """Return the detail of an adapter's ``Checkpoint``."""
+    return {
+        "base_model": config.get("base_model_name_or_path"),
+        "revision": config.get("revision"),
+        "rank": config.get("r"),
+        "targets": config.get("target_modules"),
+        "peft_type": config.get("peft_type"),
+    }
 
 
 def _find_models(place: Place, read: _Read) -> list[Checkpoint]:

@@ -25,6 +25,7 @@ from loader.arriving.origin_files import RemoteFile
 from loader.config.settings import Settings
 from loader.errors import FetchError
 from loader.fetch.progress import LogProgress
+from loader.prepare.engine_start import Base, ServedWeights, why_files
 from loader.types import ReadyModel
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin, serving, write_listing
@@ -32,7 +33,7 @@ from tests.prepare.test_adapted import fp8
 from tests.stores.hub import Hub
 from tests.weights.formats.test_bounds import save_alone, write_zero
 
-BASES = ("local", "hub", "url", "checkpoint")
+BASES: tuple[Base, ...] = ("local", "hub", "url", "checkpoint")
 ADAPTERS = ("none", "peft", "dcp", "zero")
 MODES = ("full", "attach", "merge", "dequantise")
 STATES = ("cold", "half fetched", "all here")
@@ -41,6 +42,7 @@ IMPOSSIBLE = {
     **{("none", mode): "nothing to attach or to merge" for mode in MODES[1:]},
     **{(adapter, "full"): "an adapter is attached or merged" for adapter in ADAPTERS[1:]},
 }
+FOLLOWED = "while they arrive"
 BLOCK_BYTES = 8192  # what small reads at the origin are rounded up to, here
 SMALL_READS_BYTES = 64 << 10  # of headers and directories, which a tiny model is not large beside
 UNFINISHED_BYTES = 8 * (64 << 10)  # ranges under way when a run ends; each is asked for anew
@@ -139,7 +141,7 @@ def sent(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[
 class Cell:
     """One combination; *only*: ``weights_only_fetch``."""
 
-    base: str
+    base: Base
     adapter: str
     mode: str
     only: bool
@@ -166,6 +168,7 @@ class Cell:
             "range_size": "64KiB",
             "concurrency": 2,
             "weights_only_fetch": self.only,
+            "engine_start": "auto",
             "adapter_policy": "attach" if self.mode == "attach" else "merge",
             "dequantise": self.mode == "dequantise",
             "artifacts": [str(world.root / f"{job}.json") for job in ("job1", "basejob")],
@@ -177,6 +180,17 @@ class Cell:
         return Settings.load(
             {"training_checkpoints": checkpoints, "model_metadata": {"podloader": own}}
         )
+
+    @property
+    def weights_from(self) -> str:
+        """What a plan says of it."""
+        weights = ServedWeights(
+            "as it is" if self.mode == "full" else "attach" if self.mode == "attach" else "merge",
+            "" if self.mode == "full" else self.base,
+            is_here=self.state == "all here",
+        )
+        why = why_files(weights)
+        return f"files: {why}" if why else FOLLOWED
 
     def needed_bytes(self, world: World) -> int:
         """Return the bytes that it needs from the origins."""
@@ -236,7 +250,6 @@ class Interruption(LogProgress):
 def test_every_combination(cell: Cell, world: World, sent: list[int], tmp_path: Path) -> None:
     world.hub.folder = world.root / WHERE[cell.mode]
     settings = cell.settings(world, tmp_path / "down")
-    before = world.origin.bytes_sent + world.hub.bytes_sent
     slack = SMALL_READS_BYTES
     if cell.state == "half fetched":
         slack = 2 * slack + UNFINISHED_BYTES
@@ -244,10 +257,14 @@ def test_every_combination(cell: Cell, world: World, sent: list[int], tmp_path: 
             boot.prepare(settings, Interruption(6 if cell.adapter == "none" else 4))
     elif cell.state == "all here":
         boot.prepare(settings)
-        sent.clear()
-        before = world.origin.bytes_sent + world.hub.bytes_sent
-    ready = boot.prepare(settings)
+    forecast = boot.look_ahead(settings).weights_from
+    sent.clear()
+    before = world.origin.bytes_sent + world.hub.bytes_sent
+    announced: list[ReadyModel] = []
+    ready = boot.prepare(settings, announce=lambda filling, ready: announced.append(ready))
     check_model(cell, world, ready)
+    assert forecast == cell.weights_from
+    assert [forecast == FOLLOWED] == [bool(announced)]
     got = world.origin.bytes_sent + world.hub.bytes_sent - before + sum(sent)
     needed = 0 if cell.state == "all here" else cell.needed_bytes(world)
     assert got <= 1.05 * needed + slack, f"{got} bytes came, where {needed} are needed"
