@@ -49,7 +49,6 @@ class AdapterConfig:
     use_rslora: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
-    target_modules: tuple[str, ...] | str | None
     target_parameters: tuple[str, ...]
     modules_to_save: tuple[str, ...]
     fan_in_fan_out: bool
@@ -176,7 +175,6 @@ def parse_adapter_config(values: Mapping[str, object], folder: Path) -> AdapterC
         use_rslora=bool(values.get("use_rslora")),
         rank_pattern={k: int(v) for k, v in _pattern(values, "rank_pattern", problems).items()},
         alpha_pattern=_pattern(values, "alpha_pattern", problems),
-        target_modules=_targets(values.get("target_modules")),
         target_parameters=_names(values.get("target_parameters")),
         modules_to_save=_names(values.get("modules_to_save")),
         fan_in_fan_out=bool(values.get("fan_in_fan_out")),
@@ -242,7 +240,3 @@ def _names(value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         return (value,)
     return tuple(map(str, value)) if isinstance(value, list) else ()
-
-
-def _targets(value: object) -> tuple[str, ...] | str | None:
-    return value if isinstance(value, str) else tuple(sorted(_names(value))) or None

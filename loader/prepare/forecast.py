@@ -49,7 +49,6 @@ class Model:
 
     config: Mapping[str, object]
     bytes: int | None
-    is_estimate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +243,7 @@ def _measured(checkpoint: Checkpoint, manifest: Manifest, root: Path) -> Model:
     held = total_bytes([a for a in (*manifest.files, *manifest.left_out) if is_shard(a.path)])
     counted = count_parameters(config) * dtype_bytes(stored_dtype(config))
     known = [size for size in (held, counted) if size]
-    return Model(config, min(known, default=None), is_estimate=True)
+    return Model(config, min(known, default=None))
 
 
 def _listings(manifest: Manifest) -> tuple[Listing, ...]:

@@ -15,11 +15,6 @@ def match_pattern(pattern: str, name: str) -> bool:
     return compile_pattern(pattern)(name)
 
 
-def match_pathwise(pattern: str, name: str) -> bool:
-    """Return whether *name* matches when ``*`` and ``?`` stop at ``/``, as a shell reads it."""
-    return compile_pathwise(pattern)(name)
-
-
 def compile_pattern(pattern: str) -> Callable[[str], bool]:
     """Return the function that tells whether a name matches *pattern*."""
     if pattern.endswith("/"):

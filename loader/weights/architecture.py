@@ -59,7 +59,6 @@ class Architecture:
     of (experts, in, out). ``embedding`` and ``head`` are parameters.
     """
 
-    class_name: str
     shapes: Mapping[str, Shape]
     pieces: Mapping[str, tuple[Piece, ...]]
     tied: Mapping[str, tuple[str, ...]]
@@ -145,7 +144,6 @@ def _describe(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> Arch
         return next(iter(names))
 
     return Architecture(
-        type(model).__name__,
         MappingProxyType({name: tuple(tensor.shape) for name, tensor in state.items()}),
         MappingProxyType(conversions.place(tensors)),
         _tied(model),

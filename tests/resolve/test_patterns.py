@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loader.resolve.patterns import match_pathwise, match_pattern
+from loader.resolve.patterns import compile_pathwise, match_pattern
 
 
 @pytest.mark.parametrize(
@@ -48,5 +48,5 @@ def test_matching_is_linear_on_hostile_patterns() -> None:
         ("rank-0/*.json", "rank-0/a/b.json", False),
     ],
 )
-def test_match_pathwise(pattern: str, name: str, expected: bool) -> None:
-    assert match_pathwise(pattern, name) is expected
+def test_compile_pathwise(pattern: str, name: str, expected: bool) -> None:
+    assert compile_pathwise(pattern)(name) is expected
