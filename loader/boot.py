@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from loader.prepare.forecast import Forecast
     from loader.serve.early_imports import EarlyImports
     from loader.serve.model import ServedModel
+    from loader.serve.vllm.kernel_cache import KernelCache
     from loader.serve.vllm.streamed_start import StreamedStart
 
 _log = logging.getLogger("podloader")
@@ -128,26 +130,44 @@ def prepare_and_start(
     Raises:
         LoaderError: see ``loader.errors``.
     """
-    imports = _early_imports(settings, progress, timeline)
+    kernels = _kernel_cache(settings, timeline)
+    imports = _early_imports(settings, progress, timeline, kernels)
     streamed = _streamed_start(settings, imports, timeline)
     if streamed is None:
         ready = prepare(settings, imports, timeline)
         imports.wait()
-        return ready, start(ready, settings, timeline)
+        model = start(ready, settings, timeline)
+        kernels.publish()
+        return ready, model
     try:
         ready = prepare(settings, imports, timeline, announce=streamed.announce)
         imports.wait()
     except BaseException as error:
         streamed.abort(error)
         raise
-    return ready, streamed.finish(ready) or start(ready, settings, timeline)
+    model = streamed.finish(ready) or start(ready, settings, timeline)
+    kernels.publish()
+    return ready, model
 
 
-def _early_imports(settings: Settings, progress: Progress, timeline: Timeline) -> EarlyImports:
+def _kernel_cache(settings: Settings, timeline: Timeline) -> KernelCache:
+    """Return what brings compiled kernels, which has begun; before vLLM is imported."""
+    from loader.serve.vllm.arguments import written
+    from loader.serve.vllm.kernel_cache import KernelCache
+
+    kernels = KernelCache(settings, written(settings.engine_args), timeline)
+    os.environ.update(kernels.environment)
+    kernels.begin()
+    return kernels
+
+
+def _early_imports(
+    settings: Settings, progress: Progress, timeline: Timeline, kernels: KernelCache | None = None
+) -> EarlyImports:
     from loader.serve.early_imports import CONFIG, EarlyImports
 
-    folder = settings.training.download_folder
-    imports = EarlyImports(settings.engine, folder, timeline, progress)
+    folder, wait = settings.training.download_folder, kernels.wait if kernels else lambda: None
+    imports = EarlyImports(settings.engine, folder, timeline, progress, wait)
     if settings.base_model and not settings.base_checkpoint:
         imports.look_at(user_path(settings.base_model) / CONFIG)
     return imports

@@ -146,6 +146,18 @@ class Settings:
         description="The name requests give the model. Default: its folder's, a merged adapter's "
         "own.",
     )
+    kernel_cache: str | None = _setting(
+        None,
+        description="Where vLLM's compiled kernels are kept for other pods: a folder, or "
+        "`s3://<bucket>/<prefix>`. They are brought before the engine starts. They are code: "
+        "whoever can write there runs code in the pods that read it "
+        "([Deploying](deploying.md#compiled-kernels-from-pod-to-pod)).",
+    )
+    kernel_cache_publish: bool = _setting(
+        True,
+        description="Publish them there, once the model is ready, where they are not there yet; "
+        "`false` reads alone.",
+    )
     concurrency: Annotated[int, Meta(ge=1, le=256)] = _setting(
         16,
         description="The most connections that download at the same time; fewer where more bring "
@@ -414,6 +426,8 @@ def _placed(name: str, value: Any, folders: Sequence[Path]) -> Any:
     """Return the *value* of a setting, where it is a path, as it is below one of *folders*."""
     if isinstance(value, Path):
         return Path(place_path(str(value), folders, name))
+    if name == "kernel_cache" and value is not None:
+        return place_path(value, folders, name)
     if name == "artifacts":
         return tuple(place_path(source, folders, name) for source in value)
     if name == "base_model" and value is not None:

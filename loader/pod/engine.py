@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from loader.errors import EngineError, LoaderError, error_from_json
 from loader.log_lines import logging_chosen
@@ -49,7 +50,7 @@ class EngineDrained:
 class EngineProcess:
     """``loader.serve.vllm.worker`` and the channel to it. Its imports begin at once.
 
-    *tell* is called from another thread.
+    *tell* is called from another thread. *environment*: variables beside the pod's own.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class EngineProcess:
         listening: socket.socket,
         timeline: Timeline,
         tell: Callable[[EngineLoaded | EngineDrained | EngineGone], None],
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         ours, theirs = socket.socketpair()
         self._timeline = timeline
@@ -75,7 +77,7 @@ class EngineProcess:
                 ],
                 pass_fds=(theirs.fileno(), listening.fileno()),
                 stdin=subprocess.DEVNULL,
-                env=os.environ | stream_environment(),
+                env={**os.environ, **stream_environment(), **environment},
                 # A Ctrl-C at the terminal is for the pod alone, which passes it on; and the group
                 # is what ``kill`` ends.
                 start_new_session=True,

@@ -36,6 +36,7 @@ from loader.pod.address import serving_address
 from loader.pod.engine import EngineDrained, EngineGone, EngineLoaded, EngineProcess
 from loader.pod.signals import Signals, StopSignal, reap_orphans
 from loader.serve.vllm.arguments import sizing_arguments, written
+from loader.serve.vllm.kernel_cache import KernelCache
 from loader.serve.vllm.releases import RANGE, installed_versions
 from loader.serve.vllm.streaming import (
     LOAD_FORMAT,
@@ -102,8 +103,10 @@ class Pod:
         _check_engine(settings)
         if importlib.util.find_spec("vllm") is None:
             raise EngineError("vLLM is not installed", next_step=f"install vllm{RANGE}")
-        address = serving_address((*written(settings.engine_args), *arguments))
+        words = (*written(settings.engine_args), *arguments)
+        address = serving_address(words)
         tls = address.tls()
+        self._kernels = KernelCache(settings, words, timeline)
         self._settings = settings
         self._arguments = tuple(arguments)
         self._address = address
@@ -126,6 +129,7 @@ class Pod:
         self._listening = listen(address.host, address.port)
         self._answer = partial(BootServer, self._listening, self._state.boot, tls, address.lets_in)
         self._server = self._answer()
+        self._kernels.begin()
         self._engine = self._start_engine()
 
     def __enter__(self) -> Pod:
@@ -237,7 +241,8 @@ class Pod:
         self._fall_back(broken)
 
     def _start_engine(self) -> EngineProcess:
-        return EngineProcess(self._listening, self._timeline, self._told)
+        environment = self._kernels.environment
+        return EngineProcess(self._listening, self._timeline, self._told, environment)
 
     def _load(self, ready: ReadyModel, load_format: str | None = None) -> None:
         arguments = vllm_arguments(self._settings, ready, self._arguments, load_format)
@@ -277,6 +282,7 @@ class Pod:
         self._engine.go(self._state.ready())
         self._serving = True
         serve_peers_on(self._settings)
+        self._kernels.publish()
 
     def _check(self) -> None:
         self._engine.check(
@@ -304,7 +310,7 @@ class Pod:
                 _log.warning("engine start: files, not streamed: %s", error)
                 return
             _log.info("engine start: stream: the weights are loaded as they arrive")
-            self._events.put(_Announced(stream))
+            self._kernels.then(partial(self._events.put, _Announced(stream)))
 
         return announce
 
@@ -328,7 +334,7 @@ class Pod:
                 ask=self._engine.ask_unbound,
                 announce=self._announcing(),
             )
-            self._events.put(_Prepared(ready))
+            self._kernels.then(partial(self._events.put, _Prepared(ready)))
         except Exception as error:
             self._events.put(_Failed(error))
 
@@ -347,7 +353,7 @@ class Pod:
 
     def _hint(self, config: Path) -> None:
         if config.is_file():
-            self._engine.hint(config)
+            self._kernels.then(partial(self._engine.hint, config))
 
     def _signalled(self, number: int) -> None:
         """Stop the start, or let the engine drain; the second signal or the limit ends it at once.

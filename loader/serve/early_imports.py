@@ -37,7 +37,8 @@ class EarlyImports(Progress):
     So a download begins before torch is imported, and where all files are here already there is
     nothing to wait for. In a thread: sockets, checksums and writes of a download let go of the
     interpreter's lock (``benchmarks/imports.py``). Afterwards vLLM looks at each ``config.json``
-    that has arrived below *folder*, and at a base's from elsewhere. Told from many threads.
+    that has arrived below *folder*, and at a base's from elsewhere, when what it may know of them
+    is here (*wait_kernels*). Told from many threads.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class EarlyImports(Progress):
         folder: Path,
         timeline: Timeline,
         inner: Progress,
+        wait_kernels: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(inner)
         self._engine = engine
         self._folder = folder
         self._timeline = timeline
+        self._wait_kernels = wait_kernels
         self._configs: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -103,6 +106,7 @@ class EarlyImports(Progress):
     def _run(self) -> None:
         with importing:
             failed = self._stage("engine import", _IMPORTS[self._engine])
+        self._wait_kernels()
         while (config := self._configs.get()) is not None:
             if self._engine == "vllm" and not failed and config.is_file():
                 self._stage("model class", partial(_inspect, config))

@@ -16,7 +16,7 @@ _GROUP = Path("/proc/self/cgroup")
 _SHARED = Path("/dev/shm")
 _CORES = Path("/sys/devices/system/cpu")
 _ANSWER_S = 10
-_QUERY = "index,uuid,memory.total,memory.free,mig.mode.current"
+_QUERY = "memory.total,memory.free,mig.mode.current"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,8 @@ def read_machine() -> Machine:
         shared = shutil.disk_usage(_SHARED).total
     except OSError:
         shared = None
-    return Machine(_read_gpus(), min(limits, default=None), shared, _read_node())
+    seen = _visible(query_gpus(_QUERY), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return Machine(tuple(map(_gpu, seen)), min(limits, default=None), shared, _read_node())
 
 
 def _memory_total() -> Iterator[int]:
@@ -113,13 +114,14 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def _read_gpus() -> tuple[Gpu, ...]:
+def query_gpus(fields: str) -> list[list[str]]:
+    """Return what ``nvidia-smi`` tells of each GPU here: its number, its id, and *fields*."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return ()
+        return []
     try:
         done = subprocess.run(
-            [program, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"],
+            [program, f"--query-gpu=index,uuid,{fields}", "--format=csv,noheader,nounits"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -127,9 +129,8 @@ def _read_gpus() -> tuple[Gpu, ...]:
             check=True,
         )
     except (OSError, subprocess.SubprocessError):
-        return ()
-    rows = [row for row in csv.reader(done.stdout.splitlines(), skipinitialspace=True) if row]
-    return tuple(_gpu(row) for row in _visible(rows, os.environ.get("CUDA_VISIBLE_DEVICES")))
+        return []
+    return [row for row in csv.reader(done.stdout.splitlines(), skipinitialspace=True) if row]
 
 
 def _visible(rows: list[list[str]], named: str | None) -> Iterable[list[str]]:

@@ -235,4 +235,12 @@ def _s3_options(settings: Settings) -> S3Options:
         endpoint_url=settings.s3_endpoint_url,
         credentials=settings.s3,
         retries=settings.retries,
+        ca_bundle=settings.ca_bundle,
+    )
+
+
+def open_s3(settings: Settings) -> S3Store:
+    """Return what is behind ``s3://``, for a place that the user names."""
+    return S3Store(
+        HttpClient(replace(http_options(settings), link_local=True)), _s3_options(settings)
     )

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from loader.config.credentials import S3Credentials, Secret
@@ -26,7 +27,14 @@ from loader.retry import ask_again
 from loader.stores.base import SMALL_BYTES, PendingResponse
 from loader.stores.job_folders import StoredFile
 from loader.stores.presigned import first_byte, open_url
-from loader.stores.s3_errors import refusals_translated, translate_error, unanswered
+from loader.stores.s3_errors import (
+    is_absent,
+    is_held,
+    is_unknown,
+    refusals_translated,
+    translate_error,
+    unanswered,
+)
 from loader.types import Artifact
 
 SCHEME = "s3://"
@@ -46,6 +54,7 @@ class S3Options:
     endpoint_url: str | None = None
     credentials: S3Credentials = field(default_factory=S3Credentials)
     retries: int = 6
+    ca_bundle: Path | None = None
 
 
 class S3Store:
@@ -135,6 +144,45 @@ class S3Store:
     def url(self, path: str) -> str:
         """Return ``s3://<bucket>/<key>``."""
         return SCHEME + path
+
+    def version(self, url: str) -> str | None:
+        """Return what tells the object at *url* from another; None where there is none.
+
+        Raises:
+            FetchError: S3 refuses, or does not answer.
+        """
+        bucket, _, key = url.removeprefix(SCHEME).partition("/")
+        try:
+            found = self._s3_client(bucket).head_object(Bucket=bucket, Key=key)
+        except Exception as error:
+            if is_absent(error):
+                return None
+            raise translate_error(error, url) from None
+        return f"{found['ContentLength']} {found.get('ETag', '')}"
+
+    def put(self, url: str, file: Path, *, anew: bool) -> None:
+        """Make *file* the object at *url*, in one step; *anew*: unless there is one by now.
+
+        Raises:
+            FetchError: S3 refuses, or does not answer.
+        """
+        bucket, _, key = url.removeprefix(SCHEME).partition("/")
+        region = self._regions.get(bucket)
+        guards = ({"IfNoneMatch": "*"}, {}) if anew else ({},)
+        for guard in guards:
+            # By boto3 alone, which sends a file as it reads it.
+            try:
+                with (
+                    contextlib.closing(_connect(self._options, region)) as s3,
+                    file.open("rb") as f,
+                ):
+                    s3.put_object(Bucket=bucket, Key=key, Body=f, **guard)
+                return
+            except Exception as error:
+                if guard and is_held(error):
+                    return
+                if not (guard and is_unknown(error)):
+                    raise translate_error(error, url) from None
 
     def _with_part_bytes(self, artifact: Artifact, info: ObjectInfo) -> ObjectInfo:
         """Return *info* with the size of the parts that an object was uploaded in.
@@ -248,7 +296,9 @@ class S3Store:
             return self._s3[region]
 
 
-def _connect(options: S3Options, region: str | None, answer: Callable[..., Any]) -> Any:
+def _connect(
+    options: S3Options, region: str | None, answer: Callable[..., Any] | None = None
+) -> Any:
     import boto3
     from botocore.config import Config
 
@@ -263,12 +313,14 @@ def _connect(options: S3Options, region: str | None, answer: Callable[..., Any])
         "s3",
         endpoint_url=options.endpoint_url,
         region_name=region or session.region_name or "us-east-1",
+        verify=options.ca_bundle and str(options.ca_bundle),
         config=Config(
             signature_version="s3v4",
             retries={"mode": "standard", "total_max_attempts": options.retries + 1},
         ),
     )
-    client.meta.events.register_first("before-send.s3", answer)
+    if answer is not None:
+        client.meta.events.register_first("before-send.s3", answer)
     return client
 
 

@@ -25,6 +25,8 @@ _NEXT_STEPS = {
 _DENIED_STEP = "check the credentials, their region, and that they may list and read there"
 _EXPIRED_STEP = "give new ones and run again; what has been fetched is kept"
 _ABSENT = {"NoSuchBucket", "NoSuchKey", "NotFound", "404"}
+_HELD = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
+_UNKNOWN = {"NotImplemented", "501"}
 
 
 def translate_error(error: Exception, where: str) -> Exception:
@@ -71,6 +73,29 @@ def translate_error(error: Exception, where: str) -> Exception:
             else "check s3_endpoint_url, and that this machine reaches it",
         )
     return error
+
+
+def is_absent(error: Exception) -> bool:
+    """Return whether S3 says that there is no such object."""
+    return _code(error) in _ABSENT
+
+
+def is_held(error: Exception) -> bool:
+    """Return whether S3 says that there is an object, or will be one, where none should be."""
+    return _code(error) in _HELD
+
+
+def is_unknown(error: Exception) -> bool:
+    """Return whether a service says that it does not know what was asked for."""
+    return _code(error) in _UNKNOWN
+
+
+def _code(error: Exception) -> str:
+    from botocore.exceptions import ClientError
+
+    if not isinstance(error, ClientError):
+        return ""
+    return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def unanswered(error: TransientError) -> TransientError:
