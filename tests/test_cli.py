@@ -54,6 +54,31 @@ def config(origin: FaultyOrigin, tmp_path: Path) -> Path:
     return path
 
 
+_LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("inspect", _LONG),
+        ("plan", _LONG),
+        ("sums", _LONG),
+        ("clean", _LONG),
+        ("settings", _LONG),
+        ("consolidate", _LONG, "--output", "x"),
+        ("merge", "--base", _LONG, "--adapter", "x", "--output", "x"),
+        ("inspect", "loop"),
+    ],
+)
+def test_paths_that_the_system_refuses(command: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    found = [str(tmp_path / "loop") if word == "loop" else word for word in command]
+    done = run(*found, "--json")
+    assert done.returncode in (2, 3, 4, 5), done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads(done.stdout)["error"]["where"]
+
+
 def test_plan_json(config: Path, origin: FaultyOrigin, tmp_path: Path) -> None:
     done = run("plan", config, "--json")
     assert done.returncode == 0, done.stderr

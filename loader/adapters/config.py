@@ -33,6 +33,7 @@ _FOREIGN = {
     "velora_config": "VeLoRA",
 }
 _MOST_RANK = 1 << 20
+_MOST_PATTERNS = 10_000
 _MOST_ALPHA = 3e38  # float32's
 MERGEABLE_TYPES = ("LORA", "LOHA", "LOKR", "IA3", "VERA")
 
@@ -208,6 +209,9 @@ def _pattern(values: Mapping[str, object], key: str, problems: list[str]) -> dic
     found = values.get(key) or {}
     if not isinstance(found, dict):
         problems.append(f"{key}: expected a map, got {reprlib.repr(found)}")
+        return {}
+    if len(found) > _MOST_PATTERNS:  # each is matched with every module
+        problems.append(f"{key}: more than {_MOST_PATTERNS} entries")
         return {}
     for name, value in found.items():
         if problem := pattern_problem(name):

@@ -48,7 +48,7 @@ def pattern_problem(pattern: object) -> str | None:
     if not isinstance(pattern, str) or len(pattern) > _LONGEST:
         return f"no text of at most {_LONGEST} characters"
     try:
-        re.compile(_suffix(pattern))
+        _compiled(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         return f"no regular expression: {error}"
     return None
@@ -61,7 +61,7 @@ def matches_suffix(pattern: str, module: str) -> bool:
         AdapterError: that cannot be told in a short time.
     """
     if _PLAIN.fullmatch(pattern):
-        return re.match(_suffix(pattern), module) is not None
+        return _compiled(pattern).match(module) is not None
     return _ask_once(_suffix(pattern), module)
 
 
@@ -81,6 +81,11 @@ def check_whole(pattern: str, modules: Sequence[str]) -> None:
 
 def _suffix(pattern: str) -> str:
     return rf"(.*\.)?({pattern})$"
+
+
+@lru_cache(1 << 15)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(_suffix(pattern))
 
 
 class _Matcher:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator
 from typing import NoReturn, TextIO
 
-from loader.errors import LoaderError, one_line, redact
+from loader.errors import DiskError, LoaderError, one_line, redact
 from loader.log_lines import shown
 
 VERSION = 1  # of every JSON document; a field may be added without a new number
@@ -79,10 +80,7 @@ def errors_shown(as_json: bool, kept: str = "what has been fetched is kept") -> 
     try:
         yield
     except LoaderError as error:
-        say_error(f"error: {error}")
-        if as_json:
-            write_json({"error": error.to_json()})
-        raise SystemExit(error.exit_code) from None
+        _end(error, as_json)
     except StopSignal as stop:
         say(f"ended by {stop}; {kept}")
         if as_json:
@@ -94,9 +92,29 @@ def errors_shown(as_json: bool, kept: str = "what has been fetched is kept") -> 
         say_error(f"error: no answer; {kept}")
         raise SystemExit(_UNEXPECTED) from None
     except Exception as error:
-        _unexpected(error, as_json)
+        if not isinstance(error, OSError) or error.filename is None:
+            _unexpected(error, as_json)
+        _log.debug("the system refused a path", exc_info=error)
+        _end(_of_path(error), as_json)
     finally:
         signals.restore()
+
+
+def _end(error: LoaderError, as_json: bool) -> NoReturn:
+    say_error(f"error: {error}")
+    if as_json:
+        write_json({"error": error.to_json()})
+    raise SystemExit(error.exit_code) from None
+
+
+def _of_path(error: OSError) -> LoaderError:
+    """Return our error for what the system has against a path, which a person gave or laid."""
+    return DiskError(
+        "a path that cannot be used",
+        where=os.fsdecode(error.filename) if not isinstance(error.filename, int) else "",
+        got=error.strerror or type(error).__name__,
+        next_step="give another path, or what the system asks for: room, a right, a shorter name",
+    )
 
 
 def _unexpected(error: Exception, as_json: bool) -> NoReturn:

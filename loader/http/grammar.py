@@ -159,8 +159,9 @@ def _parse(text: bytes, on_header: Callable[[bytes, bytes], object]) -> Head:
     except httptools.HttpParserError as error:
         raise AnswerError(str(error)) from None
     version, status = parser.get_http_version(), parser.get_status_code()
-    if version not in ("1.0", "1.1") or status < 100:
-        raise AnswerError(f"HTTP/{version} {status:03}")
+    is_http = text.lstrip(b"\r\n").startswith(b"HTTP/")  # the parser knows RTSP and ICE, too
+    if not is_http or version not in ("1.0", "1.1") or status < 100:
+        raise AnswerError(f"HTTP/{version} {status:03}" if is_http else "no HTTP")
     return Head(version, status, callbacks.reason.decode("latin-1"), {})
 
 

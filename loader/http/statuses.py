@@ -53,7 +53,7 @@ def check_status(url: str, answer: Answer, wanted: Wanted) -> None:
             where=url,
             next_step="run again later; what has been fetched is kept",
         )
-        error.retry_after_s = _retry_after(answer)
+        error.retry_after_s = retry_after_s(answer.fields.get("retry-after", ""))
         error.busy = status in _BUSY
         raise error
     if status == 412:
@@ -80,24 +80,24 @@ def object_info(url: str, answer: Answer, wanted: Wanted) -> ObjectInfo:
     tag = fields.get("etag", "")
     version = tag if tag.startswith(('"', 'W/"')) else fields.get("last-modified")
     checksums = read_checksums(fields.items())
+    match = _CONTENT_RANGE.match(fields.get("content-range", ""))
     if answer.status == 200:
+        if match is not None and match["start"] and not _is_all(match):
+            raise _unclear(url, "a whole object, as status 200 says", match[0])
         size = read_length(fields)
         size = wanted.known_bytes if size is None else size
         if size is None and wanted.is_sized:
             raise UnsizedError("the origin does not tell the object's size", where=url)
         return ObjectInfo(size or 0, version, False, checksums)
-    match = _CONTENT_RANGE.match(fields.get("content-range", ""))
     if match is not None and match["total"] == "0":
         return ObjectInfo(0, version, True, checksums)  # whatever range of nothing that is
     if answer.status == 416 and (match is None or match["total"] == "*"):
-        return ObjectInfo(0, version)  # only an empty object has no first byte
+        if wanted.known_bytes != 0:  # an empty object has no first byte; others may refuse ranges
+            raise UnsizedError("a range is refused, and no size told", where=url)
+        return ObjectInfo(0, version)
     if wanted.span is None or match is None:
-        raise FetchError(
-            "an answer to a range that does not say what it holds",
-            where=url,
-            expected="Content-Range: bytes <start>-<last>/<size>",
-            got=fields.get("content-range") or "no Content-Range",
-        )
+        expected = "Content-Range: bytes <start>-<last>/<size>"
+        raise _unclear(url, expected, fields.get("content-range") or "no Content-Range")
     total = wanted.known_bytes if match["total"] == "*" else int(match["total"])
     if match["start"] is None:
         raise _changed(url, "a range inside it is refused")
@@ -120,6 +120,16 @@ def object_info(url: str, answer: Answer, wanted: Wanted) -> ObjectInfo:
             got=f"Content-Length: {length}",
         )
     return ObjectInfo(total, version, True, checksums)
+
+
+def _is_all(held: re.Match[str]) -> bool:
+    return int(held["start"]) == 0 and held["total"] in ("*", str(int(held["last"]) + 1))
+
+
+def _unclear(url: str, expected: str, got: str) -> FetchError:
+    return FetchError(
+        "an answer that does not say which bytes it holds", where=url, expected=expected, got=got
+    )
 
 
 def check_version(url: str, info: ObjectInfo, asked: ObjectInfo | None) -> None:
@@ -155,8 +165,9 @@ def _changed(url: str, got: str) -> ChangedError:
     )
 
 
-def _retry_after(answer: Answer) -> float | None:
-    value = answer.fields.get("retry-after", "").strip()
+def retry_after_s(value: str) -> float | None:
+    """Return the seconds that a ``Retry-After`` asks for, None where it is none."""
+    value = value.strip()
     if value.isdecimal():
         return float(value)
     if not value:
@@ -165,7 +176,7 @@ def _retry_after(answer: Answer) -> float | None:
 
     try:
         until = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return max(0.0, until.timestamp() - time.time())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -97,7 +98,8 @@ def _read(name: str, roots: Sequence[Path]) -> NamedBase | None:
         return NamedBase(repo, match["revision"]) if REPO_ID.fullmatch(repo) else None
     if roots and name.startswith(CHECKPOINT_SCHEME):
         name = f"{roots[0]}/{name.removeprefix(CHECKPOINT_SCHEME)}"  # of a job that was fetched
-    if Path(name).is_dir():  # which is taken for a folder, whatever else the name could mean
+    # Which is taken for a folder, whatever else the name could mean.
+    if os.path.isdir(name):  # noqa: PTH112 - False of what is no path at all
         folder = Path(name).resolve()
         return NamedBase(str(folder)) if any(map(folder.is_relative_to, roots)) else None
     return NamedBase(name) if REPO_ID.fullmatch(name) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
@@ -19,6 +18,7 @@ from loader.errors import (
     LoaderError,
     TransientError,
 )
+from loader.http.statuses import retry_after_s
 
 _BUSY, _DENIED = (429, 503), 401
 _PASSING = (408, 425, *_BUSY)
@@ -183,8 +183,7 @@ def _of_status(error: Exception, status: int, where: str) -> FetchError:
     found = TransientError("the Hub does not answer now", where=where, got=f"HTTP {status}")
     found.busy = status in _BUSY
     headers: Mapping[str, str] = getattr(getattr(error, "response", None), "headers", None) or {}
-    with contextlib.suppress(ValueError):
-        found.retry_after_s = float(headers.get("Retry-After", ""))
+    found.retry_after_s = retry_after_s(headers.get("Retry-After", ""))
     return found
 
 

@@ -131,6 +131,18 @@ def test_numbers_that_are_none(field: str, value: object) -> None:
     assert len(str(caught.value)) < 2000
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_as_many_as_are_worth_matching(field: str) -> None:
+    values = {"peft_type": "LORA", "r": 8, "lora_alpha": 8}
+    values[field] = {f"layers.{i}": 4 for i in range(10_000)}
+    config = parse_adapter_config(values, Path("x"))
+    modules = [f"model.layers.{i}" for i in range(200)]
+    assert [config.rank_of(m) * config.alpha_of(m) for m in modules] == [32.0] * 200
+    values[field]["one more"] = 4
+    with pytest.raises(AdapterError, match="PEFT refuses"):
+        parse_adapter_config(values, Path("x"))
+
+
 @pytest.fixture
 def matcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One that has matched nothing yet."""

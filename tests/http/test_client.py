@@ -18,6 +18,7 @@ from loader.errors import ChangedError, ExpiredError, FetchError, TransientError
 from loader.http.body import HttpStream
 from loader.http.client import HttpClient, HttpOptions
 from loader.http.objects import Checksum, ObjectInfo
+from loader.http.statuses import retry_after_s
 from loader.stores.presigned import PresignedStore
 from loader.types import Artifact
 from tests.http.raw import answering
@@ -160,6 +161,24 @@ def test_a_date_to_come_back(
         store.stat(artifact)
     assert caught.value.retry_after_s is not None
     assert least_s <= caught.value.retry_after_s <= most_s
+
+
+@pytest.mark.parametrize(
+    ("value", "asked_s"),
+    [
+        ("7", 7),
+        (" 7 ", 7),
+        ("9" * 5000, float("inf")),
+        ("Mon, 01 Jan 0001 00:00:00 GMT", 0),
+        *(
+            (value, None)
+            for value in ("", "nan", "inf", "-5", "1e3", "²", "soon", "Thu, 99 Foo 99999 99:99:99")
+        ),
+        ("Fri, 31 Dec 9999 23:59:59 +99999999999999", None),
+    ],
+)
+def test_what_may_be_a_time_to_come_back(value: str, asked_s: float | None) -> None:
+    assert retry_after_s(value) == asked_s
 
 
 @pytest.mark.parametrize(("code", "said"), [(403, "access"), (404, "not there"), (418, "refuses")])

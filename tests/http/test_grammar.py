@@ -55,6 +55,7 @@ ROWS = {
         b"abc", why="invalid, or a blank; one line to some is two to others",
     ),
     "another protocol": Row("9112 4", b"SSH-2.0-OpenSSH\r\n\r\n", None),
+    "RTSP": Row("9112 2.3", b"RTSP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nabc", None),
     "HTTP/2 in words": Row(
         "9112 2.3", b"HTTP/2 200 OK\r\nContent-Length: 3\r\n\r\nabc", None, b"abc", None,
         "its answers are not written like this",

@@ -68,7 +68,10 @@ EMPTY = [
     b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
     b"HTTP/1.1 416 R\r\nContent-Range: bytes */0\r\nContent-Length: 3\r\n\r\nerr",
     b"HTTP/1.1 416 R\r\nContent-Range: Bytes */0\r\nContent-Length: 0\r\n\r\n",
+]
+REFUSED = [
     b"HTTP/1.1 416 R\r\nContent-Range: bytes */*\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 416 R\r\nContent-Range: bytes 0\r\nContent-Length: 0\r\n\r\n",
     b"HTTP/1.1 416 R\r\nContent-Length: 0\r\n\r\n",
 ]
 
@@ -78,6 +81,33 @@ EMPTY = [
 def test_an_empty_object(said: bytes, size: int | None, tmp_path: Path) -> None:
     with answering(said) as origin:
         assert bring(origin, tmp_path, size) == b""
+
+
+@pytest.mark.parametrize("said", REFUSED)
+@pytest.mark.parametrize("content", [b"", b"small", CONTENT])
+@pytest.mark.parametrize("listed", [True, False])
+def test_ranges_that_are_refused(said: bytes, content: bytes, listed: bool, tmp_path: Path) -> None:
+    def talk(sock: socket.socket, request: bytes) -> bool:
+        whole = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(content) + content
+        sock.sendall(said if RANGE.search(request) else whole)
+        return True
+
+    with answering(talk) as origin:
+        assert bring(origin, tmp_path, len(content) if listed else None) == content
+
+
+@pytest.mark.parametrize("held", [b"0-9/1024", b"1-10/11", b"0-9/9"])
+def test_a_part_that_calls_itself_all(held: bytes, tmp_path: Path) -> None:
+    said = b"HTTP/1.1 200 OK\r\nContent-Range: bytes %s\r\nContent-Length: 10\r\n\r\n" % held
+    with answering(said + b"0123456789") as origin, pytest.raises(FetchError, match="which bytes"):
+        bring(origin, tmp_path, None)
+
+
+@pytest.mark.parametrize("held", [b"0-9/10", b"0-9/*", b"*/10"])
+def test_all_that_calls_itself_a_range(held: bytes, tmp_path: Path) -> None:
+    said = b"HTTP/1.1 200 OK\r\nContent-Range: bytes %s\r\nContent-Length: 10\r\n\r\n" % held
+    with answering(said + b"0123456789") as origin:
+        assert bring(origin, tmp_path, None) == b"0123456789"
 
 
 def ranged(unit: bytes, total: bytes, *, tells_whole: bool = True) -> Callable[..., bool]:

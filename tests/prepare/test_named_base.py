@@ -73,6 +73,8 @@ def test_a_revision_that_a_person_chose_stays(tmp_path: Path) -> None:
         "org--x/model",
         "a..b",
         "x" * 97,
+        "x" * 5000,
+        "/" + "x" * 300,
         "org/mödel",
         "-rf",
         ".",
