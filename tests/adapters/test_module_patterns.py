@@ -133,12 +133,12 @@ def test_numbers_that_are_none(field: str, value: object) -> None:
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_as_many_as_are_worth_matching(field: str) -> None:
-    values = {"peft_type": "LORA", "r": 8, "lora_alpha": 8}
-    values[field] = {f"layers.{i}": 4 for i in range(10_000)}
+    pattern = {f"layers.{i}": 4 for i in range(10_000)}
+    values = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, field: pattern}
     config = parse_adapter_config(values, Path("x"))
     modules = [f"model.layers.{i}" for i in range(200)]
     assert [config.rank_of(m) * config.alpha_of(m) for m in modules] == [32.0] * 200
-    values[field]["one more"] = 4
+    pattern["one more"] = 4
     with pytest.raises(AdapterError, match="PEFT refuses"):
         parse_adapter_config(values, Path("x"))
 
