@@ -46,6 +46,7 @@ from loader.prepare.consolidated import (
 from loader.prepare.fits import check_size
 from loader.prepare.inputs import UnprovedError, proving
 from loader.prepare.named_base import named_base, named_revision
+from loader.prepare.wholeness import WholenessCheck
 from loader.stores.registry import is_remote
 from loader.timeline import Timeline
 from loader.types import ReadyModel
@@ -103,7 +104,8 @@ def make_adapted(
     comes_along = base is not None or is_remote(name)
     decision = decide(settings.adapter_policy, adapters, base_is_fetched=comes_along)
     _log.info("adapters: %s", decision.why)
-    job = _Job(settings, adapters, decision, timeline, progress, announce)
+    check = WholenessCheck(settings, timeline)
+    job = _Job(settings, adapters, decision, timeline, progress, announce, check)
     sweep(job.cache, _MERGING)
     with contextlib.ExitStack() as stack:
         if base is None:
@@ -113,6 +115,8 @@ def make_adapted(
                 job.tell_config(base.path)
         job.know_base(base.path)
         plain = _check_base(job, base)
+        if base.weights is not None:
+            check.begin(str(base.path), base.path, base.weights)
         with timeline.stage("base model"):
             base.begin()
         if job.decision.mode == "attach" and settings.engine == "vllm":
@@ -138,10 +142,13 @@ def _make(
         elif job.announce:
             _announce_attached(job, base.weights, base.path, plain, folder)
     whole = base.identify(weights=job.is_merge)
+    if base.weights is None and not (isinstance(base, LocalBase) and base.source):
+        job.whole.begin(str(base.path), base.path)  # one that was consolidated was compared then
     made_from = job.describe(whole, sources)
     output = output_folder(job.settings, job.decision.mode, made_from)
     if merged is not None:
         prove_kept(job.settings, whole, *sources)
+        job.whole.wait()
         ready = _named(merged, output)
     else:
         with job.timeline.stage(job.decision.mode):
@@ -151,6 +158,7 @@ def _make(
                 prove_kept(job.settings, *sources)
                 allow_pickle = job.settings.allow_pickle
                 ready = attach(whole.path, job.adapters, output, allow_pickle=allow_pickle)
+    job.whole.wait()
     if output.is_dir():
         use(output)
     provenance = ready.provenance | {"why": job.decision.why, "made_from": made_from}
@@ -169,6 +177,7 @@ class _Job:
     timeline: Timeline
     progress: Progress | None
     announce: Announce | None
+    whole: WholenessCheck
 
     @property
     def cache(self) -> Path:
@@ -316,12 +325,14 @@ def _merge_proved(
             finally:  # files that rotted may be why a merge fails
                 wait()
             check()  # nor were they written to since; nothing else is read again
+            job.whole.wait()
             return _named(merged, output)
     except UnprovedError:
         if not isinstance(base, HubBase):
             raise
     _log.warning("the base model is not what the Hub declares; it is fetched again")
     base.begin(only=None)
+    job.whole.begin(str(base.path), base.path)
     with scratch_folder(job.cache, _MERGING) as folder:
         check()
         return _named(_merge(job, whole.path, folder / "model"), output)

@@ -28,6 +28,7 @@ from loader.prepare.bases import (
 from loader.prepare.checkpoint_sources import SHARDED, BaseModel, Source, find_sources
 from loader.prepare.consolidated import make_whole
 from loader.prepare.engine_start import Announcement
+from loader.prepare.wholeness import WholenessCheck
 from loader.types import Kind, ReadyModel, Snapshot
 from loader.weights.formats.refused import find_refusal
 from loader.weights.formats.serving import is_shard
@@ -252,13 +253,20 @@ def _serve_whole(
     path = model.checkpoint.path
     check_weights(settings, model.checkpoint)
     ready = _describe_whole(settings, model, path, delivery)
+    check = WholenessCheck(settings, delivery.timeline)
+    weights = None
     if later:
         base = ArrivingBase(path, delivery, model.as_base, sorted(later))
         weights = base.weights if announce else None
         base.begin()
-        if announce and weights:
-            announce(weights, ready)
+    if later and not weights:
         delivery.wait()
+    if not model.is_made:  # consolidating has compared it
+        check.begin(model.place, path, weights)
+    if announce and weights:
+        announce(weights, ready)
+    delivery.wait()
+    check.wait()
     return replace(ready, provenance=ready.provenance | {"files": dict(model.files)})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
@@ -105,7 +105,7 @@ def read_architecture(
     None where transformers is not installed, or has no such class.
     """
     try:
-        model = _build(config)
+        model = build_model(config)
     except Exception as error:  # a config may fail in as many ways as there are models
         _log.debug(
             "transformers makes no model of this config: %s: %s", type(error).__name__, error
@@ -114,7 +114,12 @@ def read_architecture(
     return _describe(model, tensors)
 
 
-def _build(config: Mapping[str, object]) -> PreTrainedModel:
+def build_model(config: Mapping[str, object]) -> PreTrainedModel:
+    """Return the model that a ``config.json`` is of, without weights and as if none was quantised.
+
+    Raises:
+        Exception: whatever transformers, or a class of it, has against the config.
+    """
     check_counts(config)
     with importing:
         import transformers
@@ -135,8 +140,8 @@ def _describe(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> Arch
     places = {id(tensor): name for name, tensor in reversed(list(model.named_parameters()))}
     ends = [model.get_input_embeddings, model.get_output_embeddings]
     embedding, head = (places.get(id(_weight_of(get))) for get in ends)
-    conversions = _Conversions(model, state)
-    decoder = _quietly(model.get_decoder)
+    conversions = Conversions(model, state)
+    decoder = quietly(model.get_decoder)
 
     def stored_name(parameter: str) -> str:
         fake = torch.empty(state[parameter].shape, device="meta")
@@ -157,7 +162,7 @@ def _describe(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> Arch
     )
 
 
-def _quietly(get: Callable[[], Any]) -> Any:
+def quietly(get: Callable[[], Any]) -> Any:
     """Return what *get* does, None where the class has no such part."""
     try:
         return get()
@@ -166,12 +171,12 @@ def _quietly(get: Callable[[], Any]) -> Any:
 
 
 def _weight_of(get: Callable[[], Any]) -> Any:
-    return getattr(_quietly(get), "weight", None)
+    return getattr(quietly(get), "weight", None)
 
 
 def _head_name(model: PreTrainedModel) -> str | None:
     """Return the head's parameter, which is the embedding's too where they are tied."""
-    head = _quietly(model.get_output_embeddings)
+    head = quietly(model.get_output_embeddings)
     names = (name for name, module in model.named_modules() if module is head and head is not None)
     return next((f"{name}.weight" for name in names), None)
 
@@ -187,7 +192,16 @@ def _tied(model: PreTrainedModel) -> Mapping[str, tuple[str, ...]]:
     )
 
 
-class _Conversions:
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """Parameters that transformers computes from the tensors *names*, gathered by pattern."""
+
+    targets: Sequence[str]
+    names: Sequence[Sequence[str]]
+    operations: Sequence[Any]
+
+
+class Conversions:
     """How transformers turns the names and tensors of a checkpoint into those of *model*."""
 
     def __init__(self, model: PreTrainedModel, state: Mapping[str, Any]) -> None:
@@ -219,23 +233,34 @@ class _Conversions:
 
     def place(self, tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[Piece, ...]]:
         """Return where every parameter lies in a checkpoint of *tensors*."""
+        plain, converted = self.gather(tensors)
+        found: dict[str, tuple[Piece, ...]] = {
+            t: (Piece.whole(name, tensors[name].shape),) for t, name in plain.items()
+        }
+        for one in converted:
+            found |= self._undo(one.operations, one.names, one.targets, tensors)
+        return found
+
+    def gather(self, names: Iterable[str]) -> tuple[dict[str, str], list[Converted]]:
+        """Return what *names* of a checkpoint become: parameter -> name, and what is computed."""
         from transformers.core_model_loading import dot_natural_key
 
-        found: dict[str, tuple[Piece, ...]] = {}
+        plain: dict[str, str] = {}
         gathered: dict[tuple[str, int], dict[str, list[str]]] = {}
-        for name in sorted(tensors, key=dot_natural_key):
+        for name in sorted(names, key=dot_natural_key):
             target, pattern = self._rename(name)
             if pattern is None:
-                found[target] = (Piece.whole(name, tensors[name].shape),)
+                plain[target] = name
                 continue
             number = next(i for i, c in enumerate(self._converters) if pattern in c.source_patterns)
             gathered.setdefault((target, number), {}).setdefault(pattern, []).append(name)
-        for (target, number), names in gathered.items():
+        converted = []
+        for (target, number), by_pattern in gathered.items():
             converter = self._converters[number]
-            ordered = [names[p] for p in converter.source_patterns if p in names]
+            ordered = [by_pattern[p] for p in converter.source_patterns if p in by_pattern]
             targets = _expand(converter.target_patterns, target)
-            found |= self._undo(converter.operations, ordered, targets, tensors)
-        return found
+            converted.append(Converted(targets, ordered, converter.operations))
+        return plain, converted
 
     def _undo(
         self,

@@ -1,8 +1,8 @@
-"""A model's tensor names, learned in a process of its own while this one does other work.
+"""What transformers knows of a model, learned in a process of its own beside other work.
 
 Importing transformers takes seconds, and in a pod another thread may be importing vLLM meanwhile,
 which has to be waited for: modules that import each other in circles come in one thread at a time.
-The process imports them at once and waits until it is asked for a folder.
+The process imports them at once and waits until it is asked.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from loader.errors import UnsupportedError
+from loader.import_lock import importing
 from loader.json_text import parse_json
 from loader.units import show_seconds
 from loader.weights.architecture import is_at_hand
 from loader.weights.formats.expected import ModelNames, read_model_names
+from loader.weights.gaps import Gaps, Shapes, compare_layers, find_gaps
 
 # Large packages that transformers imports where it finds them, and one that fetches code. A few
 # models of its cannot be built without, which then fails there, and is done here.
@@ -41,36 +44,75 @@ def learning_names() -> Iterator[Callable[[Path], ModelNames]]:
     if is_at_hand():
         yield read_model_names
         return
+
+    def learn(folder: Path) -> ModelNames:
+        told = _ask(process, folder / "config.json", {"folder": str(folder.absolute())})
+        return ModelNames.from_json(told) if told else read_model_names(folder)
+
+    with _started() as process:
+        yield learn
+
+
+def learn_gaps(
+    place: Path, config: Mapping[str, object], shapes: Shapes, *, text_only: bool
+) -> Gaps:
+    """Return what ``find_gaps`` does; here where transformers is imported here, or just now is.
+
+    *config* is read from *place*.
+
+    Raises:
+        UnsupportedError: the class takes too long to be made.
+    """
+    with importing:
+        is_here = "transformers.modeling_utils" in sys.modules
+    told = None
+    if not is_here:
+        with _started() as process:
+            question = {"config": config, "shapes": shapes, "text_only": text_only}
+            told = _ask(process, place, question)
+    if told:
+        return Gaps.from_json(told)
+    try:
+        return find_gaps(config, shapes, text_only=text_only)
+    except ImportError:
+        return compare_layers(shapes)
+
+
+@contextlib.contextmanager
+def _started() -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-P", "-c", _MAIN, json.dumps(sys.path)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
         try:
-            yield lambda folder: _ask(process, folder) or read_model_names(folder)
+            yield process
         finally:
             process.kill()
 
 
-def _ask(process: subprocess.Popen[bytes], folder: Path) -> ModelNames | None:
-    """Return what the process says, None where it could not learn the names."""
+def _ask(
+    process: subprocess.Popen[bytes], config: Path, question: Mapping[str, object]
+) -> Mapping[str, Any] | None:
+    """Return what the process says, None where it could not learn it."""
     try:
-        answered, _ = process.communicate(os.fsencode(folder.absolute()), _LIMIT_S)
+        answered, _ = process.communicate(json.dumps(question).encode(), _LIMIT_S)
     except subprocess.TimeoutExpired:
         raise UnsupportedError(
             "a config.json of which transformers makes no model in time",
-            where=str(folder / "config.json"),
+            where=str(config),
             expected=f"an answer within {show_seconds(_LIMIT_S)}",
             next_step="save the model with save_pretrained in the training job",
         ) from None
     except OSError:
         return None
     try:
-        return ModelNames.from_json(parse_json(answered))
+        told = parse_json(answered)
     except ValueError:
         return None
+    return told if isinstance(told, dict) else None
 
 
 def answer() -> None:
-    """Be that process: read a folder from standard input, write the names to standard output."""
+    """Be that process: read what is asked from standard input, answer to standard output."""
     asked = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())  # no library asks for a "y" there
     answers = os.dup(sys.stdout.fileno())
@@ -80,7 +122,9 @@ def answer() -> None:
         sys.modules[name] = None  # type: ignore[assignment]
     for name in ("torch", "transformers.modeling_utils", "transformers.models.auto.modeling_auto"):
         importlib.import_module(name)
-    names = read_model_names(Path(os.fsdecode(asked.read())))
+    question = json.loads(asked.read())
+    about = "folder" in question
+    told = read_model_names(Path(question["folder"])) if about else find_gaps(**question)
     with os.fdopen(answers, "w") as file:
-        json.dump(names.to_json(), file)
+        json.dump(told.to_json(), file)
     os._exit(0)  # the interpreter takes a while to take all of it down
