@@ -88,8 +88,8 @@ class _ThrottledHandler(Handler):
             super().send_bytes(fd, place, upto)
 
 
-def publish(folder: Path, layers: int) -> int:
-    """Lay a base and an adapter out below *folder* as an origin has them; return their bytes."""
+def publish(folder: Path, layers: int, *, adapter: bool = True) -> int:
+    """Lay a base, and an adapter, out below *folder* as an origin has them; return their bytes."""
     from tests.models import tiny_llama, train_or_draw_lora
 
     jobs = folder / "origin" / "training_projects" / "demo" / "jobs"
@@ -106,10 +106,10 @@ def publish(folder: Path, layers: int) -> int:
             num_key_value_heads=4,
             max_shard_size="100MB",
         )
-        adapter = train_or_draw_lora(
-            base, folder / "lora", spread=0.02, r=16, target_modules="all-linear"
-        )
-        shutil.copytree(adapter, jobs / "tune" / "rank-0" / "checkpoint-1")
+        if adapter:
+            lora = folder / "lora"
+            train_or_draw_lora(base, lora, spread=0.02, r=16, target_modules="all-linear")
+            shutil.copytree(lora, jobs / "tune" / "rank-0" / "checkpoint-1")
         shutil.copytree(base, jobs / "base" / "rank-0" / "checkpoint-1")
     return sum(path.stat().st_size for path in jobs.rglob("*") if path.is_file())
 
@@ -135,7 +135,7 @@ def start_to_ready(command: Sequence[str], port: int, log: Path) -> float:
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
     try:
-        while not _is_ready(port):
+        while not is_ready(port):
             if process.poll() is not None or time.monotonic() - began > _LIMIT_S:
                 raise SystemExit(f"{command[:4]} did not become ready:\n{log.read_text()[-3000:]}")
             time.sleep(0.05)
@@ -145,7 +145,8 @@ def start_to_ready(command: Sequence[str], port: int, log: Path) -> float:
         process.wait(60)
 
 
-def _is_ready(port: int) -> bool:
+def is_ready(port: int) -> bool:
+    """Return whether requests are answered at *port*."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
             return bool(answer.status == 200)
@@ -179,23 +180,19 @@ def sequential(origin: Origin, folder: Path) -> dict[str, float]:
     return steps
 
 
-def write_config(origin: Origin, folder: Path, **settings: object) -> Path:
-    """Return the config of a pod that fetches into *folder*."""
+def write_config(origin: Origin, folder: Path, *, adapter: bool = True, **settings: object) -> Path:
+    """Return the config of a pod that fetches into *folder*: base and adapter, or the base."""
     folder.mkdir(parents=True)
-    listings = [str(origin.write_listing(job, folder / f"{job}.json")) for job in ("tune", "base")]
+    jobs = ("tune", "base") if adapter else ("base",)
+    merged = {"base_model": "checkpoint:base/rank-0/checkpoint-1/", "adapter_policy": "merge"}
+    own = {"artifacts": [str(origin.write_listing(j, folder / f"{j}.json")) for j in jobs]}
+    references = [{"training_job_id": jobs[0], "paths": ["rank-0/"]}]
     config = {
         "training_checkpoints": {
             "download_folder": str(folder / "files"),
-            "artifact_references": [{"training_job_id": "tune", "paths": ["rank-0/"]}],
+            "artifact_references": references,
         },
-        "model_metadata": {
-            "podloader": {
-                "artifacts": listings,
-                "base_model": "checkpoint:base/rank-0/checkpoint-1/",
-                "adapter_policy": "merge",
-                **settings,
-            }
-        },
+        "model_metadata": {"podloader": own | (merged if adapter else {}) | settings},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))

@@ -32,7 +32,13 @@ from loader.prepare.wholeness import WholenessCheck
 from loader.types import Kind, ReadyModel, Snapshot
 from loader.weights.formats.refused import find_refusal
 from loader.weights.formats.serving import is_shard
-from loader.weights.inspect import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_checkpoints, is_safetensors
+from loader.weights.inspect import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MODULES,
+    find_checkpoints,
+    is_safetensors,
+)
 from loader.weights.vocabulary import warn_of_ids
 
 if TYPE_CHECKING:
@@ -130,8 +136,11 @@ def _find_later(settings: Settings, paths: Sequence[str], is_followed: bool) -> 
     base = settings.base_checkpoint
     home = f"{base.job}/{base.name}" if base else ""
     has_others = any(is_shard(path) or path.endswith(f"/{ADAPTER_CONFIG}") for path in paths)
+    known = set(paths)
     for path in paths:
         folder, _, name = path.rpartition("/")
+        if f"{folder.rpartition('/')[0]}/{MODULES}" in known:
+            continue  # a part of the model above, such as a projection: read beside its config
         of_base = folder == home and has_others and name.endswith(".safetensors")
         is_model = of_base or (is_followed and is_safetensors(name))
         if is_shard(path) or (is_model and name not in ADAPTER_WEIGHTS):

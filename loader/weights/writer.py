@@ -320,11 +320,9 @@ class Filling:
         self, folder: Path, plans: Sequence[ShardPlan], whole: Broadcast[str], but: Collection[str]
     ) -> None:
         self.heads = {plan.file_name: Head(plan.head, plan.size_bytes) for plan in plans}
-        self.small_files = {
-            path.relative_to(folder).as_posix(): path
-            for path in folder.rglob("*")
-            if path.is_file() and path.name not in {*self.heads, *but}
-        }
+        files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+        # A part in a folder of its own may have weights of the same name.
+        self.small_files = {n: p for n, p in files.items() if n not in {*self.heads, *but}}
         # The folder gets its name, and maybe another, before a follower asks.
         self._descriptors: dict[str, int] = {}
         weakref.finalize(self, _close_all, self._descriptors)

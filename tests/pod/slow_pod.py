@@ -7,12 +7,13 @@
     stall_s     before the last one, from when an engine's worker waits for it
     fails       "midway", or "proof" for a sum that is wrong when all is here
     another     what is returned has another name than what was announced
-    breaks      the feed ends when half of the tensors are here
+    breaks      the feed when half of the tensors are here: "close", or "cut", which it is not told
 """
 
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import tempfile
 import time
@@ -43,7 +44,7 @@ def _fill(filling: SlowFolder, scenario: dict[str, Any]) -> None:
                 while not any(feed.is_followed for feed in _feeds):
                     time.sleep(0.1)
                 for feed in _feeds:
-                    feed.close()
+                    _break(feed, scenario["breaks"])
     if scenario.get("stall_s"):
         while not any(feed.is_followed for feed in _feeds):
             time.sleep(0.1)
@@ -53,6 +54,13 @@ def _fill(filling: SlowFolder, scenario: dict[str, Any]) -> None:
 
 
 _feeds: list[Feed] = []
+
+
+def _break(feed: Feed, how: str) -> None:
+    if how == "close":
+        feed.close()
+    for one in feed._followers:
+        one.end.shutdown(socket.SHUT_RDWR)
 
 
 def _run(source: Path, scenario: dict[str, Any], arguments: list[str]) -> None:

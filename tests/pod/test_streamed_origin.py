@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from loader.serve.transformers import TransformersModel
-from tests.origin import FaultyHandler, FaultyOrigin
+from tests.fetch.test_faults import s3_says
+from tests.origin import Fault, FaultyHandler, FaultyOrigin, cut, slow, status
 from tests.pod.pods import RunningPod, start_pod, write_config
 
 pytestmark = pytest.mark.engine
@@ -27,17 +28,22 @@ _PATIENT: dict[str, Any] = {"engine_start": "stream", "retries": 100, "stall_tim
 
 
 class Gate:
-    """Lets the weights' headers through, and the weights once it is open."""
+    """Lets the weights' headers through, and the weights once it is open.
+
+    With *then*, some of them: all requests after the first meet that.
+    """
 
     def __init__(self) -> None:
         self.open = threading.Event()
+        self.then: Fault | None = None
+        self._meets = iter([cut(400_000)])
 
     def __call__(self, handler: FaultyHandler) -> bool:
         found = _RANGE.match(handler.headers.get("Range", ""))
         if handler.command == "HEAD" or (found and int(found[2]) - int(found[1]) < _HEAD_BYTES):
             return False
         self.open.wait(300)
-        return False
+        return self.then is not None and next(self._meets, self.then)(handler)
 
 
 @pytest.fixture
@@ -47,6 +53,7 @@ def gate(origin: FaultyOrigin) -> Iterator[Gate]:
     yield made
     made.open.set()
     origin.faults.clear()
+    origin.headers = lambda path: {}
 
 
 def wait_for_engine(pod: RunningPod) -> dict[str, Any]:
@@ -71,6 +78,46 @@ def expect(folder: Path, prompt: str) -> str:
     model.close()
     assert isinstance(found, dict)
     return str(found["choices"][0]["text"])
+
+
+def wrong_sum(path: str) -> dict[str, str]:
+    """Return what an origin tells that has another sum of the weights than they have."""
+    is_weights = path.endswith("base/model.safetensors")
+    return {"x-amz-checksum-crc64nvme": "AAAAAAAAAAA="} if is_weights else {}
+
+
+@pytest.mark.parametrize(
+    ("then", "told"),
+    [
+        pytest.param(s3_says(403, "ExpiredToken"), "expired", id="the URL ends midway"),
+        pytest.param(status(412), "changed while it was being read", id="the object changes"),
+        pytest.param(None, "do not sum up", id="the sum is wrong"),
+        pytest.param(slow(0.2), "disk", id="the disk refuses"),
+    ],
+)
+def test_weights_that_fail_end_an_engine_that_has_some_of_them(
+    origin: FaultyOrigin, gate: Gate, tmp_path: Path, then: Fault | None, told: str
+) -> None:
+    """It never serves; what is proved stays, and nothing else bears a name of the model."""
+    gate.then = then
+    if then is None:
+        origin.headers = wrong_sum
+    config = write_config(origin, tmp_path, "joba", adapter_policy="attach", **_PATIENT)
+    pod = start_pod(config, as_pid_1=False, environment=_ENVIRONMENT)
+    try:
+        wait_for_engine(pod)
+        family = [pod.pod, *pod.pod.children(recursive=True)]
+        if told == "disk":
+            pod.pod.rlimit(psutil.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        gate.open.set()
+        assert pod.wait(200) == 4, pod.text()
+        assert told in pod.text()[pod.text().rindex("error: ") :]
+        assert {status for _, status, _ in pod.answers} == {503}
+        assert not psutil.wait_procs(family, timeout=60)[1]
+        assert (tmp_path / "models/joba/rank-0/checkpoint-1/adapter_model.safetensors").is_file()
+        assert not list(tmp_path.rglob("model.safetensors"))
+    finally:
+        pod.close()
 
 
 def test_a_model_that_is_served_as_it_is_and_a_pod_that_was_killed(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -142,12 +145,15 @@ def test_a_download_that_fails_midway_is_what_is_told(start: Start) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize(
+    ("how", "told"), [("close", "the feed was closed"), ("cut", "the feed is gone")]
+)
 def test_where_the_feed_breaks_the_engine_starts_over_files(
-    start: Start, answers: dict[str, Any]
+    start: Start, answers: dict[str, Any], how: str, told: str
 ) -> None:
-    pod = start(breaks=True)
+    pod = start(breaks=how)
     pod.wait_ready()
-    assert "engine start: files, not streamed: the feed was closed" in pod.text()
+    assert pod.text().count(f"engine start: files, not streamed: {told}") == 1
     assert ask(pod) == answers.get("files", ask(pod))
 
 
@@ -178,6 +184,29 @@ def test_an_end_while_the_engine_waits_for_weights(
     assert pod.wait(60) == code
     assert not [process for process in family if _lives(process)]
     assert not list((tmp_path / "models").rglob("*.safetensors"))
+
+
+@pytest.mark.engine
+def test_a_signal_at_any_moment_ends_all_of_it(start: Start, tmp_path: Path) -> None:
+    """Whatever it is at: importing, waiting for weights with some of them, warming up, serving."""
+    moments_s, took_s = random.Random(18), []
+    for _ in range(10):
+        pod = start(pause_s=0.3)
+        pod.wait_answer()
+        moment_s = moments_s.uniform(0, 40)
+        with contextlib.suppress(AssertionError):
+            pod.wait_for(lambda body: body.get("status") == "ready", moment_s)
+        family = [pod.pod, *pod.pod.children(recursive=True)]
+        is_ready = pod.answers[-1][2].get("status") == "ready"
+        pod.stop_probing()
+        began = time.monotonic()
+        pod.signal(signal.SIGTERM)
+        code = pod.wait(30)
+        took_s.append(f"{moment_s:.1f}: {code} after {time.monotonic() - began:.2f}")
+        assert time.monotonic() - began < 5, took_s  # two seconds, on a machine that is not busy
+        assert code == (0 if is_ready else 143), pod.text()
+        assert not psutil.wait_procs(family, timeout=10)[1]
+        assert not list((tmp_path / "models").rglob("*.safetensors"))
 
 
 def _lives(process: psutil.Process) -> bool:

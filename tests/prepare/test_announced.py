@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from loader import boot
 from loader.arriving.filling import FillingFolder
@@ -115,6 +115,31 @@ def test_followed_while_it_comes(
     again = Follower()
     assert boot.prepare(settings, announce=again).path == ready.path
     assert not again.told  # all is here
+
+
+@pytest.mark.parametrize("case", ["full", "merge", "attach"])
+def test_parts_of_a_model_are_there_when_it_is_told_of(
+    origin: FaultyOrigin, tmp_path: Path, models: tuple[Path, Path], case: str
+) -> None:
+    """vLLM passes over a projection that is not there, without a word."""
+    job, follower = Job(origin, tmp_path), Follower()
+    settings_of(job, models, case)
+    place = "job1" if case == "full" else "basejob"
+    checkpoint = "checkpoint-10" if case == "full" else "checkpoint-5"
+    (origin.folder(place) / checkpoint / "modules.json").write_text("[]")
+    part = origin.folder(place) / checkpoint / "2_Dense" / FILE
+    part.parent.mkdir()
+    save_file({"linear.weight": torch.ones(4, 4)}, part)
+    (part.parent / "config.json").write_text("{}")
+    settings = job.settings(
+        "rank-0/",
+        jobs=("job1", "basejob") if place == "basejob" else ("job1",),
+        **({} if case == "full" else OVER_CHECKPOINT | {"adapter_policy": case}),
+    )
+    ready = boot.prepare(settings, announce=follower)
+    follower.threads[0].join(30)
+    assert follower.small["2_Dense/" + FILE] == part.read_bytes()
+    assert (ready.path / "2_Dense" / FILE).read_bytes() == part.read_bytes()
 
 
 @pytest.mark.parametrize("case", ["full", "merge", "attach"])

@@ -34,7 +34,7 @@ def main(folders: list[Path], answer: TextIO) -> None:
     with tempfile.TemporaryDirectory() as name:
         begin(Path(name))
         for folder in folders:
-            found[folder.name] = {PLAIN: _load(folder, "auto")}
+            found[folder.name] = {PLAIN: load(folder, "auto")}
             for order in ORDERS:
                 found[folder.name][order] = _load_slowly(folder, order, Path(name))
     with answer:
@@ -78,7 +78,7 @@ def _load_slowly(folder: Path, order: str, scratch: Path) -> dict[str, str]:
 
     thread = threading.Thread(target=fill)
     thread.start()
-    found = _load(taken.path, LOAD_FORMAT)
+    found = load(taken.path, LOAD_FORMAT)
     thread.join()
     assert feed.is_taken
     feed.close()
@@ -86,7 +86,8 @@ def _load_slowly(folder: Path, order: str, scratch: Path) -> dict[str, str]:
     return found
 
 
-def _load(folder: Path, load_format: str) -> dict[str, str]:
+def load(folder: Path, load_format: str) -> dict[str, str]:
+    """Return a digest of each parameter and buffer that vLLM has of *folder*."""
     from vllm.model_executor.model_loader import get_model
 
     from loader.serve.vllm.private import EngineArgs, set_current_vllm_config
