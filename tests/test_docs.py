@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from loader import errors
 from loader.cli.commands import _COMMANDS
 from loader.errors import LoaderError
+from loader.prepare.engine_start import FROM_FILES
 from loader.status.metrics import exposition
 from loader.status.state import Boot
 from loader.timeline import Span
@@ -139,6 +140,11 @@ def test_every_exit_code_is_that_of_its_error() -> None:
     own = [v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, LoaderError)]
     families = [error for error in own if error.__bases__ == (LoaderError,)]
     assert told == {e.__name__: e.exit_code for e in families if e.exit_code != 1}
+
+
+def test_every_reason_to_wait_for_whole_files_is_told() -> None:
+    page = " ".join((ROOT / "docs/failures.md").read_text(encoding="utf-8").split())
+    assert all(why in page for why in FROM_FILES)
 
 
 def test_the_documents_name_their_keys() -> None:

@@ -132,7 +132,7 @@ class Settings:
         "vllm", description="What answers: vLLM, or transformers + PEFT for smoke tests."
     )
     engine_start: Literal["auto", "stream", "files"] = _setting(
-        "files",
+        "auto",
         description="When vLLM takes the weights: `stream` as they arrive, merged or as they are, "
         "or `files` when all are here and proved. `auto`: `stream` where that can be.",
     )

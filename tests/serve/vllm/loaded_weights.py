@@ -21,6 +21,7 @@ from loader.types import STREAM_VARIABLE
 
 ORDERS = ("as they lie", "reversed", "shuffled")
 PLAIN = "files"
+DRAFT = "as a draft model, whose weights nobody feeds"
 
 
 def main(folders: list[Path], answer: TextIO) -> None:
@@ -28,6 +29,7 @@ def main(folders: list[Path], answer: TextIO) -> None:
     os.environ[STREAM_VARIABLE] = "1"
     os.environ["VLLM_TARGET_DEVICE"] = "cpu"
     from loader.serve.vllm import streamed_weights
+    from loader.serve.vllm.streaming import LOAD_FORMAT
 
     streamed_weights._SMALL_BYTES = 8192  # tiny models have tensors of both sorts
     found: dict[str, Any] = {}
@@ -35,6 +37,7 @@ def main(folders: list[Path], answer: TextIO) -> None:
         begin(Path(name))
         for folder in folders:
             found[folder.name] = {PLAIN: load(folder, "auto")}
+            found[folder.name][DRAFT] = load(folder, LOAD_FORMAT)
             for order in ORDERS:
                 found[folder.name][order] = _load_slowly(folder, order, Path(name))
     with answer:

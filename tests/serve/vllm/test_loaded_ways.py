@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin, serving, slow, write_listing
@@ -53,6 +53,7 @@ def publish(folder: Path, origin: FaultyOrigin) -> dict[str, dict[str, Any]]:
     heard = draw_whisper_lora(whisper, folder / "heard")
     for model in (base, tied, whisper, bert, quantised, adapter, heard):
         shutil.copytree(model, origin.folder() / model.name)
+    add_projection(origin.folder() / "bert")
     tensors = load_file(one / "model.safetensors")
     small = [path for path in one.iterdir() if path.suffix != ".safetensors"]
     for form in ("dcp", "zero"):
@@ -88,6 +89,20 @@ def publish(folder: Path, origin: FaultyOrigin) -> dict[str, dict[str, Any]]:
         "dcp of an adapter, merged": over("trained"),
         "attached over a local base": over("adapter", str(base), "attach"),
     }
+
+
+def add_projection(folder: Path) -> None:
+    """Put behind the embedder in *folder* what sentence-transformers calls a Dense module."""
+    modules = json.loads((folder / "modules.json").read_text())
+    kind = "sentence_transformers.models.Dense"
+    modules.append({"idx": 2, "name": "2", "path": "2_Dense", "type": kind})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "2_Dense").mkdir()
+    about: dict[str, Any] = {"in_features": 64, "out_features": 32, "bias": True}
+    about["activation_function"] = "torch.nn.modules.linear.Identity"
+    (folder / "2_Dense/config.json").write_text(json.dumps(about))
+    tensors = {"linear.weight": torch.randn(32, 64), "linear.bias": torch.randn(32)}
+    save_file(tensors, folder / "2_Dense/model.safetensors")
 
 
 def document(folder: Path, listing: Path, way: dict[str, Any]) -> dict[str, Any]:
@@ -136,6 +151,10 @@ def test_what_was_followed_is_what_files_are(loaded: dict[str, Any], way: str) -
 @pytest.mark.parametrize("way", FILES)
 def test_what_is_here_is_not_followed(loaded: dict[str, Any], way: str) -> None:
     assert loaded[way]["from"] == "files"
+
+
+def test_a_projection_is_in_what_was_followed(loaded: dict[str, Any]) -> None:
+    assert [name for name in loaded["embedder"]["arriving"] if "projector" in name]
 
 
 def test_adapters_are_in_what_was_merged(loaded: dict[str, Any]) -> None:

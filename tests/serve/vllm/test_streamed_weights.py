@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from loader.arriving.feed import Feed
 from loader.arriving.standins import EnginePath
@@ -23,9 +25,39 @@ from loader.serve.vllm.streamed_weights import read_weights
 from tests.filling import SlowFolder
 from tests.models import tiny_llama
 from tests.other_models import tiny_embedder, tiny_whisper
-from tests.serve.vllm.loaded_weights import ORDERS, PLAIN
+from tests.prepare.test_adapted import quantise
+from tests.serve.vllm.loaded_weights import DRAFT, ORDERS, PLAIN
 
-MODELS = ("llama", "tied", "own_head", "bert", "whisper")
+MODELS = ("llama", "tied", "own_head", "bert", "whisper", "int8", "mixtral")
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+QUANTISED: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": INT8 | {"strategy": "channel", "dynamic": False},
+            "input_activations": INT8 | {"strategy": "token", "dynamic": True},
+        }
+    },
+}
+
+
+def in_eight_bits(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    scale = weight.float().abs().amax(1, keepdim=True) / 127
+    return {name: (weight / scale).round().to(torch.int8), f"{name}_scale": scale.bfloat16()}
+
+
+def tiny_mixtral(folder: Path) -> None:
+    """Save a mixture of experts, whose tensors vLLM puts together."""
+    shutil.copytree(folder.parent / "one", folder)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    config = MixtralConfig(**sizes, **heads, vocab_size=vocabulary, initializer_range=0.1)
+    MixtralForCausalLM(config).bfloat16().save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +72,9 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     save_file(load_file(own) | head, own, {"format": "pt"})
     tiny_embedder(folder / "bert")
     tiny_whisper(folder / "whisper")
+    one = tiny_llama(folder / "one", dtype=torch.bfloat16)
+    quantise(one, folder / "int8", QUANTISED, in_eight_bits)
+    tiny_mixtral(folder / "mixtral")
     command = [sys.executable, "-m", "tests.serve.vllm.loaded_weights"]
     done = subprocess.run(
         [*command, *(str(folder / name) for name in MODELS)],
@@ -55,7 +90,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", [*ORDERS, DRAFT])
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_and_buffers_are_those_of_files(
     loaded: dict[str, Any], name: str, order: str
