@@ -133,19 +133,20 @@ def prepare_and_start(
     kernels = _kernel_cache(settings, timeline)
     imports = _early_imports(settings, progress, timeline, kernels)
     streamed = _streamed_start(settings, imports, timeline)
-    if streamed is None:
-        ready = prepare(settings, imports, timeline)
-        imports.wait()
-        model = start(ready, settings, timeline)
-        kernels.publish()
-        return ready, model
     try:
-        ready = prepare(settings, imports, timeline, announce=streamed.announce)
+        announce = streamed.announce if streamed is not None else None
+        ready = prepare(settings, imports, timeline, announce=announce)
         imports.wait()
     except BaseException as error:
-        streamed.abort(error)
+        if streamed is not None:
+            streamed.abort(error)
         raise
-    model = streamed.finish(ready) or start(ready, settings, timeline)
+    model = streamed.finish(ready) if streamed is not None else None
+    if model is None:
+        from loader.prepare.consolidated import cache_folder
+
+        led = kernels.lead(ready, cache_folder(settings))
+        model = start(led, settings, timeline)
     kernels.publish()
     return ready, model
 

@@ -144,6 +144,7 @@ class Pod:
             self._late.cancel()
         if self._stream is not None:
             self._stream.close()
+        self._kernels.close()
         self._signals.restore()
 
     @property
@@ -222,7 +223,9 @@ class Pod:
     def _take(self, ready: ReadyModel) -> None:
         """Let the engine have *ready*, all of which is proved."""
         if self._stream is None:
-            self._load(ready)
+            from loader.prepare.consolidated import cache_folder
+
+            self._load(self._kernels.lead(ready, cache_folder(self._settings)))
             self._expect_engine()
         elif why := self._stream.publish(ready):
             self._fall_back(why)

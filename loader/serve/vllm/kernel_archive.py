@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from loader.errors import FormatError
+from loader.json_text import parse_json
 from loader.units import show_bytes
 from loader.weights.publishing import check_room
 
@@ -36,8 +37,15 @@ STAMP = ".archive"
 """A file beside the folders that are packed."""
 # vLLM's account of what its keys are made of, which nothing reads: variables are among it.
 _LEFT_OUT = {"cache_key_factors.json", STAMP}
-_NO_JSON = (ValueError, KeyError, TypeError, RecursionError)
-_BROKEN = (*_NO_JSON, EOFError, tarfile.TarError, gzip.BadGzipFile, zlib.error)
+_BROKEN = (
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    tarfile.TarError,
+    gzip.BadGzipFile,
+    zlib.error,
+)
 
 
 def pack(root: Path, file: Path, facts: Mapping[str, object]) -> int:
@@ -155,7 +163,7 @@ def _extract(tar: tarfile.TarFile, folder: Path, head: Mapping[str, Any]) -> Non
 
 
 def _read_head(opened: IO[bytes]) -> Mapping[str, Any]:
-    head = json.loads(opened.read(_HEAD_BYTES))
+    head = parse_json(opened.read(_HEAD_BYTES))
     if {name: head[name] for name in _KIND} != _KIND:
         raise ValueError("no kernel cache of this version")
     if not all(isinstance(head[n], int) for n in ("entries", "unpacked_bytes", "size_bytes")):

@@ -17,14 +17,17 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loader.errors import FormatError, LoaderError
+from loader.arriving.standins import EnginePath
+from loader.errors import DiskError, FormatError, LoaderError
+from loader.serve.model import base_name
 from loader.serve.vllm.kernel_archive import STAMP, merge_into, pack, unpack
 from loader.serve.vllm.kernel_facts import facts_name, image_facts, machine_facts
 from loader.timeline import Timeline
+from loader.types import ReadyModel
 from loader.units import show_bytes, show_seconds
 
 if TYPE_CHECKING:
@@ -79,6 +82,7 @@ class KernelCache:
         self._waiting: list[Callable[[], object]] | None = None
         self._thread: threading.Thread | None = None
         self._root = Path()
+        self._at: EnginePath | None = None
         self.environment: Mapping[str, str] = {}
         """Variables for the process that starts vLLM: before it imports that."""
         if not settings.kernel_cache:
@@ -118,6 +122,33 @@ class KernelCache:
         """Return when nothing is on its way any more."""
         if self._thread is not None:
             self._thread.join()
+
+    def lead(self, ready: ReadyModel, cache: Path) -> ReadyModel:
+        """Return *ready* at a path in *cache* that does not tell one model from another.
+
+        The path is in the keys of all that vLLM compiles. The same as of weights that are streamed.
+        """
+        if self._place is None:
+            return ready
+        try:
+            self._at = self._at or EnginePath.take(cache)
+            self._at.publish(ready.path)
+        except DiskError as error:
+            _log.warning("compiled kernels are of this path alone: %s", error)
+            return ready
+        path = self._at.path
+        return replace(
+            ready,
+            path=path,
+            tokenizer=path if ready.tokenizer == ready.path else ready.tokenizer,
+            provenance=ready.provenance | {"name": base_name(ready, None)},
+        )
+
+    def close(self) -> None:
+        """Let another process have the path: the engine is gone."""
+        at, self._at = self._at, None
+        if at is not None:
+            at.release()
 
     def publish(self) -> None:
         """Publish what the engine, which is ready, has compiled, on a thread that nobody awaits."""

@@ -6,6 +6,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytest
 
 from loader.config.settings import Settings
 from loader.errors import ConfigError
+from loader.serve.model import base_name
 from loader.serve.vllm import kernel_places
 from loader.serve.vllm.kernel_cache import KernelCache
 from loader.serve.vllm.kernel_facts import machine_facts
 from loader.timeline import Timeline
+from loader.types import ReadyModel
 from tests.stores import moto
 
 SECRETS = {"aws_access_key_id": moto.ACCESS_KEY, "aws_secret_access_key": moto.SECRET_KEY}
@@ -305,6 +308,35 @@ def test_vllms_own_folder_is_where_they_are_kept(
     assert kernels.environment["VLLM_CACHE_ROOT"].startswith(f"{tmp_path}/own/podloader/")
 
 
+def test_one_path_leads_to_whatever_model_it_is(tmp_path: Path, s3_url: str) -> None:
+    pods = Pods(str(tmp_path / "shared"), tmp_path, s3_url)
+    found = []
+    for name in ("merge-01", "merge-02"):
+        folder = tmp_path / name
+        folder.mkdir()
+        ready = ReadyModel(folder, (), None, folder, {})
+        kernels = pods.start()
+        led = kernels.lead(ready, tmp_path / "cache")
+        assert led.path.resolve() == led.tokenizer.resolve() == folder
+        assert base_name(led, None) == name
+        found.append(led.path)
+        other = replace(ready, tokenizer=tmp_path)
+        assert kernels.lead(other, tmp_path / "cache").tokenizer == tmp_path
+        kernels.close()
+        assert not led.path.exists()
+    assert found[0] == found[1]
+
+
+def test_a_path_that_cannot_be_is_a_warning(
+    tmp_path: Path, s3_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ready = ReadyModel(tmp_path, (), None, tmp_path, {})
+    (tmp_path / "file").write_text("")
+    kernels = Pods(str(tmp_path / "shared"), tmp_path, s3_url).start()
+    assert kernels.lead(ready, tmp_path / "file/below") == ready
+    assert "compiled kernels are of this path alone" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("location", "settings"),
     [
@@ -352,4 +384,7 @@ def test_nothing_happens_where_nothing_is_set(tmp_path: Path) -> None:
     kernels.publish()
     assert done == [1]
     assert not kernels.environment
+    ready = ReadyModel(tmp_path, (), None, tmp_path, {})
+    assert kernels.lead(ready, tmp_path) is ready
+    kernels.close()
     shutil.rmtree(tmp_path)
