@@ -93,8 +93,13 @@ def main() -> None:
         disk = folder / "disk"
         with moto.serving(folder) as s3_url:
             moto.client(s3_url).create_bucket(Bucket=_BUCKET)
-            kernels = {"kernel_cache": f"s3://{_BUCKET}", "s3_endpoint_url": s3_url}
-            config = write_config(origin, disk, engine_start="files", **kernels)
+            config = write_config(
+                origin,
+                disk,
+                engine_start="files",
+                kernel_cache=f"s3://{_BUCKET}",
+                s3_endpoint_url=s3_url,
+            )
             prepare = [sys.executable, "-m", "loader", "prepare", str(config), "-q"]
             subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
             for name in ("cold", *("warm", "travelled") * given.runs):

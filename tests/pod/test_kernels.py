@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.models import tiny_llama
@@ -32,11 +33,14 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield found
 
 
-def serve(origin: FaultyOrigin, disk: Path, s3_url: str, job: str = "base") -> RunningPod:
+def serve(origin: FaultyOrigin, disk: Path, s3_url: str) -> RunningPod:
     """Start a pod whose disk is *disk*, all of it."""
     config = write_config(
         origin,
         disk,
+        "base",
+        artifacts=[str(disk / "base.json")],
+        base_model=None,
         engine_args=_ENGINE_ARGS,
         kernel_cache=f"s3://{_BUCKET}/llama",
         s3_endpoint_url=s3_url,
@@ -53,8 +57,6 @@ def serve(origin: FaultyOrigin, disk: Path, s3_url: str, job: str = "base") -> R
 
 def answer(pod: RunningPod) -> str:
     body = {"model": "base", "prompt": "what is", "max_tokens": 8, "temperature": 0}
-    import httpx
-
     found = httpx.post(f"{pod.url}/v1/completions", json=body, timeout=60)
     return str(found.json()["choices"][0]["text"])
 
