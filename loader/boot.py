@@ -132,7 +132,15 @@ def prepare_and_start(
     """
     kernels = _kernel_cache(settings, timeline)
     imports = _early_imports(settings, progress, timeline, kernels)
-    streamed = _streamed_start(settings, imports, timeline)
+
+    def begin(ready: ReadyModel, load_format: str | None = None) -> ServedModel:
+        from loader.prepare.consolidated import cache_folder
+
+        imports.wait()
+        given = ready if load_format else kernels.lead(ready, cache_folder(settings))
+        return start(given, settings, timeline, load_format=load_format)
+
+    streamed = _streamed_start(settings, begin, timeline)
     try:
         announce = streamed.announce if streamed is not None else None
         ready = prepare(settings, imports, timeline, announce=announce)
@@ -141,12 +149,7 @@ def prepare_and_start(
         if streamed is not None:
             streamed.abort(error)
         raise
-    model = streamed.finish(ready) if streamed is not None else None
-    if model is None:
-        from loader.prepare.consolidated import cache_folder
-
-        led = kernels.lead(ready, cache_folder(settings))
-        model = start(led, settings, timeline)
+    model = streamed.finish(ready) if streamed is not None else begin(ready)
     kernels.publish()
     return ready, model
 
@@ -175,23 +178,20 @@ def _early_imports(
 
 
 def _streamed_start(
-    settings: Settings, imports: EarlyImports, timeline: Timeline
+    settings: Settings,
+    begin: Callable[[ReadyModel, str | None], ServedModel],
+    timeline: Timeline,
 ) -> StreamedStart | None:
     """Return what loads weights as they arrive; None where files are waited for."""
     if settings.engine != "vllm":
         return None
     from loader.prepare.consolidated import cache_folder
     from loader.serve.vllm.streamed_start import StreamedStart
-    from loader.serve.vllm.streaming import LOAD_FORMAT, why_not_streamed
+    from loader.serve.vllm.streaming import why_not_streamed
 
     if why := why_not_streamed(settings.engine_start, settings.engine_args):
         _log.info("engine start: files: %s", why)
         return None
-
-    def begin(ready: ReadyModel) -> ServedModel:
-        imports.wait()
-        return start(ready, settings, timeline, load_format=LOAD_FORMAT)
-
     return StreamedStart(cache_folder(settings), settings.served_model_name, begin, timeline)
 
 

@@ -40,16 +40,15 @@ from loader.serve.vllm.kernel_cache import KernelCache
 from loader.serve.vllm.releases import RANGE, installed_versions
 from loader.serve.vllm.streaming import (
     LOAD_FORMAT,
-    READY_TIMEOUT,
     Stream,
     ready_timeout_s,
+    too_late,
     why_not_streamed,
 )
 from loader.status.boot_server import BootServer, listen
 from loader.status.state import BootState
 from loader.timeline import Timeline
 from loader.types import ReadyModel
-from loader.units import show_seconds
 
 if TYPE_CHECKING:
     from loader.config.settings import Settings
@@ -214,7 +213,7 @@ class Pod:
             case EngineGone(engine) if engine is self._engine:
                 self._heed_end(engine)
             case _Late(engine) if engine is self._engine and not self._loaded:
-                raise _too_late()
+                raise too_late(ready_timeout_s())
             case _Failed(error):
                 raise error
             case _Asked(number):
@@ -389,15 +388,6 @@ def _check_engine(settings: Settings) -> None:
             got=settings.engine,
             next_step="leave engine out",
         )
-
-
-def _too_late() -> EngineError:
-    return EngineError(
-        "vLLM did not start in time",
-        expected=f"an engine {show_seconds(ready_timeout_s())} after all weights were here",
-        next_step=f"the engine's own log lines above tell how far it was; {READY_TIMEOUT} is the "
-        "limit in seconds",
-    )
 
 
 def vllm_arguments(

@@ -31,7 +31,7 @@ from loader.serve.vllm.releases import warn_unproved
 from loader.serve.vllm.tasks import check_sound, embed, transcribe
 from loader.types import ReadyModel, ServedAdapter
 
-_CORE = "EngineCore"  # what vLLM calls the process that it starts
+CORE = "EngineCore"  # what vLLM calls the process that it starts
 _SHOWN_ERRORS = 5  # a body that is wrong in every element would be answered with a book
 
 
@@ -234,7 +234,7 @@ async def _start_engine(
         await init_app_state(engine, state, args, await engine.get_supported_tasks())
         models = state.openai_serving_models
         adapters = EngineAdapters(models, served, canary=canary)
-        return _Running(loop, engine, state, stack.pop_all(), OrphanGuard(_CORE), adapters)
+        return _Running(loop, engine, state, stack.pop_all(), OrphanGuard(CORE), adapters)
     raise AssertionError("unreachable")
 
 

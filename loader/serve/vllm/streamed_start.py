@@ -2,36 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import active_children
 from pathlib import Path
 
 from loader.arriving.filling import FillingFolder
 from loader.errors import LoaderError
 from loader.serve.model import ServedModel
-from loader.serve.vllm.streaming import Stream, stream_environment
+from loader.serve.vllm.inprocess import CORE
+from loader.serve.vllm.streaming import (
+    LOAD_FORMAT,
+    Stream,
+    ready_timeout_s,
+    stream_environment,
+    too_late,
+)
 from loader.timeline import Open, Timeline
 from loader.types import ReadyModel
 
 _log = logging.getLogger("podloader")
 
 
+@functools.cache
+def _limit_s() -> float:
+    """Return the limit that holds for all starts of this process; the first one lifts vLLM's."""
+    return ready_timeout_s()
+
+
 class StreamedStart:
-    """The engine that *start* returns for a model whose weights it follows.
+    """The engine that *start*, given a load format, returns for a model that it follows.
 
     ``announce`` begins it, ``finish`` or ``abort`` is its end. Made before vLLM is imported, whose
-    limits it lifts: whether a start goes on, the fetch decides.
+    limit it lifts: whether a start goes on, the fetch decides. The limit counts from ``finish`` on.
     """
 
     def __init__(
         self,
         cache: Path,
         served_model_name: str | None,
-        start: Callable[[ReadyModel], ServedModel],
+        start: Callable[[ReadyModel, str | None], ServedModel],
         timeline: Timeline,
     ) -> None:
+        self._limit_s = _limit_s()
+        self._others = {child.pid for child in active_children()}
         os.environ.update(stream_environment())
         self._cache, self._name, self._start = cache, served_model_name, start
         self._timeline = timeline
@@ -54,14 +72,43 @@ class StreamedStart:
         self._thread.daemon = True
         self._thread.start()
 
-    def finish(self, ready: ReadyModel) -> ServedModel | None:
-        """Return the engine over *ready*, all of which is proved; None where there is none.
-
-        Then it is to be started over the files.
+    def finish(self, ready: ReadyModel) -> ServedModel:
+        """Return the engine over *ready*, all of which is proved; over the files if need be.
 
         Raises:
             LoaderError: it failed, and files would not help.
         """
+        with self._limited():
+            followed = self._finish(ready)
+        if followed is not None:
+            return followed
+        with self._limited():
+            return self._start(ready, None)
+
+    @contextlib.contextmanager
+    def _limited(self) -> Iterator[None]:
+        """End the engine that a block waits for, if it takes too long."""
+        is_late = threading.Event()
+
+        def end() -> None:
+            is_late.set()
+            for child in active_children():
+                if child.name.startswith(CORE) and child.pid not in self._others:
+                    child.kill()
+
+        timer = threading.Timer(self._limit_s, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except LoaderError as error:
+            if is_late.is_set():
+                raise too_late(self._limit_s) from error
+            raise
+        finally:
+            timer.cancel()
+
+    def _finish(self, ready: ReadyModel) -> ServedModel | None:
         if self._stream is None or self._thread is None:
             return None
         stream = self._stream
@@ -100,7 +147,7 @@ class StreamedStart:
 
     def _load(self, ready: ReadyModel) -> None:
         try:
-            self._model = self._start(ready)
+            self._model = self._start(ready, LOAD_FORMAT)
         except Exception as error:
             self._error = error
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from loader.arriving.feed import Feed, Taken
 from loader.arriving.filling import FillingFolder
 from loader.arriving.standins import EnginePath
-from loader.errors import ConfigError, DiskError
+from loader.errors import ConfigError, DiskError, EngineError
 from loader.serve.model import base_name
 from loader.types import STREAM_VARIABLE, ReadyModel
+from loader.units import show_seconds
 
 LOAD_FORMAT = "podloader"
 READY_TIMEOUT = "VLLM_ENGINE_READY_TIMEOUT_S"
@@ -128,6 +129,16 @@ def ready_timeout_s() -> float:
         return float(os.environ[READY_TIMEOUT])
     except (KeyError, ValueError):
         return _OWN_READY_TIMEOUT_S
+
+
+def too_late(limit_s: float) -> EngineError:
+    """Return the error for an engine that is not ready so long after all weights were here."""
+    return EngineError(
+        "vLLM did not start in time",
+        expected=f"an engine {show_seconds(limit_s)} after all weights were here",
+        next_step=f"the engine's own log lines above tell how far it was; {READY_TIMEOUT} is the "
+        "limit in seconds",
+    )
 
 
 def stream_environment() -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 from loader.arriving.feed import Follower
 from loader.errors import ConfigError, EngineError, FetchError
 from loader.serve.model import base_name
+from loader.serve.vllm import streamed_start
 from loader.serve.vllm.streamed_start import StreamedStart
 from loader.serve.vllm.streaming import (
     READY_TIMEOUT,
@@ -169,7 +172,9 @@ def begin(filling: SlowFolder, ready: ReadyModel, tmp_path: Path, monkeypatch: A
         monkeypatch.setenv(name, "")  # so that it is put back
 
     def begun(error: Exception | None = None, *, follows: bool = True) -> StreamedStart:
-        def start(given: ReadyModel) -> Any:
+        def start(given: ReadyModel, load_format: str | None) -> Any:
+            if load_format is None:
+                return "over files"
             engines.append(Engine(given, error, follows=follows))
             return engines[-1]
 
@@ -203,7 +208,8 @@ def test_where_it_cannot_be_used_files_are(
     filling.put(["a", "b"])
     filling.end()
     found = replace(ready, provenance={"name": "x"}) if why == "another" else ready
-    assert started.finish(found) is None
+    served: Any = started.finish(found)
+    assert served == "over files"
     assert all(engine.closed for engine in begin.engines)  # type: ignore[attr-defined]
     assert not list((tmp_path / "cache/.engine-0").iterdir())
 
@@ -216,6 +222,31 @@ def test_an_engine_that_fails_by_itself_is_not_tried_again(
     filling.end()
     with pytest.raises(EngineError, match="no memory"):
         started.finish(ready)
+
+
+def test_an_engine_that_hangs_when_all_is_here_is_ended(
+    filling: SlowFolder, ready: ReadyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own limit is lifted, for the sake of the download; it holds from then on."""
+    for name in (READY_TIMEOUT, STREAM_VARIABLE):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(streamed_start, "_limit_s", lambda: 0.5)
+
+    def start(given: ReadyModel, load_format: str | None) -> Any:
+        core = multiprocessing.get_context("spawn").Process(
+            target=time.sleep, args=(300,), name="EngineCore_DP0"
+        )
+        core.start()
+        core.join()
+        raise EngineError("the engine's core ended")
+
+    started = StreamedStart(tmp_path / "cache", None, start, Timeline(quiet=True))
+    started.announce(filling, ready)
+    filling.put(["a", "b"])
+    filling.end()
+    with pytest.raises(EngineError, match="did not start in time") as raised:
+        started.finish(ready)
+    assert "0.5" in (raised.value.expected or "")
 
 
 @pytest.mark.parametrize("here", [["a"], ["a", "b"]])
@@ -233,7 +264,14 @@ def test_a_model_that_fails_ends_its_engine(
 
 @pytest.mark.usefixtures("begin")
 def test_nothing_announced_is_nothing_started(tmp_path: Path, ready: ReadyModel) -> None:
-    failing = lambda _: pytest.fail("started")  # noqa: E731
-    started = StreamedStart(tmp_path, None, failing, Timeline(quiet=True))
-    assert started.finish(ready) is None
+    given: list[object] = []
+
+    def start(*asked: object) -> Any:
+        given.append(asked)
+        return "over files"
+
+    started = StreamedStart(tmp_path, None, start, Timeline(quiet=True))
+    served: Any = started.finish(ready)
+    assert served == "over files"
+    assert given == [(ready, None)]
     started.abort(FetchError("x"))
