@@ -112,47 +112,43 @@ class BarProgress(Progress):
 
     @contextlib.contextmanager
     def working(self, what: str) -> Iterator[Report]:
-        """Give what moves a bar of its own, where it takes a while."""
-        from_s = time.monotonic() + self._after_s
+        """Give what moves a bar of its own."""
         with self._shown(self._work_label(what)) as update:
-
-            def report(done: int, total: int) -> None:
-                shown = time.monotonic() >= from_s
-                update(completed=done, total=total, visible=shown)
-
-            yield report
+            yield lambda done, total: update(completed=done, total=total)
 
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[Tell]:
-        """Give what tells how far it is, in a line that comes by itself where it takes a while."""
+        """Give what tells how far it is, in a line of its own."""
         with self._shown(what, stays=False) as update:
-            timer = threading.Timer(self._after_s, update, kwargs={"visible": True})
-            timer.daemon = True
-            timer.start()
-            try:
-                yield lambda how_far: update(description=f"{what}  {how_far}")
-            finally:
-                timer.cancel()
+            yield lambda how_far: update(description=f"{what}  {how_far}")
 
     @contextlib.contextmanager
     def _shown(self, label: str, *, stays: bool = True) -> Iterator[Callable[..., None]]:
-        """Give what changes a line of its own, unseen until that says so; at the end it *stays*."""
+        """Give what changes a line of its own, shown after a while; at the end it *stays*."""
         task = self._bars.add_task(label, total=None, visible=False)
+        from_s = time.monotonic() + self._after_s
         is_over = False
 
         def update(**changes: Any) -> None:
             with self._lock:
                 if is_over:  # a thread that nobody waits for any more
                     return
-                self._bars.update(task, **changes)
-                if changes.get("visible"):
+                shown = time.monotonic() >= from_s
+                self._bars.update(task, visible=shown, **changes)
+                if shown:
                     self._bars.start()
 
+        timer = threading.Timer(self._after_s, update)
+        timer.daemon = True
         with self._lock:
+            is_alone = not self._works and not self._is_fetching
             self._works += 1
+        if is_alone:  # else there is something to see already, and these may be thousands
+            timer.start()
         try:
             yield update
         finally:
+            timer.cancel()
             with self._lock:
                 is_over = True
                 self._works -= 1

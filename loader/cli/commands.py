@@ -142,14 +142,15 @@ def merge(
 ) -> None:
     """Fold LoRA adapters into a base model's weights."""
     with errors_shown(as_json):
-        from loader.adapters.merge import WeightedAdapter
-        from loader.adapters.merge import merge as merge_folders
         from loader.cli.display import choose_progress
         from loader.cli.documents import ready_document
         from loader.cli.tables import show_ready
 
-        weighted = [WeightedAdapter(*_weighted(text)) for text in adapter]
         with choose_progress().working("merged") as report:
+            from loader.adapters.merge import WeightedAdapter
+            from loader.adapters.merge import merge as merge_folders
+
+            weighted = [WeightedAdapter(*_weighted(text)) for text in adapter]
             ready = merge_folders(
                 Path(base),
                 weighted,
@@ -176,12 +177,13 @@ def consolidate(
             from loader.cli.display import choose_progress
             from loader.cli.documents import consolidated_document
             from loader.cli.tables import show_consolidated
-            from loader.weights.formats.consolidation import consolidate as consolidate_folders
-            from loader.weights.formats.places import find_sharded
-            from loader.weights.inspect import open_checkpoint
 
-            sharded = find_sharded(source)
             with choose_progress().working("consolidated") as report:
+                from loader.weights.formats.consolidation import consolidate as consolidate_folders
+                from loader.weights.formats.places import find_sharded
+                from loader.weights.inspect import open_checkpoint
+
+                sharded = find_sharded(source)
                 consolidate_folders(
                     sharded, output, base=base, dtype=dtype, on_progress=report, learn=learn
                 )
@@ -210,6 +212,7 @@ def clean(
 ) -> None:
     """Remove old parts and records, and models down to a size."""
     with errors_shown(as_json):
+        from loader.cli.display import choose_progress
         from loader.cli.documents import cleaned_document
         from loader.cli.tables import show_cleaned
         from loader.config.paths import suggest_path
@@ -230,9 +233,10 @@ def clean(
             settings = Selection(config=place).settings(_overrides(set_))
             root, cache = settings.training.download_folder, cache_folder(settings)
         keep_bytes = _bytes("--keep", keep) if keep is not None else None
-        cleaned = clean_folders(
-            root, cache, keep_bytes=keep_bytes, older_than_days=older_than, dry_run=dry_run
-        )
+        with choose_progress().step("clean"):
+            cleaned = clean_folders(
+                root, cache, keep_bytes=keep_bytes, older_than_days=older_than, dry_run=dry_run
+            )
         show_cleaned(cleaned, dry_run=dry_run)
         if as_json:
             write_json(cleaned_document(cleaned))
