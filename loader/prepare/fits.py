@@ -31,7 +31,7 @@ def check_fits(
         EngineError: the model does not fit this machine.
     """
     warned: list[str] = []
-    for folder, size in {**weights_by_folder(manifest), **indexed}.items():
+    for folder, size in {**_models(manifest), **weights_by_folder(manifest), **indexed}.items():
         try:
             short = check_size(settings, size, folder)
         except EngineError:
@@ -56,6 +56,12 @@ def check_size(settings: Settings, weight_bytes: int, where: str) -> tuple[str, 
     from loader.serve.room import check_engine_room  # the first request is ahead of it
 
     return check_engine_room(settings.engine, settings.engine_args, weight_bytes, where)
+
+
+def _models(manifest: Manifest) -> dict[str, int]:
+    """Return the folders of models; of one of unknown size, no less than nothing is known."""
+    paths = (artifact.path.rpartition("/") for artifact in manifest.files)
+    return {folder: 0 for folder, _, name in paths if name == _CONFIG}
 
 
 def weights_by_folder(manifest: Manifest) -> dict[str, int]:

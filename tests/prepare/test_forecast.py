@@ -17,7 +17,8 @@ from loader import boot
 from loader.errors import EngineError, LoaderError
 from loader.prepare import forecast as forecasts
 from loader.serve import room
-from loader.serve.machine import Gpu, Machine
+from loader.serve.machine import Gpu, Machine, Node
+from loader.serve.vllm import failures
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin, write_listing
 from tests.stores.hub import Hub
@@ -179,3 +180,25 @@ def test_a_model_that_does_not_fit_is_refused_before_its_download(
     if not fits:
         assert "model.safetensors" not in str([path for path, _ in job.origin.requests])
         assert "wanted" in caught.value.problems[0]
+
+
+def test_plan_start_and_failure_say_the_same_of_memory_that_is_not_free(
+    job: Job, base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    machine = Machine((), 100 * GB, GB, Node(100 * GB, 50 * GB))
+    for place in (room, forecasts, failures):
+        monkeypatch.setattr(place, "read_machine", lambda: machine)
+    monkeypatch.setattr(room, "is_cpu_build", lambda: True)
+    job.put(base, "checkpoint-1")  # of a size that the listing does not tell
+    settings = job.settings("rank-0/", base_model=None)
+    (told,) = [w for w in boot.look_ahead(settings).warnings if "memory now" in w]
+    line = told.removeprefix("not enough ")
+    assert line.startswith("memory now: 92.0 GB wanted (vLLM takes 92% of all, unless VLLM_CPU_")
+    boot.prepare(settings)
+    assert caplog.messages.count(f"this may be too little: {line}") == 1
+    error = failures.start_failure(ValueError("no"), "model", settings.engine_args)
+    assert line in error.problems
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    assert not [w for w in boot.look_ahead(settings).warnings if "memory now" in w]
+    assert not failures.start_failure(ValueError("no"), "model", settings.engine_args).problems

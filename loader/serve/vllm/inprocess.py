@@ -209,7 +209,7 @@ class VLLMModel:
             raise
         except Exception as error:
             loop.close()
-            raise start_failure(error, str(self._ready.path)) from error
+            raise start_failure(error, str(self._ready.path), vars(args)) from error
 
 
 def _stop(running: _Running) -> None:

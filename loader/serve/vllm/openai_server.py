@@ -146,7 +146,7 @@ async def _serve(
         except LoaderError:
             raise
         except Exception as error:
-            raise start_failure(error, args.model) from error
+            raise start_failure(error, args.model, vars(args)) from error
         channel.send("loaded")
         go = await asyncio.to_thread(_wait_for_go, channel)
         if go is None:
