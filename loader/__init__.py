@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from loader.nodes.together import prepare_on_ray as prepare_on_ray
     from loader.pod.live_adapters import LiveAdapters as LiveAdapters
     from loader.serve.vllm.inprocess import VLLMModel as VLLMModel
     from loader.truss.checkpoints import fetch_checkpoints as fetch_checkpoints
@@ -17,6 +18,7 @@ _ROOMS = {
     "TrussModel": "loader.truss.hook",
     "VLLMModel": "loader.serve.vllm.inprocess",
     "fetch_checkpoints": "loader.truss.checkpoints",
+    "prepare_on_ray": "loader.nodes.together",
 }
 
 

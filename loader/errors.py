@@ -19,7 +19,8 @@ LoaderError                 base; ``exit_code`` is what the command line ends wi
 │   ├── FormatError         a file is not what its format says
 │   ├── UnsupportedError    a kind that podloader knows and does not serve
 │   └── AdapterError        an adapter does not fit its base
-└── EngineError        (6)  the engine did not start or stopped
+├── EngineError        (6)  the engine did not start or stopped
+└── NodeError          (7)  a node of several is gone, or there are too few
 RequestError                a caller's request is wrong; the engine stays well
 """
 
@@ -230,12 +231,25 @@ class EngineError(LoaderError):
     exit_code = 6
 
 
+class NodeError(LoaderError):
+    """A node of several is gone, or there are too few."""
+
+    exit_code = 7
+
+
 class RequestError(LoaderError):
     """A caller's request is wrong; the engine stays well."""
 
     def __init__(self, what: str, *, status: int = 400, **fields: str) -> None:
         super().__init__(what, **fields)
         self.status = status
+
+
+def on_node(error: LoaderError, node: str) -> LoaderError:
+    """Return *error*, which is not changed otherwise, with *node* in front of what went wrong."""
+    error.what = f"{one_line(node)}: {error.what}"
+    error.args = (error.what,)
+    return error
 
 
 def error_from_json(document: Mapping[str, Any]) -> LoaderError:

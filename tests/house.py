@@ -16,7 +16,16 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 # A room may import what stands below it, and itself.
 LAYERS = [
     {"errors", "units"},
-    {"types", "timeline", "retry", "threads", "import_lock", "log_lines", "json_text"},
+    {
+        "types",
+        "timeline",
+        "retry",
+        "threads",
+        "import_lock",
+        "log_lines",
+        "json_text",
+        "ray_cluster",
+    },
     {"config"},
     {"http"},
     {"resolve", "stores", "weights"},
@@ -26,7 +35,7 @@ LAYERS = [
     {"serve"},
     {"prepare"},
     {"boot"},
-    {"truss", "demo", "pod", "scaffold"},
+    {"truss", "demo", "pod", "scaffold", "nodes"},
     {"cli"},
     {"__main__"},
 ]

@@ -30,6 +30,7 @@ OWNERS = {
     "opentelemetry": {"status"},
     "prometheus_client": {"status"},
     "uvloop": {"serve"},
+    "ray": {"ray_cluster", "nodes"},
 }
 HEAVY = (
     "torch",
@@ -41,6 +42,7 @@ HEAVY = (
     "fsspec",
     "opentelemetry",
     "prometheus_client",
+    "ray",
 )
 
 

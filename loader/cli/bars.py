@@ -55,7 +55,7 @@ class BarProgress(Progress):
 
     def __init__(self, console: Console | None = None, after_s: float = 1.0) -> None:
         super().__init__()
-        self._bars = _bars(console or Console(stderr=True))
+        self._bars = bars_for(console or Console(stderr=True))
         self._after_s = after_s
         self._is_fetching = False
         self._works = 0
@@ -184,7 +184,7 @@ class BarProgress(Progress):
         return f"{self._count}/{self._total} files"
 
 
-def _bars(console: Console) -> Bars:
+def bars_for(console: Console) -> Bars:
     """Return bars with what *console* has room for: figures before the bar, the rate last."""
     width = console.width
     columns: list[ProgressColumn] = [

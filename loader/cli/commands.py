@@ -63,9 +63,15 @@ def fetch(selection: Selection, set_: Words, as_json: bool, *, verbose: bool = F
         serve_peers_on(settings, wait=True)
 
 
-def prepare(selection: Selection, set_: Words, timeline_file: Path | None, as_json: bool) -> None:
-    """Fetch, consolidate, attach or merge; print the model that is ready."""
+def prepare(
+    selection: Selection, set_: Words, ray: str | None, timeline_file: Path | None, as_json: bool
+) -> None:
+    """Fetch, consolidate, attach or merge; print the model that is ready, *ray*: on each node."""
     with errors_shown(as_json):
+        if ray is not None:
+            from loader.cli.nodes import check_words, prepare_nodes
+
+            check_words(selection, ray)
         from loader import boot
         from loader.cli.display import choose_progress
         from loader.cli.documents import ready_document
@@ -76,8 +82,15 @@ def prepare(selection: Selection, set_: Words, timeline_file: Path | None, as_js
         with timeline_kept(timeline_file) as timeline:
             progress = choose_progress()
             settings = selection.settings(_overrides(set_), progress, default=[LATEST])
-            ready = boot.prepare(settings, progress, timeline)
-            show_ready(ready)
+            if ray is not None:
+                models = prepare_nodes(settings, ray, timeline)
+            else:
+                ready = boot.prepare(settings, progress, timeline)
+                show_ready(ready)
+        if ray is not None:
+            if as_json:
+                write_json({"nodes": {node: ready_document(m) for node, m in models.items()}})
+            return
         if as_json:
             write_json(ready_document(ready))
         serve_peers_on(settings, wait=True)

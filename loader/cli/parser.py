@@ -213,6 +213,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_json(commands.add("fetch", "Download the files into download_folder.", config=True))
     told = "Fetch, consolidate, attach or merge; print the model that is ready."
     prepare = commands.add("prepare", told, config=True)
+    ray = "Do so on each node of a Ray cluster, that of this machine or the one at ADDRESS."
+    prepare.add_argument("--ray", metavar="ADDRESS", nargs="?", const="auto", help=ray)
     _add_timeline(prepare)
     _add_json(prepare)
     told = "Prepare, then be vLLM's OpenAI server; probes are answered from the first second."

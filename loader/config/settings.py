@@ -253,8 +253,8 @@ class Settings:
     )
     peers: Words = _setting(
         (),
-        description="The other pods with this model: `dns://<headless service>`, or a list of "
-        "`host[:port]`. Each serves the others what it has, and the origin sends one copy. "
+        description="The other pods with this model: `dns://<headless service>`, `ray`, or a list "
+        "of `host[:port]`. Each serves the others what it has, and the origin sends one copy. "
         "Needs the secret `podloader_peers_token`, the same in every pod.",
     )
     peers_port: Annotated[int, Meta(ge=1, le=65535)] = _setting(

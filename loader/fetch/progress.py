@@ -6,7 +6,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
 
 from loader.stores.base import Progress, Report, Tell, Working
 from loader.units import show_bytes, show_rate, show_seconds
@@ -32,11 +33,20 @@ say_nothing: Working = Progress().working
 """Gives what tells nobody of work."""
 
 
-class LogProgress(Progress):
-    """One line every few seconds: files done, bytes, rate, time left."""
+class _Before(logging.LoggerAdapter[logging.Logger]):
+    """Log lines with some words in front."""
 
-    def __init__(self, every_s: float = _EVERY_S) -> None:
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, Any]:
+        """Return the line with them."""
+        return str((self.extra or {})["before"]).replace("%", "%%") + msg, kwargs
+
+
+class LogProgress(Progress):
+    """One line every few seconds: files done, bytes, rate, time left; each with *before*."""
+
+    def __init__(self, every_s: float = _EVERY_S, before: str = "") -> None:
         super().__init__()
+        self._log = _Before(_log, {"before": before})
         self._every_s = every_s
         self._lock = threading.Lock()
         self._files = self._total_files = 0
@@ -51,7 +61,7 @@ class LogProgress(Progress):
         self._bytes = self._had_bytes = have_bytes
         self._began = self._told = time.monotonic()
         here = f", {show_bytes(have_bytes)} of it here already" if have_bytes else ""
-        _log.info("fetching %d files, %s%s", files, show_bytes(size_bytes), here)
+        self._log.info("fetching %d files, %s%s", files, show_bytes(size_bytes), here)
 
     def advance(self, count_bytes: int, path: str) -> None:
         """Count, and tell now and then."""
@@ -71,18 +81,18 @@ class LogProgress(Progress):
     def retry(self, path: str, reason: str) -> None:
         """Say it, with those that came within the same seconds in one line."""
         if line := self._retries.tell(path, reason):
-            _log.info("%s", line)
+            self._log.info("%s", line)
 
     def finish(self) -> None:
         """Say how far it came."""
         if line := self._retries.tell_rest():
-            _log.info("%s", line)
+            self._log.info("%s", line)
         self._tell()
 
     @contextlib.contextmanager
     def working(self, what: str) -> Iterator[Report]:
         """Give what logs a line every few seconds."""
-        yield log_work(what, every_s=self._every_s)
+        yield log_work(what, every_s=self._every_s, log=self._log)
 
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[Tell]:
@@ -106,7 +116,7 @@ class LogProgress(Progress):
     def wait_for(self, what: str) -> None:
         """Say it at once, and now and then for how long."""
         if line := self._waits.tell(what):
-            _log.info("%s", line)
+            self._log.info("%s", line)
 
     def _tell(self) -> None:
         seconds = max(time.monotonic() - self._began, 1e-9)
@@ -115,7 +125,7 @@ class LogProgress(Progress):
         left = ""
         if rate > 0 or not left_bytes:
             left = f", {show_seconds(left_bytes / max(rate, 1e-9))} left"
-        _log.info(
+        self._log.info(
             "%d/%d files, %s of %s, %s%s",
             self._files,
             self._total_files,
@@ -191,7 +201,10 @@ def add_up(report: Report, total: int) -> Callable[[int], None]:
 
 
 def log_work(
-    what: str, show: Callable[[float], str] = show_bytes, every_s: float = _EVERY_S
+    what: str,
+    show: Callable[[float], str] = show_bytes,
+    every_s: float = _EVERY_S,
+    log: logging.Logger | logging.LoggerAdapter[logging.Logger] = _log,
 ) -> Report:
     """Return what logs a line every few seconds: done, all, and the time that is left."""
     began = told = time.monotonic()
@@ -202,6 +215,6 @@ def log_work(
         if now - told >= every_s:
             told = now
             left = show_seconds((total - done) * (now - began) / max(done, 1))
-            _log.info("%s %s of %s, %s left", what, show(done), show(total), left)
+            log.info("%s %s of %s, %s left", what, show(done), show(total), left)
 
     return report

@@ -1,4 +1,4 @@
-"""Who is there: addresses from a list or from DNS, and which of them answer.
+"""Who is there: addresses from a list, from DNS or from Ray, and which of them answer.
 
 Nothing is elected and nobody gossips: each pod asks every address once who it is, all at the same
 time, and again after it has failed. A pod that does not answer is as if it were not there.
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import ssl
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 from loader.errors import ConfigError
 from loader.json_text import parse_json
 from loader.peers.access import SENDER
+from loader.ray_cluster import living_nodes
 
 HELLO_S = 2.0  # for all of a connection and its answer
 _RESOLVE_S = 2.0
@@ -25,7 +27,7 @@ _AGAIN_S = (0.5, 1.0, 2.0, 5.0, 10.0)
 _REST_S = 30.0
 _AT_ONCE = 256
 _MOST_HELLO_BYTES = 4096
-_DNS = "dns"
+_DNS, RAY = "dns", "ray"
 _log = logging.getLogger("podloader")
 
 
@@ -59,9 +61,13 @@ def join_address(host: str, port: int | str) -> str:
 def parse_peers(named: Sequence[str], port: int) -> tuple[str | None, tuple[str, ...]]:
     """Return the DNS name and the addresses that the setting ``peers`` gives, with their port.
 
+    The name is ``RAY`` where Ray is to say who is there.
+
     Raises:
         ConfigError: one of them is no address.
     """
+    if tuple(named) == (RAY,):
+        return RAY, ()
     addresses, name = [], None
     for text in named:
         is_dns = text.startswith(f"{_DNS}://")
@@ -74,7 +80,7 @@ def parse_peers(named: Sequence[str], port: int) -> tuple[str | None, tuple[str,
             raise ConfigError(
                 "a peer that is no address",
                 where="peers",
-                expected="dns://<headless service>[:port], or host[:port]",
+                expected="dns://<headless service>[:port], ray, or host[:port]",
                 got=text,
             )
         address = join_address(host, own_port)
@@ -100,6 +106,7 @@ class Members:
         self._own_id, self._own_port = own_id, port
         self._tls = tls
         self._found = {address: Member(address) for address in listed}
+        self._asking: asyncio.Future[set[str]] | None = None
         self._settled = asyncio.Event()
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self.me: str | None = None
@@ -161,21 +168,33 @@ class Members:
     async def _resolve(self) -> None:
         assert self._name is not None
         host, _, port = self._name.rpartition(":")
-        loop = asyncio.get_running_loop()
+        finding = self._ask_ray() if self._name == RAY else _ask_dns(host, int(port))
         try:
-            infos = await asyncio.wait_for(
-                loop.getaddrinfo(host.strip("[]"), int(port), type=1), HELLO_S
-            )
+            hosts = await asyncio.wait_for(finding, HELLO_S)
         except (OSError, TimeoutError) as error:
-            _log.debug("peers: %s cannot be resolved: %s", host, error)
+            _log.debug("peers: %s cannot be resolved: %s", self._name, error)
             return
-        hosts = {str(info[4][0]) for info in infos}
-        now = {join_address(host, port) for host in hosts}
+        now = {join_address(host, port or self._own_port) for host in hosts}
         for address in now - self._found.keys():
             self._found[address] = Member(address)
         for address in self._found.keys() - now:
             if not self._found[address].is_living:
                 del self._found[address]
+
+    async def _ask_ray(self) -> set[str]:
+        """Return the addresses of its nodes; an earlier question that hangs is waited for."""
+        if self._asking is None or self._asking.done():
+            asking = self._asking = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+
+            def ask() -> None:
+                found = _ray_hosts()
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(_settle, asking, found)
+
+            # A daemon: nobody waits for it where the cluster's head is gone.
+            threading.Thread(target=ask, name="peers: ray", daemon=True).start()
+        return await asyncio.shield(self._asking)
 
     async def _greet(self, member: Member) -> None:
         try:
@@ -208,3 +227,22 @@ class Members:
         if not isinstance(found, dict):
             raise ValueError("no peer")
         return found
+
+
+async def _ask_dns(host: str, port: int) -> set[str]:
+    loop = asyncio.get_running_loop()
+    infos = await loop.getaddrinfo(host.strip("[]"), port, type=1)
+    return {str(info[4][0]) for info in infos}
+
+
+def _ray_hosts() -> set[str]:
+    try:
+        return {node.address for node in living_nodes()}
+    except Exception as error:  # Ray's own, of many types
+        _log.debug("peers: Ray does not say who is there: %s", error)
+        return set()
+
+
+def _settle(asking: asyncio.Future[set[str]], found: set[str]) -> None:
+    if not asking.done():
+        asking.set_result(found)

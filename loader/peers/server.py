@@ -82,11 +82,13 @@ class ChunkServer:
         self._began = math.inf
         self.uploaded_bytes = 0
 
-    async def listen(self, port: int, tls: ssl.SSLContext | None) -> asyncio.Server:
-        """Listen on *port* of every address. Raises OSError."""
+    async def listen(
+        self, port: int, tls: ssl.SSLContext | None, host: str | None = None
+    ) -> asyncio.Server:
+        """Listen on *port* of *host*, or of every address. Raises OSError."""
         self._began = asyncio.get_running_loop().time()
         return await asyncio.start_server(
-            self._let_in, None, port, ssl=tls, limit=_MOST_HEAD_BYTES, backlog=1024
+            self._let_in, host, port, ssl=tls, limit=_MOST_HEAD_BYTES, backlog=1024
         )
 
     @property

@@ -31,9 +31,10 @@ from loader.peers.chunks import Chunk, SharedObject, shared_object
 from loader.peers.courier import Counts, Courier, Origin
 from loader.peers.flights import Flight, Flights
 from loader.peers.held import Held, find_held
-from loader.peers.members import HELLO_S, Members
+from loader.peers.members import HELLO_S, RAY, Members
 from loader.peers.ring import order_chunks, rank_homes
 from loader.peers.server import ChunkServer
+from loader.ray_cluster import join_cluster, own_address
 from loader.stores.base import Store
 from loader.types import Artifact
 
@@ -55,6 +56,10 @@ class Sharing:
 
     def __init__(self, settings: Settings, token: Secret) -> None:
         own_id, nonce = new_nonce(), new_nonce()
+        host = None
+        if settings.peers == (RAY,):
+            join_cluster()
+            host = own_address()  # nodes may share a machine
         certificate = settings.peers_certificate
         own_tls = server_tls(certificate, settings.peers_key) if certificate else None
         client_tls = pinned_context(certificate) if certificate else None
@@ -97,7 +102,7 @@ class Sharing:
         self._settled = threading.Event()
         listening: Future[None] = Future()
         self._thread = threading.Thread(
-            target=self._run, args=(settings.peers_port, own_tls, listening), name="peers"
+            target=self._run, args=(host, settings.peers_port, own_tls, listening), name="peers"
         )
         self._thread.daemon = True
         self._thread.start()
@@ -206,10 +211,12 @@ class Sharing:
             self._courier.bring(flight, origin, distrusted=False)
         return flight
 
-    def _run(self, port: int, tls: ssl.SSLContext | None, listening: Future[None]) -> None:
+    def _run(
+        self, host: str | None, port: int, tls: ssl.SSLContext | None, listening: Future[None]
+    ) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            server = self._loop.run_until_complete(self._server.listen(port, tls))
+            server = self._loop.run_until_complete(self._server.listen(port, tls, host))
         except OSError as error:
             self._loop.close()
             listening.set_exception(

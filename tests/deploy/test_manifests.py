@@ -223,3 +223,80 @@ def test_the_services_find_the_pod_and_the_monitor_finds_one_of_them() -> None:
     wanted = monitor["selector"]["matchLabels"].items()
     (found,) = [s for s in services if wanted <= s["metadata"]["labels"].items()]
     assert monitor["endpoints"][0]["port"] in {p["name"] for p in found["spec"]["ports"]}
+
+
+RAY_SPEC = {"serveConfigV2": str, "rayClusterConfig": dict}
+RAY_CLUSTER = {"rayVersion": str, "headGroupSpec": dict, "workerGroupSpecs": list}
+RAY_HEAD = {"rayStartParams": dict, "template": dict}
+RAY_WORKERS = RAY_HEAD | {
+    "groupName": str,
+    "replicas": int,
+    "minReplicas": int,
+    "maxReplicas": int,
+}
+"""The fields that are used of KubeRay's ``ray.io/v1``, by its own name and type."""
+
+
+def test_kuberay_would_take_its_service() -> None:
+    config, service = documents("kubernetes/rayservice.yaml")
+    kubernetes_validate.validate(config, RELEASE, strict=True)
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    cluster = service["spec"]["rayClusterConfig"]
+    (workers,) = cluster["workerGroupSpecs"]
+    head = cluster["headGroupSpec"]
+    for given, known in [
+        (service["spec"], RAY_SPEC),
+        (cluster, RAY_CLUSTER),
+        (head, RAY_HEAD),
+        (workers, RAY_WORKERS),
+    ]:
+        assert {name: type(value) for name, value in given.items()} == known
+    for group in (head, workers):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        template = {
+            "apiVersion": "v1",
+            "kind": "PodTemplate",
+            "metadata": {"name": "x"},
+            "template": group["template"],
+        }
+        kubernetes_validate.validate(template, RELEASE, strict=True)
+    # The policy of peers.yaml shuts what Ray's processes need of each other.
+    policy = documents("kubernetes/peers.yaml")[2]["spec"]["podSelector"]["matchLabels"]
+    assert not policy.items() <= head["template"]["metadata"]["labels"].items()
+
+
+def test_rays_service_prepares_on_its_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, service = documents("kubernetes/rayservice.yaml")
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    (llm,) = application["args"]["llm_configs"]
+    callback = llm["callback_config"]
+    module, _, name = callback["callback_class"].partition(":")
+    file = DEPLOY.parent / (module.replace(".", "/") + ".py")
+    assert f"class {name}(CallbackBase)" in file.read_text()
+    (workers,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    (container,) = workers["template"]["spec"]["containers"]
+    folder, _, file_name = callback["callback_kwargs"]["config"].rpartition("/")
+    mounts = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
+    volumes = {one["name"]: one for one in workers["template"]["spec"]["volumes"]}
+    assert volumes[mounts[folder]]["configMap"] == {"name": config["metadata"]["name"]}
+    settings = Settings.load(yaml.safe_load(config["data"][file_name]))
+    assert parse_peers(settings.peers, settings.peers_port) == ("ray", ())
+    ports = {one["name"]: one["containerPort"] for one in container["ports"]}
+    assert ports["peers"] == settings.peers_port
+    assert any(str(settings.training.download_folder).startswith(f"{path}/") for path in mounts)
+    gpus = int(container["resources"]["limits"]["nvidia.com/gpu"])
+    sizes = llm["engine_kwargs"]
+    wanted = sizes["tensor_parallel_size"] * sizes["pipeline_parallel_size"]
+    assert gpus * workers["replicas"] == wanted
+    secrets = [document("kubernetes/secret.yaml", "Secret"), documents("kubernetes/peers.yaml")[0]]
+    known = {(s["metadata"]["name"], key) for s in secrets for key in s["stringData"]}
+    refs = [one["valueFrom"]["secretKeyRef"] for one in container["env"]]
+    assert {(ref["name"], ref["key"]) for ref in refs} == known
+
+
+def test_ray_serve_would_take_its_config() -> None:
+    schema = pytest.importorskip("ray.serve.schema")
+    _, service = documents("kubernetes/rayservice.yaml")
+    given = yaml.safe_load(service["spec"]["serveConfigV2"])
+    read = schema.ServeDeploySchema.model_validate(given)
+    assert list(lost(given, json.loads(read.model_dump_json()))) == []
