@@ -25,7 +25,7 @@ from loader.http.objects import ObjectInfo
 from loader.peers.access import ASK, PROOF, SENDER, Token
 from loader.peers.chunks import Chunk
 from loader.peers.flights import Flight
-from loader.peers.members import Members
+from loader.peers.members import HELLO_S, Members
 from loader.peers.ring import rank_homes
 from loader.peers.server import SUM
 from loader.stores.base import Store
@@ -35,6 +35,7 @@ _HOMES = 4
 _ASKED_YOUNG, _YOUNG_S = 24, 20.0  # pods that are asked whether they have it, and for how long
 _BUSY_S = 30.0  # for how long a home may say that it is busy
 _PAUSE_S = 0.2
+_SILENT_S = 0.9 * HELLO_S  # what a try took that ran out of time
 _SLOW_S, _TIMES_SLOWER = 2.0, 4.0
 _SAMPLED_BYTES = 64 << 10
 _SAMPLED_ONE_IN = 32
@@ -117,7 +118,8 @@ class Courier:
             self._ask_origin(flight, origin)
             self._judge(flight)
             return
-        is_young = time.monotonic() - self._began < _YOUNG_S
+        began = time.monotonic()
+        is_young = began - self._began < _YOUNG_S
         homes = rank_homes(chunk.name, self._members.living(), _ASKED_YOUNG)
         me = self._members.me
         is_home = not homes or homes[0] == me
@@ -132,6 +134,10 @@ class Courier:
                 continue
             # One that was the home before this pod came may have it already.
             held_only = is_home or place == _HOMES - 1
+            if time.monotonic() - began > _SILENT_S:  # one of those before was silent
+                self._stop.wait(_PAUSE_S)
+                if not self._members.is_sure(peer):
+                    continue
             with contextlib.suppress(FetchError):
                 given = self._ask_home(flight, peer, held_only=held_only)
                 if self._is_sound(flight, origin, given.peer):
@@ -147,12 +153,16 @@ class Courier:
         """
         until, tries = time.monotonic() + _BUSY_S, 0
         while not (self._stop.is_set() or (flight.is_promoted and not held_only)):
+            began = time.monotonic()
             try:
                 return self._ask_peer(flight, peer, held_only=held_only)
             except TransientError as error:
+                is_silent = not error.busy and time.monotonic() - began >= _SILENT_S
                 tries += not error.busy
-                if tries > 1 or time.monotonic() > until:
-                    if tries > 1:
+                if is_silent:
+                    self._members.doubt()
+                if tries > 1 or is_silent or time.monotonic() > until:
+                    if tries > 1 or is_silent:
                         self._members.fail(peer)
                     raise
                 if error.busy and (given := self._ask_holders(flight, peer)):

@@ -125,6 +125,12 @@ class Flights:
             flight = self._found[chunk.name] = Flight(chunk)
             return flight, True
 
+    def renew(self, chunk: Chunk) -> Flight:
+        """Return a new flight in the place of the chunk's, whose bytes are not to be read again."""
+        with self._lock:
+            flight = self._found[chunk.name] = Flight(chunk)
+            return flight
+
     def _find(self, chunk: Chunk) -> Flight | None:
         flight = self._found.get(chunk.name)
         return flight if flight is not None and flight.error is None else None

@@ -25,6 +25,7 @@ HELLO_S = 2.0  # for all of a connection and its answer
 _RESOLVE_S = 2.0
 _AGAIN_S = (0.5, 1.0, 2.0, 5.0, 10.0)
 _REST_S = 30.0
+_DOUBT_S = 10.0  # no sooner are all greeted anew
 _AT_ONCE = 256
 _MOST_HELLO_BYTES = 4096
 _DNS, RAY = "dns", "ray"
@@ -40,6 +41,8 @@ class Member:
     is_shunned: bool = False
     tries: int = 0
     again_at: float = 0.0  # when it is greeted next; never while it lives
+    heard_at: float = 0.0  # when it was greeted the last time
+    is_doubted: bool = False  # it is greeted once more, although it lives
     is_asked: bool = False
 
     @property
@@ -106,6 +109,7 @@ class Members:
         self._own_id, self._own_port = own_id, port
         self._tls = tls
         self._found = {address: Member(address) for address in listed}
+        self._doubted_at = -_DOUBT_S
         self._asking: asyncio.Future[set[str]] | None = None
         self._settled = asyncio.Event()
         self._slots = asyncio.Semaphore(_AT_ONCE)
@@ -125,6 +129,19 @@ class Members:
         if (member := self._found.get(address)) is not None and member.nonce:
             member.nonce, member.tries = "", 1
             member.again_at = time.monotonic() + _AGAIN_S[1]
+
+    def doubt(self) -> None:
+        """Greet all who live once more: one is silent, and so may others be. In any thread."""
+        now = time.monotonic()
+        if now - self._doubted_at > _DOUBT_S:
+            self._doubted_at = now
+            for member in list(self._found.values()):
+                member.is_doubted = member.is_living and member.address != self.me
+
+    def is_sure(self, address: str) -> bool:
+        """Return whether it has been heard since there was doubt. In any thread."""
+        member = self._found.get(address)
+        return member is not None and member.is_living and member.heard_at >= self._doubted_at
 
     def rest(self, address: str) -> None:
         """Do without it for a while: it is slow. In any thread."""
@@ -153,8 +170,9 @@ class Members:
                     resolved_at = now
                     await self._resolve()
                 for member in list(self._found.values()):
-                    if not member.is_settled and member.again_at <= now:
-                        member.is_asked = True
+                    is_due = not member.is_settled and member.again_at <= now
+                    if is_due or (member.is_doubted and not member.is_asked):
+                        member.is_asked, member.is_doubted = True, False
                         greetings.create_task(self._greet(member))
                 if self._found and all(m.is_living for m in self._found.values()):
                     self._settled.set()
@@ -203,8 +221,10 @@ class Members:
             if found["id"] == self._own_id:
                 self.me = member.address
             member.nonce, member.tries = str(found["nonce"]), 0
+            member.heard_at = time.monotonic()
         except (OSError, TimeoutError, ValueError, KeyError, TypeError, EOFError):
             pause_s = _AGAIN_S[min(member.tries, len(_AGAIN_S) - 1)]
+            member.nonce = ""
             member.again_at, member.tries = time.monotonic() + pause_s, member.tries + 1
         finally:
             member.is_asked = False

@@ -168,7 +168,7 @@ class Sharing:
         distrusted = again and chunk.name in self._taken
         if distrusted:
             self._taken.discard(chunk.name)
-            anew = Flight(chunk)
+            anew = self._flights.renew(chunk)
             self._courier.bring(anew, origin, distrusted=True)
             return anew
         found, is_new = self._flights.join(chunk, always=True)
