@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import socket
@@ -39,8 +38,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from loader.arriving.filling import FillingFolder
+from loader.arriving.packets import packet, receive_packet, socket_address
 from loader.errors import EngineError, LoaderError, error_from_json
-from loader.json_text import parse_json
 from loader.threads import Broadcast
 from loader.types import Head
 from loader.weights.header import parse_header
@@ -48,7 +47,6 @@ from loader.weights.header import parse_header
 LOST = "lost"
 HEARTBEAT_S = 5.0
 SILENCE_S = 24 * HEARTBEAT_S  # that ends a follower's patience; the machine may be very busy
-_PACKET_BYTES = 1 << 16
 _NUMBERS = 2000  # of tensors in a packet
 _MOST_PROBLEMS = 20
 _BACKLOG = 128
@@ -87,7 +85,7 @@ class Feed:
         """Why a follower could not follow, though the filling went on; empty where all could."""
         self._closed = False
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with _address(path) as address:
+        with socket_address(path) as address:
             self._listening.bind(address)
         path.chmod(0o600)
         self._listening.listen(_BACKLOG)
@@ -189,7 +187,7 @@ class Feed:
 
     def _hear(self, one: _Followed) -> None:
         with contextlib.closing(one.end):
-            while message := _receive(one.end):
+            while message := receive_packet(one.end):
                 kind = message["kind"]
                 if kind == "failed":
                     self._break(str(message["what"]))
@@ -231,11 +229,11 @@ class _Followed:
         self.is_done = self.is_over = False
 
     def send(self, kind: str, **content: object) -> None:
-        self.end.sendall(_packet(kind, **content))
+        self.end.sendall(packet(kind, **content))
 
     def send_file(self, number: int, descriptor: int) -> None:
         try:
-            socket.send_fds(self.end, [_packet("open", file=number)], [descriptor])
+            socket.send_fds(self.end, [packet("open", file=number)], [descriptor])
         finally:
             os.close(descriptor)
 
@@ -256,7 +254,7 @@ class Follower:
         self._end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._end.settimeout(SILENCE_S)
         try:
-            with _address(path) as address:
+            with socket_address(path) as address:
                 self._end.connect(address)
         except OSError as error:
             self._end.close()
@@ -324,7 +322,7 @@ class Follower:
 
     def _send(self, kind: str, **content: object) -> None:
         with contextlib.suppress(OSError):  # the next ``receive`` tells that it is gone
-            self._end.sendall(_packet(kind, **content))
+            self._end.sendall(packet(kind, **content))
 
     def _is_readable(self) -> bool:
         self._end.settimeout(0)
@@ -339,7 +337,7 @@ class Follower:
 
     def _next(self) -> Mapping[str, Any]:
         try:
-            message = _receive(self._end, self._keep)
+            message = receive_packet(self._end, self._keep)
         except TimeoutError:
             raise self._lose(f"nothing was heard for {SILENCE_S:.0f} seconds") from None
         if message is None:
@@ -372,55 +370,9 @@ def head_digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _packet(kind: str, **content: object) -> bytes:
-    return json.dumps({"kind": kind, **content}).encode()
-
-
-def _receive(
-    end: socket.socket,
-    keep: Callable[[Mapping[str, Any], Iterable[int]], None] = lambda message, descriptors: None,
-) -> Mapping[str, Any] | None:
-    """Return the next packet, None where no more come; *keep* gets descriptors that came with it.
-
-    Raises:
-        TimeoutError: none came in the socket's time.
-    """
-    try:
-        data, descriptors = _receive_packet(end)
-    except TimeoutError:
-        raise
-    except OSError:
-        return None
-    if not data:
-        return None
-    message: Mapping[str, Any] = parse_json(data)
-    keep(message, descriptors)
-    return message
-
-
-def _receive_packet(end: socket.socket) -> tuple[bytes, list[int]]:
-    try:
-        found = socket.recv_fds(end, _PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-    except ConnectionResetError:
-        # Said once where the other end left something unread, and before what it sent last.
-        found = socket.recv_fds(end, _PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-    return found[0], found[1]
-
-
 def _to_json(error: BaseException) -> Mapping[str, object]:
     if not isinstance(error, LoaderError):
         error = EngineError(f"{type(error).__name__}: {error}")
     told = error.to_json()
     short = {name: text[:2000] for name, text in told.items() if isinstance(text, str)}
     return {**short, "problems": [text[:200] for text in error.problems[:_MOST_PROBLEMS]]}
-
-
-@contextlib.contextmanager
-def _address(path: Path) -> Iterator[str]:
-    """Give an address of the socket *path*, which may be longer than an address can be."""
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        short = Path(f"/proc/self/fd/{folder}")
-        yield str((short if short.exists() else path.parent) / path.name)
-    finally:
-        os.close(folder)
