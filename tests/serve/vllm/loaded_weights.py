@@ -90,16 +90,38 @@ def _load_slowly(folder: Path, order: str, scratch: Path) -> dict[str, str]:
 
 
 def load(folder: Path, load_format: str) -> dict[str, str]:
-    """Return a digest of each parameter and buffer that vLLM has of *folder*."""
-    from vllm.model_executor.model_loader import get_model
+    """Return a digest of each parameter and buffer that vLLM has of *folder*.
+
+    On a CPU it packs most of them into forms that nobody can read: they are looked at before that,
+    too.
+    """
+    from vllm.model_executor.model_loader import base_loader, get_model
 
     from loader.serve.vllm.private import EngineArgs, set_current_vllm_config
 
+    found: dict[str, str] = {}
+    process = base_loader.process_weights_after_loading
+
+    def look_and_process(model: Any, *given: Any) -> None:
+        found.update({f"loaded {name}": digest for name, digest in _digests(model).items()})
+        process(model, *given)
+
     args = EngineArgs(model=str(folder), load_format=load_format, enforce_eager=True)
     vllm_config = args.create_engine_config()
-    with set_current_vllm_config(vllm_config):
-        model = get_model(vllm_config=vllm_config)
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    base_loader.process_weights_after_loading = look_and_process
+    try:
+        with set_current_vllm_config(vllm_config):
+            model = get_model(vllm_config=vllm_config)
+    finally:
+        base_loader.process_weights_after_loading = process
+    poolers = getattr(getattr(model, "pooler", None), "poolers_by_task", {})
+    for task, pooler in poolers.items():  # which are no modules of the model
+        found |= {f"{task} {name}": digest for name, digest in _digests(pooler).items()}
+    return found | _digests(model)
+
+
+def _digests(module: Any) -> dict[str, str]:
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     return {name: _digest(tensor) for name, tensor in tensors.items()}
 
 

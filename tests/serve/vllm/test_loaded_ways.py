@@ -160,4 +160,5 @@ def test_a_projection_is_in_what_was_followed(loaded: dict[str, Any]) -> None:
 def test_adapters_are_in_what_was_merged(loaded: dict[str, Any]) -> None:
     plain, merged = loaded["as it is"]["arriving"], loaded["merged"]["arriving"]
     changed = {name for name in plain if merged[name] != plain[name]}
-    assert changed == {name for name in plain if "qkv_proj" in name}
+    assert changed
+    assert all("qkv_proj" in name for name in changed)
