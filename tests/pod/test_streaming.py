@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import re
@@ -186,27 +185,38 @@ def test_an_end_while_the_engine_waits_for_weights(
     assert not list((tmp_path / "models").rglob("*.safetensors"))
 
 
+MOMENTS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "the first answer": lambda body: True,
+    "imports": lambda body: "engine import" in body["stage"],
+    "the engine loads": lambda body: "engine load" in body["stage"],
+    "some weights": is_waiting,
+    "all weights": lambda body: (
+        body["status"] == "ready" or 0 < body["weights"]["done"] == body["weights"]["total"]
+    ),
+}
+
+
 @pytest.mark.engine
-def test_a_signal_at_any_moment_ends_all_of_it(start: Start, tmp_path: Path) -> None:
-    """Whatever it is at: importing, waiting for weights with some of them, warming up, serving."""
-    moments_s, took_s = random.Random(18), []
-    for _ in range(10):
-        pod = start(pause_s=0.3)
-        pod.wait_answer()
-        moment_s = moments_s.uniform(0, 40)
-        with contextlib.suppress(AssertionError):
-            pod.wait_for(lambda body: body.get("status") == "ready", moment_s)
-        family = [pod.pod, *pod.pod.children(recursive=True)]
-        is_ready = pod.answers[-1][2].get("status") == "ready"
-        pod.stop_probing()
-        began = time.monotonic()
-        pod.signal(signal.SIGTERM)
-        code = pod.wait(30)
-        took_s.append(f"{moment_s:.1f}: {code} after {time.monotonic() - began:.2f}")
-        assert time.monotonic() - began < 5, took_s  # two seconds, on a machine that is not busy
-        assert code == (0 if is_ready else 143), pod.text()
-        assert not psutil.wait_procs(family, timeout=10)[1]
-        assert not list((tmp_path / "models").rglob("*.safetensors"))
+@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_at_any_moment_ends_all_of_it(
+    start: Start, tmp_path: Path, moment: str, number: int
+) -> None:
+    """A random while after each stage of a start has begun."""
+    pod = start(pause_s=0.3)
+    pod.wait_for(lambda body: MOMENTS[moment]({"weights": {"done": 0, "total": 0}} | body))
+    time.sleep(random.Random(f"{moment} {number}").uniform(0, 3))
+    family = [pod.pod, *pod.pod.children(recursive=True)]
+    pod.stop_probing()
+    is_ready = pod.answers[-1][2]["status"] == "ready"
+    began = time.monotonic()
+    pod.signal(signal.SIGTERM)
+    code = pod.wait(30)
+    # Two seconds, on a machine that is not busy.
+    assert is_ready or time.monotonic() - began < 5
+    assert code == (0 if is_ready else 143), pod.text()
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    assert not list((tmp_path / "models").rglob("*.safetensors"))
 
 
 def _lives(process: psutil.Process) -> bool:
