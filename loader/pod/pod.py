@@ -6,6 +6,8 @@
 Where weights are streamed, the engine loads while they arrive, and gets the port when it is ready
 and all of them are proved; where it cannot follow them, another is started over the files.
 
+Where a model is spread over nodes, each has a pod; only node 0's engine gets the port.
+
 The pod's process stays the engine's parent: as PID 1 it has signals to pass on, a limit for the end
 to keep, orphans to reap and an exit code to give, which ``exec`` could not all do.
 
@@ -22,18 +24,38 @@ import queue
 import signal
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from loader.arriving.filling import Announce, FillingFolder
 from loader.config.values import user_path
-from loader.errors import ConfigError, EngineError, LoaderError
+from loader.errors import EngineError, LoaderError
 from loader.fetch.progress import Progress
 from loader.peers import serve_peers_on
 from loader.pod.address import serving_address
 from loader.pod.engine import EngineDrained, EngineGone, EngineLoaded, EngineProcess
+from loader.pod.follower import join_nodes
+from loader.pod.heeded import (
+    Announced,
+    Asked,
+    Event,
+    Failed,
+    Late,
+    Prepared,
+    check_engine,
+    ended,
+)
+from loader.pod.nodes import (
+    NodeEvent,
+    NodeFailed,
+    NodesPrepared,
+    NodesServing,
+    NodeStopped,
+    content_digests,
+)
+from loader.pod.place import Place
 from loader.pod.signals import Signals, StopSignal, reap_orphans
 from loader.serve.vllm.arguments import sizing_arguments, written
 from loader.serve.vllm.kernel_cache import KernelCache
@@ -62,34 +84,6 @@ _UNKNOWN = ReadyModel(Path("model"), (), None, Path("model"), {})  # until the f
 _log = logging.getLogger("podloader")
 
 
-@dataclass(frozen=True, slots=True)
-class _Announced:
-    stream: Stream
-
-
-@dataclass(frozen=True, slots=True)
-class _Late:
-    engine: EngineProcess
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    ready: ReadyModel
-
-
-@dataclass(frozen=True, slots=True)
-class _Failed:
-    error: Exception
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    signal: int
-
-
-_Event = _Announced | _Late | _Prepared | _Failed | _Asked | EngineLoaded | EngineGone
-
-
 class Pod:
     """Made in the main thread; answers probes from then on. A context manager: its end ends all.
 
@@ -99,16 +93,16 @@ class Pod:
     """
 
     def __init__(self, settings: Settings, arguments: Sequence[str], timeline: Timeline) -> None:
-        _check_engine(settings)
+        check_engine(settings)
         if importlib.util.find_spec("vllm") is None:
             raise EngineError("vLLM is not installed", next_step=f"install vllm{RANGE}")
         words = (*written(settings.engine_args), *arguments)
-        address = serving_address(words)
+        address, place = serving_address(words), Place.read(words)
         tls = address.tls()
         self._kernels = KernelCache(settings, words, timeline)
         self._settings = settings
-        self._arguments = tuple(arguments)
-        self._address = address
+        self._arguments = (*arguments, *(("--headless",) if place.rank else ()))
+        self._fixed = {**address.arguments(), **place.arguments()}
         self._timeline = timeline
         self._state = BootState(timeline, arrived=self._file_arrived, configured=self._hint)
         self.holds = settings.on_failure == "hold"
@@ -123,12 +117,14 @@ class Pod:
         self._ready: ReadyModel | None = None
         self._loaded = False
         self._preparing: threading.Thread | None = None
-        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._signals = Signals(self._signalled)
         self._listening = listen(address.host, address.port)
         self._answer = partial(BootServer, self._listening, self._state.boot, tls, address.lets_in)
         self._server = self._answer()
         self._kernels.begin()
+        self._nodes = join_nodes(place, settings.peers_token, self._node_told)
+        self._failure: LoaderError | None = None  # of another node, while this one serves
         self._engine = self._start_engine()
 
     def __enter__(self) -> Pod:
@@ -137,6 +133,7 @@ class Pod:
     def __exit__(self, *_: object) -> None:
         self._ending = True
         self._engine.close()
+        self._nodes.close()
         self._server.stop()
         self._listening.close()
         if self._late is not None:
@@ -171,53 +168,76 @@ class Pod:
         try:
             while not self._serving:
                 self._heed(self._events.get())
-        except Exception as error:
+        except StopSignal as stop:
+            self._nodes.stop(stop.number)
+            raise
+        except Exception as own:
+            error = self._nodes.fail(own)
             self._timeline.close()
             self._state.fail(error)
-            raise
+            raise error from own.__cause__
 
     def serve(self) -> int:
         """Return the exit code, when a signal or a crash has ended the engine.
 
         An end that nobody has asked for is a failure, whatever the engine calls it; one that was
         asked for is none once the engine has drained, whatever hung afterwards.
+
+        Raises:
+            LoaderError: why a model that is spread over nodes has ended on all of them.
         """
         if os.getpid() == _FIRST_PROCESS:
             signal.signal(signal.SIGCHLD, lambda *_: reap_orphans(self._engine.pid))
+        self._heed_nodes()  # what they told just before this one served
         code = self._engine.wait()
-        if self._drained and self._cut_off:
+        if self._limit is None and self._nodes.are_many:
+            raise self._nodes.fail(self._failure or ended(code))
+        if (self._drained and self._cut_off) or self._nodes.follows:
             return 0
         return code if code or self._limit else EngineError.exit_code
 
     def hold(self) -> None:
         """Answer probes with the failure until a signal comes; the engine's memory is free."""
         self._engine.close()
-        while not isinstance(self._events.get(), _Asked):
+        while not isinstance(self._events.get(), Asked):
             pass
 
-    def _heed(self, event: _Event) -> None:
+    def _heed(self, event: Event) -> None:
         match event:
-            case _Announced(stream):
+            case Announced(stream):
                 self._stream = stream
                 self._load(stream.ready, LOAD_FORMAT)
-            case _Prepared(ready):
+            case Prepared(ready):
                 self._ready = ready
                 if any(word.replace("_", "-").startswith(_NAMED) for word in self._arguments):
                     self._timeline.note(served_as=[])  # vLLM's argument wins
-                self._take(ready)
+                self._await_nodes(ready)
+            case NodesPrepared() if self._ready is not None:
+                self._state.wait_for("")
+                self._take(self._ready)
             case EngineLoaded(engine) if engine is self._engine:
                 self._loaded = True
                 if self._stream is not None and not self._stream.feed.wait_taken():
                     self._fall_back("the engine did not follow the weights")
                 self._hand_over()
+            case NodesServing():
+                self._loaded = True
+                self._hand_over()
             case EngineGone(engine) if engine is self._engine:
                 self._heed_end(engine)
-            case _Late(engine) if engine is self._engine and not self._loaded:
+            case Late(engine) if engine is self._engine and not self._loaded:
                 raise too_late(ready_timeout_s())
-            case _Failed(error):
+            case Failed(error) | NodeFailed(error):
                 raise error
-            case _Asked(number):
+            case Asked(number) | NodeStopped(number):
                 raise StopSignal(number)
+
+    def _await_nodes(self, ready: ReadyModel) -> None:
+        """Let all nodes load at one time: torch's own patience with the slowest is limited."""
+        self._nodes.prepared(content_digests(ready.provenance))
+        if waited_for := self._nodes.waited_for():
+            self._state.wait_for(waited_for)
+            self._nodes.expect(ready_timeout_s())
 
     def _take(self, ready: ReadyModel) -> None:
         """Let the engine have *ready*, all of which is proved."""
@@ -267,7 +287,9 @@ class Pod:
         """Begin to count the engine's time: all that it waited for is here."""
         if self._late is not None:
             self._late.cancel()
-        late = _Late(self._engine)
+        if self._nodes.follows:
+            return  # node 0 decides
+        late = Late(self._engine)
         self._late = threading.Timer(ready_timeout_s(), self._events.put, (late,))
         self._late.daemon = True
         self._late.start()
@@ -280,8 +302,11 @@ class Pod:
             self._stream.finish()
         if self._late is not None:
             self._late.cancel()
-        self._server.stop()
-        self._engine.go(self._state.ready())
+        boot = self._state.ready()
+        if not self._nodes.follows:
+            self._server.stop()
+            self._engine.go(boot)
+            self._nodes.serving()
         self._serving = True
         serve_peers_on(self._settings)
         self._kernels.publish()
@@ -291,14 +316,15 @@ class Pod:
             self._settings.engine_args,
             vllm_arguments(self._settings, _UNKNOWN, self._arguments),
             self._environment,
-            self._address.arguments(),
+            self._fixed,
         )
 
     def _announcing(self) -> Announce | None:
         """Return what is to be told of weights on their way; None where files are waited for."""
         settings = self._settings
         start, engine_args = settings.engine_start, settings.engine_args
-        if why := why_not_streamed(start, engine_args, self._arguments):
+        nodes = "the model is over several nodes" if self._nodes.are_many else ""
+        if why := nodes or why_not_streamed(start, engine_args, self._arguments):
             _log.info("engine start: files: %s", why)
             return None
 
@@ -312,7 +338,7 @@ class Pod:
                 _log.warning("engine start: files, not streamed: %s", error)
                 return
             _log.info("engine start: stream: the weights are loaded as they arrive")
-            self._kernels.then(partial(self._events.put, _Announced(stream)))
+            self._kernels.then(partial(self._events.put, Announced(stream)))
 
         return announce
 
@@ -336,9 +362,9 @@ class Pod:
                 ask=self._engine.ask_unbound,
                 announce=self._announcing(),
             )
-            self._kernels.then(partial(self._events.put, _Prepared(ready)))
+            self._kernels.then(partial(self._events.put, Prepared(ready)))
         except Exception as error:
-            self._events.put(_Failed(error))
+            self._events.put(Failed(error))
 
     def _told(self, event: EngineLoaded | EngineDrained | EngineGone) -> None:
         """Take the port back when the engine has drained: nobody is refused until the end."""
@@ -348,6 +374,24 @@ class Pod:
             self._server = self._answer()
         else:
             self._events.put(event)
+
+    def _node_told(self, event: NodeEvent) -> None:
+        self._events.put(event)
+        if self._serving:
+            self._heed_nodes()
+
+    def _heed_nodes(self) -> None:
+        """End with the other nodes; where this one leads, it drains first."""
+        while not self._events.empty():
+            event = self._events.get()
+            if isinstance(event, NodeFailed):
+                self._failure = event.error
+                self._engine.kill()
+            elif isinstance(event, NodeStopped) and self._nodes.follows:
+                self._limit = self._limit or threading.Timer(0, self._engine.kill)
+                self._engine.kill()
+            elif isinstance(event, NodeStopped):
+                os.kill(os.getpid(), event.signal)
 
     def _file_arrived(self, path: str) -> None:
         if self._folder is not None and PurePosixPath(path).name == _CONFIG:
@@ -365,9 +409,12 @@ class Pod:
         if self._ending or self._limit is not None:
             self._engine.kill()
         elif not self._serving:
-            self._events.put(_Asked(number))
+            self._events.put(Asked(number))
         else:
-            self._engine.signal(signal.SIGTERM)
+            if self._nodes.follows:
+                self._nodes.stop(number)  # node 0's engine drains, and needs this one for it
+            else:
+                self._engine.signal(signal.SIGTERM)
             limit_s = self._settings.drain_timeout_s + KILL_AFTER_S
             self._limit = threading.Timer(limit_s, self._cut)
             self._limit.daemon = True
@@ -377,17 +424,6 @@ class Pod:
         self._cut_off = True
         _log.warning("the engine did not end in time, and is killed")
         self._engine.kill()
-
-
-def _check_engine(settings: Settings) -> None:
-    if settings.engine != "vllm":
-        raise ConfigError(
-            "`podloader serve` is vLLM's server",
-            where="engine",
-            expected="vllm",
-            got=settings.engine,
-            next_step="leave engine out",
-        )
 
 
 def vllm_arguments(

@@ -76,6 +76,8 @@ def health(boot: Boot) -> dict[str, Any]:
 def _not_yet(boot: Boot) -> dict[str, Any]:
     if boot.error:
         message = f"the model did not start: {boot.error.get('what', '')}"
+    elif boot.phase == "ready":
+        message = "this node answers no requests; node 0 of its model does"
     elif boot.phase == "stopping":
         message = "the server is stopping and takes no more requests"
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -189,6 +190,14 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def master_port() -> int:
+    """Return a port that is free now, as is the one behind it."""
+    while True:
+        port = free_port()
+        with contextlib.suppress(OSError), socket.create_server(("", port + 1)):
+            return port
 
 
 def render(chromium: str, url: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 from loader.config.settings import Settings
 from loader.errors import ConfigError
 from loader.pod.address import serving_address
+from loader.pod.place import Place
 from loader.pod.pod import vllm_arguments
 from loader.serve.vllm.arguments import parse_arguments, written
 from loader.serve.vllm.openai_server import check_mode
@@ -42,7 +43,8 @@ def parse(ready: ReadyModel, *given: str, **section: object) -> Any:
 
 
 def address(*given: str, **engine_args: object) -> Any:
-    return serving_address((*written(engine_args), *given)).arguments()
+    words = (*written(engine_args), *given)
+    return {**serving_address(words).arguments(), **Place.read(words).arguments()}
 
 
 @pytest.mark.parametrize("ready", [PLAIN, ADAPTERS], ids=["plain", "adapters"])

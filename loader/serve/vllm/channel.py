@@ -1,4 +1,4 @@
-"""What the pod and its engine process tell each other: one JSON object a line, on a socket pair."""
+"""What the pod and its engine process, or two nodes, tell each other: a JSON object a line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import threading
 from typing import Any
 
 from loader.json_text import parse_json
+
+_MOST_LETTERS = 1 << 24  # in a line
 
 
 class Channel:
@@ -26,12 +28,13 @@ class Channel:
             self._socket.sendall(line.encode())
 
     def receive(self) -> dict[str, Any] | None:
-        """Return what the other end tells, or None when it is gone."""
+        """Return what the other end tells, or None when it is gone, or tells no such thing."""
         try:
-            line = self._reader.readline()
+            line = self._reader.readline(_MOST_LETTERS)
+            told = parse_json(line) if line.endswith("\n") else None
         except (OSError, ValueError):
             return None
-        return parse_json(line) if line.endswith("\n") else None
+        return told if isinstance(told, dict) else None
 
     def close(self) -> None:
         """Hear and tell no more."""

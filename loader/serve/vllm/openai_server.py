@@ -90,36 +90,59 @@ def serve_openai(
     import uvloop
 
     check_sound(Path(args.model))
+    if args.headless:
+        return work_headless(args)
     # The engine's processes are forks of this one: none may keep the port open when this is gone.
     os.register_at_fork(after_in_child=listening.close)
     code: int = uvloop.run(_serve(args, listening, channel, stage, canary))
     return code
 
 
+def work_headless(args: Any) -> int:
+    """Be a node that another one leads, until its workers end; return the exit code.
+
+    Raises:
+        EngineError: vLLM did not start.
+    """
+    from loader.serve.vllm.private import run_headless
+
+    args.api_server_count = 0  # as vLLM's own `serve` does
+    try:
+        run_headless(args)
+    except Exception as error:
+        raise start_failure(error, args.model) from error
+    return _ENGINE_DIED
+
+
 def check_mode(args: Any, address: Mapping[str, object]) -> None:
     """Raise ConfigError for arguments of ``vllm serve`` that need another server than this one.
 
     *address* holds what the port has been served by, under vLLM's names: nobody was let in whom
-    vLLM would not let in.
+    vLLM would not let in. So it does with the nodes that a model is spread over.
     """
     problems = [
         f"--{name.replace('_', '-')}"
-        for name in ("headless", "grpc", "uds", "data_parallel_multi_port_external_lb")
+        for name in ("grpc", "uds", "data_parallel_multi_port_external_lb")
         if getattr(args, name, None)
     ]
+    if args.headless and not address["headless"]:
+        problems.append("--headless, which follows from --node-rank")
+    if args.nnodes > 1 and args.data_parallel_size > 1:
+        problems.append("--data-parallel-size beside --nnodes")
     if (args.api_server_count or 1) > 1:
         problems.append(f"--api-server-count {args.api_server_count}")
     problems += [
         f"--{name.replace('_', '-')}, in another place or by an abbreviation"
         for name, value in address.items()
-        if (getattr(args, name) or None) != (value or None)
+        if name != "headless" and (getattr(args, name) or None) != (value or None)
     ]
     if problems:
         raise ConfigError(
             "arguments of vLLM that podloader does not serve with",
             problems=problems,
             next_step="leave them out, or run `podloader prepare` and then `vllm serve`; where to "
-            "listen and whom to let in is read in full words, after -- or in engine_args, alone",
+            "listen, whom to let in and which node this is are read in full words, after -- or in "
+            "engine_args, alone",
         )
 
 

@@ -77,6 +77,7 @@ IMPORTED = {
     "get_uvicorn_log_config": Private(
         "log_config_file and quiet endpoints", (f"{_LAUNCHERS}.utils.server_utils",)
     ),
+    "run_headless": Private("a node that another one leads", ("vllm.entrypoints.cli.serve",)),
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": Private("a documented variable, read", ("vllm.envs",)),
     "VLLM_CACHE_ROOT": Private("a documented variable, read", ("vllm.envs",)),
     # What the handlers take and return: `predict` calls them without a socket between.
@@ -268,6 +269,7 @@ REACHED = {
         (
             "api_server_count",
             "data_parallel_multi_port_external_lb",
+            "data_parallel_size",
             "disable_uvicorn_access_log",
             "enable_lora",
             "enable_ssl_refresh",
@@ -279,6 +281,7 @@ REACHED = {
             "lora_modules",
             "model",
             "model_tag",
+            "nnodes",
             "numa_bind",
             "port",
             "reasoning_parser_plugin",
