@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loader.config.settings import Settings
 from loader.peers.members import parse_peers
+from loader.pod.place import Place
 from loader.pod.pod import KILL_AFTER_S
 from loader.status.metrics import exposition
 from loader.status.state import Boot
@@ -52,7 +54,7 @@ def composed() -> dict[str, Any]:
     return service
 
 
-@pytest.mark.parametrize("name", ["podloader", "secret", "servicemonitor", "peers"])
+@pytest.mark.parametrize("name", ["podloader", "secret", "servicemonitor", "peers", "nodes"])
 def test_kubernetes_would_take_them(name: str) -> None:
     own = [d for d in documents(f"kubernetes/{name}.yaml") if "coreos" not in d["apiVersion"]]
     for one in own:
@@ -64,6 +66,31 @@ def test_the_schema_refuses_what_kubernetes_would() -> None:
     broken["spec"]["template"]["spec"]["gracePeriod"] = 3
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(broken, RELEASE, strict=True)
+
+
+def test_every_node_knows_its_place_and_where_node_0_is() -> None:
+    nodes = document("kubernetes/nodes.yaml", "StatefulSet")
+    pod = nodes["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    variables = {one["name"] for one in container["env"] if "valueFrom" in one}
+    count = nodes["spec"]["replicas"]
+    for rank in range(count):
+        words = [word.replace("$(NODE_RANK)", str(rank)) for word in container["args"]]
+        place = Place.read(words)
+        assert (place.count, place.rank) == (count, rank)
+    assert {"NODE_RANK", "VLLM_HOST_IP"} <= variables
+    service = nodes["spec"]["serviceName"]
+    assert place.address == f"{nodes['metadata']['name']}-0.{service}"
+    headless, public = (d for d in documents("kubernetes/nodes.yaml") if d["kind"] == "Service")
+    assert headless["metadata"]["name"] == service
+    assert headless["spec"]["publishNotReadyAddresses"]
+    assert headless["spec"]["ports"][0]["port"] == place.port + 1
+    assert public["spec"]["selector"]["apps.kubernetes.io/pod-index"] == "0"
+    config = document("kubernetes/nodes.yaml", "ConfigMap")["data"]["config.yaml"]
+    args = Settings.load(yaml.safe_load(config)).engine_args
+    sizes = [args[f"{kind}_parallel_size"] for kind in ("tensor", "pipeline")]
+    gpus = int(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert math.prod(map(int, map(str, sizes))) == gpus * count
 
 
 def test_the_prometheus_operator_would_take_its_monitor() -> None:
