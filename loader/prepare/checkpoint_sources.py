@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loader.arriving.delivery import Delivery
 from loader.prepare.inputs import small_names
+from loader.serve.vllm.stages import Share
 from loader.types import Checkpoint, Kind
 from loader.weights.formats.places import home_folders
 from loader.weights.formats.serving import serving_files
@@ -34,7 +35,8 @@ class Source:
     """A checkpoint, and the files of *delivery* that it was, or is, made of.
 
     ``place`` is ``<job>/rank-<N>/<folder>``, ``places`` are those of all ranks, ``kind`` what it
-    was before it was consolidated, ``is_made``: it has been.
+    was before it was consolidated, ``is_made``: it has been. ``share`` is what this
+    node takes, where that is not all of it.
     """
 
     checkpoint: Checkpoint
@@ -44,6 +46,12 @@ class Source:
     paths: tuple[str, ...]
     delivery: Delivery = field(repr=False)
     is_made: bool = False
+    share: Share | None = None
+
+    @property
+    def is_cut(self) -> bool:
+        """Return whether it is made from what lies in parts, or is a part of it."""
+        return self.kind in SHARDED or self.share is not None
 
     @property
     def job(self) -> str:

@@ -39,7 +39,7 @@ from loader.weights.formats.places import has_config
 from loader.weights.formats.refused import find_refusal
 from loader.weights.header import read_header
 from loader.weights.index import read_weight_map
-from loader.weights.inspect import open_checkpoint
+from loader.weights.inspect import open_checkpoint, write_share
 from loader.weights.publishing import disk_error, scratch_folder, sweep, use
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def make_whole(
     Raises:
         CheckpointError: see ``loader.weights.formats.consolidation.consolidate``.
     """
-    if source.kind not in SHARDED:
+    if not source.is_cut:
         return source
     delivery = source.delivery
     if source.kind is Kind.ZERO and _needs_base(source):
@@ -93,7 +93,10 @@ def make_whole(
             prove_kept(settings, source)
             output = give_name(output, _named(source, base, settings))
     use(output)
-    return replace(source, checkpoint=open_checkpoint(output), is_made=True)
+    checkpoint = open_checkpoint(output)
+    if source.share is not None:  # for others it is no model
+        checkpoint = replace(checkpoint, kind=Kind.FULL)
+    return replace(source, checkpoint=checkpoint, is_made=True)
 
 
 def _needs_base(source: Source) -> bool:
@@ -133,26 +136,34 @@ def _consolidate(
 
         from loader.weights.formats.consolidation import consolidate  # torch
 
+        def begin(writer: CheckpointWriter) -> None:
+            if source.share is not None:
+                write_share(writer.path, source.share.text)
+            on_begin(writer)
+
         consolidate(
             source.checkpoint,
             output,
             files=files,
             base=base.path if base else None,
-            dtype=settings.consolidate_dtype,
+            dtype=settings.consolidate_dtype if source.kind in SHARDED else None,
             on_progress=ranges.report if ranges else local,
-            on_begin=on_begin,
+            on_begin=begin,
             digest=digest,
             learn=learn,
+            keep=source.share.needed if source.share else None,
         )
 
 
 def _named(source: Source, base: BaseModel | None, settings: Settings) -> Path:
-    made_from = {
+    made_from: dict[str, object] = {
         "mode": _MODE,
         "files": dict(source.files),
         "base": dict(base.identity) if base else None,
         "dtype": settings.consolidate_dtype,
     }
+    if source.share is not None:
+        made_from |= {"stage": source.share.text, "kind": source.kind.value}
     return output_folder(settings, _MODE, made_from)
 
 

@@ -29,6 +29,7 @@ from loader.prepare.checkpoint_sources import SHARDED, BaseModel, Source, find_s
 from loader.prepare.consolidated import make_whole
 from loader.prepare.engine_start import Announcement
 from loader.prepare.wholeness import WholenessCheck
+from loader.serve.vllm.stages import Share, Stage, find_stage
 from loader.types import Kind, ReadyModel, Snapshot
 from loader.weights.formats.refused import find_refusal
 from loader.weights.formats.serving import is_shard
@@ -38,6 +39,7 @@ from loader.weights.inspect import (
     MODULES,
     find_checkpoints,
     is_safetensors,
+    read_json,
 )
 from loader.weights.vocabulary import warn_of_ids
 
@@ -68,7 +70,9 @@ def make_ready(
     """
     timeline, progress = delivery.timeline, delivery.progress
     announcement = announce = Announcement(announce) if announce else None
-    later = set(delivery.find_absent(_find_later(settings, delivery.paths, announce is not None)))
+    stage = find_stage(settings.engine_args)
+    is_followed = announce is not None or stage is not None
+    later = set(delivery.find_absent(_find_later(settings, delivery.paths, is_followed)))
     first = [path for path in delivery.paths if path not in later]
     snapshot = delivery.bring(first, "download of small files" if later else "download")
     with timeline.stage("inspect"):
@@ -76,6 +80,8 @@ def make_ready(
     found = find_sources(delivery, checkpoints)
     _refuse_unservable(found)
     _refuse_unlike_nodes(found, snapshot)
+    if stage is not None:
+        found = _share(found, stage, later)
     later -= _begin_shards(settings, delivery, found, later)
 
     def bring_named(*, weights: bool) -> BaseModel | None:
@@ -147,6 +153,26 @@ def _find_later(settings: Settings, paths: Sequence[str], is_followed: bool) -> 
             yield path
 
 
+def _share(sources: Sequence[Source], stage: Stage, later: Collection[str]) -> tuple[Source, ...]:
+    """Return *sources*, of which a model alone is cut down to *stage*, if that is known of it.
+
+    One that is here is served as it is.
+    """
+    (source, *others) = sources
+    config = source.checkpoint.path / "config.json"
+    of_kind = source.kind in SHARDED or (
+        source.kind is Kind.FULL and source.checkpoint.detail.get("format") == "safetensors"
+    )
+    share = Share(stage, read_json(config) if config.is_file() else {})
+    if others or not of_kind or not set(source.paths) & set(later):
+        return tuple(sources)
+    if not stage.knows(share.config):
+        _log.info("this node takes all of the model: which tensors a stage needs is not known")
+        return tuple(sources)
+    _log.info("this node takes %s", share.text)
+    return (replace(source, share=share),)
+
+
 def _begin_shards(
     settings: Settings, delivery: Delivery, sources: Sequence[Source], later: set[str]
 ) -> set[str]:
@@ -154,8 +180,8 @@ def _begin_shards(
 
     With ``weights_only_fetch`` the others stay where they are, if they are pinned there.
     """
-    only = settings.weights_only_fetch
-    needed = [p for s in sources if s.kind in SHARDED for p in s.paths if p in later]
+    only = settings.weights_only_fetch or any(source.share for source in sources)
+    needed = [p for s in sources if s.is_cut for p in s.paths if p in later]
     shards = [path for path in sorted(later) if is_shard(path)]
     if only and delivery.is_pinned(needed):
         return {*needed, *shards}
@@ -323,6 +349,9 @@ def _describe_whole(
             next_step="save the processor beside the model in the training job",
         )
     provenance: dict[str, object] = {"kind": model.kind.value, "checkpoint": model.place}
+    if model.share is not None:
+        name = model.place.rpartition("/")[2]
+        provenance |= {"share": model.share.text, **({"name": name} if name else {})}
     return ReadyModel(path, (), None, tokenizer, provenance)
 
 

@@ -35,6 +35,7 @@ _ELSEWHERE: Mapping[str, tuple[object, ...]] = {
     "model_loader_extra_config": (),
     "offload_backend": (),
     "pipeline_parallel_size": (1,),
+    "nnodes": (1,),
     "config": (),  # more arguments, in a file of vLLM's
 }
 

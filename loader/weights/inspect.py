@@ -30,6 +30,8 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 SINGLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 MODULES = "modules.json"
+SHARE = "podloader_share.json"
+"""Beside a part of a model's tensors, which one node's engine takes: nobody else's model."""
 _PEFT_NAME = re.compile(r"^base_model\.model\.|\.base_layer\.(weight|bias)$|\.lora_[AB]\.")
 _WRAPPED = {
     "lacks": "a model's own tensors: these are the state dict of a PeftModel, not merged",
@@ -155,6 +157,12 @@ def _find_models(place: Place, read: _Read) -> list[Checkpoint]:
     names = place.names
     if not configs or not any(_is_weights(name) for name in names):
         return []
+    if shares := place.holders(SHARE):
+        share = read_json(place.folder(shares[0]) / SHARE).get("share")
+        lacks = f"the other tensors of the model: this is {share}"
+        return [
+            Checkpoint(Kind.UNKNOWN, place.folder(shares[0]), {"found": [SHARE], "lacks": lacks})
+        ]
     config = read_json(place.folder(configs[0]) / "config.json")
     holders = [rank for rank in place.ranks if any(_is_weights(n) for n in place.files[rank])]
     whole = [r for r in holders if not _missing_shards(place, place.files[r], r)]
@@ -294,6 +302,11 @@ def read_json(path: Path) -> dict[str, object]:
             next_step="fetch the file again, or save the checkpoint again",
         )
     return value
+
+
+def write_share(folder: Path, text: str) -> None:
+    """Say in *folder* that *text*, such as a pipeline stage, is all that it holds of its model."""
+    (folder / SHARE).write_text(json.dumps({"share": text}) + "\n", encoding="utf-8")
 
 
 def _file_bytes(path: Path) -> int:

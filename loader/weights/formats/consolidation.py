@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -51,6 +51,8 @@ from loader.weights.writer import (
 )
 
 Learn = Callable[[Path], ModelNames]
+Keep = Callable[[Collection[str]], Collection[str]]
+"""Which of a model's tensors are wanted, by their names."""
 
 
 class ShardedSource(Protocol):
@@ -98,6 +100,7 @@ def consolidate(
     on_begin: Callable[[CheckpointWriter], None] = lambda writer: None,
     digest: Digest | None = None,
     learn: Learn = read_model_names,
+    keep: Keep | None = None,
 ) -> Path:
     """Return *output*, a Hugging Face folder (or a PEFT adapter's) made of a sharded checkpoint.
 
@@ -108,6 +111,7 @@ def consolidate(
     they are not (all) on this disk. ``dtype`` ("bfloat16") casts floating tensors, None leaves them
     as they were trained. ``on_progress(done, total)`` is told of bytes; ``on_begin`` is given the
     writer when all but the weights is written. Some blocks of 8 MiB are in memory at a time.
+    With *keep* a part of a model is written, and no byte of the rest is read; it may be whole then.
 
     With *digest*, a run goes on with what one that ended before its time had written into the
     same *output* by the same plan; then *files* must be of the same version, too.
@@ -125,7 +129,7 @@ def consolidate(
             files = stack.enter_context(local_files(weight_folders(checkpoint)))
         weights = stack.enter_context(local_files([base])) if base else None
         plan = plan_consolidation(
-            checkpoint, files, base, weights, names=names, dtype=code, learn=learn
+            checkpoint, files, base, weights, names=names, dtype=code, learn=learn, keep=keep
         )
         specs = [TensorSpec(t.name, t.dtype, t.source.shape) for t in plan.targets]
         even = min(max_shard_bytes, even_shard_bytes(plan.size_bytes))
@@ -156,6 +160,7 @@ def plan_consolidation(
     names: Mapping[str, tuple[int, ...]] | None = None,
     dtype: str | None = None,
     learn: Learn = read_model_names,
+    keep: Keep | None = None,
 ) -> Consolidation:
     """Return what ``consolidate`` would write; only descriptions of tensors are read.
 
@@ -165,7 +170,11 @@ def plan_consolidation(
         LoaderError: as ``consolidate``, but for the disk.
     """
     where = str(checkpoint.path)
-    source = _open_source(checkpoint, files)
+    if checkpoint.kind is Kind.FULL and keep is not None:
+        source: ShardedSource = RankShardsSource(files)
+        names = {name: shape for name, shape in source.shapes.items() if is_of_model(name)}
+    else:
+        source = _open_source(checkpoint, files)
     if source.shapes and not any(map(is_of_model, source.shapes)):
         raise optimizer_alone(where, sorted(source.shapes))
     sidecars = find_sidecars(home_folders(checkpoint))
@@ -184,9 +193,12 @@ def plan_consolidation(
         if base_files is not None and has_weights(base_files):
             source = FilledSource(source, base_files, expected.shapes)
     match = match_names(source.shapes, expected, where, hint)
-    targets = _targets(match.names, source, dtype)
-    _check_copies(targets, match.copies, source, dtype, where)
-    return Consolidation(targets, sidecars, "model", _main_dtype(targets))
+    kept = match.names.keys() if keep is None else keep(match.names.keys())
+    targets = _targets({n: own for n, own in match.names.items() if n in kept}, source, dtype)
+    copies = {name: others for name, others in match.copies.items() if name in kept}
+    _check_copies(targets, copies, source, dtype, where)
+    main = None if checkpoint.kind is Kind.FULL else _main_dtype(targets)
+    return Consolidation(targets, sidecars, "model", main)
 
 
 def _open_source(checkpoint: Checkpoint, files: Files) -> ShardedSource:
