@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
 Words = list[str] | None
 
 
-def plan(selection: Selection, set_: Words, sizes: bool, as_json: bool) -> None:
+def plan(
+    selection: Selection,
+    set_: Words,
+    sizes: bool,
+    as_json: bool,
+    nnodes: int | None = None,
+    node_rank: int | None = None,
+) -> None:
     """Show what a start would fetch and do, and whether there is room for it."""
     with errors_shown(as_json):
         from loader import boot
@@ -32,6 +40,14 @@ def plan(selection: Selection, set_: Words, sizes: bool, as_json: bool) -> None:
 
         progress = choose_progress()
         settings = selection.settings(_overrides(set_), progress)
+        given = {"nnodes": nnodes, "node_rank": node_rank}
+        node = {name: value for name, value in given.items() if value is not None}
+        if node:
+            from loader.pod.place import Place
+            from loader.serve.vllm.arguments import written
+
+            settings = replace(settings, engine_args=settings.engine_args | node)
+            Place.read(written(settings.engine_args))
         found = boot.look_ahead(settings, progress, with_sizes=sizes)
 
         from loader.cli.documents import plan_document

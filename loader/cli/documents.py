@@ -75,6 +75,7 @@ def plan_document(found: Forecast, folder: Path, free_bytes: int) -> dict[str, o
             "consolidates": found.consolidates,
             "why": found.why,
             "weights": found.weights_from,
+            "share": {"what": found.share, "bytes": found.share_bytes} if found.share else None,
         },
         "room": [
             {

@@ -262,6 +262,8 @@ def _add_plan(commands: _Commands) -> None:
         default=True,
         help="Ask the origin for sizes not listed.",
     )
+    parser.add_argument("--nnodes", metavar="N", type=int, help="As `serve … -- --nnodes N`.")
+    parser.add_argument("--node-rank", metavar="R", type=int, help="Show what this node takes.")
     _add_json(parser)
 
 

@@ -71,6 +71,9 @@ def _show_start(found: Forecast) -> None:
         way = {"as it is": "served as it is", "attach": "adapters attached", "merge": "merged"}
         first = "consolidated, then " if found.consolidates else ""
         show(f"start       {_ENGINES[found.engine]}, {first}{way[found.mode]}: {found.why}")
+    if found.share:
+        size = "" if found.share_bytes is None else f", {show_bytes(found.share_bytes)}"
+        show(f"this node   {found.share}{size}")
     if found.weights_from:
         of = "from " if found.weights_from.startswith("files") else ""
         show(f"weights     loaded {of}{found.weights_from}")

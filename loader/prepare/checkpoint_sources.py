@@ -8,10 +8,11 @@ from pathlib import Path
 
 from loader.arriving.delivery import Delivery
 from loader.prepare.inputs import small_names
-from loader.serve.vllm.stages import Share
+from loader.serve.vllm.stages import Share, Stage
 from loader.types import Checkpoint, Kind
 from loader.weights.formats.places import home_folders
 from loader.weights.formats.serving import serving_files
+from loader.weights.inspect import read_json
 
 SHARDED = frozenset({Kind.DCP, Kind.ZERO, Kind.DTENSOR, Kind.RANK_SHARDS})
 
@@ -92,6 +93,16 @@ def find_sources(delivery: Delivery, checkpoints: Sequence[Checkpoint]) -> tuple
             paths = tuple(path for path in paths if path.rpartition("/")[0] == place)
         found.append(Source(checkpoint, checkpoint.kind, place, frozenset(homes), paths, delivery))
     return tuple(found)
+
+
+def find_share(checkpoint: Checkpoint, stage: Stage) -> Share | None:
+    """Return what a node with *stage* takes of a model; None where that is all, or not known."""
+    is_model = checkpoint.kind is Kind.FULL and checkpoint.detail.get("format") == "safetensors"
+    config = checkpoint.path / "config.json"
+    if not (is_model or checkpoint.kind in SHARDED) or not config.is_file():
+        return None
+    share = Share(stage, read_json(config))
+    return share if stage.knows(share.config) else None
 
 
 def _relative(folder: Path, delivery: Delivery) -> str:

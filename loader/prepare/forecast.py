@@ -14,10 +14,12 @@ from pathlib import Path
 
 from loader.adapters.attach import decide, name_adapters
 from loader.adapters.base_task import decide_for_base
+from loader.arriving.delivery import Delivery
 from loader.config.settings import Settings
 from loader.errors import LoaderError, redact
+from loader.fetch.snapshot import FetchOptions
 from loader.http.expiry import expiry
-from loader.prepare.checkpoint_sources import SHARDED
+from loader.prepare.checkpoint_sources import SHARDED, find_share
 from loader.prepare.consolidated import cache_folder
 from loader.prepare.engine_start import Base, ServedWeights, why_files
 from loader.prepare.fits import weights_by_folder
@@ -27,9 +29,11 @@ from loader.prepare.remote import read_checkpoints
 from loader.serve.machine import read_machine
 from loader.serve.room import Room, describe_short, engine_room
 from loader.serve.size import count_parameters, dtype_bytes, served_bytes, stored_dtype
+from loader.serve.vllm.stages import Stage, find_stage
 from loader.serve.vllm.streaming import why_not_streamed
 from loader.stores.base import Progress, Store
 from loader.stores.registry import is_remote
+from loader.timeline import Timeline
 from loader.types import Artifact, Checkpoint, Kind, Listing, Manifest, total_bytes
 from loader.units import show_bytes
 from loader.weights.formats.places import home_folders
@@ -72,6 +76,9 @@ class Forecast:
     engine: str = ""
     weights_from: str = ""
     served_is_sharded: bool = False
+    share: str = ""
+    """What the node that was asked about takes of the model, where that is not all of it."""
+    share_bytes: int | None = None
 
     @property
     def base_files(self) -> tuple[BaseFile, ...]:
@@ -96,6 +103,8 @@ def forecast(
             ]
             with (progress or Progress()).step("base model"):
                 found = _decide(settings, found, checkpoints, root)
+            if stage := find_stage(settings.engine_args):
+                found = _cut(settings, found, checkpoints, Cut(stage, store, root))
     except LoaderError as error:
         step = f"; {error.next_step}" if error.next_step else ""
         told = f"what a start would make of the files is not known: {error.what}{step}"
@@ -212,6 +221,37 @@ def _as_made(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, kind=Kind.ADAPTER, path=home, detail=detail)
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A node's stages, and where headers are read that tell what they hold."""
+
+    stage: Stage
+    store: Store
+    root: Path
+
+
+def _cut(
+    settings: Settings, found: Forecast, checkpoints: Sequence[Checkpoint], cut: Cut
+) -> Forecast:
+    """Return *found* with what the node takes, as ``make_ready`` cuts it."""
+    if len(checkpoints) != 1 or (share := find_share(checkpoints[0], cut.stage)) is None:
+        return found
+    folder = checkpoints[0].path.relative_to(cut.root).as_posix()
+    manifest = found.manifest
+    of_model = [a.path for a in manifest.files if a.path.rpartition("/")[0] == folder]
+    weights = [path for path in of_model if path.endswith(".safetensors")]
+    if all(manifest.presence.get(path) != "missing" for path in of_model):
+        return found  # it is here, and served as it is
+    found = replace(found, share=share.text)
+    if checkpoints[0].kind in SHARDED:
+        return found
+    options, timeline = FetchOptions.of(settings), Timeline(quiet=True)
+    with Delivery(manifest, cut.root, cut.store, options, timeline) as delivery:
+        headers = [delivery.read_header(delivery.root / path) for path in weights]
+    tensors = {n: info for header in headers if header for n, info in header.tensors.items()}
+    return replace(found, share_bytes=sum(tensors[n].size_bytes for n in share.needed(tensors)))
+
+
 def _why_whole(mode: str) -> str:
     return "a whole model, which needs nothing done to it" if mode else ""
 
@@ -258,11 +298,15 @@ def _room(settings: Settings, found: Forecast) -> Iterator[Room]:
     writes: list[tuple[Path, int, str]] = []
     missing = [a for a in found.manifest.files if found.manifest.presence.get(a.path) == "missing"]
     down = sum(a.size_bytes or 0 for a in missing)
+    if found.share_bytes is not None:
+        down = sum(a.size_bytes or 0 for a in missing if not a.path.endswith(".safetensors"))
     writes.append((settings.training.download_folder, down, "fetched"))
     cache = cache_folder(settings)
     if found.base is not None and found.base.folder is not None:
         size = sum(file.size_bytes or 0 for file in found.base.missing)
         writes.append((found.base.folder, size, "fetched for the base"))
+    if found.share_bytes is not None:
+        writes.append((cache, found.share_bytes, "of this node's share"))
     weights = found.model.bytes if found.model else None
     if weights and found.consolidates:
         size = weights

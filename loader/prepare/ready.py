@@ -25,11 +25,17 @@ from loader.prepare.bases import (
     check_weights,
     not_a_base,
 )
-from loader.prepare.checkpoint_sources import SHARDED, BaseModel, Source, find_sources
+from loader.prepare.checkpoint_sources import (
+    SHARDED,
+    BaseModel,
+    Source,
+    find_share,
+    find_sources,
+)
 from loader.prepare.consolidated import make_whole
 from loader.prepare.engine_start import Announcement
 from loader.prepare.wholeness import WholenessCheck
-from loader.serve.vllm.stages import Share, Stage, find_stage
+from loader.serve.vllm.stages import Stage, find_stage
 from loader.types import Kind, ReadyModel, Snapshot
 from loader.weights.formats.refused import find_refusal
 from loader.weights.formats.serving import is_shard
@@ -39,7 +45,6 @@ from loader.weights.inspect import (
     MODULES,
     find_checkpoints,
     is_safetensors,
-    read_json,
 )
 from loader.weights.vocabulary import warn_of_ids
 
@@ -81,7 +86,7 @@ def make_ready(
     _refuse_unservable(found)
     _refuse_unlike_nodes(found, snapshot)
     if stage is not None:
-        found = _share(found, stage, later)
+        found = tuple(_cut(found, stage, later))
     later -= _begin_shards(settings, delivery, found, later)
 
     def bring_named(*, weights: bool) -> BaseModel | None:
@@ -153,24 +158,17 @@ def _find_later(settings: Settings, paths: Sequence[str], is_followed: bool) -> 
             yield path
 
 
-def _share(sources: Sequence[Source], stage: Stage, later: Collection[str]) -> tuple[Source, ...]:
-    """Return *sources*, of which a model alone is cut down to *stage*, if that is known of it.
+def _cut(sources: Sequence[Source], stage: Stage, later: set[str]) -> Sequence[Source]:
+    """Return *sources*; a model that is alone is cut down to *stage*, where that is known of it.
 
     One that is here is served as it is.
     """
-    (source, *others) = sources
-    config = source.checkpoint.path / "config.json"
-    of_kind = source.kind in SHARDED or (
-        source.kind is Kind.FULL and source.checkpoint.detail.get("format") == "safetensors"
-    )
-    share = Share(stage, read_json(config) if config.is_file() else {})
-    if others or not of_kind or not set(source.paths) & set(later):
-        return tuple(sources)
-    if not stage.knows(share.config):
-        _log.info("this node takes all of the model: which tensors a stage needs is not known")
-        return tuple(sources)
-    _log.info("this node takes %s", share.text)
-    return (replace(source, share=share),)
+    if len(sources) != 1 or not later.intersection(sources[0].paths):
+        return sources
+    share = find_share(sources[0].checkpoint, stage)
+    told = share.text if share else "all of the model: what a stage of it needs is not known"
+    _log.info("this node takes %s", told)
+    return (replace(sources[0], share=share),)
 
 
 def _begin_shards(

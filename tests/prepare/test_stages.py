@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from loader import boot
-from loader.arriving.origin_files import BLOCK_BYTES
+from loader.arriving.origin_files import BLOCK_BYTES, RemoteFile
+from loader.cli.tables import show_plan
 from loader.config.settings import Settings
 from loader.errors import CheckpointError, LoaderError
 from loader.fetch.progress import LogProgress
@@ -20,6 +22,7 @@ from loader.types import Kind, ReadyModel
 from loader.weights.inspect import SHARE
 from tests.models import tiny_llama
 from tests.origin import FaultyOrigin, serving, write_listing
+from tests.weights.formats.test_bounds import save_alone
 
 _SMALL_BYTES = 120_000  # configs and tokenizers
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -61,7 +64,7 @@ def _node(rank: int, nodes: int = 2, **more: object) -> dict[str, object]:
 
 
 def _tensors(folder: Path) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -116,7 +119,7 @@ def test_two_nodes_fetch_the_model_once_and_a_tied_embedding_twice(
 def test_a_share_is_not_taken_for_a_model(origin: FaultyOrigin, tmp_path: Path) -> None:
     settings = _settings(origin, tmp_path, "untied", **_node(1))
     ready, _ = _prepare(settings, origin)
-    (found,) = inspect_source(str(ready.path), Settings.without_config([]))
+    (found,) = inspect_source(str(ready.path), Settings.without_config())
     assert found.kind is Kind.UNKNOWN
     assert "pipeline stage 2 of 2: layers 3 to 4 of 5" in str(found.detail["lacks"])
     other = _settings(origin, tmp_path / "other", "untied", artifacts=[f"file://{ready.path}"])
@@ -140,6 +143,26 @@ def test_another_stage_and_all_of_it_are_other_folders(
     there, sent = _prepare(_settings(origin, tmp_path, "untied", **_node(0)), origin)
     assert sent < _SMALL_BYTES
     assert not (there.path / SHARE).exists()  # all of it is here
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_plan_shows_it_as_it_then_comes(
+    origin: FaultyOrigin, tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = _settings(origin, tmp_path, "untied", **_node(rank))
+    found = boot.look_ahead(settings)
+    ready, _ = _prepare(settings, origin)
+    assert found.share == ready.provenance["share"]
+    assert found.share_bytes == _bytes(_tensors(ready.path))
+    lines: list[str] = []
+    monkeypatch.setattr("loader.cli.tables.show", lines.append)
+    show_plan(found, tmp_path, 0)
+    assert any(f"pipeline stage {rank + 1} of 2" in line for line in lines)
+    whole = boot.look_ahead(_settings(origin, tmp_path / "whole", "untied"))
+    assert whole.share == ""
+    (disk,) = (room for room in found.room if room.what == "disk")
+    (all_disk,) = (room for room in whole.room if room.what == "disk")
+    assert disk.needed_bytes < 0.8 * all_disk.needed_bytes
 
 
 def test_a_partition_that_is_given_is_kept_to(
@@ -172,3 +195,23 @@ def test_a_start_that_was_killed_goes_on(origin: FaultyOrigin, tmp_path: Path) -
     ready, _ = _prepare(settings, origin)
     whole = _tensors(origin.folder("untied") / "model")
     assert all(tensor.equal(whole[name]) for name, tensor in _tensors(ready.path).items())
+
+
+def test_of_a_sharded_checkpoint_a_node_reads_its_stage_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_remote(*given: Any, **named: Any) -> RemoteFile:
+        return RemoteFile(*given, **named | {"block_bytes": 4096})
+
+    monkeypatch.setattr("loader.arriving.delivery.RemoteFile", open_remote)
+    model = tiny_llama(tmp_path / "model", hidden_size=512, num_hidden_layers=4)
+    whole = _tensors(model)
+    with serving(tmp_path / "origin") as origin:
+        place = origin.folder("dcp") / "checkpoint-1"
+        shutil.copytree(model, place, ignore=shutil.ignore_patterns("*.safetensors"))
+        save_alone({"model": whole, "optimizer": {"a": torch.ones(1 << 20)}}, place)
+        ready, sent = _prepare(_settings(origin, tmp_path / "down", "dcp", **_node(1)), origin)
+    tensors = _tensors(ready.path)
+    assert {name.split(".")[2] for name in tensors if ".layers." in name} == {"2", "3"}
+    assert all(tensor.equal(whole[name]) for name, tensor in tensors.items())
+    assert sent < 0.8 * _bytes(whole)
