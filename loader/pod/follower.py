@@ -12,7 +12,7 @@ from loader.config.credentials import Secret
 from loader.errors import EngineError, LoaderError, error_from_json
 from loader.peers.access import Token
 from loader.pod.leader import Leader
-from loader.pod.nodes import (
+from loader.pod.node_group import (
     GONE,
     GREETING_S,
     LOOK_THERE,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from loader.errors import ConfigError, EngineError
 from loader.pod.engine import EngineGone, EngineLoaded, EngineProcess
-from loader.pod.nodes import NodeEvent
+from loader.pod.node_group import NodeEvent
 from loader.serve.vllm.streaming import Stream
 from loader.types import ReadyModel
 

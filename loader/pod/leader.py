@@ -11,7 +11,7 @@ from typing import Any
 
 from loader.errors import ConfigError, EngineError, LoaderError, error_from_json
 from loader.peers.access import Token, new_nonce
-from loader.pod.nodes import (
+from loader.pod.node_group import (
     GONE,
     LOOK_THERE,
     NodeEvent,

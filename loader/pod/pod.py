@@ -47,7 +47,7 @@ from loader.pod.heeded import (
     check_engine,
     ended,
 )
-from loader.pod.nodes import (
+from loader.pod.node_group import (
     NodeEvent,
     NodeFailed,
     NodesPrepared,

@@ -12,7 +12,7 @@ from loader.serve.vllm.stages import Share, Stage
 from loader.types import Checkpoint, Kind
 from loader.weights.formats.places import home_folders
 from loader.weights.formats.serving import serving_files
-from loader.weights.inspect import read_json
+from loader.weights.inspect import ADAPTER_CONFIG, read_json
 
 SHARDED = frozenset({Kind.DCP, Kind.ZERO, Kind.DTENSOR, Kind.RANK_SHARDS})
 
@@ -99,7 +99,8 @@ def find_share(checkpoint: Checkpoint, stage: Stage) -> Share | None:
     """Return what a node with *stage* takes of a model; None where that is all, or not known."""
     is_model = checkpoint.kind is Kind.FULL and checkpoint.detail.get("format") == "safetensors"
     config = checkpoint.path / "config.json"
-    if not (is_model or checkpoint.kind in SHARDED) or not config.is_file():
+    is_sharded = checkpoint.kind in SHARDED and not (checkpoint.path / ADAPTER_CONFIG).exists()
+    if not (is_model or is_sharded) or not config.is_file():
         return None
     share = Share(stage, read_json(config))
     return share if stage.knows(share.config) else None

@@ -11,7 +11,7 @@ import pytest
 from loader.config.credentials import Secret
 from loader.errors import ConfigError, EngineError, FetchError, LoaderError
 from loader.pod.follower import join_nodes
-from loader.pod.nodes import (
+from loader.pod.node_group import (
     NodeEvent,
     NodeFailed,
     NodesPrepared,

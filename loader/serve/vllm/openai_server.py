@@ -110,7 +110,7 @@ def work_headless(args: Any) -> int:
     try:
         run_headless(args)
     except Exception as error:
-        raise start_failure(error, args.model) from error
+        raise start_failure(error, args.model, vars(args)) from error
     return _ENGINE_DIED
 
 
