@@ -85,7 +85,7 @@ class KernelCache:
         self._at: EnginePath | None = None
         self.environment: Mapping[str, str] = {}
         """Variables for the process that starts vLLM: before it imports that."""
-        if not settings.kernel_cache:
+        if not settings.kernel_cache or settings.engine != "vllm":
             return
         from loader.serve.vllm.kernel_places import open_place
 

@@ -222,7 +222,7 @@ def test_a_broken_object_is_made_anew(pods: Pods, s3_url: str) -> None:
 
 
 def test_a_disk_that_has_it_is_asked_for_nothing(
-    pods: Pods, monkeypatch: pytest.MonkeyPatch
+    pods: Pods, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = pods.start()
     compile_program(first, "one")
@@ -236,6 +236,7 @@ def test_a_disk_that_has_it_is_asked_for_nothing(
     again = pods.start(cache_folder=str(pods.folder / "disk-1"))
     assert compiled(again) == {"one": "code"}
     assert again.environment == first.environment
+    assert not caplog.records
 
 
 def test_what_is_to_follow_waits(pods: Pods, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,8 +376,9 @@ def test_a_place_beside_the_jobs_is_one(tmp_path: Path, s3_url: str) -> None:
     pods.start(artifacts=["s3://no-such-bucket-anywhere/jobs"])
 
 
-def test_nothing_happens_where_nothing_is_set(tmp_path: Path) -> None:
-    kernels = KernelCache(Settings.without_config(), (), Timeline())
+@pytest.mark.parametrize("given", [{}, {"engine": "transformers", "kernel_cache": "s3://x/y"}])
+def test_nothing_happens_where_nothing_is_set(given: dict[str, str], tmp_path: Path) -> None:
+    kernels = KernelCache(Settings.without_config(given), (), Timeline())
     kernels.begin()
     kernels.wait()
     done: list[int] = []
