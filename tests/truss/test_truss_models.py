@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, BertModel
 from tests.origin import serving, write_listing
 from tests.other_models import heard, tiny_embedder, tiny_whisper, tone
 from tests.serve.truss_server import TrussServer, running_template
+from tests.truss.test_truss_templates import stage_of
 
 pytestmark = pytest.mark.engine
 SENTENCES = ["the quick brown fox", "what is the capital of france ?"]
@@ -70,6 +71,13 @@ class TestEmbeddings:
         expected = mean_pooled(models["embedder"])
         for data, vector in zip(found.data, expected, strict=True):
             torch.testing.assert_close(torch.tensor(data.embedding), vector, atol=1e-4, rtol=1e-4)
+
+    def test_the_engine_took_the_weights_as_they_came(self, embedder: TrussServer) -> None:
+        log = embedder.log.read_text()
+        assert "engine start: stream" in log
+        assert "files, not streamed" not in log
+        download, weights = stage_of(embedder.log, "download"), stage_of(embedder.log, "weights")
+        assert weights[1] >= download[1]
 
     def test_predict(self, embedder: TrussServer, models: dict[str, Path]) -> None:
         answer = embedder.predict({"input": SENTENCES[0]})
