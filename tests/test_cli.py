@@ -272,6 +272,9 @@ def test_artifacts_and_settings_from_the_command_line(config: Path, tmp_path: Pa
         (["inspect", "/none"], 5, "no such checkpoint folder"),
         (["--verison"], 2, "did you mean --version?"),
         (["serve", "c.yaml", "--port", "8000"], 2, "podloader serve CONFIG -- --port 8000"),
+        (["serve", "c.yaml", "--model", "x"], 2, "podloader serve CONFIG -- --model x"),
+        (["serve", "c.yaml", "--config-format", "x"], 2, "CONFIG -- --config-format x"),
+        (["serve", "c.yaml", "--verbos"], 2, "did you mean --verbose?"),
         (["help"], 0, "usage: podloader"),
         (["prepare", "c.yaml", "--timeline", "/none/x.json"], 2, "there is no folder /none"),
         (["plan", "baseten"], 2, "--job-id"),
@@ -319,6 +322,27 @@ def test_where_a_source_that_cannot_be_read_was_named(config: Path) -> None:
     told = run("plan", config, PODLOADER_ARTIFACTS="/gone.json").stderr
     assert "named by artifacts, from PODLOADER_ARTIFACTS" in told
     assert "named by" not in run("plan", "/gone.json").stderr
+
+
+def test_a_folder_that_is_neither(tmp_path: Path) -> None:
+    (tmp_path / "abc_checkpoints.json").touch()
+    (tmp_path / ".podloader").mkdir()
+    (tmp_path / "empty").mkdir()
+    done = run("plan", tmp_path)
+    assert done.returncode == 3
+    assert "a folder that holds a Truss's config.yaml" in done.stderr
+    assert "got: a folder of abc_checkpoints.json, empty\n" in done.stderr
+    assert "got: a folder of nothing" in run("plan", tmp_path / "empty").stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect", "prepare"])
+@pytest.mark.parametrize("text", ["[]", '{"job": {"id": "x"}, "checkpoint_artifacts": []}'])
+def test_an_empty_listing(tmp_path: Path, command: str, text: str) -> None:
+    (tmp_path / "listing.json").write_text(text)
+    done = run(command, tmp_path / "listing.json", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "error: " in done.stderr
+    assert "correct" not in done.stderr, "there is nothing to choose from"
 
 
 def test_a_models_folder_in_a_sources_place(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from loader import __version__
 from loader.cli.completion import SHELLS
 from loader.scaffold.selection import Selection
 
+_ALIKE = 0.7  # so much alike is what was meant, by difflib
+
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
     """Return ``command``, ``verbose`` and what that command's function takes.
@@ -96,16 +98,17 @@ def _check_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> Non
 
 def _refuse(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
     known = [name for action in parser._actions for name in action.option_strings]
-    hint = _nearest(unknown[0].partition("=")[0], known)
-    if not hint and parser.prog.endswith(" serve") and unknown[0].startswith("-"):
+    of_vllm = parser.prog.endswith(" serve") and unknown[0].startswith("-")
+    hint = _nearest(unknown[0].partition("=")[0], known, 0.85 if of_vllm else _ALIKE)
+    if not hint and of_vllm:
         hint = f"; vLLM's arguments stand behind --: podloader serve CONFIG -- {' '.join(unknown)}"
     parser.error(f"unknown: {' '.join(unknown)}{hint}")
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def _nearest(word: str, known: Sequence[str], cutoff: float = _ALIKE) -> str:
     import difflib  # only mistakes need it
 
-    near = difflib.get_close_matches(word, known, n=1)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     if len(word) == 2 and word[0] == "-" and not near:  # the letter that others might mean
         near = [name for name in known if name.startswith(f"-{word}")][:1]
     return f"; did you mean {near[0]}?" if near else ""

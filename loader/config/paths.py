@@ -9,6 +9,7 @@ from pathlib import Path
 
 _NO_PATH = re.compile(r"[a-z][a-z0-9+.-]*:|(baseten|local)$", re.IGNORECASE)
 _ONE_SLASH = re.compile(r"([a-z][a-z0-9+.-]*:)/(?!/)", re.IGNORECASE)
+_TOLD = 8  # names
 _log = logging.getLogger("podloader")
 
 
@@ -36,6 +37,15 @@ def place_path(text: str, folders: Sequence[Path], name: str, *, may_be_id: bool
         )
         return str(path.absolute())
     return text if may_be_id and not text.startswith(".") else str(own[0])
+
+
+def tell_names(folder: Path) -> str:
+    """Return what lies in *folder*, as far as it can be told in a line, but for hidden names."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError:
+        return ""
+    return ", ".join(names[:_TOLD]) + (", …" if len(names) > _TOLD else "")
 
 
 def suggest_path(path: Path | str, otherwise: str) -> str:

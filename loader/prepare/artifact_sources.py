@@ -11,18 +11,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from loader.config.paths import tell_names
 from loader.config.settings import COMMAND_LINE, Settings
 from loader.errors import ConfigError, ListingError, LoaderError, redact
 from loader.fetch.adoption import LaidFiles
 from loader.fetch.completed import read_completed
-from loader.fetch.files import STATE
 from loader.stores.base import Progress
 from loader.stores.laid_files import has_ranks
 from loader.stores.registry import LOCAL, Stores
 from loader.timeline import Timeline
 from loader.types import ArtifactReference, Listing, TrainingCheckpoints
 
-_TOLD = 8  # names
 _log = logging.getLogger("podloader")
 
 
@@ -116,7 +115,7 @@ def _read_listings(settings: Settings, store: Stores, laid: LaidFiles) -> tuple[
             "it is not said where the artifacts are",
             expected="a listing JSON (path or URL), s3://bucket/prefix, baseten, an fsspec URL, "
             f"or the files themselves in {laid.folder}/<job>/rank-<N>/",
-            got=_names_in(laid.folder),
+            got=tell_names(laid.folder),
             next_step="give --artifacts SRC, or set artifacts in model_metadata.podloader",
         )
     if not found and LOCAL in settings.artifacts:
@@ -124,19 +123,10 @@ def _read_listings(settings: Settings, store: Stores, laid: LaidFiles) -> tuple[
             "nothing of the jobs lies in the download folder",
             where=str(laid.folder),
             expected=", ".join(f"{job}/rank-<N>/…" for job in jobs),
-            got=_names_in(laid.folder),
+            got=tell_names(laid.folder),
             next_step="lay the files there, or name an origin in artifacts",
         )
     return tuple(found)
-
-
-def _names_in(folder: Path) -> str:
-    """Return what lies in *folder*, as far as it can be told in a line."""
-    try:
-        names = sorted(path.name for path in folder.iterdir() if path.name != STATE)
-    except OSError:
-        return ""
-    return ", ".join(names[:_TOLD]) + (", …" if len(names) > _TOLD else "")
 
 
 def _only_here(here: Sequence[Listing], origins: Sequence[Listing]) -> Iterator[Listing]:

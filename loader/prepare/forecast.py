@@ -5,6 +5,7 @@ Nothing large is fetched. What cannot be known is a warning, never a failure: th
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -114,8 +115,13 @@ def forecast(
         room=tuple(_room(settings, found)),
         weights_from=_weights_from(settings, found),
     )
-    short = [describe_short(room) for room in found.room if room.is_short]
-    return replace(found, warnings=(*found.warnings, *map("not enough {}".format, short)))
+    short = [f"not enough {describe_short(room)}" for room in found.room if room.is_short]
+    closed = [
+        f"user {os.getuid()} cannot write {room.folder}"
+        for room in found.room
+        if room.folder and room.needed_bytes and not os.access(room.folder, os.W_OK | os.X_OK)
+    ]
+    return replace(found, warnings=(*found.warnings, *short, *closed))
 
 
 def _weights_from(settings: Settings, found: Forecast) -> str:

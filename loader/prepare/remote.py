@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from loader.config.settings import Settings
-from loader.errors import LoaderError
+from loader.errors import ListingError, LoaderError, redact
 from loader.fetch.snapshot import read_artifact
 from loader.json_text import parse_json
-from loader.resolve.manifest import check_count, check_names
+from loader.resolve.manifest import NO_FILES, check_count, check_names
 from loader.stores.base import Progress, Store, count_up
 from loader.stores.registry import Stores, is_remote
 from loader.threads import map_on_threads
@@ -50,6 +50,13 @@ def inspect_source(
     store = Stores(settings or Settings.without_config(), progress=progress)
     try:
         listings = store.read_listings(source)
+        if not any(listing.artifacts for listing in listings):
+            raise ListingError(
+                "the listing is empty",
+                where=redact(source),
+                expected="files of a checkpoint",
+                next_step=NO_FILES,
+            )
         for listing in listings:
             check_count(listing)
             check_names(listing.artifacts)

@@ -17,6 +17,9 @@ _MOST_SHARDS = 100_000  # that are looked for, whatever count the names say
 _NAME_BYTES = 240  # leaves room below NAME_MAX for the temporary file's suffix
 
 
+NO_FILES = "get the listing again once the job has written a checkpoint"
+
+
 def resolve(
     config: TrainingCheckpoints, listings: Sequence[Listing], *, case_sensitive: bool = True
 ) -> Manifest:
@@ -55,10 +58,11 @@ def resolve(
             for hit in hits:
                 _add(chosen, hit)
     if unmatched:
+        correct = "correct the patterns: artifact_references[].paths, or the command line's"
         raise ResolveError(
             "patterns that match no file of the listing",
             problems=unmatched,
-            next_step="correct the patterns: artifact_references[].paths, or the command line's",
+            next_step=correct if any(map(by_job.get, wanted)) else NO_FILES,
         )
     files = tuple(sorted(chosen.values(), key=lambda a: a.path))
     check_names(files, case_sensitive=case_sensitive)

@@ -45,7 +45,7 @@ def parse_listings(text: bytes, where: str, *, local_urls: bool = False) -> tupl
             got=getattr(error, "msg", None) or type(error).__name__,
             next_step="give the file that `truss train get_checkpoint_urls` wrote",
         ) from None
-    documents = document if isinstance(document, list) else [document]
+    documents = document if isinstance(document, list) and document else [document]
     return tuple(_parse(entry, where, local_urls) for entry in documents)
 
 

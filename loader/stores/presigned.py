@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from loader.config.paths import suggest_path
+from loader.config.paths import suggest_path, tell_names
 from loader.errors import DeniedError, ExpiredError, FetchError, ListingError, LoaderError
 from loader.http.body import HttpStream
 from loader.http.client import HttpClient
@@ -181,8 +181,11 @@ class FileListing:
             raise ListingError(
                 "the listing cannot be read",
                 where=str(self._path),
-                expected="a file that `truss train get_checkpoint_urls` wrote, or its URL",
-                got=error.strerror or type(error).__name__,
+                expected="a file that `truss train get_checkpoint_urls` wrote, or its URL, or a "
+                "folder that holds a Truss's config.yaml",
+                got=f"a folder of {tell_names(self._path) or 'nothing'}"
+                if self._path.is_dir()
+                else error.strerror or type(error).__name__,
                 next_step=self._name_folder()
                 if self._path.is_dir()
                 else suggest_path(self._given, "give the path of a file, or a URL such as s3://…"),

@@ -202,3 +202,13 @@ def test_plan_start_and_failure_say_the_same_of_memory_that_is_not_free(
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     assert not [w for w in boot.look_ahead(settings).warnings if "memory now" in w]
     assert not failures.start_failure(ValueError("no"), "model", settings.engine_args).problems
+
+
+def test_a_folder_that_cannot_be_written_is_told_by_plan(
+    job: Job, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.put(base, "checkpoint-1")
+    assert not any("cannot write" in w for w in boot.look_ahead(job.settings("rank-0/")).warnings)
+    monkeypatch.setattr(forecasts.os, "access", lambda path, mode: False)
+    told = [w for w in boot.look_ahead(job.settings("rank-0/")).warnings if "cannot write" in w]
+    assert told == [f"user {os.getuid()} cannot write {job.root.parent}"]
