@@ -339,7 +339,7 @@ def test_a_folder_that_is_neither(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["[]", '{"job": {"id": "x"}, "checkpoint_artifacts": []}'])
 def test_an_empty_listing(tmp_path: Path, command: str, text: str) -> None:
     (tmp_path / "listing.json").write_text(text)
-    done = run(command, tmp_path / "listing.json", cwd=tmp_path)
+    done = run(command, tmp_path / "listing.json")
     assert done.returncode == 3
     assert "error: " in done.stderr
     assert "correct" not in done.stderr, "there is nothing to choose from"
@@ -434,6 +434,28 @@ def test_interrupted_by_a_person(config: Path, origin: FaultyOrigin, words: list
         assert shown == ""
     assert "ended by SIGINT; what has been fetched is kept" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("at", ["loader.cli.commands", "loader.cli.parser", "loader.units", "gc"])
+def test_an_interrupt_before_there_is_a_command(at: str) -> None:
+    """At any import, or between them and the command."""
+    text = f"""
+import gc, os, signal, sys
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == {at!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+if {at!r} == "gc":
+    gc.set_threshold = lambda count: None
+    os.environ.__class__.__setitem__ = lambda *of: os.kill(os.getpid(), signal.SIGINT)
+sys.argv = ["podloader", "settings"]
+from loader.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
 
 
 def test_bars_in_a_terminal(config: Path) -> None:

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
-from loader.cli.commands import main
+import sys
 
 __all__ = ["main"]
+
+_INTERRUPTED = 128 + 2  # as a shell tells of a process that SIGINT ended
+
+
+def main() -> None:
+    """Run the command line. An interrupt while it is imported has nothing to tell of."""
+    try:
+        from loader.cli.commands import main as run
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+    run()

@@ -359,10 +359,10 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
 
 def main() -> None:
     """Run the command line."""
-    gc.set_threshold(100_000)  # a long listing is a million small objects that all stay
-    # A process below this one, vLLM's as well, takes no file of the working folder for a module.
-    os.environ["PYTHONSAFEPATH"] = "1"
     with ending():
+        gc.set_threshold(100_000)  # a long listing is a million small objects that all stay
+        # A process below, vLLM's as well, takes no file of the working folder for a module.
+        os.environ["PYTHONSAFEPATH"] = "1"
         given = parse(sys.argv[1:])
         command, verbose, quiet = (given.pop(name) for name in ("command", "verbose", "quiet"))
         logged = given.pop("log_format") == "json"

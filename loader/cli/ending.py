@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+_INTERRUPTED = 128 + 2
 _BROKEN_PIPE = 128 + 13  # as a shell tells of a process that SIGPIPE ended
 
 
@@ -32,6 +33,9 @@ def ending() -> Iterator[None]:
         code = 0
     except BrokenPipeError:  # who reads standard output has seen enough
         code = _BROKEN_PIPE
+        raise SystemExit(code) from None
+    except KeyboardInterrupt:  # before there was a command
+        code = _INTERRUPTED
         raise SystemExit(code) from None
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(bool(end.code))

@@ -209,6 +209,6 @@ def test_a_folder_that_cannot_be_written_is_told_by_plan(
 ) -> None:
     job.put(base, "checkpoint-1")
     assert not any("cannot write" in w for w in boot.look_ahead(job.settings("rank-0/")).warnings)
-    monkeypatch.setattr(forecasts.os, "access", lambda path, mode: False)
+    monkeypatch.setattr("loader.prepare.forecast.os.access", lambda path, mode: False)
     told = [w for w in boot.look_ahead(job.settings("rank-0/")).warnings if "cannot write" in w]
     assert told == [f"user {os.getuid()} cannot write {job.root.parent}"]
