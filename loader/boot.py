@@ -341,7 +341,7 @@ def _asked_for(settings: Settings) -> dict[str, object]:
 
 def _origins(manifest: Manifest) -> list[str]:
     """Return where the bytes come from, such as ``https://bucket.s3.amazonaws.com``."""
-    return sorted({redact("/".join(file.url.split("/", 3)[:3])) for file in manifest.files})
+    return sorted(map(redact, {"/".join(file.url.split("/", 3)[:3]) for file in manifest.files}))
 
 
 def _leave_out(settings: Settings, manifest: Manifest) -> Manifest:

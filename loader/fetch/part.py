@@ -257,6 +257,8 @@ class PartFile:
 
     def close(self) -> None:
         """Close what is open and let go of the lock, for good; nothing is lost."""
+        if self._closed and self._fd is None:
+            return
         with self._lock:
             self._closed = True
             self.drop_opened()

@@ -8,6 +8,7 @@ that frame under names of no meaning to it.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -23,6 +24,7 @@ _LENGTH = re.compile(r"[0-9]{1,19}")
 _CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 _END = b"\r\n\r\n"
 _CR, _CR_BYTE = "\r", b"\r"  # which is in no name and no value
+_BLANKS = ("\r ", " \r", "\t")
 
 
 class AnswerError(Exception):
@@ -128,11 +130,18 @@ def read_head(text: bytes) -> Head:
         head = _parse(text, found.__setitem__)
     except AnswerError:
         return _read_again(text)
-    names = _CR_BYTE.join(found).decode("latin-1").lower().split(_CR)
-    values = _CR_BYTE.join(found.values()).decode("latin-1").split(_CR)
     if found:
-        head.fields.update(zip(names, [value.strip(" \t") for value in values], strict=True))
+        values = _CR_BYTE.join(found.values()).decode("latin-1")
+        if values != values.strip(" ") or any(blank in values for blank in _BLANKS):
+            values = _CR.join(value.strip(" \t") for value in values.split(_CR))
+        names = _names(_CR_BYTE.join(found))  # a server's answers have all the same
+        head.fields.update(zip(names, values.split(_CR), strict=True))
     return head if len(head.fields) == count else _read_again(text)
+
+
+@functools.lru_cache(64)
+def _names(joined: bytes) -> tuple[str, ...]:
+    return tuple(joined.decode("latin-1").lower().split(_CR))
 
 
 def _read_again(text: bytes) -> Head:

@@ -78,7 +78,8 @@ def write_sums(sums: Sums) -> bytes:
 
 def find_sum_files(listed: Iterable[Artifact], files: Sequence[Artifact]) -> tuple[Artifact, ...]:
     """Return those of the *listed* artifacts that are manifests of a folder that *files* lie in."""
-    folders = {folder for artifact in files for folder in _folders(artifact.path)}
+    holding = {artifact.path.rpartition("/")[0] for artifact in files}
+    folders = {above for folder in holding for above in _folders(folder)}
     return tuple(
         artifact
         for artifact in listed
@@ -117,7 +118,7 @@ def declare(files: Sequence[Artifact], manifests: Mapping[str, Sums]) -> tuple[A
     )
 
 
-def _folders(path: str) -> Iterable[str]:
-    """``<job>/rank-<N>`` and all below it that *path* lies in."""
-    parts = path.split("/")[:-1]
+def _folders(folder: str) -> Iterable[str]:
+    """``<job>/rank-<N>`` and all below it that *folder* lies in, itself too."""
+    parts = folder.split("/")
     return ("/".join(parts[:depth]) for depth in range(2, len(parts) + 1))
