@@ -98,6 +98,13 @@ def translate_error(error: Exception, repo_id: str, revision: str | None) -> Exc
         )
     if isinstance(error, errors.HfHubHTTPError) and status is not None:
         return _of_status(error, status, where)
+    if isinstance(error, ValueError):
+        return FetchError(
+            "what the Hub says makes no sense to its client",
+            where=where,
+            got=str(error),
+            next_step="correct HF_ENDPOINT, or the proxy that is before the Hub",
+        )
     return disk_error(error) or _network_error(error, where)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from loader.retry import ask_again
 from loader.stores.base import Progress
+from loader.stores.hub_bodies import choose_way
 from loader.stores.hub_errors import translate_error
 from loader.threads import map_on_threads
 
@@ -37,6 +38,8 @@ def download_files(
     progress.start(len(files), sum(files.values()), have_bytes)
     for name in files.keys() - missing:
         progress.finish_file(f"{repo_id}/{name}")
+
+    choose_way(max(files.values(), default=0))
 
     def download(name: str) -> None:
         path = f"{repo_id}/{name}"

@@ -1,7 +1,7 @@
 """How huggingface-hub asks: by podloader's own client, as every other origin is asked.
 
 Its own HTTP library limits each wait and nothing limits all of them, and takes a certificate's
-common name for a host. What comes through Xet comes by a library that reads for itself.
+common name for a host. So does what reads from Xet, which is left out, see ``hub_bodies``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from loader.errors import TransientError
+from loader.errors import DeniedError, ExpiredError, TransientError
 from loader.http.body import HttpStream
 from loader.http.client import REDIRECTS, HttpClient, HttpOptions
+from loader.stores.hub_bodies import LargeBodies, leave_out_xet
 from loader.stores.hub_errors import unanswered
 
 _READ_BYTES = 1 << 20
@@ -35,6 +36,7 @@ def ask_as_we_do(options: HttpOptions) -> None:
         return
     http: Any = sys.modules[type(before).__module__.partition(".")[0]]  # httpx, by what name ever
     hooks: Mapping[str, Any] = before.event_hooks  # which see to HF_HUB_OFFLINE
+    leave_out_xet()
     transport = _transport(http, replace(options, link_local=True))
     library.set_client_factory(
         lambda: http.Client(
@@ -51,15 +53,13 @@ def _transport(http: Any, options: HttpOptions) -> Any:
     """Return a class of transports for the library *http*, which are our client each."""
 
     class Body(http.SyncByteStream):  # type: ignore[misc]
-        def __init__(self, stream: HttpStream) -> None:
-            self._stream = stream
+        def __init__(self, stream: HttpStream, pieces: Iterator[bytes]) -> None:
+            self._stream, self._pieces = stream, pieces
 
         def __iter__(self) -> Iterator[bytes]:
-            buffer = memoryview(bytearray(_READ_BYTES))
             try:
-                while count := self._stream.read_coded(buffer):
-                    yield bytes(buffer[:count])
-            except TransientError as error:
+                yield from self._pieces
+            except (TransientError, ExpiredError, DeniedError) as error:  # who asks anew is told
                 raise http.RemoteProtocolError(error.what) from error
 
         def close(self) -> None:
@@ -68,6 +68,7 @@ def _transport(http: Any, options: HttpOptions) -> Any:
     class Transport(http.BaseTransport):  # type: ignore[misc]
         def __init__(self) -> None:
             self._client = HttpClient(options)
+            self._large = LargeBodies(self._client)
 
         def handle_request(self, request: Any) -> Any:
             url = str(request.url)
@@ -82,9 +83,18 @@ def _transport(http: Any, options: HttpOptions) -> Any:
                 with contextlib.closing(stream):  # whose body nobody reads
                     self._client.follow(url, fields.get("location"))
                 return http.Response(status, headers=fields)
-            return http.Response(status, headers=fields, stream=Body(stream))
+            pieces = _pieces(stream)
+            if request.method == "GET" and (span := self._large.span(url, status, fields)):
+                pieces = self._large.read(url, headers, fields, span, stream)
+            return http.Response(status, headers=fields, stream=Body(stream, pieces))
 
         def close(self) -> None:
             self._client.close()
 
     return Transport
+
+
+def _pieces(stream: HttpStream) -> Iterator[bytes]:
+    buffer = memoryview(bytearray(_READ_BYTES))
+    while count := stream.read_coded(buffer):
+        yield bytes(buffer[:count])
