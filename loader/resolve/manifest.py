@@ -14,6 +14,7 @@ _SHARD = re.compile(r"^(?P<stem>.*)-(?P<i>\d{5,9})-of-(?P<n>\d{5,9})(?P<ext>\.sa
 _CONTROL = re.compile(r"[\x01-\x1f\x7f-\x9f]")
 _PATH_BYTES = 3000  # leaves room below PATH_MAX for the download folder
 _MOST_SHARDS = 100_000  # that are looked for, whatever count the names say
+_MOST_FOLDERS = 100  # each of which is opened in the one above it
 _NAME_BYTES = 240  # leaves room below NAME_MAX for the temporary file's suffix
 
 
@@ -161,8 +162,11 @@ def check_names(files: Sequence[Artifact], *, case_sensitive: bool = True) -> No
         if found:
             problems += [f"{a.path!r}: {problem}" for problem in found]
     if not case_sensitive:
+        import unicodedata  # such file systems take é for one letter however it is written
+
         folded: dict[str, str] = {}
-        pairs = ((folded.setdefault(path.casefold(), path), path) for path in sorted(paths))
+        alike = ((unicodedata.normalize("NFC", path.casefold()), path) for path in sorted(paths))
+        pairs = ((folded.setdefault(key, path), path) for key, path in alike)
         problems += [f"{p!r} and {o!r} differ only in case" for o, p in pairs if o != p]
     if problems:
         raise ResolveError(
@@ -175,6 +179,8 @@ def check_names(files: Sequence[Artifact], *, case_sensitive: bool = True) -> No
 def _folder_problems(folder: str, paths: set[str]) -> list[str]:
     """Return what is wrong with ``<job>/rank-<N>/<folder>``, given all files' *paths*."""
     parts = folder.split("/")
+    if len(parts) > _MOST_FOLDERS:
+        return [f"more than {_MOST_FOLDERS} folders, one in the other"]
     problems = [problem for part in parts for problem in _part_problems(part)]
     if not JOB_ID.fullmatch(parts[0]) or not parts[1].removeprefix("rank-").isdecimal():
         problems.append("the job id or the rank is not a plain name")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 from urllib.parse import urlsplit
@@ -127,9 +128,9 @@ def _artifact(job: str, entry: object, local_urls: bool) -> Artifact | str:
     if not name.isascii() and not _is_unicode(name):
         return f"relative_file_name: not valid Unicode: {name!a}"
     if not _is_count(rank):
-        return f"node_rank: expected a number that is not negative, got {rank!r}"
+        return f"node_rank: expected a number that is not negative, got {reprlib.repr(rank)}"
     if size is not None and not _is_count(size):
-        return f"size_bytes: expected a number that is not negative, got {size!r}"
+        return f"size_bytes: expected a number that is not negative, got {reprlib.repr(size)}"
     return Artifact(job, rank, name, url, size)
 
 
@@ -154,7 +155,7 @@ def _host_problem(authority: str) -> str:
 
 
 def _is_count(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return type(value) is int and 0 <= value < 1 << 63  # what a file system counts with
 
 
 def _is_unicode(text: str) -> bool:

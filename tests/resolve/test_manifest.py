@@ -89,6 +89,8 @@ def test_a_star_that_crosses_folders_is_warned_of() -> None:
         "",
         "a/",
         "x" * 250,
+        "d/" * 120 + "x",
+        "d/" * 1400 + "x",
         "a\nb/c",
         "x/" * 1500 + "x",
     ],
@@ -107,6 +109,13 @@ def test_file_and_folder_of_one_name() -> None:
     with pytest.raises(ResolveError) as error:
         resolve(config("*"), [listing("0:a", "0:a/b")])
     assert "also a file" in error.value.problems[0]
+
+
+def test_letters_that_are_written_in_two_ways() -> None:
+    names = listing("0:\u00e9.json", "0:e\u0301.json")
+    assert len(resolve(config("*"), [names]).files) == 2
+    with pytest.raises(ResolveError, match="refused"):
+        resolve(config("*"), [names], case_sensitive=False)
 
 
 def test_names_that_differ_only_in_case() -> None:

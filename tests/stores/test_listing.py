@@ -51,7 +51,11 @@ def test_sizes_counts_and_several_jobs() -> None:
         ({"node_rank": -1}, "node_rank"),
         ({"node_rank": True}, "node_rank"),
         ({"node_rank": "0"}, "node_rank"),
+        ({"node_rank": 10**4000}, "node_rank"),
         ({"size_bytes": 1.5}, "size_bytes"),
+        ({"size_bytes": 1e308}, "size_bytes"),
+        ({"size_bytes": 1 << 63}, "size_bytes"),
+        ({"size_bytes": 10**4000}, "size_bytes"),
     ],
 )
 def test_wrong_entries_are_named(change: dict[str, Any], said: str) -> None:
@@ -81,6 +85,7 @@ def test_what_is_no_json(text: bytes) -> None:
     ("fields", "said"),
     [
         ({"total_count": -1}, "total_count"),
+        ({"total_count": 10**4000}, "total_count"),
         ({"next_page_token": 1000}, "next_page_token"),
         ({"job": {"id": "../x"}}, "job.id"),
     ],
