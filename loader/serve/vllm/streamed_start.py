@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from loader.arriving.filling import FillingFolder
@@ -92,21 +93,25 @@ class StreamedStart:
 
         def end() -> None:
             is_late.set()
-            for child in active_children():
-                if child.name.startswith(CORE) and child.pid not in self._others:
-                    child.kill()
+            for core in self._cores():
+                core.kill()
 
         timer = threading.Timer(self._limit_s, end)
         timer.daemon = True
         timer.start()
         try:
             yield
-        except LoaderError as error:
+        except Exception as error:
             if is_late.is_set():
                 raise too_late(self._limit_s) from error
             raise
         finally:
             timer.cancel()
+
+    def _cores(self) -> list[BaseProcess]:
+        """Return the engine's processes that this start has begun."""
+        found = (child for child in active_children() if child.name.startswith(CORE))
+        return [child for child in found if child.pid not in self._others]
 
     def _finish(self, ready: ReadyModel) -> ServedModel | None:
         if self._stream is None or self._thread is None:
@@ -133,7 +138,10 @@ class StreamedStart:
             return
         self._stream.feed.end(error)
         self._stream.feed.close()
-        self._thread.join()
+        for core in self._cores():  # which may take its time until it asks for a weight
+            core.terminate()
+        with self._limited():
+            self._thread.join()
         self._end()
 
     def _end(self) -> None:
