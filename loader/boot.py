@@ -89,7 +89,8 @@ def _prepare(
 ) -> ReadyModel:
     from loader.arriving.delivery import Delivery
     from loader.prepare.fits import check_fits
-    from loader.prepare.ready import make_ready  # fetch and plan do without these
+    from loader.prepare.ready import make_ready
+    from loader.prepare.wholeness import WholenessCheck  # fetch and plan do without these
 
     settings, laid = place_downloads(settings)
     root = settings.training.download_folder
@@ -99,8 +100,11 @@ def _prepare(
             _log.warning("this may be too little: %s", warning)
         store, options = beside_peers(settings, origin.store, root, FetchOptions.of(settings))
         with Delivery(manifest, root, store, options, timeline, progress) as delivery:
+            # An engine that says what it has layers for imports in a process of its own, not here.
+            ahead = ask is not None and not delivery.is_whole
             try:
-                return make_ready(settings, delivery, ask, announce)
+                with WholenessCheck(settings, timeline, ahead=ahead) as check:
+                    return make_ready(settings, delivery, check, ask, announce)
             finally:
                 if delivery.is_whole:
                     write_completed(root, completed_key(settings), manifest)

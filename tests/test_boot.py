@@ -236,6 +236,38 @@ def test_a_model_without_tokenizer_takes_the_bases(job: Job, base: Path) -> None
     assert boot.prepare(job.settings("rank-0/", base_model=str(base))).tokenizer == base
 
 
+def no_tokenizer(place: Path) -> Path:
+    for path in [*place.glob("*token*"), *place.glob("chat_template*")]:
+        path.unlink()
+    return place
+
+
+@pytest.mark.parametrize("kind", ["full", "attach", "merge"])
+def test_the_tokenizer_of_whichever_has_it(job: Job, base: Path, adapter: Path, kind: str) -> None:
+    """Over ``checkpoint:…``: what was trained, or what it was trained over."""
+    under = job.put(base, "checkpoint-1", job="basejob")
+    place = job.put(base if kind == "full" else adapter, "checkpoint-5")
+    own = {} if kind == "full" else {"adapter_policy": kind}
+    own["base_model"] = "checkpoint:basejob/rank-0/checkpoint-1/"
+
+    def prepare() -> bytes:
+        shutil.rmtree(job.root, ignore_errors=True)
+        ready = boot.prepare(job.settings("rank-0/", jobs=("job1", "basejob"), **own))
+        return (ready.tokenizer / "tokenizer.json").read_bytes()
+
+    no_tokenizer(place)
+    wanted = (under / "tokenizer.json").read_bytes()
+    assert prepare() == wanted
+    for path in base.glob("*token*"):
+        shutil.copy(path, place)
+    no_tokenizer(under)
+    assert prepare() == wanted
+    no_tokenizer(place)
+    with pytest.raises(CheckpointError, match="without a tokenizer") as caught:
+        prepare()
+    assert "base_model" not in caught.value.next_step
+
+
 def test_an_unknown_folder_says_what_was_found(job: Job) -> None:
     job.origin.put("checkpoint-1/notes.txt", b"x")
     with pytest.raises(CheckpointError, match="knows") as caught:

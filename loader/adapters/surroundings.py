@@ -70,6 +70,12 @@ def list_tokenizer(base: Path, adapters: Sequence[Path]) -> dict[str, Path]:
     return tokenizer | ({} if _speaks(tokenizer) else _files_of(base, TEMPLATE_FILES))
 
 
+def has_tokenizer(*folders: Path) -> bool:
+    """Return whether one of *folders* holds a tokenizer's vocabulary."""
+    names = {name for folder in folders for name in _names(folder)}
+    return bool(_VOCABULARIES & names) or any(name.endswith(".tiktoken") for name in names)
+
+
 def write_tokenizer(base: Path, adapters: Sequence[Path], output: Path) -> Path:
     """Return a folder with the tokenizer to be served: one that is there, else *output*, filled.
 

@@ -36,6 +36,8 @@ class Address:
     ciphers: str | None = None
     root_path: str = ""
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    middleware: tuple[str, ...] = ()
+    """What vLLM imports to let requests in or not: nobody but it can ask them."""
 
     def arguments(self) -> Mapping[str, object]:
         """Return what vLLM must have been given, by its own names."""
@@ -49,6 +51,7 @@ class Address:
             "ssl_ciphers": self.ciphers,
             "root_path": self.root_path,
             "api_key": list(self.api_keys),
+            "middleware": list(self.middleware),
         }
 
     def tls(self) -> ssl.SSLContext | None:
@@ -96,6 +99,7 @@ def serving_address(arguments: Sequence[str]) -> Address:
     parser.add_argument("--ssl-ciphers", "--ssl_ciphers")
     parser.add_argument("--root-path", "--root_path", default="")
     parser.add_argument("--api-key", "--api_key", nargs="+", default=())
+    parser.add_argument("--middleware", action="append", default=[])
     found, _ = parser.parse_known_args(list(arguments))
     if found.port not in _PORTS:
         raise ConfigError(
@@ -118,4 +122,5 @@ def serving_address(arguments: Sequence[str]) -> Address:
         found.ssl_ciphers,
         found.root_path,
         tuple(found.api_key),
+        tuple(found.middleware),
     )

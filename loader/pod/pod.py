@@ -68,6 +68,7 @@ from loader.serve.vllm.streaming import (
     why_not_streamed,
 )
 from loader.status.boot_server import BootServer, listen
+from loader.status.replies import bare_reply, reply
 from loader.status.state import BootState
 from loader.timeline import Timeline
 from loader.types import ReadyModel
@@ -120,7 +121,9 @@ class Pod:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._signals = Signals(self._signalled)
         self._listening = listen(address.host, address.port)
-        self._answer = partial(BootServer, self._listening, self._state.boot, tls, address.lets_in)
+        tell = bare_reply if address.middleware else reply
+        told = (self._listening, self._state.boot, tls, address.lets_in, tell)
+        self._answer = partial(BootServer, *told)
         self._server = self._answer()
         self._kernels.begin()
         self._nodes = join_nodes(place, settings.peers_token, self._node_told)

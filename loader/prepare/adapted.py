@@ -30,9 +30,11 @@ from loader.adapters.attach import (
 from loader.adapters.base_task import decide_for_base
 from loader.adapters.layers import Ask, Reason, reconsider
 from loader.adapters.plan_builder import Base
+from loader.adapters.surroundings import has_tokenizer
 from loader.arriving.arriving_weights import ArrivingWeights
 from loader.arriving.filling import Announce
 from loader.config.settings import Settings
+from loader.errors import CheckpointError
 from loader.fetch.progress import LogProgress, Progress
 from loader.prepare.bases import FoundBase, HubBase, LocalBase, find_base
 from loader.prepare.checkpoint_sources import BaseModel, Source
@@ -79,11 +81,13 @@ def make_adapted(
     progress: Progress | None,
     ask: Ask | None,
     announce: Announce | None,
+    check: WholenessCheck,
 ) -> ReadyModel:
     """Return *base*, else the model that the settings or the adapters name, with *sources*.
 
     *base* is a checkpoint. *progress* is told of the download of another one. *ask* is the engine's
-    word on what it has layers for; *announce* is told of what is on its way.
+    word on what it has layers for; *announce* is told of what is on its way. The base goes through
+    *check*.
 
     Raises:
         AdapterError: adapters that do not fit the base or each other.
@@ -104,7 +108,6 @@ def make_adapted(
     comes_along = base is not None or is_remote(name)
     decision = decide(settings.adapter_policy, adapters, base_is_fetched=comes_along)
     _log.info("adapters: %s", decision.why)
-    check = WholenessCheck(settings, timeline)
     job = _Job(settings, adapters, decision, timeline, progress, announce, check)
     sweep(job.cache, _MERGING)
     with contextlib.ExitStack() as stack:
@@ -114,6 +117,8 @@ def make_adapted(
             if not isinstance(base, LocalBase):
                 job.tell_config(base.path)
         job.know_base(base.path)
+        if not has_tokenizer(base.path, *(adapter.folder for adapter in adapters)):
+            raise lacks_tokenizer(str(base.path), has_base=True)
         plain = _check_base(job, base)
         if base.weights is not None:
             check.begin(str(base.path), base.path, base.weights)
@@ -122,6 +127,18 @@ def make_adapted(
         if job.decision.mode == "attach" and settings.engine == "vllm":
             _reconsider(job, base.path, ask)
         return _make(job, base, plain, sources, stack)
+
+
+def lacks_tokenizer(where: str, *, has_base: bool) -> CheckpointError:
+    """Return the error for a model that nobody has a tokenizer for, nor its base if it has one."""
+    return CheckpointError(
+        "the model came without a tokenizer",
+        where=where,
+        expected="tokenizer.json, tokenizer.model, vocab.json, tekken.json or the like",
+        next_step="save the tokenizer beside what was trained, in the training job"
+        if has_base
+        else "set base_model to the model it was trained from: its tokenizer is taken",
+    )
 
 
 def _make(

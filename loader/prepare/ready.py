@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loader.adapters.layers import Ask
+from loader.adapters.surroundings import has_tokenizer
 from loader.arriving.delivery import Delivery
 from loader.arriving.filling import Announce
 from loader.config.settings import Settings
 from loader.errors import CheckpointError
-from loader.prepare.adapted import make_adapted
+from loader.prepare.adapted import lacks_tokenizer, make_adapted
 from loader.prepare.bases import (
     WHOLE,
     ArrivingBase,
@@ -54,18 +55,22 @@ if TYPE_CHECKING:
 _WEIGHTS = (".safetensors", ".bin")
 _log = logging.getLogger("podloader")
 _RANK = re.compile(r"(?<=/)rank-\d+/")
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _HEARING = ("preprocessor_config.json", "processor_config.json")  # how a Whisper hears
 
 
 def make_ready(
-    settings: Settings, delivery: Delivery, ask: Ask | None = None, announce: Announce | None = None
+    settings: Settings,
+    delivery: Delivery,
+    check: WholenessCheck,
+    ask: Ask | None = None,
+    announce: Announce | None = None,
 ) -> ReadyModel:
     """Return the model that the files of *delivery* make up.
 
     Small files come first. They tell what becomes of the weights: with ``weights_only_fetch`` those
     that are sharded over ranks are read at the origin, by ranges; a base's are fetched when it is
-    known that the adapters fit, and merged into while they come. *announce* is told of weights
+    known that the adapters fit, and merged into while they come. What is not made here goes through
+    *check*. *announce* is told of weights
     that are on their way into what is returned.
 
     Raises:
@@ -108,7 +113,12 @@ def make_ready(
             partial(bring_named, weights=False),
             partial(bring_named, weights=True),
             partial(
-                _announce_made, settings, delivery, source, announce if len(found) == 1 else None
+                _announce_made,
+                settings,
+                delivery,
+                source,
+                announce if len(found) == 1 else None,
+                _find_base_source(settings, found),
             ),
         )
         for source in found
@@ -128,12 +138,12 @@ def make_ready(
         if base and models:  # what it was trained over: its weights are here if they were needed
             later -= set(base.paths)
         models = models or ([base] if base else [])
-        ready = _serve_whole(settings, delivery, models, later, announce)
+        ready = _serve_whole(settings, delivery, models, later, announce, base, check)
     else:
         under = _as_base(settings, base, later) if base else None
         if under is None:
             delivery.bring(sorted(later))
-        ready = make_adapted(settings, under, adapters, timeline, progress, ask, announce)
+        ready = make_adapted(settings, under, adapters, timeline, progress, ask, announce, check)
     if announcement:
         announcement.tell(ready)
     return _warn_of_ids(ready)
@@ -274,8 +284,13 @@ def _serve_whole(
     models: Sequence[Source],
     later: Collection[str],
     announce: Announce | None,
+    base: Source | None,
+    check: WholenessCheck,
 ) -> ReadyModel:
-    """Return the one model of *models*; of its files *later* are still to come."""
+    """Return the one model of *models*; of its files *later* are still to come.
+
+    *base* is the checkpoint that it was trained over, if that is one.
+    """
     if len(models) != 1:
         raise CheckpointError(
             f"{len(models)} full models, where one is served",
@@ -285,13 +300,12 @@ def _serve_whole(
     model = models[0]
     path = model.checkpoint.path
     check_weights(settings, model.checkpoint)
-    ready = _describe_whole(settings, model, path, delivery)
-    check = WholenessCheck(settings, delivery.timeline)
+    ready = _describe_whole(settings, model, path, delivery, base)
     weights = None
     if later:
-        base = ArrivingBase(path, delivery, model.as_base, sorted(later))
-        weights = base.weights if announce else None
-        base.begin()
+        coming = ArrivingBase(path, delivery, model.as_base, sorted(later))
+        weights = coming.weights if announce else None
+        coming.begin()
     if later and not weights:
         delivery.wait()
     if not model.is_made:  # consolidating has compared it
@@ -308,37 +322,34 @@ def _announce_made(
     delivery: Delivery,
     source: Source,
     announce: Announce | None,
+    base: Source | None,
     writer: CheckpointWriter,
 ) -> None:
     """Announce the model that is being written; an adapter is none."""
     if announce is None or any(name.startswith("adapter_model") for name in writer.files()):
         return
-    ready = _describe_whole(settings, source, writer.path, delivery)
+    ready = _describe_whole(settings, source, writer.path, delivery, base)
     is_own = ready.tokenizer == writer.path
     tokenizer = writer.folder if is_own else ready.tokenizer
     announce(writer.fill(), replace(ready, path=writer.folder, tokenizer=tokenizer))
 
 
 def _describe_whole(
-    settings: Settings, model: Source, path: Path, delivery: Delivery
+    settings: Settings, model: Source, path: Path, delivery: Delivery, base: Source | None
 ) -> ReadyModel:
-    """Return *model*, whose small files are in *path*.
+    """Return *model*, whose small files are in *path*; *base* may have its tokenizer.
 
     Raises:
         CheckpointError: it lacks something beside its weights.
     """
     tokenizer = path
-    if not _has_tokenizer(tokenizer) and settings.base_model and not settings.base_checkpoint:
+    if not has_tokenizer(tokenizer) and base:
+        tokenizer = base.checkpoint.path
+    elif not has_tokenizer(tokenizer) and (name := settings.base_model):
         progress = None if model.kind in SHARDED and not model.is_made else delivery.progress
-        base = settings.base_model
-        tokenizer = bring_base(settings, base, delivery.timeline, progress, weights=False).path
-    if not _has_tokenizer(tokenizer):
-        raise CheckpointError(
-            "the model came without a tokenizer",
-            where=model.place,
-            expected=" or ".join(_TOKENIZERS),
-            next_step="set base_model to the model it was trained from: its tokenizer is taken",
-        )
+        tokenizer = bring_base(settings, name, delivery.timeline, progress, weights=False).path
+    if not has_tokenizer(tokenizer):
+        raise lacks_tokenizer(model.place, has_base=bool(settings.base_model))
     if model.checkpoint.kind is Kind.WHISPER and not _has_any(path, _HEARING):
         raise CheckpointError(
             "the Whisper model came without its feature extractor",
@@ -351,10 +362,6 @@ def _describe_whole(
         name = model.place.rpartition("/")[2]
         provenance |= {"share": model.share.text, **({"name": name} if name else {})}
     return ReadyModel(path, (), None, tokenizer, provenance)
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return _has_any(folder, _TOKENIZERS)
 
 
 def _has_any(folder: Path, names: Sequence[str]) -> bool:

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Thread
+from typing import Self
 
 from loader.arriving.arriving_weights import StoredWeights
 from loader.config.settings import Settings
@@ -25,7 +26,7 @@ from loader.fetch.files import STATE
 from loader.timeline import Timeline
 from loader.weights.byte_files import LocalFile
 from loader.weights.formats.archive import Archive
-from loader.weights.formats.learning import learn_gaps
+from loader.weights.formats.learning import GapLearner
 from loader.weights.formats.records import TensorRef
 from loader.weights.gaps import Gaps, Shapes
 from loader.weights.header import TensorInfo
@@ -38,12 +39,24 @@ _log = logging.getLogger("podloader")
 
 
 class WholenessCheck:
-    """A model's tensors are compared from ``begin`` on; ``wait`` before anybody gets it."""
+    """A model's tensors are compared from ``begin`` on; ``wait`` before anybody gets it.
 
-    def __init__(self, settings: Settings, timeline: Timeline) -> None:
+    A context manager; with *ahead*, a process that will be asked begins its imports at once.
+    """
+
+    def __init__(self, settings: Settings, timeline: Timeline, *, ahead: bool = False) -> None:
         self._seen, self._timeline = settings.training.download_folder / STATE / "whole", timeline
         self._text_only = _is_text_only(settings.engine_args)
         self._answer: Future[None] | None = None
+        self._learner = GapLearner()
+        if ahead:
+            self._learner.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._learner.close()
 
     def begin(self, place: str, folder: Path, weights: StoredWeights | None = None) -> None:
         """Have the model at *place* compared with what the config in *folder* describes.
@@ -87,7 +100,8 @@ class WholenessCheck:
         seen = self._seen / _digest(config, shapes, self._text_only)
         if not shapes or seen.exists():
             return
-        gaps = learn_gaps(folder / "config.json", config, shapes, text_only=self._text_only)
+        place_of_config, text_only = folder / "config.json", self._text_only
+        gaps = self._learner.learn(place_of_config, config, shapes, text_only=text_only)
         check_gaps(place, gaps)
         if not (gaps.extra or gaps.doubts):  # which are told at every start
             with contextlib.suppress(OSError):

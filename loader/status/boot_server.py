@@ -61,6 +61,9 @@ def listen(host: str, port: int) -> socket.socket:
 Allows = Callable[[str, str, str], bool]
 """Whether a request may be answered, by its method, its target and its ``Authorization``."""
 
+Tell = Callable[[str, Boot], Reply]
+"""What is answered then."""
+
 
 class BootServer:
     """Answers on *listening* from a thread of its own until ``stop``; never closes the socket."""
@@ -71,8 +74,9 @@ class BootServer:
         boot: Callable[[], Boot],
         tls: ssl.SSLContext | None = None,
         allows: Allows = lambda *_: True,
+        tell: Tell = reply,
     ) -> None:
-        self._loop = _Loop(listening, boot, tls, allows)
+        self._loop = _Loop(listening, boot, tls, allows, tell)
         self._thread = threading.Thread(target=self._loop.run, name="status", daemon=True)
         self._thread.start()
 
@@ -104,10 +108,11 @@ class _Loop:
         boot: Callable[[], Boot],
         tls: ssl.SSLContext | None,
         allows: Allows,
+        tell: Tell,
     ) -> None:
         self._listening = listening
         self._boot = boot
-        self._allows = allows
+        self._allows, self._tell = allows, tell
         self._tls = tls
         self._selector = selectors.DefaultSelector()
         self._open: dict[_Connection, None] = {}  # the first one's time is over first
@@ -208,7 +213,8 @@ class _Loop:
                 return
             connection.said += data
             if b"\r\n\r\n" in connection.said or b"\n\n" in connection.said:
-                connection.untold = _answer(bytes(connection.said), self._boot, self._allows)
+                said = bytes(connection.said)
+                connection.untold = _answer(said, self._boot, self._allows, self._tell)
             elif len(connection.said) > _MOST_HEAD_BYTES:
                 connection.untold = _write(_refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE))
             if connection.untold is not None:
@@ -232,7 +238,7 @@ class _Loop:
             connection.sock.close()
 
 
-def _answer(head: bytes, boot: Callable[[], Boot], allows: Allows) -> bytes:
+def _answer(head: bytes, boot: Callable[[], Boot], allows: Allows, tell: Tell) -> bytes:
     """Return the whole HTTP answer to a request that begins with *head*."""
     method, _, rest = head.partition(b"\n")[0].decode("latin-1").strip().partition(" ")
     target, _, version = rest.rpartition(" ")
@@ -242,7 +248,7 @@ def _answer(head: bytes, boot: Callable[[], Boot], allows: Allows) -> bytes:
         target = "/" + target.lstrip("/")
     given = _AUTHORIZATION.search(head)
     allowed = allows(method, target, given[1].decode("latin-1") if given else "")
-    answer = reply(target, boot()) if allowed else UNAUTHORISED
+    answer = tell(target, boot()) if allowed else UNAUTHORISED
     return _write(answer, only_head=method == "HEAD")
 
 

@@ -14,6 +14,7 @@ STATUS_PATHS = ("/status", "/status.json")
 _JSON = "application/json"
 _HTML = "text/html; charset=utf-8"
 RETRY_AFTER = "5"  # seconds
+_UNAVAILABLE = {"type": "ServiceUnavailableError", "param": None, "code": 503}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,14 @@ def reply(target: str, boot: Boot) -> Reply:
     if told := status_reply(path, query, boot):
         return told
     return _json({"error": _not_yet(boot)}, 503, {"Retry-After": RETRY_AFTER})
+
+
+def bare_reply(target: str, boot: Boot) -> Reply:
+    """Return as ``reply`` does, but for nobody's eyes: what only the engine lets in is unknown."""
+    if target.partition("?")[0] == "/health":
+        return _json({"status": boot.phase}, 200 if boot.phase == "ready" else 503)
+    error = {"message": "the engine is not here to say who may ask", **_UNAVAILABLE}
+    return _json({"error": error}, 503, {"Retry-After": RETRY_AFTER})
 
 
 def status_reply(path: str, query: str, boot: Boot) -> Reply | None:
@@ -82,7 +91,7 @@ def _not_yet(boot: Boot) -> dict[str, Any]:
         message = "the server is stopping and takes no more requests"
     else:
         message = f"the model is still starting: {boot.stage or 'just begun'}"
-    return {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}
+    return {"message": message, **_UNAVAILABLE}
 
 
 def _json(

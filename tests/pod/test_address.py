@@ -28,6 +28,7 @@ from loader.pod.address import Address, serving_address
             ["--ssl-ca-certs", "a.pem", "--ssl-cert-reqs", "2", "--ssl-ciphers=HIGH"],
             Address("", 8000, clients=Path("a.pem"), verify=ssl.CERT_REQUIRED, ciphers="HIGH"),
         ),
+        (["--middleware", "a.B", "--middleware=c.d"], Address("", 8000, middleware=("a.B", "c.d"))),
     ],
 )
 def test_it_is_read_as_vllm_does(arguments: list[str], expected: Address) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from loader import boot
 from loader.errors import CheckpointError
-from loader.prepare import wholeness
+from loader.weights.formats.learning import GapLearner
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin
 from tests.prepare.test_adapted import FILE, behind_url, over_checkpoint
@@ -102,7 +102,8 @@ def test_a_whole_one_is_looked_at_once(
 ) -> None:
     place = job.put(base, "checkpoint-5")
     boot.prepare(job.settings("rank-0/"))
-    monkeypatch.setattr(wholeness, "learn_gaps", lambda *_, **__: pytest.fail("asked again"))
+    again = "asked again"
+    monkeypatch.setattr(GapLearner, "learn", lambda *_, **__: pytest.fail(again))
     boot.prepare(job.settings("rank-0/"))
     config = json.loads((place / "config.json").read_text())
     (place / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))

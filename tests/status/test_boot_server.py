@@ -11,6 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -21,6 +22,7 @@ from loader.errors import ConfigError
 from loader.http.trust import server_tls
 from loader.status import boot_server
 from loader.status.boot_server import _MOST_CONNECTIONS, BootServer, listen
+from loader.status.replies import bare_reply
 from loader.status.state import Boot
 
 BOOT = Boot(phase="starting", stage="download", now_s=1.0)
@@ -48,6 +50,21 @@ def test_every_method_is_answered(listening: socket.socket, method: str) -> None
     assert (answer.status_code, answer.headers["Connection"]) == (503, "close")
     assert bool(answer.content) == (method != "HEAD")
     server.stop()
+    server.stop()
+
+
+@pytest.mark.parametrize("path", ["/", "/status", "/status.json", "/metrics", "/v1/models"])
+def test_nothing_is_told_where_the_engine_alone_knows_whom_to_tell(
+    listening: socket.socket, path: str
+) -> None:
+    failed = replace(BOOT, stage="a stage", error={"what": "a secret"})
+    server = BootServer(listening, lambda: failed, tell=bare_reply)
+    answer = httpx.get(f"{url(listening)}{path}")
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+    assert answer.json()["error"]["type"] == "ServiceUnavailableError"
+    health = httpx.get(f"{url(listening)}/health")
+    assert (health.status_code, health.json()) == (503, {"status": failed.phase})
+    assert not {"a secret", "a stage"} & {*answer.text.split('"'), *health.text.split('"')}
     server.stop()
 
 

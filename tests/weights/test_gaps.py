@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import sys
@@ -174,5 +175,6 @@ def test_in_a_process_of_its_own(llama: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(learning, "find_gaps", lambda *_, **__: pytest.fail("asked here"))
     monkeypatch.delitem(sys.modules, "transformers.modeling_utils")
     place = llama / "config.json"
-    found = learning.learn_gaps(place, config, without(shapes, Q), text_only=False)
+    with contextlib.closing(learning.GapLearner()) as learner:
+        found = learner.learn(place, config, without(shapes, Q), text_only=False)
     assert found == Gaps(missing=(Q,))

@@ -252,6 +252,8 @@ def _write(key: str, value: object) -> list[str]:
         return []
     if isinstance(value, bool):
         return [flag if value else "--no-" + flag.removeprefix("--")]
+    if isinstance(value, (list, tuple)) and key == "middleware":  # which vLLM takes one by one
+        return [word for one in value for word in (flag, str(one))]
     if isinstance(value, (list, tuple)):
         return [flag, *map(_word, value)]
     return [flag, _word(value)]

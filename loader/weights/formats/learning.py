@@ -53,29 +53,41 @@ def learning_names() -> Iterator[Callable[[Path], ModelNames]]:
         yield learn
 
 
-def learn_gaps(
-    place: Path, config: Mapping[str, object], shapes: Shapes, *, text_only: bool
-) -> Gaps:
-    """Return what ``find_gaps`` does; here where transformers is imported here, or just now is.
+class GapLearner:
+    """Does as ``find_gaps``; here where transformers is imported here, or just now is. Close it."""
 
-    *config* is read from *place*.
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._process: subprocess.Popen[bytes] | None = None
 
-    Raises:
-        UnsupportedError: the class takes too long to be made.
-    """
-    with importing:
-        is_here = "transformers.modeling_utils" in sys.modules
-    told = None
-    if not is_here:
-        with _started() as process:
+    def start(self) -> None:
+        """Let another process import transformers, if this one has not by now."""
+        if self._process is None and not is_at_hand():
+            self._process = self._stack.enter_context(_started())
+
+    def learn(
+        self, place: Path, config: Mapping[str, object], shapes: Shapes, *, text_only: bool
+    ) -> Gaps:
+        """Return what a checkpoint lacks of the model in *config*, which is read from *place*.
+
+        Raises:
+            UnsupportedError: the class takes too long to be made.
+        """
+        with importing:  # whoever imports it in this process is nearly done
+            self.start()
+            process, self._process = self._process, None  # which answers once
+        if process is not None:
             question = {"config": config, "shapes": shapes, "text_only": text_only}
-            told = _ask(process, place, question)
-    if told:
-        return Gaps.from_json(told)
-    try:
-        return find_gaps(config, shapes, text_only=text_only)
-    except ImportError:
-        return compare_layers(shapes)
+            if told := _ask(process, place, question):
+                return Gaps.from_json(told)
+        try:
+            return find_gaps(config, shapes, text_only=text_only)
+        except ImportError:
+            return compare_layers(shapes)
+
+    def close(self) -> None:
+        """End the process if there is one."""
+        self._stack.close()
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ def test_vllm_reads_back_what_was_meant() -> None:
             "limit_mm_per_prompt": {"image": 1},
             "quantization": None,
             "ignore_patterns": ["x*", "y z"],
+            "middleware": ["a.B", "c.d"],
         },
         served_model_name="my model",
         trust_remote_code=True,
@@ -53,6 +54,7 @@ def test_vllm_reads_back_what_was_meant() -> None:
     assert args.gpu_memory_utilization == 0.5
     assert args.hf_overrides == {"a.b": [1, {"c": None}]}
     assert args.ignore_patterns == ["x*", "y z"]
+    assert args.middleware == ["a.B", "c.d"]
     assert (args.port, args.max_num_seqs) == (1234, 7)
     assert (args.enable_lora, args.max_lora_rank) == (True, 16)
     assert [(m.name, m.path) for m in args.lora_modules] == [
