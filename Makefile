@@ -47,7 +47,7 @@ engines: setup
 
 # The network's rooms on every other supported Python of this machine.
 pythons: setup
-	PODLOADER_TEST_ALL=1 $(BIN)/pytest tests/test_pythons.py
+	TEST_PYTHONS=all $(BIN)/pytest tests/test_pythons.py
 
 # Each target so many seconds; what leads somewhere new stays in tests/fuzz/corpus.
 FUZZ_SECONDS ?= 1200

@@ -36,7 +36,7 @@ _OURS = re.compile(r"^ *from (tests[\w.]*) import", re.M)
 @pytest.mark.parametrize("minor", [minor for minor in _MINORS if minor != _HERE])
 def test_sockets_and_tls(minor: str) -> None:
     python = environment(minor)
-    tests = [*light_tests()] if "PODLOADER_TEST_ALL" in os.environ else _SMOKE
+    tests = [*light_tests()] if os.environ.get("TEST_PYTHONS") == "all" else _SMOKE
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not engine"]
     done = subprocess.run([*command, *tests], cwd=_ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -309,8 +309,10 @@ def test_frozen_parameters_that_were_not_saved_come_from_the_base(
         assert_same(tensors_of(ready.path), wanted | {name: frozen})
 
 
-@pytest.mark.parametrize("case", ["zero2-without", "zero3-without"])
-@pytest.mark.parametrize("at", ["url", "hub", "checkpoint"])
+@pytest.mark.parametrize(
+    ("case", "at"),
+    [("zero2-without", "url"), ("zero2-without", "hub"), ("zero3-without", "checkpoint")],
+)
 def test_the_base_of_frozen_parameters_lies_anywhere(
     zero: Path, base: Path, case: str, at: str, configure: Any, origin: FaultyOrigin, tmp_path: Path
 ) -> None:
