@@ -7,7 +7,7 @@ STAMP := $(VENV)/.podloader-setup
 # Tests start many processes: where this is set, each would compile torch and transformers anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo wheel test check engines pythons lint types bench fuzz clean
+.PHONY: setup demo wheel test test-at-once test-quick test-engine check engines pythons lint types bench fuzz clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,16 @@ check: lint types
 
 test: lint types
 	$(BIN)/pytest
+
+# The same, what starts engines beside what does not: each leaves a core idle for half of its time.
+test-at-once: lint types
+	$(MAKE) --keep-going --jobs=2 --output-sync=target test-quick test-engine
+
+test-quick:
+	$(BIN)/pytest -m "not engine"
+
+test-engine:
+	$(BIN)/pytest -m engine
 
 # `make engines VLLM=0.34.0` lists what a release would break; without VLLM, every proved one.
 engines: setup

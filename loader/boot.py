@@ -284,15 +284,18 @@ def _planned(
         asked = (*manifest.files, *manifest.left_out)
         unknown = sum(1 for artifact in asked if artifact.size_bytes is None)
         told: tuple[str, ...] = ()
+        is_silent = False
         if unknown > _MOST_SIZES:
             reason = f"the listing lacks {unknown} of them, too many to ask for one by one"
             told = (f"sizes are unknown: {reason}",)
         elif unknown:
             with (progress or Progress()).step("sizes") as tell:
                 manifest = ask_sizes(manifest, origin.store, settings.concurrency, tell)
-        from loader.prepare.remote import warn_of_ids  # the first request is ahead of it
+            is_silent = any(artifact.size_bytes is None for artifact in manifest.files)
+        if not is_silent:
+            from loader.prepare.remote import warn_of_ids  # the first request is ahead of it
 
-        told += tuple(warn_of_ids(manifest, origin.store, root))
+            told += tuple(warn_of_ids(manifest, origin.store, root))
         manifest = replace(manifest, warnings=(*manifest.warnings, *told))
     return manifest
 

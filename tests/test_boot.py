@@ -412,7 +412,7 @@ def test_plan_asks_for_sizes_or_not(job: Job, base: Path) -> None:
     assert all(a.size_bytes for a in manifest.files)
     assert not job.root.exists()
     job.origin.stop()
-    manifest = boot.plan(job.settings("rank-0/", retries=0))
+    manifest = boot.plan(settings)
     assert "files are unknown" in manifest.warnings[-1]
     assert "Signature" not in manifest.warnings[-1]
 
