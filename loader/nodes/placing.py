@@ -44,6 +44,7 @@ def placed(
         NodeError: the cluster has no room for it in time, or nodes of it are gone.
     """
     if group is not None:
+        _wait_until_placed(group, group.bundle_specs, ray, progress, timeout_s)
         yield _places(group, ray)
         return
     bundles, strategy = choose_bundles(settings, living_nodes(), ray.cluster_resources())

@@ -186,13 +186,16 @@ class Members:
     async def _resolve(self) -> None:
         assert self._name is not None
         host, _, port = self._name.rpartition(":")
-        finding = self._ask_ray() if self._name == RAY else _ask_dns(host, int(port))
+        if self._name == RAY:
+            finding, port = self._ask_ray(), str(self._own_port)
+        else:
+            finding = _ask_dns(host, int(port))
         try:
             hosts = await asyncio.wait_for(finding, HELLO_S)
         except (OSError, TimeoutError) as error:
             _log.debug("peers: %s cannot be resolved: %s", self._name, error)
             return
-        now = {join_address(host, port or self._own_port) for host in hosts}
+        now = {join_address(host, port) for host in hosts}
         for address in now - self._found.keys():
             self._found[address] = Member(address)
         for address in self._found.keys() - now:

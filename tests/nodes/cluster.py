@@ -81,6 +81,7 @@ def _in_own_mounts(folder: Path, shared: Path, small: bool, start: Callable[[], 
 
     libc = ctypes.CDLL(None, use_errno=True)
     failures: list[Exception] = []
+    started = threading.Event()
 
     def run() -> None:
         try:
@@ -94,10 +95,11 @@ def _in_own_mounts(folder: Path, shared: Path, small: bool, start: Callable[[], 
             start()
         except Exception as error:
             failures.append(error)
+        started.set()
+        threading.Event().wait()  # the kernel ends Ray's processes with the thread that made them
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
+    threading.Thread(target=run, daemon=True).start()
+    started.wait()
     if failures:
         raise failures[0]
 
@@ -113,8 +115,10 @@ def main() -> None:
     cluster, nodes = Cluster(), {}
 
     def add(place: int) -> None:
-        own = {"node_ip_address": f"127.0.0.{place + 1}"} if place else {"temp_dir": temp}
-        node = cluster.add_node(num_cpus=0, include_dashboard=not place, **own)
+        own = {"node_ip_address": f"127.0.0.{place + 2}"}
+        if not place:
+            own["temp_dir"] = temp
+        node = cluster.add_node(num_cpus=1, include_dashboard=not place, **own)
         nodes[node.node_ip_address] = node
 
     for place, folder in enumerate(folders):

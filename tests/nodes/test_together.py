@@ -59,7 +59,7 @@ class Start:
         self.bytes = sum(path.stat().st_size for path in model.iterdir())
         self.listing = write_listing(origin, folder / "listing.json")
 
-    def command(self, down: str, **own: object) -> subprocess.Popen[str]:
+    def write_config(self, down: str, **own: object) -> Path:
         references = [{"training_job_id": "job1", "paths": ["rank-0/checkpoint-10/"]}]
         config = self.folder / "config.yaml"
         root = self.nodes.shared / down
@@ -70,10 +70,14 @@ class Start:
                         "download_folder": str(root),
                         "artifact_references": references,
                     },
-                    "model_metadata": {"podloader": {"artifacts": [str(self.listing)]} | own},
+                    "model_metadata": {"podloader": {"artifacts": [str(self.listing)], **own}},
                 }
             )
         )
+        return config
+
+    def command(self, down: str, **own: object) -> subprocess.Popen[str]:
+        config = self.write_config(down, **own)
         words = ["prepare", str(config), "--ray", self.nodes.address, "--json"]
         return subprocess.Popen(
             [sys.executable, "-m", "loader", *words],
@@ -102,6 +106,29 @@ class Start:
             time.sleep(0.5)
 
 
+SERVE = """
+import asyncio, json, sys
+import ray
+from ray.serve.llm import LLMConfig
+
+ray.init(sys.argv[1], log_to_driver=False)
+config = LLMConfig(
+    model_loading_config={"model_id": "m"},
+    accelerator_config={"kind": "cpu"},
+    placement_group_config={"bundles": [{"CPU": 1}] * 3, "strategy": "STRICT_SPREAD"},
+    callback_config={
+        "callback_class": "loader.nodes.serve_llm:PrepareOnNodes",
+        "callback_kwargs": {"config": sys.argv[2]},
+    },
+)
+callback = config.get_or_create_callback()
+asyncio.run(callback.run_callback("on_before_node_init"))
+engine = config.get_engine_config()
+found = engine.get_initialization_kwargs() | {"init": callback.ctx.run_init_node}
+print(json.dumps({name: found[name] for name in ("model", "tokenizer", "init")}))
+"""
+
+
 def end_of(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:
     """Return the exit code, the document and the lines."""
     out, lines = process.communicate(timeout=240)
@@ -117,8 +144,7 @@ def start(nodes: RayNodes, origin: FaultyOrigin, tmp_path: Path, model: Path) ->
 def test_every_node_prepares_and_the_origin_sends_one_copy(start: Start, model: Path) -> None:
     code, document, lines = start.run("all", peers="ray", peers_port=8791)
     assert code == 0, lines
-    assert len(document["nodes"]) == NODES
-    assert {"127.0.0.2", "127.0.0.3"} < set(document["nodes"])
+    assert set(document["nodes"]) == {"127.0.0.2", "127.0.0.3", "127.0.0.4"}
     where = "job1/rank-0/checkpoint-10/model.safetensors"
     for folder in start.nodes.folders:
         assert (folder / "all" / where).read_bytes() == (model / where.split("/")[-1]).read_bytes()
@@ -141,7 +167,7 @@ def test_one_nodes_failure_ends_all_by_its_own_type_and_name(start: Start) -> No
     code, document, _ = start.run(SMALL)
     assert code == 4
     assert document["error"]["error"] == "DiskError"
-    assert document["error"]["what"].startswith("127.0.0.2: ")
+    assert document["error"]["what"].startswith("127.0.0.3: ")
     start.assert_released()
 
 
@@ -173,15 +199,31 @@ def test_a_cluster_that_is_not_there_is_one_error(start: Start) -> None:
     assert "127.0.0.1:1" in document["error"]["where"]
 
 
+def test_ray_serve_llm_has_its_nodes_prepare(start: Start) -> None:
+    config = start.write_config("served")
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE, start.nodes.address, str(config)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    path = start.nodes.shared / "served/job1/rank-0/checkpoint-10"
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told == {"model": str(path), "tokenizer": str(path), "init": False}
+    for folder in start.nodes.folders:
+        assert (folder / path.relative_to(start.nodes.shared) / "model.safetensors").is_file()
+
+
 def test_a_node_that_dies_is_named_and_the_rest_released(start: Start) -> None:
     """The last of this file: the node stays dead."""
     start.origin.fail("model.safetensors", *[slow(0.5)] * 200)
     process = start.command("killed", peers="ray", peers_port=8791)
     start.wait_for_weights("killed")
-    start.nodes.kill("127.0.0.3")
+    start.nodes.kill("127.0.0.4")
     began = time.monotonic()
     code, document, _ = end_of(process)
     print(f"named after {time.monotonic() - began:.1f} s")  # noqa: T201
     assert (code, document["error"]["error"]) == (7, "NodeError")
-    assert document["error"]["what"].startswith("127.0.0.3: ")
+    assert document["error"]["what"].startswith("127.0.0.4: ")
     start.assert_released()

@@ -63,10 +63,9 @@ def make_pod(tmp_path: Path) -> Iterator[MakePod]:
         def make(port: int, ports: list[int], *, token: str = TOKEN, **own: object) -> TestPod:
             settings = Settings(
                 training=TrainingCheckpoints(tmp_path / "unused", ()),
-                peers=tuple(f"127.0.0.1:{other}" for other in ports),
                 peers_port=port,
                 concurrency=4,
-                **own,  # type: ignore[arg-type]
+                **{"peers": tuple(f"127.0.0.1:{other}" for other in ports), **own},  # type: ignore[arg-type]
             )
             client = HttpClient(HttpOptions())
             sharing = Sharing(settings, Secret(token))
