@@ -91,6 +91,7 @@ class Follower(Nodes):
             self._channel = channel
             if self._digests is not None:
                 self._send("prepared", digests=self._digests)
+            self._changed.notify_all()
         return True
 
     def _hear(self, message: Mapping[str, Any]) -> None:
@@ -99,13 +100,24 @@ class Follower(Nodes):
                 self._tell(NodesPrepared())
             case {"kind": "serving"}:
                 self._tell(NodesServing())
-            case {"kind": "failed", "error": dict(error), "rank": rank}:
-                if rank != self.place.rank:
-                    self._found(error_from_json(error))
+            case {"kind": "failed", "rank": self.place.rank}:
+                self._set_over()  # all have what this node told
+            case {"kind": "failed", "error": dict(error)}:
+                self._found(error_from_json(error))
             case {"kind": "stopping", "signal": int(number)}:
-                with self._changed:
-                    self._over = True
+                self._set_over()
                 self._tell(NodeStopped(number))
+
+    def fail(self, error: Exception) -> Exception:
+        """Return why this node ends; node 0 may be just about to be reached."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._channel or self._over, GREETING_S)
+        return super().fail(error)
+
+    def _set_over(self) -> None:
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
 
     def _report(self, error: LoaderError) -> None:
         self._send("failed", error=error.to_json(), rank=self.place.rank)

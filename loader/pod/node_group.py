@@ -30,6 +30,7 @@ from loader.serve.vllm.channel import Channel
 GREETING_S = 5.0
 _CAUSE_S = 2.0  # an engine that loses another ends by itself: the cause may be told behind it
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
+_SEVERAL = "the engine ended on several nodes"
 GONE = "its connection broke, without a word"
 LOOK_THERE = "its own log lines name the cause; the kernel's, if it was killed for its memory"
 
@@ -116,7 +117,7 @@ class Nodes:
             self._report(own)
             with self._changed:
                 self._changed.wait_for(lambda: self._failure or self._over, _CAUSE_S)
-            if self._failure is not None:
+            if self._failure is not None and not self._over:
                 error = own = self._both(own, self._failure)
         self._end("failed", error=named(own, self._me()).to_json(), rank=self.place.rank)
         return error
@@ -133,10 +134,10 @@ class Nodes:
         return node_name(self.place.rank, socket.gethostname())
 
     def _both(self, own: LoaderError, other: LoaderError) -> LoaderError:
-        if not isinstance(other, EngineError) or other.got == GONE:
+        if not isinstance(other, EngineError) or other.got == GONE or other.what == _SEVERAL:
             return other
         return EngineError(
-            "the engine ended on several nodes",
+            _SEVERAL,
             problems=[named(own, self._me()).line, other.line],
             next_step="the engines' own log lines on those nodes tell which was the first",
         )
@@ -186,7 +187,7 @@ def content_digests(provenance: object, place: str = "") -> dict[str, str]:
 
 def named(error: LoaderError, node: str) -> LoaderError:
     fields = error.to_json()
-    prefix = "" if str(fields["what"]).startswith("node") else f"{node}: "
+    prefix = "" if str(fields["what"]).startswith(("node", _SEVERAL)) else f"{node}: "
     return error_from_json({**fields, "what": f"{prefix}{fields['what']}"})
 
 

@@ -45,8 +45,10 @@ def start(origin: FaultyOrigin, tmp_path: Path) -> Iterator[Start]:
     port = master_port()
     with ExitStack() as stack:
 
-        def started(rank: int, count: int = 2, **settings: Any) -> RunningPod:
-            folder = tmp_path / f"node-{rank}"
+        def started(
+            rank: int, count: int = 2, spread: str = "tensor", **settings: Any
+        ) -> RunningPod:
+            folder = tmp_path / f"node-{rank}-of-{count}"
             folder.mkdir()
             listing = write_listing(origin, folder / "job.json", "job")
             own = {
@@ -65,7 +67,7 @@ def start(origin: FaultyOrigin, tmp_path: Path) -> Iterator[Start]:
             }
             config = folder / "config.yaml"
             config.write_text(yaml.safe_dump(document), encoding="utf-8")
-            given = ["--tensor-parallel-size", str(count)] if count > 1 else []
+            given = [f"--{spread}-parallel-size", str(count)] if count > 1 else []
             if count > 1:
                 given += ["--nnodes", str(count), "--node-rank", str(rank)]
                 given += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
@@ -97,7 +99,27 @@ def test_two_nodes_answer_as_one_and_end_together(start: Start) -> None:
     first.signal(signal.SIGTERM)
     assert first.wait(40) == 0
     assert second.wait(20) == 0
-    alone = start(0 + 7, 1)
+    alone = start(0, 1)
+    alone.wait_ready()
+    assert _ask(alone) == answered
+
+
+def test_each_node_of_a_pipeline_loads_its_own_stage_and_they_answer_as_one(
+    start: Start, tmp_path: Path
+) -> None:
+    # The CPU build makes the buffers between stages as it warms up what it compiles.
+    compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
+    own: dict[str, Any] = {"engine_args": ENGINE_ARGS | compiled}
+    pods = [start(rank, spread="pipeline", **own) for rank in (0, 1)]
+    pods[0].wait_ready()
+    answered = _ask(pods[0])
+    for rank, pod in enumerate(pods):
+        (share,) = (tmp_path / f"node-{rank}-of-2").rglob("podloader_share.json")
+        assert f"pipeline stage {rank + 1} of 2: layers {rank} to {rank} of 2" in share.read_text()
+        assert f"this node takes pipeline stage {rank + 1}" in pod.text()
+    pods[0].signal(signal.SIGTERM)
+    assert [pod.wait(40) for pod in pods] == [0, 0]
+    alone = start(0, 1, **own)
     alone.wait_ready()
     assert _ask(alone) == answered
 
