@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("podloader")
 _INDEXES = (".safetensors.index.json", ".bin.index.json")
+_TOO_LITTLE = "this may be too little: %s"
 _AT_ONCE = 8  # requests for indexes
 _MOST_SIZES = 5_000  # more are not asked for one by one by ``plan``
 
@@ -88,7 +89,7 @@ def _prepare(
     announce: Announce | None,
 ) -> ReadyModel:
     from loader.arriving.delivery import Delivery
-    from loader.prepare.fits import check_fits
+    from loader.prepare.fits import check_fits, check_small
     from loader.prepare.ready import make_ready
     from loader.prepare.wholeness import WholenessCheck  # fetch and plan do without these
 
@@ -96,18 +97,22 @@ def _prepare(
     root = settings.training.download_folder
     with open_origin(settings, laid, timeline, progress) as origin:
         manifest, indexed = _resolved(settings, origin, progress, timeline)
-        for warning in check_fits(settings, manifest, origin.store, indexed):
-            _log.warning("this may be too little: %s", warning)
+        warnings = check_fits(settings, manifest, origin.store, indexed)
+        for warning in warnings:
+            _log.warning(_TOO_LITTLE, warning)
         store, options = beside_peers(settings, origin.store, root, FetchOptions.of(settings))
         with Delivery(manifest, root, store, options, timeline, progress) as delivery:
             # An engine that says what it has layers for imports in a process of its own, not here.
             ahead = ask is not None and not delivery.is_whole
             try:
                 with WholenessCheck(settings, timeline, ahead=ahead) as check:
-                    return make_ready(settings, delivery, check, ask, announce)
+                    ready = make_ready(settings, delivery, check, ask, announce)
             finally:
                 if delivery.is_whole:
                     write_completed(root, completed_key(settings), manifest)
+    for warning in () if warnings else check_small(settings, str(ready.path)):
+        _log.warning(_TOO_LITTLE, warning)
+    return ready
 
 
 def prepare_beside_imports(

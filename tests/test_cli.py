@@ -324,6 +324,20 @@ def test_where_a_source_that_cannot_be_read_was_named(config: Path) -> None:
     assert "named by" not in run("plan", "/gone.json").stderr
 
 
+def test_inspect_one_file_of_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    header = b'{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    done = run("inspect", path)
+    assert done.returncode == 0, done.stderr
+    assert "parameters: 4 in 1 tensors" in done.stdout
+    assert json.loads(run("inspect", path, "--json").stdout)["version"] == 1
+    path.write_bytes(b"x")
+    refused = run("inspect", path)
+    assert (refused.returncode, refused.stdout) == (5, "")
+    assert "Traceback" not in refused.stderr
+
+
 def test_a_folder_that_is_neither(tmp_path: Path) -> None:
     (tmp_path / "abc_checkpoints.json").touch()
     (tmp_path / ".podloader").mkdir()

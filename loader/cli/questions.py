@@ -62,6 +62,7 @@ def ask_checkpoints(found: tuple[Found, ...]) -> tuple[Found, ...]:
 
 def ask_base(chosen: tuple[Found, ...], wishes: Wishes) -> Wishes:
     """Return *wishes* with a base model of which something is known, where one is needed."""
+    from loader.cli.display import choose_progress
     from loader.scaffold.base_model import choose_base, describe_base
     from loader.types import Kind
 
@@ -70,7 +71,8 @@ def ask_base(chosen: tuple[Found, ...], wishes: Wishes) -> Wishes:
         return wishes
 
     def read(name: str) -> Wishes:
-        describe_base(name)
+        with choose_progress().step("base model"):
+            describe_base(name)
         return replace(wishes, base_model=name)
 
     try:

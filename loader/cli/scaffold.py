@@ -68,7 +68,8 @@ def init(given: Options) -> None:
         wishes = replace(wishes, sources=sources)
         if asks:
             wishes = questions.ask_rest(chosen, questions.ask_base(chosen, wishes))
-        deployment = decide(chosen, wishes)
+        with choose_progress().step("base model"):
+            deployment = decide(chosen, wishes)
         output = given.output or (questions.ask_output(deployment.model_name) if asks else None)
         if output is None:
             raise ConfigError("the folder to make is not named", next_step="give --output DIR")

@@ -31,7 +31,7 @@ def check_fits(
         EngineError: the model does not fit this machine.
     """
     warned: list[str] = []
-    for folder, size in {**_models(manifest), **weights_by_folder(manifest), **indexed}.items():
+    for folder, size in {**weights_by_folder(manifest), **indexed}.items():
         try:
             short = check_size(settings, size, folder)
         except EngineError:
@@ -48,20 +48,26 @@ def check_size(settings: Settings, weight_bytes: int, where: str) -> tuple[str, 
     Raises:
         EngineError: the model at *where* does not fit this machine.
     """
-    from loader.serve.vllm.releases import is_cpu_build
-
     workers = settings.engine_args.get("tensor_parallel_size", 1)
-    if weight_bytes < _SMALL_BYTES and workers == 1 and not is_cpu_build():
+    if weight_bytes < _SMALL_BYTES and workers == 1:
         return ()
     from loader.serve.room import check_engine_room  # the first request is ahead of it
 
     return check_engine_room(settings.engine, settings.engine_args, weight_bytes, where)
 
 
-def _models(manifest: Manifest) -> dict[str, int]:
-    """Return the folders of models; of one of unknown size, no less than nothing is known."""
-    paths = (artifact.path.rpartition("/") for artifact in manifest.files)
-    return {folder: 0 for folder, _, name in paths if name == _CONFIG}
+def check_small(settings: Settings, where: str) -> tuple[str, ...]:
+    """Return what may be too little, whatever the weights: for those that were not looked at.
+
+    Raises:
+        EngineError: as ``check_size``.
+    """
+    from loader.serve.room import check_engine_room
+    from loader.serve.vllm.releases import is_cpu_build
+
+    if not is_cpu_build():  # a machine with a GPU takes a moment to say what it has
+        return ()
+    return check_engine_room(settings.engine, settings.engine_args, 0, where)
 
 
 def weights_by_folder(manifest: Manifest) -> dict[str, int]:

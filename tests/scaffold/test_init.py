@@ -372,8 +372,12 @@ def test_the_command_where_there_is_no_terminal(jobs: Jobs, tmp_path: Path) -> N
     assert document["checkpoints"] == [{"kind": "adapter", "path": "lora/rank-0/checkpoint-100"}]
     assert document["accelerator"] == "L4"
     assert "Signature" not in done.stdout + done.stderr
-    config, _ = read(tmp_path / "out")
+    config, settings = read(tmp_path / "out")
     assert (config.model_name, set(config.secrets)) == ("mine", {"b"})
+    assert 10 <= config.runtime.health_checks.startup_threshold_seconds <= 3000
+    assert settings.drain_timeout_s < 10, "its PID 1 kills then"
+    assert "end after 7 days at most" in done.stderr
+    assert "--artifacts baseten with --secret baseten_api_key does not end" in done.stderr
     again = subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
     assert again.returncode == 2
     assert "--overwrite" in again.stderr
