@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from loader.errors import (
     ListingError,
     ResolveError,
 )
+from loader.fetch.progress import Progress
 from loader.prepare.artifact_sources import open_origin, place_downloads
 from loader.serve.model import base_name
 from loader.timeline import Timeline
+from loader.types import ReadyModel
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin, status, write_listing
 from tests.other_models import draw_whisper_lora, tiny_whisper
@@ -433,3 +437,40 @@ def test_a_lying_safetensors_header(job: Job, base: Path) -> None:
         boot.prepare(job.settings("rank-0/"))
     save_file({"x": torch.zeros(1)}, place / "model.safetensors")
     assert boot.fetch_files(job.settings("rank-0/")).fetched_bytes > 0
+
+
+def test_kernels_come_before_the_engine_and_go_after_it(
+    job: Job, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.put(base, "model")
+    for name in ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "disk"))
+    for name in ("FLASHINFER_WORKSPACE_BASE", "CUDA_CACHE_PATH"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr("loader.serve.early_imports.import_vllm", lambda: None)
+    monkeypatch.setattr("loader.serve.early_imports.start_forkserver", lambda: None)
+    monkeypatch.setattr("loader.serve.early_imports._inspect", lambda config: None)
+    found: list[Path] = []
+    compiled: list[bool] = []
+
+    def start(ready: ReadyModel, *_: object, load_format: str | None) -> None:
+        found.append(ready.path)
+        kernels = Path(os.environ["VLLM_CACHE_ROOT"]) / "torch_compile_cache/one"
+        compiled.append(kernels.exists())
+        kernels.mkdir(parents=True, exist_ok=True)
+        (kernels / "model").write_text("code")
+
+    monkeypatch.setattr(boot, "start", start)
+    for _ in range(2):
+        shutil.rmtree(tmp_path / "disk", ignore_errors=True)
+        monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "disk"))
+        settings = job.settings(
+            "rank-0/", kernel_cache=str(tmp_path / "shared"), engine_start="files"
+        )
+        ready, _ = boot.prepare_and_start(settings, Progress(), Timeline())
+        for thread in threading.enumerate():
+            if thread.name == "kernels":
+                thread.join()
+        assert found[-1].resolve() == ready.path.resolve()
+        assert found[-1] != ready.path
+    assert compiled == [False, True]
