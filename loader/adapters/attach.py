@@ -27,7 +27,7 @@ from loader.adapters.config import read_adapter_config
 from loader.adapters.converted import as_safetensors
 from loader.adapters.edit_plan import MergePlan, plan_merge
 from loader.adapters.edits import Replace
-from loader.adapters.effect import check_effect, check_finite
+from loader.adapters.effect import check_effect, check_finite, check_read
 from loader.adapters.plan_builder import (
     Base,
     UnaskedError,
@@ -292,9 +292,7 @@ def check_fit(folder: Path, base: Base, *, allow_pickle: bool = False) -> MergeP
             return plan_merge(config, shapes, base, only_fit=True)
         return None
 
-    moves, is_sound = (partial(c, folder, shapes, read) for c in (check_effect, check_finite))
-    plan, *_ = run_all((fits, moves, is_sound))
-    return plan
+    return check_read(fits, (check_effect, check_finite), folder, shapes, read)
 
 
 def open_adapter(

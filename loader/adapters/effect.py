@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from loader.errors import AdapterError
+from loader.adapters.problems import run_all
+from loader.errors import AdapterError, FormatError
 from loader.weights.header import TensorInfo
 
 # The bits that are all set in NaN and infinity: IEEE 754's exponents, and E4M3's only NaN.
@@ -23,13 +26,41 @@ _EXPONENTS = {
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(lora_(embedding_)?[AB]|hada_[tw]\w+|lokr_[tw]\w+|vera_lambda_[bd])\b(?!\.bias)"
 )
+ReadRaw = Callable[[str], memoryview | bytes]
+_Found = TypeVar("_Found")
 _log = logging.getLogger("podloader")
 _CHUNK = 1 << 20  # elements, whose mask stays in the cache
 
 
-def check_effect(
-    folder: Path, tensors: Mapping[str, TensorInfo], read_raw: Callable[[str], memoryview | bytes]
-) -> None:
+def check_read(
+    fits: Callable[[], _Found],
+    checks: Sequence[Callable[[Path, Mapping[str, TensorInfo], ReadRaw], None]],
+    folder: Path,
+    tensors: Mapping[str, TensorInfo],
+    read_raw: ReadRaw,
+) -> _Found:
+    """Return what *fits* does, once *checks* have read the tensors.
+
+    Those of an adapter that does not fit its base may be of any size, and are not read.
+
+    Raises:
+        AdapterError: all that is wrong.
+        FormatError: as *fits* does.
+    """
+    try:
+        found = fits()
+    except (AdapterError, FormatError) as error:
+        run_all((partial(_raise, error), partial(check_effect, folder, tensors, lambda _: b"\1")))
+        raise
+    run_all(partial(check, folder, tensors, read_raw) for check in checks)
+    return found
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def check_effect(folder: Path, tensors: Mapping[str, TensorInfo], read_raw: ReadRaw) -> None:
     """Raise AdapterError naming tensors that are empty, or all where none has an effect.
 
     A LoRA's B starts as zeros: zeros there are a module that training never reached, such as a
@@ -60,9 +91,7 @@ def check_effect(
         _log.warning("%s: no effect of %d of its modules, such as %s", folder, len(idle), idle[0])
 
 
-def check_finite(
-    folder: Path, tensors: Mapping[str, TensorInfo], read_raw: Callable[[str], memoryview | bytes]
-) -> None:
+def check_finite(folder: Path, tensors: Mapping[str, TensorInfo], read_raw: ReadRaw) -> None:
     """Raise AdapterError naming every adapter tensor with values that are no numbers.
 
     An engine would mix them into the answers of others. A merge looks at what comes out of it.

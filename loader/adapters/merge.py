@@ -34,7 +34,7 @@ from loader.adapters.combine import (
 from loader.adapters.config import AdapterConfig, read_adapter_config
 from loader.adapters.edit_plan import MergePlan, plan_merge
 from loader.adapters.edits import Edit, LowRank, Replace, ReplaceRows
-from loader.adapters.effect import check_effect
+from loader.adapters.effect import check_effect, check_read
 from loader.adapters.fold import Exact
 from loader.adapters.plan_builder import Base, check_base_folder, check_roles
 from loader.adapters.problems import run_all
@@ -205,19 +205,14 @@ def _plan(
     base: Base,
     combine: Combination,
 ) -> MergePlan:
-    checks: list[Callable[[], MergePlan | None]] = [
-        partial(plan_merge, config, source.tensors, base)
-        for config, source in zip(configs, sources, strict=True)
-    ]
-    checks += [
-        partial(check_effect, adapter.folder, source.tensors, source.read_raw)
-        for adapter, source in zip(adapters, sources, strict=True)
-    ]
-    made = run_all(checks)[: len(adapters)]
+    def check(config: AdapterConfig, source: LocalReader) -> MergePlan:
+        fits = partial(plan_merge, config, source.tensors, base)
+        return check_read(fits, (check_effect,), config.folder, source.tensors, source.read_raw)
+
+    made = run_all(partial(check, *pair) for pair in zip(configs, sources, strict=True))
     plans = [
         WeightedPlan(str(adapter.folder), adapter.weight, plan)
         for adapter, plan in zip(adapters, made, strict=True)
-        if plan is not None
     ]
     if len(plans) == 1:
         return _keep_tied(scale_plan(plans[0]), sources[0])

@@ -46,6 +46,9 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 CODES: Mapping[torch.dtype, str] = MappingProxyType({d: code for code, d in TORCH_DTYPES.items()})
 
 
+_SMALL = 64 << 20  # which one element may be expanded to
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """A contiguous tensor to be used again and again, and its memory as bytes."""
@@ -273,6 +276,16 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
             where=str(path),
             expected="tensors by name",
             got=type(found).__name__,
+            next_step="save with safe_serialization=True",
+        )
+    claimed = {
+        n: t for n, t in found.items() if t.nbytes > max(_SMALL, t.untyped_storage().nbytes())
+    }
+    if claimed:
+        raise FormatError(
+            "tensors of a pickle that are larger than what is stored of them",
+            where=str(path),
+            problems=[f"{name}: {list(tensor.shape)}" for name, tensor in claimed.items()],
             next_step="save with safe_serialization=True",
         )
     return {str(name): tensor for name, tensor in found.items()}

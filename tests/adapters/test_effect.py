@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -59,3 +62,25 @@ def test_a_head_that_was_trained_beside_zeros(base: Path, tmp_path: Path) -> Non
     zero(adapter, "lora_B")
     out = merge(base, [WeightedAdapter(adapter)], tmp_path / "out", exact="peft").path
     assert not differing(state(out), merged_state(base, adapter))
+
+
+def test_a_factor_that_does_not_fit_is_not_read(base: Path, tmp_path: Path) -> None:
+    """It may be of any size: here of 256 GiB, all of them a hole."""
+    adapter = train_or_draw_lora(base, tmp_path / "adapter")
+    stem = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    size = 1 << 38
+    header = json.dumps(
+        {
+            f"{stem}A.weight": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]},
+            f"{stem}B.weight": {"dtype": "U8", "shape": [0], "data_offsets": [size, size]},
+        }
+    ).encode()
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(file, 8 + len(header) + size)
+    with pytest.raises(AdapterError, match="fit") as merging:
+        merge(base, [WeightedAdapter(adapter)], tmp_path / "out")
+    with pytest.raises(AdapterError, match="fit") as attaching:
+        attach(base, [NamedAdapter("a", adapter)], tmp_path / "tokenizer")
+    for caught in (merging, attaching):
+        assert "empty" in str(caught.value)

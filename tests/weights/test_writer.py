@@ -176,7 +176,7 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
 
 def test_pickles_are_refused_then_restricted(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
-    torch.save({"t": torch.ones(2)}, path)
+    torch.save({"t": torch.ones(1).expand(2)}, path)
     with pytest.raises(FormatError, match="pickle where safetensors"):
         open_weights(tmp_path)
     assert open_weights(tmp_path, allow_pickle=True).read("t").tolist() == [1, 1]
@@ -187,7 +187,10 @@ class Evil:
         return (os.mkdir, ("pwned",))
 
 
-@pytest.mark.parametrize("content", [{"t": Evil()}, {"t": 1}, [torch.ones(1)]])
+@pytest.mark.parametrize(
+    "content",
+    [{"t": Evil()}, {"t": 1}, [torch.ones(1)], {"t": torch.ones(1).expand(1 << 20, 1 << 20)}],
+)
 def test_pickles_of_anything_else(
     tmp_path: Path, content: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
