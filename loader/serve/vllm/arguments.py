@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -36,7 +37,10 @@ _SIZING: Mapping[str, tuple[tuple[str, ...], type]] = {
     "prefill_context_parallel_size": (("-pcp",), int),
     "nnodes": (("-n",), int),
     "node_rank": (("-r",), int),
-    "speculative_config": ((), str),
+    "speculative_config": (("-sc",), str),
+    "spec_method": ((), str),
+    "spec_model": ((), str),
+    "spec_tokens": ((), str),
     "model_loader_extra_config": ((), str),
     "gpu_memory_utilization": ((), float),
     "kv_cache_memory_bytes": ((), str),
@@ -47,6 +51,7 @@ _SIZING: Mapping[str, tuple[tuple[str, ...], type]] = {
     "hf_overrides": ((), str),
     "config": ((), str),
 }
+_FIELD = re.compile(r"^(--?[a-z][\w-]*)\.[^=\s]+")
 _WORKER_EXTENSION = "loader.serve.vllm.lora_manager.AdapterWorker"
 # Adapters that one batch may mix. Each takes memory for its own rank beside the weights; the
 # others wait in main memory, so none is read from disk twice.
@@ -143,7 +148,8 @@ def sizing_arguments(words: Sequence[str]) -> dict[str, object]:
         spelled = {f"--{name}", f"--{name.replace('_', '-')}"}
         parser.add_argument(*short, *spelled, dest=name, type=kind, default=argparse.SUPPRESS)
     try:
-        return vars(parser.parse_known_args(words)[0])
+        # A field of one, as --hf-overrides.vocab_size, is one that is given, too.
+        return vars(parser.parse_known_args([_FIELD.sub(r"\1", word) for word in words])[0])
     except (argparse.ArgumentError, SystemExit):
         return {}
 

@@ -306,6 +306,7 @@ SPOKEN = {
     "VLLM_WORKER_MULTIPROC_METHOD": "vllm.envs",
     "VLLM_ENGINE_READY_TIMEOUT_S": "vllm.envs",
     "VLLM_PLUGINS": "vllm.envs",
+    "VLLM_PP_LAYER_PARTITION": "vllm.envs",
     "EngineCore": "vllm.v1.engine.utils",  # begins the name of the process that holds the model
 }
 

@@ -40,6 +40,9 @@ _OTHERWISE = (
     "load_format",
     "model_loader_extra_config",
     "speculative_config",
+    "spec_method",
+    "spec_model",
+    "spec_tokens",
     "data_parallel_size",
 )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from loader.serve.vllm.arguments import sizing_arguments
 from loader.serve.vllm.stages import Share, Stage, find_stage
 
 
@@ -53,6 +54,15 @@ def test_layers_are_those_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_node_has_as_many_workers_as_any_other(args: dict[str, Any], stage: Stage | None) -> None:
     assert find_stage(args) == stage
+
+
+@pytest.mark.parametrize(
+    "word", ["-sc", "--spec-model", "--speculative-config.method", "--hf-overrides.vocab_size=3"]
+)
+def test_what_changes_a_model_is_found_among_vllms_words(word: str) -> None:
+    words = ["-n", "2", "-r", "1", "-pp", "2"]
+    assert find_stage(sizing_arguments(words)) == Stage(1, 2, 2)
+    assert find_stage(sizing_arguments([*words, word, "5"])) is None
 
 
 _NAMES = [
