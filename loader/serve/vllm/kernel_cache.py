@@ -25,7 +25,12 @@ from loader.arriving.standins import EnginePath
 from loader.errors import DiskError, FormatError, LoaderError
 from loader.serve.model import base_name
 from loader.serve.vllm.kernel_archive import STAMP, merge_into, pack, unpack
-from loader.serve.vllm.kernel_facts import facts_name, image_facts, machine_facts
+from loader.serve.vllm.kernel_facts import (
+    facts_name,
+    image_facts,
+    machine_facts,
+    relevant_arguments,
+)
 from loader.timeline import Timeline
 from loader.types import ReadyModel
 from loader.units import show_bytes, show_seconds
@@ -46,6 +51,7 @@ _FOLDERS = {
 # start writes anew all the time.
 _VARIANTS = ("torch_compile_cache/torch_aot_compile/*", "torch_compile_cache/*", "modelinfos/*")
 _SUFFIX = ".kernels"
+_RAY = "distributed-executor-backend=ray"
 _PATIENCE_S = 60.0  # to compile is not worth more waiting
 _LEAST_PRIORITY = 19
 _log = logging.getLogger("podloader")
@@ -91,6 +97,7 @@ class KernelCache:
 
         place = open_place(settings, settings.kernel_cache)
         self._image = image_facts(words)
+        self._leaves = _RAY in relevant_arguments(words)
         given = os.environ.get(_ROOT)
         parent = Path(given, "podloader") if given else settings.user_cache / "kernels"
         self._root = parent.absolute() / facts_name(self._image)[:16]
@@ -127,8 +134,9 @@ class KernelCache:
         """Return *ready* at a path in *cache* that does not tell one model from another.
 
         The path is in the keys of all that vLLM compiles. The same as of weights that are streamed.
+        Not with Ray, whose workers on other machines read the model at its own.
         """
-        if self._place is None:
+        if self._place is None or self._leaves:
             return ready
         try:
             self._at = self._at or EnginePath.take(cache)

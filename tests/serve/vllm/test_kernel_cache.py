@@ -328,6 +328,13 @@ def test_one_path_leads_to_whatever_model_it_is(tmp_path: Path, s3_url: str) -> 
     assert found[0] == found[1]
 
 
+def test_rays_workers_read_the_models_own_path(tmp_path: Path, s3_url: str) -> None:
+    pods = Pods(str(tmp_path / "shared"), tmp_path, s3_url)
+    ready = ReadyModel(tmp_path, (), None, tmp_path, {})
+    kernels = pods.start(words=("--distributed_executor_backend", "ray"))
+    assert kernels.lead(ready, tmp_path / "cache") is ready
+
+
 def test_a_path_that_cannot_be_is_a_warning(
     tmp_path: Path, s3_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
