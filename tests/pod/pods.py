@@ -23,6 +23,7 @@ import yaml
 from tests.origin import FaultyOrigin, write_listing
 
 _PROBE_EVERY_S = 0.02
+_PATIENCE_S = 550  # a bit less than a test has: then the log is told
 AS_PID_1 = ["unshare", "--fork", "--pid", "--mount-proc", "--kill-child"]
 ENGINE_ARGS = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
 
@@ -104,11 +105,11 @@ class RunningPod:
         """Ask the pod."""
         return httpx.get(self.url + path, timeout=30)
 
-    def wait_answer(self, timeout_s: float = 300) -> dict[str, Any]:
+    def wait_answer(self, timeout_s: float = _PATIENCE_S) -> dict[str, Any]:
         """Return the first answer of ``/health``."""
         return self.wait_for(lambda _: True, timeout_s)
 
-    def wait_for(self, wanted: Any, timeout_s: float = 300) -> dict[str, Any]:
+    def wait_for(self, wanted: Any, timeout_s: float = _PATIENCE_S) -> dict[str, Any]:
         """Return the first body of ``/health`` that *wanted* takes."""
         seen = 0
         ends = time.monotonic() + timeout_s
@@ -122,7 +123,7 @@ class RunningPod:
             time.sleep(_PROBE_EVERY_S)
         raise AssertionError(f"it never came; the pod's log:\n{self.text()}")
 
-    def wait_ready(self, timeout_s: float = 300) -> None:
+    def wait_ready(self, timeout_s: float = _PATIENCE_S) -> None:
         """Return when requests are answered."""
         self.wait_for(lambda body: body.get("status") == "ready", timeout_s)
 
