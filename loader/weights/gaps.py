@@ -14,7 +14,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loader.weights.architecture import Conversions, Shape, build_model, quietly
@@ -80,10 +80,11 @@ def find_gaps(config: Mapping[str, object], shapes: Shapes, *, text_only: bool =
     if [type(model).__name__] != names:
         return compare_layers(shapes)
     found = _compare(model, shapes, text_only=text_only)
-    is_foreign = "auto_map" in config or quantisation_of(config) is not None
-    if found.missing and found.extra and (is_foreign or _is_another_layout(model, found)):
-        # Named as its own code, or a quantiser, names it: transformers would not load it either.
+    if found.missing and found.extra and ("auto_map" in config or _is_another_layout(model, found)):
+        # Named as its own code, or vLLM's, names it: transformers would not load it either.
         return compare_layers(shapes)
+    if quantisation_of(config) is not None:
+        return replace(found, missing=tuple(n for n in found.missing if not _has_other(n, found)))
     return found
 
 
@@ -186,6 +187,16 @@ def _is_another_layout(model: PreTrainedModel, found: Gaps) -> bool:
     return all(name.rpartition(".")[0] in above for name in found.missing)
 
 
+def _has_other(name: str, found: Gaps) -> bool:
+    """Return whether beside *name* lies what only its quantiser knows, which may stand for it."""
+    owner = name.rpartition(".")[0]
+    beside = {owner, owner.rpartition(".")[0]} - {""}
+    owners = {extra.rpartition(".")[0] for extra in found.extra}
+    return any(
+        n.startswith(f"{owner}.") or n in beside or n.rpartition(".")[0] in beside for n in owners
+    )
+
+
 def compare_layers(shapes: Shapes) -> Gaps:
     """Return what some layers or experts lack and all their siblings have, as doubts.
 
@@ -210,10 +221,8 @@ def _odd_ones(members: Mapping[int, set[str]]) -> Iterator[str]:
     for number in range(max(members) + 1):
         if number not in members:
             yield f"{number}.*"
-    alike = Counter(frozenset(names) for names in members.values())
-    (common, count), *others = alike.most_common()
-    if count < 2 or len(others) != 1 or others[0][1] > 1:
-        return
-    odd = next(number for number, names in members.items() if names == others[0][0])
-    if members[odd] < common:
-        yield from (f"{odd}.{rest}" for rest in sorted(common - members[odd]))
+    counts = Counter(frozenset(names) for names in members.values())
+    kinds = sorted(counts, key=lambda names: (counts[names], len(names)))
+    if len(kinds) == 2 and counts[kinds[0]] == 1 and kinds[0] < kinds[1]:
+        odd = next(number for number, names in members.items() if names == kinds[0])
+        yield from (f"{odd}.{rest}" for rest in sorted(kinds[1] - kinds[0]))

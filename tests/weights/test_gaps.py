@@ -123,9 +123,17 @@ def test_a_language_model_alone_of_one_with_a_tower(tmp_path: Path) -> None:
     assert find_gaps(config, without(less, gone), text_only=True).missing == (gone,)
 
 
-@pytest.mark.parametrize("changes", [{"auto_map": {}}, {"quantization_config": {}}, {}])
+def test_what_a_quantiser_alone_knows_stands_for_its_neighbours(llama: Path) -> None:
+    config, shapes = told(llama, quantization_config={"quant_method": "new"})
+    odd = without(shapes, Q) | {Q.replace("weight", "planes"): None}
+    assert find_gaps(config, odd).missing == ()
+    norm = "model.norm.weight"
+    assert find_gaps(config, without(odd, norm)).missing == (norm,)
+
+
+@pytest.mark.parametrize("changes", [{"auto_map": {}}, {}])
 def test_another_layout_is_not_taken_for_gaps(llama: Path, changes: dict[str, Any]) -> None:
-    """Of remote code, of a quantiser, or of what only vLLM knows."""
+    """Of remote code, or of what only vLLM knows."""
     config, shapes = told(llama, **changes)
     other = {name.replace("self_attn", "mixer"): shape for name, shape in shapes.items()}
     if not changes:
