@@ -74,8 +74,9 @@ def test_every_node_knows_its_place_and_where_node_0_is() -> None:
     container = pod["containers"][0]
     variables = {one["name"] for one in container["env"] if "valueFrom" in one}
     count = nodes["spec"]["replicas"]
+    for_vllm = container["args"][container["args"].index("--") + 1 :]
     for rank in range(count):
-        words = [word.replace("$(NODE_RANK)", str(rank)) for word in container["args"]]
+        words = [word.replace("$(NODE_RANK)", str(rank)) for word in for_vllm]
         place = Place.read(words)
         assert (place.count, place.rank) == (count, rank)
     assert {"NODE_RANK", "VLLM_HOST_IP"} <= variables
