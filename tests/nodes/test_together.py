@@ -191,14 +191,6 @@ def test_a_signal_releases_all(start: Start, number: signal.Signals) -> None:
     start.assert_released()
 
 
-def test_a_cluster_that_is_not_there_is_one_error(start: Start) -> None:
-    start.nodes.address, before = "127.0.0.1:1", start.nodes.address
-    code, document, _ = start.run("nowhere")
-    start.nodes.address = before
-    assert (code, document["error"]["error"]) == (2, "ConfigError")
-    assert "127.0.0.1:1" in document["error"]["where"]
-
-
 def test_ray_serve_llm_has_its_nodes_prepare(start: Start) -> None:
     config = start.write_config("served")
     done = subprocess.run(
