@@ -140,8 +140,9 @@ def _state(cluster: Any) -> dict[str, Any]:
     from ray.util import state
 
     ray.init(cluster.address, log_to_driver=False, ignore_reinit_error=True)
+    all_of = {"detail": True, "limit": 1000, "raise_on_missing_output": False}  # of dead nodes
     told = {
-        name: [str(one) for one in getattr(state, f"list_{name}")(detail=True, limit=1000)]
+        name: [str(one) for one in getattr(state, f"list_{name}")(**all_of)]
         for name in ("actors", "tasks", "placement_groups", "jobs", "workers", "runtime_envs")
     }
     groups = ray.util.placement_group_table().values()
