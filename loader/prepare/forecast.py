@@ -20,6 +20,7 @@ from loader.config.settings import Settings
 from loader.errors import LoaderError, redact
 from loader.fetch.snapshot import FetchOptions
 from loader.http.expiry import expiry
+from loader.prepare.bases import WHOLE
 from loader.prepare.checkpoint_sources import SHARDED, find_share
 from loader.prepare.consolidated import cache_folder
 from loader.prepare.engine_start import Base, ServedWeights, why_files
@@ -44,6 +45,7 @@ from loader.weights.inspect import ADAPTER_CONFIG, describe_adapter, read_json
 from loader.weights.publishing import temporary_folder
 
 _CONFIG = "config.json"
+_TOLD = 3  # models
 _ADAPTER = "adapter_model"
 _BASES: Mapping[str, Base] = {LOCAL: "local", HUB: "hub", URL: "url"}
 
@@ -180,6 +182,8 @@ def _decide(
     others = [c for c in checkpoints if c.kind is not Kind.ADAPTER]
     is_sharded = any(c.kind in SHARDED for c in others)
     found = replace(found, consolidates=sharded, served_is_sharded=is_sharded)
+    if refusal := _too_much(settings, adapters, others, root):
+        return _warned(found, refusal)
     if not adapters:
         name = settings.base_model if not settings.base_checkpoint else None
         if name and sharded:
@@ -256,6 +260,24 @@ def _cut(
         headers = [delivery.read_header(delivery.root / path) for path in weights]
     tensors = {n: info for header in headers if header for n, info in header.tensors.items()}
     return replace(found, share_bytes=sum(tensors[n].size_bytes for n in share.needed(tensors)))
+
+
+def _too_much(
+    settings: Settings, adapters: Sequence[Checkpoint], others: Sequence[Checkpoint], root: Path
+) -> str:
+    """Return why a start would refuse to choose among whole models, empty where it need not."""
+    base = settings.base_checkpoint
+    home = f"{base.job}/{base.name}" if base else ""
+    places = [c.path.relative_to(root).as_posix() for c in others if c.kind in WHOLE]
+    models = [place for place in places if place != home]
+    if len(models) + bool(adapters) < 2 or not models:
+        return ""
+    told = ", ".join(models[:_TOLD]) + (", …" if len(models) > _TOLD else "")
+    beside = " beside adapters" if adapters else ""
+    return (
+        f"a start would refuse these files: whole models{beside}: {told}; take one, "
+        "by --checkpoint, a pattern or artifact_references"
+    )
 
 
 def _why_whole(mode: str) -> str:

@@ -212,3 +212,21 @@ def test_a_folder_that_cannot_be_written_is_told_by_plan(
     monkeypatch.setattr("loader.prepare.forecast.os.access", lambda path, mode: False)
     told = [w for w in boot.look_ahead(job.settings("rank-0/")).warnings if "cannot write" in w]
     assert told == [f"user {os.getuid()} cannot write {job.root.parent}"]
+
+
+def test_more_than_one_start_can_serve_is_told_by_plan(
+    job: Job, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.put(base, "checkpoint-1")
+    job.put(base, "checkpoint-2")
+    for paths in (("rank-0/",), ("rank-0/checkpoint-1/", "rank-0/checkpoint-2/")):
+        found = boot.look_ahead(job.settings(*paths))
+        assert found.mode == ""
+        assert "a start would refuse these files: whole models: job1/rank-0/ch" in found.warnings[0]
+    with pytest.raises(LoaderError):
+        boot.prepare(job.settings("rank-0/"))
+    job.put(adapter, "lora")
+    beside = ("rank-0/checkpoint-1/", "rank-0/lora/")
+    assert "beside adapters" in boot.look_ahead(job.settings(*beside)).warnings[0]
+    base_is_one = job.settings(*beside, base_model="checkpoint:job1/rank-0/checkpoint-1/")
+    assert boot.look_ahead(base_is_one).mode
