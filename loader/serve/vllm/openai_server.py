@@ -90,10 +90,10 @@ def serve_openai(
     import uvloop
 
     check_sound(Path(args.model))
-    if args.headless:
-        return work_headless(args)
     # The engine's processes are forks of this one: none may keep the port open when this is gone.
     os.register_at_fork(after_in_child=listening.close)
+    if args.headless:
+        return work_headless(args)
     code: int = uvloop.run(_serve(args, listening, channel, stage, canary))
     return code
 
