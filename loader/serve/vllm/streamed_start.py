@@ -142,6 +142,7 @@ class StreamedStart:
             core.terminate()
         with self._limited():
             self._thread.join()
+        self._error = None  # it holds all that the engine's start had
         self._end()
 
     def _end(self) -> None:
