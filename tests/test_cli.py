@@ -68,6 +68,7 @@ _LONG = "x" * 300
         ("consolidate", _LONG, "--output", "x"),
         ("merge", "--base", _LONG, "--adapter", "x", "--output", "x"),
         ("inspect", "loop"),
+        ("plan", "--config", "/dev/zero"),
     ],
 )
 def test_paths_that_the_system_refuses(command: tuple[str, ...], tmp_path: Path) -> None:

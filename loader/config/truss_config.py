@@ -5,6 +5,7 @@ Truss keeps unknown keys in the pod, so nothing is refused here for being unknow
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from loader.config.paths import suggest_path
 from loader.errors import ConfigError
 from loader.types import JOB_ID, ArtifactReference, TrainingCheckpoints
 
+_MOST_BYTES = 16 << 20
 DOWNLOAD_FOLDER = "/tmp/training_checkpoints"  # the default of Truss's CheckpointList
 
 
@@ -28,7 +30,11 @@ def read_config(config: Path | str | Mapping[str, Any]) -> tuple[str, Mapping[st
         return "the Truss config", config
     path = Path(config)
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(_MOST_BYTES + 1)  # a device has no end
+        if len(text) > _MOST_BYTES:
+            raise OSError(errno.EFBIG, "more than any config has")
+        document = yaml.safe_load(text.decode("utf-8"))
     except RecursionError:
         raise ConfigError(
             "the config is not valid YAML",

@@ -78,7 +78,10 @@ def _read_bytes(text: str) -> int:
         raise ValueError("expected a count of bytes, such as 16MiB")
     number, unit, binary = match.groups()
     power = " kmgt".index(unit.lower()) if unit else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    count = float(number) * (1024 if binary else 1000) ** power
+    if count >= 1 << 63:
+        raise ValueError("expected a count of bytes that a disk may have, such as 16MiB")
+    return int(count)
 
 
 def _is_bytes(kind: Any) -> bool:

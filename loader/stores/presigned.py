@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -176,7 +177,10 @@ class FileListing:
         """
         try:
             stamp = self._stamp()
-            text = self._path.read_bytes()
+            with self._path.open("rb") as file:
+                text = file.read(_LISTING_LIMIT_BYTES + 1)  # a device has no end
+            if len(text) > _LISTING_LIMIT_BYTES:
+                raise OSError(errno.EFBIG, "more than any listing has")
         except OSError as error:
             raise ListingError(
                 "the listing cannot be read",

@@ -58,6 +58,7 @@ def test_what_is_taken(value: object, kind: Any, expected: object) -> None:
         ("[S3CR3T", Words, "JSON list"),
         ("S3CR3T", dict[str, Any], "object"),
         ("16 S3CR3T", LIMITED, "such as 16MiB"),
+        ("9" * 5000, LIMITED, "such as 16MiB"),
         ("99B", LIMITED, ">= 100"),
     ],
 )
