@@ -74,7 +74,7 @@ def run(command: Sequence[str], port: int, caches: Path) -> Start:
         assert process.stdout is not None
         lines.extend((time.monotonic() - began, line) for line in process.stdout)
 
-    reading = threading.Thread(target=read)
+    reading = threading.Thread(target=read, daemon=True)
     reading.start()
     try:
         while not is_ready(port):
@@ -86,7 +86,11 @@ def run(command: Sequence[str], port: int, caches: Path) -> Start:
         return Start(ready_s, pss_of(psutil.Process(process.pid)), lines)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         reading.join()
 
 
