@@ -19,8 +19,6 @@ from truss.base.truss_config import TrussConfig
 from tests.images import Image, build_image, lay_out
 
 _GRACE_S = 30
-# Where vLLM keeps what it has found out of a model's class, for which it starts a process.
-_VLLM_CACHE = os.environ.get("VLLM_CACHE_ROOT") or str(Path.home() / ".cache" / "vllm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,6 @@ def running(
             stderr=subprocess.STDOUT,
             # HOME: Truss notes a crash there.
             env={**os.environ, "HOME": str(image.app), "INFERENCE_SERVER_PORT": str(port)}
-            | {"VLLM_CACHE_ROOT": _VLLM_CACHE}
             | image.environment()
             | dict(environment),
         )

@@ -121,9 +121,12 @@ def text_of(server: TrussServer, body: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def vllm_server(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrussServer]:
-    folder = tmp_path_factory.mktemp("pod")
-    own = {"PODLOADER_ENGINE_ARGS": json.dumps(ENGINE_ARGS), "VLLM_CACHE_ROOT": str(folder / "new")}
-    with start(job, "vllm-model", folder, **own) as server:
+    with start(
+        job,
+        "vllm-model",
+        tmp_path_factory.mktemp("pod"),
+        PODLOADER_ENGINE_ARGS=json.dumps(ENGINE_ARGS),
+    ) as server:
         yield server
 
 
@@ -211,7 +214,7 @@ class TestVLLMModel:
         rounded_s = 0.02  # what an end may be off by, whose start and seconds the table rounds
         assert download[0] <= imports[0] <= download[1] + rounded_s
         assert imports[1] <= start[0] + rounded_s
-        # Of the base's config.json: the cache is new here, in which vLLM keeps what it finds out.
+        # Of the base's config.json: HOME is new here, and vLLM keeps what it finds out below it.
         assert imports[1] <= look[1] + rounded_s
         assert look[1] <= start[0] + rounded_s
 
