@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import sys
@@ -59,8 +60,9 @@ _feeds: list[Feed] = []
 def _break(feed: Feed, how: str) -> None:
     if how == "close":
         feed.close()
-    for one in feed._followers:
-        one.end.shutdown(socket.SHUT_RDWR)
+    for one in feed._followers if how == "cut" else ():
+        with contextlib.suppress(OSError):  # it is cut already
+            one.end.shutdown(socket.SHUT_RDWR)
 
 
 def _run(source: Path, scenario: dict[str, Any], arguments: list[str]) -> None:
