@@ -163,7 +163,9 @@ def test_a_listing_alone_is_enough(origin: FaultyOrigin, tmp_path: Path) -> None
     assert (down / "job1/rank-0/checkpoint-2/config.json").is_file()
     forced = run("plan", "--artifacts", listing)
     assert "4 files" in forced.stdout, forced.stderr
-    assert "warning" not in forced.stdout + forced.stderr
+    assert "a start serves one alone" in forced.stdout
+    latest = run("plan", "--artifacts", listing, "--checkpoint", "latest")
+    assert "serves one alone" not in latest.stdout
     ready = run("prepare", listing, "--output", down)  # the latest, whose tokenizer is missed
     assert "job1/rank-0/checkpoint-10" in ready.stderr
     assert "without a tokenizer" in ready.stderr

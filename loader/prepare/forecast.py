@@ -265,7 +265,7 @@ def _cut(
 def _too_much(
     settings: Settings, adapters: Sequence[Checkpoint], others: Sequence[Checkpoint], root: Path
 ) -> str:
-    """Return why a start would refuse to choose among whole models, empty where it need not."""
+    """Return why a start would not choose among whole models, empty where it need not."""
     base = settings.base_checkpoint
     home = f"{base.job}/{base.name}" if base else ""
     places = [c.path.relative_to(root).as_posix() for c in others if c.kind in WHOLE]
@@ -275,8 +275,8 @@ def _too_much(
     told = ", ".join(models[:_TOLD]) + (", …" if len(models) > _TOLD else "")
     beside = " beside adapters" if adapters else ""
     return (
-        f"a start would refuse these files: whole models{beside}: {told}; take one, "
-        "by --checkpoint, a pattern or artifact_references"
+        f"whole models{beside}: {told}; a start serves one alone: say which by --checkpoint, a "
+        "pattern or artifact_references"
     )
 
 
