@@ -81,6 +81,8 @@ def join_cluster(address: str = AUTO) -> None:
         with _own_handlers():
             # What nodes log is theirs: Ray would write it to standard output.
             ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+            # Nor is it told of a node that dies: Ray prints that node's log there all the same.
+            ray._private.worker._worker_logs_enabled = False
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise _no_cluster(address, str(error)) from None
 
