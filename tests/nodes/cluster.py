@@ -52,9 +52,10 @@ class RayNodes:
 
     def close(self) -> None:
         """End all of it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
+        with self._process:  # which closes the pipes as well
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self._process.wait(60)
 
     def _ask(self, line: str) -> dict[str, Any]:
         assert self._process.stdin is not None
