@@ -22,6 +22,7 @@ LAYERS = [
         "retry",
         "threads",
         "import_lock",
+        "parent",
         "log_lines",
         "json_text",
         "ray_cluster",

@@ -73,7 +73,7 @@ def test_the_first_request_waits_for_nothing_that_is_needed_later(
     loaded = set(done.stdout.split())
     assert "loader.http.client" in loaded, done.stderr
     # These decide what is fetched, and of what versions a made model tells.
-    own = {"loader.adapters", "loader.prepare.ready", "loader.weights.inspect"}
+    own = {"loader.adapters", "loader.prepare.ready", "loader.serve", "loader.weights.inspect"}
     own |= {"importlib.metadata", "email"}
     early = loaded & (_LATE - own if command == "prepare" else _LATE)
     assert not early, sorted(early)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests import origin as faults
@@ -194,7 +195,7 @@ def test_a_signal_ends_what_does_not_heed_it(start: Start, tmp_path: Path, signa
             time.sleep(0.1)
         assert pod.wait(20) == 143
         assert time.monotonic() - began < 3  # two seconds, on a machine that is not busy
-        assert not [process for process in family if process.is_running()]
+        assert not psutil.wait_procs(family, timeout=1)[1]
 
 
 @pytest.mark.engine
@@ -212,4 +213,4 @@ def test_a_signal_ends_the_load_of_an_engine_at_once(start: Start) -> None:
         pod.signal(signal.SIGTERM)
         assert pod.wait(20) == 143
         assert time.monotonic() - began < 4  # two seconds, on a machine that is not busy
-        assert not [process for process in family if process.is_running()]
+        assert not psutil.wait_procs(family, timeout=1)[1]

@@ -81,6 +81,7 @@ def test_a_base_on_the_hub_is_in_the_plan(hub: Hub, job: Job, adapter: Path) -> 
         "consolidates": False,
         "why": "vLLM serves plain LoRA as it is, nothing to write first",
         "weights": document["start"]["weights"],
+        "share": None,
     }
     assert document["base"]["origin"] == "the Hub"
     assert (

@@ -23,7 +23,6 @@ engine's processes may be forks of it. What it is told and tells, in this order:
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -37,9 +36,9 @@ from typing import NoReturn
 from loader.errors import EngineError, LoaderError
 from loader.json_text import parse_json
 from loader.log_lines import set_up_logging
+from loader.parent import end_with_parent
 from loader.serve.vllm.channel import Channel
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _UNEXPECTED = 1
 _END_S = 5.0  # from SIGTERM
 
@@ -69,7 +68,7 @@ def main(channel_fd: int, listening_fd: int, logging_chosen: str) -> int:
     set_up_logging(**parse_json(logging_chosen))
     channel = Channel(socket.socket(fileno=channel_fd))
     listening = socket.socket(fileno=listening_fd)
-    _end_with_parent()
+    end_with_parent(signal.SIGTERM)
     stages = Stages(channel)
     try:
         with stages.stage("engine import"):
@@ -150,15 +149,6 @@ def _interrupt(*_: object) -> NoReturn:
     limit.daemon = True
     limit.start()
     raise KeyboardInterrupt
-
-
-def _end_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the pod's process is gone, however it went."""
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

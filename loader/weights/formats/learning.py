@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from typing import Any
 from loader.errors import UnsupportedError
 from loader.import_lock import importing
 from loader.json_text import parse_json
+from loader.parent import end_with_parent
 from loader.units import show_seconds
 from loader.weights.architecture import is_at_hand
 from loader.weights.formats.expected import ModelNames, read_model_names
@@ -125,6 +127,7 @@ def _ask(
 
 def answer() -> None:
     """Be that process: read what is asked from standard input, answer to standard output."""
+    end_with_parent(signal.SIGKILL)  # nothing here is worth a word, and an import heeds no other
     asked = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())  # no library asks for a "y" there
     answers = os.dup(sys.stdout.fileno())
