@@ -41,6 +41,11 @@ def start(origin: FaultyOrigin, tmp_path: Path) -> Iterator[Start]:
         yield started
 
 
+def alive(family: list[psutil.Process]) -> list[psutil.Process]:
+    """Return which still run; what ended is left for whoever is process 1 here."""
+    return [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_download_at_once_and_keeps_its_bytes(
     start: Start, origin: FaultyOrigin, tmp_path: Path, number: int, code: int
@@ -195,7 +200,7 @@ def test_a_signal_ends_what_does_not_heed_it(start: Start, tmp_path: Path, signa
             time.sleep(0.1)
         assert pod.wait(20) == 143
         assert time.monotonic() - began < 3  # two seconds, on a machine that is not busy
-        assert not psutil.wait_procs(family, timeout=1)[1]
+        assert not alive(family)
 
 
 @pytest.mark.engine
@@ -213,4 +218,4 @@ def test_a_signal_ends_the_load_of_an_engine_at_once(start: Start) -> None:
         pod.signal(signal.SIGTERM)
         assert pod.wait(20) == 143
         assert time.monotonic() - began < 4  # two seconds, on a machine that is not busy
-        assert not psutil.wait_procs(family, timeout=1)[1]
+        assert not alive(family)
