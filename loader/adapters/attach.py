@@ -292,7 +292,8 @@ def check_fit(folder: Path, base: Base, *, allow_pickle: bool = False) -> MergeP
             return plan_merge(config, shapes, base, only_fit=True)
         return None
 
-    return check_read(fits, (check_effect, check_finite), folder, shapes, read)
+    checks = partial(check_effect, config), partial(check_finite, folder)
+    return check_read(fits, checks, config, shapes, read)
 
 
 def open_adapter(

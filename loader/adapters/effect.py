@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from loader.adapters.config import AdapterConfig
 from loader.adapters.problems import run_all
 from loader.errors import AdapterError, FormatError
 from loader.weights.header import TensorInfo
@@ -34,8 +35,8 @@ _CHUNK = 1 << 20  # elements, whose mask stays in the cache
 
 def check_read(
     fits: Callable[[], _Found],
-    checks: Sequence[Callable[[Path, Mapping[str, TensorInfo], ReadRaw], None]],
-    folder: Path,
+    checks: Sequence[Callable[[Mapping[str, TensorInfo], ReadRaw], None]],
+    config: AdapterConfig,
     tensors: Mapping[str, TensorInfo],
     read_raw: ReadRaw,
 ) -> _Found:
@@ -50,9 +51,9 @@ def check_read(
     try:
         found = fits()
     except (AdapterError, FormatError) as error:
-        run_all((partial(_raise, error), partial(check_effect, folder, tensors, lambda _: b"\1")))
+        run_all((partial(_raise, error), partial(check_effect, config, tensors, lambda _: b"\1")))
         raise
-    run_all(partial(check, folder, tensors, read_raw) for check in checks)
+    run_all(partial(check, tensors, read_raw) for check in checks)
     return found
 
 
@@ -60,7 +61,9 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def check_effect(folder: Path, tensors: Mapping[str, TensorInfo], read_raw: ReadRaw) -> None:
+def check_effect(
+    config: AdapterConfig, tensors: Mapping[str, TensorInfo], read_raw: ReadRaw
+) -> None:
     """Raise AdapterError naming tensors that are empty, or all where none has an effect.
 
     A LoRA's B starts as zeros: zeros there are a module that training never reached, such as a
@@ -72,8 +75,11 @@ def check_effect(folder: Path, tensors: Mapping[str, TensorInfo], read_raw: Read
     others = False
     for name in tensors if not empty else ():
         if match := _FACTOR.match(name):
-            zero = products.setdefault(match["module"], [])
-            if not bytes(read_raw(name)).strip(b"\0"):
+            module = match["module"]
+            zero = products.setdefault(module, [])
+            if not config.scaling_of(module.removeprefix("base_model.model.")):
+                zero[:] = [f"{module}: scaled by a lora_alpha of 0"]
+            elif not bytes(read_raw(name)).strip(b"\0"):
                 zero.append(f"{name}: all zero")
         else:
             others = others or not name.startswith("base_model.vera_")
@@ -82,13 +88,15 @@ def check_effect(folder: Path, tensors: Mapping[str, TensorInfo], read_raw: Read
     if empty or not working or not tensors:
         raise AdapterError(
             "an adapter that would change nothing",
-            where=str(folder),
+            where=str(config.folder),
             problems=empty or idle or ["no tensors at all"],
             expected="trained values",
             next_step="save the adapter again, gathering sharded parameters first (ZeRO-3, FSDP)",
         )
     if idle:
-        _log.warning("%s: no effect of %d of its modules, such as %s", folder, len(idle), idle[0])
+        _log.warning(
+            "%s: no effect of %d of its modules, such as %s", config.folder, len(idle), idle[0]
+        )
 
 
 def check_finite(folder: Path, tensors: Mapping[str, TensorInfo], read_raw: ReadRaw) -> None:

@@ -207,7 +207,8 @@ def _plan(
 ) -> MergePlan:
     def check(config: AdapterConfig, source: LocalReader) -> MergePlan:
         fits = partial(plan_merge, config, source.tensors, base)
-        return check_read(fits, (check_effect,), config.folder, source.tensors, source.read_raw)
+        checks = (partial(check_effect, config),)
+        return check_read(fits, checks, config, source.tensors, source.read_raw)
 
     made = run_all(partial(check, *pair) for pair in zip(configs, sources, strict=True))
     plans = [

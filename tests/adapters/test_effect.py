@@ -57,6 +57,26 @@ def test_an_adapter_of_which_nothing_works(base: Path, tmp_path: Path, part: str
     assert not (tmp_path / "out").exists()
 
 
+def set_config(adapter: Path, **values: object) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_a_product_that_is_scaled_by_zero(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = train_or_draw_lora(base, tmp_path / "adapter")
+    set_config(adapter, lora_alpha=0, alpha_pattern={r"^model\.layers\.1\..*q_proj": 4})
+    attach(base, [NamedAdapter("a", adapter)], tmp_path / "tokenizer")
+    assert "no effect of 3 of its modules" in caplog.text
+    set_config(adapter, alpha_pattern={})
+    with pytest.raises(AdapterError, match="change nothing") as error:
+        attach(base, [NamedAdapter("a", adapter)], tmp_path / "tokenizer")
+    assert "lora_alpha of 0" in error.value.problems[0]
+    with pytest.raises(AdapterError, match="change nothing"):
+        merge(base, [WeightedAdapter(adapter)], tmp_path / "out")
+
+
 def test_a_head_that_was_trained_beside_zeros(base: Path, tmp_path: Path) -> None:
     adapter = train_or_draw_lora(base, tmp_path / "adapter", modules_to_save=["lm_head"])
     zero(adapter, "lora_B")
