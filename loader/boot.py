@@ -105,7 +105,7 @@ def _prepare(
             # An engine that says what it has layers for imports in a process of its own, not here.
             ahead = ask is not None and not delivery.is_whole
             try:
-                with WholenessCheck(settings, timeline, ahead=ahead) as check:
+                with WholenessCheck(timeline, settings, ahead=ahead) as check:
                     ready = make_ready(settings, delivery, check, ask, announce)
             finally:
                 if delivery.is_whole:

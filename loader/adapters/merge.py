@@ -82,6 +82,7 @@ def merge(
     weights: SafetensorsReader | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     on_begin: Callable[[CheckpointWriter], None] = lambda writer: None,
+    prove: Callable[[], None] = lambda: None,
 ) -> ReadyModel:
     """Return the merged model in *output*, which appears only when it is complete.
 
@@ -89,7 +90,8 @@ def merge(
     ``combine`` is how several adapters become one. With ``dequantise``, the weights of a quantised
     base are merged, and written, as what they stand for. ``weights`` are the base's where they are
     not in its folder: each tensor is merged as it comes. ``on_progress(done_bytes, total_bytes)``;
-    ``on_begin`` is given the writer when all but the weights is written.
+    ``on_begin`` is given the writer when all but the weights is written; ``prove`` is called when
+    all is, and may refuse it.
 
     Raises:
         AdapterError: an adapter that does not fit its base, is left over, or has no effect.
@@ -122,6 +124,7 @@ def merge(
             changed = merge_tensors(merging, on_progress)
             if not changed and any(adapter.weight for adapter in adapters):
                 raise _without_effect(adapters)
+            prove()
     return ReadyModel(output, (), None, output, provenance)
 
 

@@ -174,8 +174,14 @@ def merge(
         from loader.cli.display import choose_progress
         from loader.cli.documents import ready_document
         from loader.cli.tables import show_ready
+        from loader.prepare.wholeness import WholenessCheck
+        from loader.timeline import Timeline
 
-        with choose_progress().working("merged") as report:
+        with (
+            WholenessCheck(Timeline(), ahead=True) as whole,
+            choose_progress().working("merged") as report,
+        ):
+            whole.begin(base, Path(base))
             from loader.adapters.merge import WeightedAdapter
             from loader.adapters.merge import merge as merge_folders
 
@@ -189,6 +195,7 @@ def merge(
                 dequantise=dequantise,
                 allow_pickle=allow_pickle,
                 on_progress=report,
+                prove=whole.wait,
             )
         show_ready(ready)
         if as_json:

@@ -41,12 +41,16 @@ _log = logging.getLogger("podloader")
 class WholenessCheck:
     """A model's tensors are compared from ``begin`` on; ``wait`` before anybody gets it.
 
-    A context manager; with *ahead*, a process that will be asked begins its imports at once.
+    A context manager; with *ahead*, a process that will be asked begins its imports at once. What
+    is found whole is remembered where *settings* are those of a start.
     """
 
-    def __init__(self, settings: Settings, timeline: Timeline, *, ahead: bool = False) -> None:
-        self._seen, self._timeline = settings.training.download_folder / STATE / "whole", timeline
-        self._text_only = _is_text_only(settings.engine_args)
+    def __init__(
+        self, timeline: Timeline, settings: Settings | None = None, *, ahead: bool = False
+    ) -> None:
+        self._timeline = timeline
+        self._seen = settings and settings.training.download_folder / STATE / "whole"
+        self._text_only = settings is not None and _is_text_only(settings.engine_args)
         self._answer: Future[None] | None = None
         self._learner = GapLearner()
         if ahead:
@@ -97,15 +101,15 @@ class WholenessCheck:
                 shapes = read_shapes(folder, config)
         except LoaderError:
             return
-        seen = self._seen / _digest(config, shapes, self._text_only)
-        if not shapes or seen.exists():
+        seen = self._seen and self._seen / _digest(config, shapes, self._text_only)
+        if not shapes or (seen and seen.exists()):
             return
         place_of_config, text_only = folder / "config.json", self._text_only
         gaps = self._learner.learn(place_of_config, config, shapes, text_only=text_only)
         check_gaps(place, gaps)
-        if not (gaps.extra or gaps.doubts):  # which are told at every start
+        if seen and not (gaps.extra or gaps.doubts):  # which are told at every start
             with contextlib.suppress(OSError):
-                self._seen.mkdir(parents=True, exist_ok=True)
+                seen.parent.mkdir(parents=True, exist_ok=True)
                 seen.touch()
 
 

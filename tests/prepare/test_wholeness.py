@@ -20,6 +20,7 @@ from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin
 from tests.prepare.test_adapted import FILE, behind_url, over_checkpoint
 from tests.test_boot import Job
+from tests.test_cli import run
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 
@@ -95,6 +96,14 @@ def test_a_pickled_checkpoint(job: Job, broken: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         boot.prepare(job.settings("rank-0/", allow_pickle=True))
     refused(error)
+
+
+def test_a_merge_by_hand(broken: Path, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("merge", "--base", broken, "--adapter", adapter, "--output", out)
+    assert done.returncode == CheckpointError.exit_code
+    assert f"missing: {Q}" in done.stderr
+    assert not [*tmp_path.glob("*out*")]
 
 
 def test_a_whole_one_is_looked_at_once(
