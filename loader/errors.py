@@ -258,9 +258,10 @@ def error_from_json(document: Mapping[str, Any]) -> LoaderError:
     if not (isinstance(kind, type) and issubclass(kind, LoaderError)):
         kind = EngineError
     fields = ("where", "expected", "got", "next_step")
+    problems = document.get("problems")
     error: LoaderError = kind(
         str(document.get("what", "the engine did not start")),
-        problems=[str(problem) for problem in document.get("problems", ())],
+        problems=[str(problem) for problem in problems] if isinstance(problems, list) else (),
         **{name: str(document.get(name, "")) for name in fields},
     )
     return error

@@ -37,7 +37,7 @@ class Token:
         """Return the caller's nonce where *header* shows that it holds the token."""
         own, _, said = header.partition(" ")
         expected = self._sign("ask", nonce, own, target)
-        return own if hmac.compare_digest(said.encode(), expected.encode()) else None
+        return own if hmac.compare_digest(_bytes(said), _bytes(expected)) else None
 
     def prove(self, nonce: str, own: str, target: str, digest: str) -> str:
         """Return the header of the answer to what *own* asked."""
@@ -46,11 +46,14 @@ class Token:
     def is_proof(self, said: str, nonce: str, own: str, target: str, digest: str) -> bool:
         """Return whether the answer is from one that holds the token."""
         expected = self.prove(nonce, own, target, digest)
-        return hmac.compare_digest(said.encode(), expected.encode())
+        return hmac.compare_digest(_bytes(said), _bytes(expected))
 
     def _sign(self, *parts: str) -> str:
-        text = "\n".join(parts).encode()
-        return hmac.new(self._key, text, hashlib.sha256).hexdigest()
+        return hmac.new(self._key, _bytes("\n".join(parts)), hashlib.sha256).hexdigest()
+
+
+def _bytes(said: str) -> bytes:
+    return said.encode(errors="surrogatepass")  # JSON may hold what is no text
 
 
 def new_nonce() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from loader.errors import ConfigError, EngineError, LoaderError, error_from_json
 from loader.peers.access import Token, new_nonce
 from loader.pod.node_group import (
     GONE,
+    GREETING_S,
     LOOK_THERE,
     NodeEvent,
     Nodes,
@@ -26,6 +28,11 @@ from loader.pod.place import MOST_NODES, Place
 from loader.serve.vllm.channel import Channel
 from loader.serve.vllm.releases import installed_release
 from loader.units import show_seconds
+
+_MOST_STRANGERS = 200  # who have not said yet which node they are
+_MOST_HELLO_LETTERS = 4096
+_MOST_HOST_LETTERS = 253
+_LOOK_S = 0.5
 
 
 @dataclass(eq=False, slots=True)
@@ -41,6 +48,7 @@ class Leader(Nodes):
     def __init__(self, place: Place, token: Token | None, tell: Callable[[NodeEvent], None]):
         super().__init__(place, token, tell)
         self._links: dict[int, _Link] = {}
+        self._strangers: dict[socket.socket, float] = {}  # until when each may be silent
         self._digests: Mapping[str, str] | None = None
         self._listening = _listen(place) if place.count > 1 else None
         if self._listening is not None:
@@ -95,19 +103,39 @@ class Leader(Nodes):
 
     def _accept(self) -> None:
         assert self._listening is not None
-        while True:
+        self._listening.settimeout(_LOOK_S)
+        while not self._over:
             try:
                 sock, _ = self._listening.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._talk, args=(sock,), name="node", daemon=True).start()
+            except TimeoutError:
+                pass
+            except OSError:  # no descriptors for the moment, or all is over
+                time.sleep(_LOOK_S)
+            else:
+                with self._changed:
+                    self._strangers[sock] = time.monotonic() + GREETING_S
+                threading.Thread(target=self._talk, args=(sock,), name="node", daemon=True).start()
+            self._cut_strangers()
+
+    def _cut_strangers(self) -> None:
+        """Break off with who has not said in time which node it is, and the first of too many."""
+        now = time.monotonic()
+        with self._changed:
+            for sock, deadline in list(self._strangers.items()):
+                if deadline > now and len(self._strangers) <= _MOST_STRANGERS:
+                    return
+                del self._strangers[sock]
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
 
     def _talk(self, sock: socket.socket) -> None:
         """Hear a node until it is gone."""
         channel = open_channel(sock)
         nonce = new_nonce()
         channel.send("nonce", nonce=nonce)
-        hello = channel.receive() or {}
+        hello = channel.receive(_MOST_HELLO_LETTERS) or {}
+        with self._changed:
+            self._strangers.pop(sock, None)
         rank = hello.get("rank")
         target = f"node {rank}"
         if self._token and not self._token.may_ask(str(hello.get("proof")), nonce, target):
@@ -115,11 +143,11 @@ class Leader(Nodes):
             channel.send("failed", error=error.to_json(), rank=0)
             channel.close()
             return
-        if not isinstance(rank, int) or not 0 < rank < MOST_NODES:
+        if type(rank) is not int or not 0 < rank < MOST_NODES:
             channel.close()
             return
         sock.settimeout(None)
-        link = _Link(channel, node_name(rank, str(hello.get("host"))))
+        link = _Link(channel, node_name(rank, str(hello.get("host"))[:_MOST_HOST_LETTERS]))
         if self._admits(link, rank, hello):
             while message := channel.receive():
                 self._hear(link, rank, message)

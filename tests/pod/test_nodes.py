@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import queue
 import socket
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ import pytest
 
 from loader.config.credentials import Secret
 from loader.errors import ConfigError, EngineError, FetchError, LoaderError
+from loader.pod import leader
 from loader.pod.follower import join_nodes
 from loader.pod.node_group import (
     NodeEvent,
@@ -188,6 +191,88 @@ def test_strangers_at_the_port_change_nothing(start: Start, sent: bytes) -> None
     second = start(1, 2)
     _prepare(first, second)
     assert {first.next(), second.next()} == {NodesPrepared()}
+
+
+HOSTILE = [
+    b'{"kind": "node", "proof": "a \\ud800"}\n',
+    b'{"kind": "node", "proof": "\\udcff b"}\n',
+    b'{"rank": true}\n',
+    b'{"rank": 1e999, "proof": null}\n',
+    b'{"host": "' + b"a" * 10_000,
+    b'{"rank": ' + b"[" * 100_000 + b"\n",
+]
+
+
+@pytest.mark.parametrize("secret", ["", "sesame"])
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nothing_that_a_stranger_says_holds_its_connection(start: Start, secret: str) -> None:
+    first = start(0, 2, secret)
+    for said in HOSTILE:
+        with _connected(first) as stranger:
+            stranger.sendall(said)
+            stranger.settimeout(_SOON_S / 4)
+            with contextlib.suppress(ConnectionError):  # what it said was not read to its end
+                while stranger.recv(1000):
+                    pass
+    second = start(1, 2, secret)
+    _prepare(first, second)
+    assert {first.next(), second.next()} == {NodesPrepared()}
+
+
+def test_strangers_without_end_are_few_threads_and_do_not_keep_a_node_out(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leader, "_MOST_STRANGERS", 8)
+    first = start(0, 2)
+    with contextlib.ExitStack() as stack:
+        strangers = [stack.enter_context(_connected(first)) for _ in range(60)]
+        for stranger in strangers[:-8]:
+            stranger.settimeout(_SOON_S)
+            with contextlib.suppress(ConnectionResetError):
+                while stranger.recv(1000):
+                    pass
+        second = start(1, 2)
+        _prepare(first, second)
+        assert {first.next(), second.next()} == {NodesPrepared()}
+
+
+def test_who_says_a_letter_now_and_then_has_a_moment_for_all_of_it(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leader, "GREETING_S", 0.6)
+    with _connected(start(0, 2)) as stranger:
+        stranger.recv(1000)
+        stranger.settimeout(0.1)
+        for _ in range(_SOON_S * 10):
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                stranger.sendall(b" ")
+                if not stranger.recv(1000):
+                    break
+        else:
+            pytest.fail("it is heard for ever")
+
+
+def test_a_node_is_let_in_when_there_are_descriptors_again(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept = socket.socket.accept
+    refused: list[int] = []
+
+    def without(listening: socket.socket) -> tuple[socket.socket, object]:
+        if len(refused) < 2:
+            refused.append(1)
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(listening)
+
+    monkeypatch.setattr(socket.socket, "accept", without)
+    first, second = start(0, 2), start(1, 2)
+    _prepare(first, second)
+    assert {first.next(), second.next()} == {NodesPrepared()}
+    assert len(refused) == 2
+
+
+def _connected(node: Node) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", node.nodes.place.port + 1), _SOON_S)
 
 
 def test_a_node_that_is_asked_to_end_asks_all(start: Start) -> None:

@@ -27,10 +27,10 @@ class Channel:
         with self._lock, contextlib.suppress(OSError):
             self._socket.sendall(line.encode())
 
-    def receive(self) -> dict[str, Any] | None:
+    def receive(self, most_letters: int = _MOST_LETTERS) -> dict[str, Any] | None:
         """Return what the other end tells, or None when it is gone, or tells no such thing."""
         try:
-            line = self._reader.readline(_MOST_LETTERS)
+            line = self._reader.readline(most_letters)
             told = parse_json(line) if line.endswith("\n") else None
         except (OSError, ValueError):
             return None

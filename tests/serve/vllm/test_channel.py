@@ -39,3 +39,10 @@ def test_errors_keep_their_type_and_fields(kind: type[LoaderError]) -> None:
 
 def test_what_is_no_error_of_ours_is_the_engines() -> None:
     assert type(error_from_json({"error": "Sequence", "what": "x"})) is EngineError
+
+
+@pytest.mark.parametrize("problems", [5, None, "abc", {"a": 1}])
+def test_what_anybody_may_have_written_is_an_error_all_the_same(problems: object) -> None:
+    error = error_from_json({"error": "ConfigError", "what": "x", "problems": problems})
+    assert error.problems == ()
+    assert error.what == "x"
