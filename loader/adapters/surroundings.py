@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loader.errors import AdapterError
-from loader.stores.model_files import list_side_files
+from loader.stores.model_files import list_side_files, regular_files
 from loader.weights.inspect import read_json
 from loader.weights.publishing import PartialFolder, disk_error
 from loader.weights.quantised import without_quantisation
@@ -42,6 +42,7 @@ def list_surroundings(base: Path, adapters: Sequence[Path]) -> dict[str, Path]:
 
     Raises:
         AdapterError: adapters whose tokenizers or chat templates differ.
+        FormatError: one of the files is none.
     """
     found = list_side_files(base)
     plain = {
@@ -57,6 +58,7 @@ def list_tokenizer(base: Path, adapters: Sequence[Path]) -> dict[str, Path]:
 
     Raises:
         AdapterError: adapters whose tokenizers or chat templates differ.
+        FormatError: one of the files is none.
     """
     own = [_files_of(folder, TOKENIZER_FILES) for folder in adapters]
     own = [files for files in own if _VOCABULARIES & set(files)]
@@ -71,9 +73,10 @@ def list_tokenizer(base: Path, adapters: Sequence[Path]) -> dict[str, Path]:
 
 
 def has_tokenizer(*folders: Path) -> bool:
-    """Return whether one of *folders* holds a tokenizer's vocabulary."""
-    names = {name for folder in folders for name in _names(folder)}
-    return bool(_VOCABULARIES & names) or any(name.endswith(".tiktoken") for name in names)
+    """Return whether one of *folders* holds a vocabulary. Raises FormatError: one is no file."""
+    if any(_files_of(folder, sorted(_VOCABULARIES)) for folder in folders):
+        return True
+    return any(name.endswith(".tiktoken") for folder in folders for name in _names(folder))
 
 
 def write_tokenizer(base: Path, adapters: Sequence[Path], output: Path) -> Path:
@@ -81,6 +84,7 @@ def write_tokenizer(base: Path, adapters: Sequence[Path], output: Path) -> Path:
 
     Raises:
         AdapterError: adapters whose tokenizers or chat templates differ.
+        FormatError: one of the files is none.
         DiskError: the disk refused.
     """
     files = list_tokenizer(base, adapters)
@@ -106,7 +110,7 @@ def _is_token_file(name: str) -> bool:
 
 
 def _files_of(folder: Path, names: Sequence[str]) -> dict[str, Path]:
-    return {name: folder / name for name in names if (folder / name).is_file()}
+    return {path.name: path for path in regular_files(folder / name for name in names)}
 
 
 def _template_of(folder: Path) -> dict[str, Path]:

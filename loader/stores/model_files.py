@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable
 from itertools import islice
 from pathlib import Path
 
-from loader.errors import FetchError
+from loader.errors import FetchError, FormatError
 
 _SIDE_FILE = re.compile(
     r"[^/.][^/]*\.(json|txt|model|jinja|tiktoken|py|bpe|spm|vocab)"
@@ -40,10 +41,36 @@ def side_files(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def list_side_files(folder: Path) -> dict[str, Path]:
-    """Return those of a model's folder on this disk, by name."""
-    paths = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file()]
+    """Return those of a model's folder on this disk, by name. Raises as ``regular_files``."""
+    paths = [path for pattern in ("*", "*/*") for path in folder.glob(pattern)]
     found = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {name: found[name] for name in side_files(found)}
+    wanted = regular_files(found[name] for name in side_files(found))
+    return {path.relative_to(folder).as_posix(): path for path in wanted}
+
+
+def regular_files(paths: Iterable[Path]) -> list[Path]:
+    """Return which of *paths* are files.
+
+    Raises:
+        FormatError: a name that is there, and that no file can be read by.
+    """
+    found, others = [], []
+    for path in paths:
+        if path.is_file():
+            found.append(path)
+        elif not path.is_dir() and os.path.lexists(path):
+            others.append(path)
+    if others:
+        raise FormatError(
+            "what has a file's name and is none",
+            problems=[f"{path}: {_kind(path)}" for path in others],
+            next_step="remove it, or bring the file",
+        )
+    return found
+
+
+def _kind(path: Path) -> str:
+    return "a device, a FIFO or a socket" if path.exists() else "a symlink to nothing"
 
 
 def find_index(names: Iterable[str], *, allow_pickle: bool = False) -> str | None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from loader.adapters.merge import WeightedAdapter, merge
+from loader.adapters.surroundings import has_tokenizer
+from loader.errors import FormatError
 from loader.stores.model_files import side_files
 from loader.types import Kind
 from loader.weights.inspect import find_checkpoints, open_checkpoint
@@ -64,3 +69,33 @@ def test_its_parts_are_no_checkpoints(tmp_path: Path) -> None:
     base = sentence_model(tmp_path / "base")
     assert [c.path for c in find_checkpoints(base)] == [base]
     assert open_checkpoint(base).kind is Kind.FULL
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "generation_config.json", "chat_template.jinja"]
+)
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_file_is_not_left_out_without_a_word(
+    name: str, put: Callable[[Path], None], tmp_path: Path
+) -> None:
+    base = tiny_llama(tmp_path / "base")
+    lora = train_or_draw_lora(base, tmp_path / "lora")
+    for folder in (base, lora):
+        if folder is lora and name == "generation_config.json":
+            continue  # no part of an adapter
+        kept = (folder / name).read_bytes() if (folder / name).exists() else None
+        (folder / name).unlink(missing_ok=True)
+        put(folder / name)
+        with pytest.raises(FormatError, match="what has a file's name and is none") as caught:
+            merge(base, [WeightedAdapter(lora)], tmp_path / "merged")
+        assert str(folder / name) in caught.value.problems[0]
+        assert not (tmp_path / "merged").exists()
+        (folder / name).unlink()
+        if kept is not None:
+            (folder / name).write_bytes(kept)
+
+
+def test_a_tokenizer_that_is_no_file_is_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(FormatError):
+        has_tokenizer(tmp_path)

@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import json
 import os
+import stat
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -103,7 +104,10 @@ def unpack(file: Path, folder: Path, facts: Mapping[str, object]) -> None:
         OSError: the disk refuses.
     """
     try:
-        with file.open("rb") as opened:
+        # What others laid there may be a FIFO, which nobody ever writes to.
+        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                raise _broken(file, "it is no file")
             head = _read_head(opened)
             if head["facts"] != facts:
                 raise _broken(file, "it was made by another machine, image or configuration")

@@ -8,18 +8,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from loader.stores.model_files import regular_files
 from loader.weights.formats.places import CONFIG
 from loader.weights.formats.serving import is_sidecar
 from loader.weights.inspect import read_json
 
 
 def find_sidecars(folders: Sequence[Path]) -> Mapping[str, Path]:
-    """Return name -> file of configs, tokenizer and chat templates; the first folder's counts."""
+    """Return name -> file of configs, tokenizer and chat templates; the first folder's counts.
+
+    Raises:
+        FormatError: one of them is no file.
+    """
     found: dict[str, Path] = {}
     for folder in folders:
-        for path in sorted(folder.glob("*")) if folder.is_dir() else ():
-            if path.is_file() and is_sidecar(path.name):
-                found.setdefault(path.name, path)
+        sidecars = (path for path in folder.glob("*") if is_sidecar(path.name))
+        for path in sorted(regular_files(sidecars)) if folder.is_dir() else ():
+            found.setdefault(path.name, path)
     return MappingProxyType(found)
 
 

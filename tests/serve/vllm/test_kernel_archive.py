@@ -95,6 +95,15 @@ def test_a_broken_one_is_refused_wherever_it_breaks(archive: Path, fresh: Path) 
     assert not files(fresh)
 
 
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_not_waited_for(
+    put: Callable[[Path], None], tmp_path: Path, fresh: Path
+) -> None:
+    put(tmp_path / "archive")
+    with pytest.raises(FormatError, match="cannot be used"):
+        unpack(tmp_path / "archive", fresh, FACTS)
+
+
 def test_another_machines_is_refused(archive: Path, fresh: Path) -> None:
     with pytest.raises(FormatError, match="another machine"):
         unpack(archive, fresh, FACTS | {"vllm": "2"})
