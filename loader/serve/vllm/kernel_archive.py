@@ -105,7 +105,8 @@ def unpack(file: Path, folder: Path, facts: Mapping[str, object]) -> None:
     """
     try:
         # What others laid there may be a FIFO, which nobody ever writes to.
-        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as opened:
             if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
                 raise _broken(file, "it is no file")
             head = _read_head(opened)

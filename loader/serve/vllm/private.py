@@ -392,6 +392,7 @@ def built_on_meta(model: Path, *, towers: bool) -> Iterator[tuple[Any, Any]]:
     wanted = find("EngineArgs")(
         model=str(model),
         load_format="dummy",
+        trust_remote_code=False,
         skip_tokenizer_init=True,
         enforce_eager=True,
         enable_lora=True,
