@@ -29,6 +29,7 @@ _TELLING = (  # beside the ETag
     "content-digest",
     "content-md5",
 )
+_FROM_START = re.compile(r"bytes 0-(?P<last>[0-9]{1,19})/(?P<total>[0-9]{1,19})")
 _OF_PARTS = ("sha256", "sha1")  # of an upload in parts, S3 has no such sum of the whole
 _HASHES = {"sha": "sha1"}  # as RFC 3230 calls it
 _SIZES: Mapping[Algorithm, int] = {
@@ -55,7 +56,9 @@ def read_checksums(headers: Collection[tuple[str, str]]) -> tuple[Checksum, ...]
         found += _listed(fields, "x-goog-hash")
     found.append(_plain("md5", fields.get("x-ms-blob-content-md5", "")))
     found += _listed(fields, "repr-digest") + _listed(fields, "digest")
-    if "content-range" not in fields:  # else they are of these bytes alone
+    held = _FROM_START.fullmatch(fields.get("content-range", "").lower())
+    # Of a range, these are of its bytes alone, or of the object's, who knows; all of it is both.
+    if "content-range" not in fields or (held and int(held["last"]) + 1 == int(held["total"])):
         found += _listed(fields, "content-digest")
         found.append(_plain("md5", fields.get("content-md5", "")))
     found.append(_etag(fields))  # what is declared goes before what is guessed

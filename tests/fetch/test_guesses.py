@@ -147,13 +147,17 @@ def test_what_is_declared_refuses(
     assert len(origin.requests) == 1
 
 
-def test_content_md5_is_of_the_whole_in_a_whole_answer_alone(
+def test_content_md5_is_of_the_whole_in_an_answer_that_holds_it(
     origin: FaultyOrigin, store: PresignedStore, tmp_path: Path
 ) -> None:
     contents = {"0.bin": CONTENTS["0.bin"]}
     tell(origin, lambda name, content: {"Content-MD5": encoded(b"other")})
+    ranges = FetchOptions(range_bytes=1 << 20)
+    large = manifest_of(origin, {"large.bin": LARGE})
+    fetch(large, tmp_path / "range", store, ranges)  # of the range, for all that is known
     manifest = manifest_of(origin, contents)
-    fetch(manifest, tmp_path / "range", store, ALONE)  # of the range, for all that is known
+    with pytest.raises(FetchError, match="sum up"):
+        fetch(manifest, tmp_path / "all of it", store, ALONE)
 
     def whole(handler: object) -> bool:
         del handler.headers["Range"]  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ TYPE = "x-amz-checksum-type"
 CRC = base64.b64encode(bytes(range(8))).decode()
 SHA = base64.b64encode(bytes(range(32))).decode()
 S3 = ("x-amz-request-id", "1")
+MD5_SUM = Checksum("md5", bytes.fromhex(MD5))
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,10 @@ S3 = ("x-amz-request-id", "1")
             [("Content-MD5", base64.b64encode(bytes.fromhex(MD5)).decode())],
             Checksum("md5", bytes.fromhex(MD5)),
         ),
+        *[
+            ([("Content-MD5", base64.b64encode(bytes.fromhex(MD5)).decode()), whole], MD5_SUM)
+            for whole in [("Content-Range", "bytes 0-8/9"), ("Content-Range", "Bytes 0-0/1")]
+        ],
         # With an ETag that is no MD5 but speaks of parts.
         *[
             ([("x-amz-checksum-crc32", CRC32 + suffix), *more], Checksum("crc32", D4, parts))
@@ -85,6 +90,10 @@ def test_what_is_said(headers: list[tuple[str, str]], expected: Checksum) -> Non
         [("x-amz-checksum-crc32", f"{CRC32}-" + "9" * 5000)],
         [("Content-MD5", "AAECAw=="), ("Content-Range", "bytes 0-3/9")],
         [("Content-Digest", f"sha-256=:{SHA}:"), ("Content-Range", "bytes 0-3/9")],
+        *[
+            [("Content-Digest", f"sha-256=:{SHA}:"), ("Content-Range", held)]
+            for held in ("bytes 1-8/9", "bytes 0-8/*", "bytes */9", "bytes 0-0/0", "9")
+        ],
         [("x-goog-hash", "crc32c=AAECAw=="), ("x-goog-stored-content-encoding", "gzip")],
     ],
 )
