@@ -26,6 +26,7 @@ from loader.resolve.sum_files import (
     write_sums,
 )
 from loader.stores.base import Store
+from loader.stores.model_files import regular_files
 from loader.threads import map_on_threads
 from loader.types import Algorithm, Artifact, Checksum
 
@@ -67,7 +68,7 @@ def sum_folder(folder: Path, report: Report = lambda done, total: None) -> tuple
 
     Raises:
         CheckpointError: no such folder, or nothing in it.
-        FormatError: a file is not what a ``SHA256SUMS`` there says; nothing is written then.
+        FormatError: a file is none, or not what a ``SHA256SUMS`` there says; nothing is written.
         DiskError: a file cannot be read, or the manifest not be written.
     """
     if not folder.is_dir():
@@ -79,7 +80,7 @@ def sum_folder(folder: Path, report: Report = lambda done, total: None) -> tuple
             if folder.exists()
             else suggest_path(folder, "give a checkpoint's folder"),
         )
-    names = sorted(_names(folder))
+    names = sorted(path.relative_to(folder).as_posix() for path in regular_files(_paths(folder)))
     if not names:
         raise CheckpointError("a folder without files", where=str(folder))
 
@@ -110,30 +111,26 @@ def sum_folder(folder: Path, report: Report = lambda done, total: None) -> tuple
     return path, sums
 
 
-def _names(folder: Path) -> Iterable[str]:
-    """The regular files below *folder*, but for manifests and what is hidden there."""
+def _paths(folder: Path) -> Iterable[Path]:
+    """What lies below *folder*, but for folders, manifests and what is hidden there."""
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name != STATE and not name.startswith(".")]
         for name in names:
-            path = Path(parent, name)
-            if name not in SUM_FILES and not name.startswith(".") and path.is_file():
-                yield path.relative_to(folder).as_posix()
+            if name not in SUM_FILES and not name.startswith("."):
+                yield Path(parent, name)
 
 
 def _compare(folder: Path, sums: Sums) -> None:
     """Refuse to declare what somebody else declares to be otherwise."""
-    for theirs in (name for name in SUM_FILES if name != OURS):
-        path = folder / theirs
-        if not path.is_file():
-            continue
+    for path in regular_files(folder / name for name in SUM_FILES if name != OURS):
         told = parse_sums(path.read_bytes(), str(path))
         differ = [name for name in sums if not set(told.get(name, ())) <= set(sums[name])]
         if differ:
             raise FormatError(
-                f"files that are not what {theirs} says",
+                f"files that are not what {path.name} says",
                 where=str(folder),
                 problems=differ,
-                next_step=f"bring them again, or take {theirs} away where it is an older one",
+                next_step=f"bring them again, or take {path.name} away where it is an older one",
             )
 
 

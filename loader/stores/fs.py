@@ -202,7 +202,8 @@ def _look(system: Any, path: str, url: str) -> ObjectInfo:
         info = system.info(path)
     except Exception as error:
         raise _translate(error, url) from None
-    if info.get("type") == "directory" or not isinstance(info.get("size"), int):
+    is_file = info.get("type") not in ("directory", "other")  # such as a FIFO, of 0 bytes
+    if not is_file or not isinstance(info.get("size"), int):
         raise FetchError("not a file, or one whose size is not told", where=url)
     # ``created`` is the time of the last write where nothing is ever changed in place.
     names = (*_VERSIONS, "created")

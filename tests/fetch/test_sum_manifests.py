@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,19 @@ def test_nothing_is_declared_against_another_manifest(tmp_path: Path) -> None:
     for folder in (tmp_path / "none", tmp_path / "a"):
         with pytest.raises(CheckpointError):
             sum_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["SHA256SUMS", "model.safetensors"])
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_file_is_not_passed_over(
+    name: str, put: Callable[[Path], None], tmp_path: Path
+) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+    put(tmp_path / name)
+    with pytest.raises(FormatError, match="is none") as caught:
+        sum_folder(tmp_path)
+    assert name in caught.value.problems[0]
+    assert not (tmp_path / "podloader.sums").exists()
 
 
 def test_the_command(tmp_path: Path) -> None:

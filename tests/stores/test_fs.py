@@ -6,8 +6,9 @@ import base64
 import contextlib
 import errno
 import json
+import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +266,14 @@ def test_a_checkpoint_is_looked_for_with_the_settings(cloud: type[Cloud]) -> Non
     own["storage_options"]["cloud"]["token"] = "S3CR3T"
     found = Selection("cloud://b", checkpoints=("latest",)).settings(own)
     assert found.training.artifact_references[0].paths == ("rank-0/checkpoint-7/",)
+
+
+@pytest.mark.parametrize("put_there", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_not_an_empty_one(
+    put_there: Callable[[Path], None], stores: Stores, tmp_path: Path
+) -> None:
+    put_there(tmp_path / "x")
+    artifact = Artifact("job1", 0, "x", f"file://{tmp_path}/x")
+    for ask in (stores.stat, lambda artifact: stores.open_first(artifact, 9)):
+        with pytest.raises(FetchError, match="not a file"):
+            ask(artifact)
