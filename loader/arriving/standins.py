@@ -51,8 +51,8 @@ class EnginePath:
             folder = cache / f".engine-{number}"
             try:
                 folder.mkdir(0o700, parents=True, exist_ok=True)
+                lock = lock_folder(folder)  # no symlink, so that no other folder is changed
                 folder.chmod(0o700)
-                lock = lock_folder(folder)
             except OSError as error:
                 raise disk_error(folder, error) from error
             if lock is not None:

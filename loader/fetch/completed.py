@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +25,7 @@ from loader.fetch.files import (
 from loader.fetch.verify import is_intact
 from loader.json_text import parse_json
 from loader.types import Artifact, Listing, Manifest
+from loader.weights.publishing import replace_file
 
 
 def write_completed(root: Path, key: str, manifest: Manifest) -> None:
@@ -36,9 +36,7 @@ def write_completed(root: Path, key: str, manifest: Manifest) -> None:
     place = _place(root, key)
     with contextlib.suppress(OSError):  # nothing may be written there: the files are enough
         place.parent.mkdir(parents=True, exist_ok=True)
-        aside = place.with_name(f"{key}.{os.getpid()}")
-        aside.write_text(json.dumps({"files": files}), encoding="utf-8")
-        aside.replace(place)
+        replace_file(place, json.dumps({"files": files}).encode())
 
 
 def read_completed(root: Path, key: str) -> tuple[Listing, ...]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -27,6 +26,7 @@ from loader.fetch.sums import Hasher, new_hasher
 from loader.json_text import parse_json
 from loader.threads import map_on_threads
 from loader.types import Algorithm
+from loader.weights.publishing import replace_file
 
 _CHUNK_BYTES = 1 << 20
 _Out = TypeVar("_Out")
@@ -167,6 +167,4 @@ def _write(entry: Path, path: str, stamp: list[int], sums: Mapping[str, bytes]) 
     }
     with suppress(OSError):
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=entry.parent, suffix=".new", delete=False) as new:
-            json.dump(fields, new)
-        Path(new.name).replace(entry)
+        replace_file(entry, json.dumps(fields).encode())

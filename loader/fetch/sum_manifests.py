@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
@@ -26,9 +25,10 @@ from loader.resolve.sum_files import (
     write_sums,
 )
 from loader.stores.base import Store
-from loader.stores.model_files import regular_files
 from loader.threads import map_on_threads
 from loader.types import Algorithm, Artifact, Checksum
+from loader.weights.byte_files import regular_files
+from loader.weights.publishing import replace_file
 
 _ALGORITHMS: Sequence[Algorithm] = ("crc64nvme", "sha256")
 _THREADS = 4
@@ -100,13 +100,9 @@ def sum_folder(folder: Path, report: Report = lambda done, total: None) -> tuple
     sums = dict(zip(names, map_on_threads(read, names, _THREADS), strict=True))
     _compare(folder, sums)
     path = folder / OURS
-    aside = folder / f".{OURS}.{os.getpid()}"
     try:
-        aside.write_bytes(write_sums(sums))
-        aside.replace(path)
+        replace_file(path, write_sums(sums))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
         raise _refused(path, error) from None
     return path, sums
 

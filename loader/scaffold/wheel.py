@@ -22,6 +22,7 @@ import yaml
 
 import loader
 from loader.errors import ConfigError, DiskError
+from loader.weights.publishing import replace_file
 
 INSTALL = (
     "uv pip install --system --break-system-packages"
@@ -88,12 +89,7 @@ def write_wheel(folder: Path) -> Path:
             info.external_attr = 0o100644 << 16
             archive.writestr(info, content, zipfile.ZIP_DEFLATED)
     folder.mkdir(exist_ok=True)
-    beside = folder / f".{name}"
-    try:
-        beside.write_bytes(packed.getvalue())
-        beside.replace(folder / name)
-    finally:
-        beside.unlink(missing_ok=True)
+    replace_file(folder / name, packed.getvalue())
     for older in folder.glob(f"{_NAME}-*.whl"):
         if older.name != name:
             older.unlink()

@@ -6,11 +6,11 @@ Format: "Trace Event Format", complete events (``ph: X``), times in microseconds
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from loader.status.gantt import gantt_svg
 from loader.timeline import Span, Timeline
+from loader.weights.publishing import replace_file
 
 _US = 1_000_000
 
@@ -24,8 +24,9 @@ def write_timeline(timeline: Timeline, path: Path) -> tuple[Path, Path]:
     picture = path.with_suffix(".svg")
     if picture == path:
         path = path.with_suffix(".json")
-    _replace(path, json.dumps(chrome_trace(timeline)))
-    _replace(picture, gantt_svg(timeline.spans, timeline.running, timeline.now_s))
+    replace_file(path, json.dumps(chrome_trace(timeline)).encode())
+    drawn = gantt_svg(timeline.spans, timeline.running, timeline.now_s)
+    replace_file(picture, drawn.encode())
     return path, picture
 
 
@@ -65,9 +66,3 @@ def _event(span: Span, process: int, thread: int) -> dict[str, object]:
         "dur": round(span.seconds * _US),
         "args": {**span.attributes, **outcome},
     }
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)

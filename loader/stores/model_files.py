@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Iterable
 from itertools import islice
-from pathlib import Path
 
-from loader.errors import FetchError, FormatError
+from loader.errors import FetchError
 
 _SIDE_FILE = re.compile(
     r"[^/.][^/]*\.(json|txt|model|jinja|tiktoken|py|bpe|spm|vocab)"
@@ -38,39 +36,6 @@ def side_files(names: Iterable[str]) -> tuple[str, ...]:
         pickled = filter(None, map(_PICKLED_PART.fullmatch, found))
         side |= {m[0] for m in pickled if f"{m['folder']}/model.safetensors" not in found}
     return tuple(sorted(side))
-
-
-def list_side_files(folder: Path) -> dict[str, Path]:
-    """Return those of a model's folder on this disk, by name. Raises as ``regular_files``."""
-    paths = [path for pattern in ("*", "*/*") for path in folder.glob(pattern)]
-    found = {path.relative_to(folder).as_posix(): path for path in paths}
-    wanted = regular_files(found[name] for name in side_files(found))
-    return {path.relative_to(folder).as_posix(): path for path in wanted}
-
-
-def regular_files(paths: Iterable[Path]) -> list[Path]:
-    """Return which of *paths* are files.
-
-    Raises:
-        FormatError: a name that is there, and that no file can be read by.
-    """
-    found, others = [], []
-    for path in paths:
-        if path.is_file():
-            found.append(path)
-        elif not path.is_dir() and os.path.lexists(path):
-            others.append(path)
-    if others:
-        raise FormatError(
-            "what has a file's name and is none",
-            problems=[f"{path}: {_kind(path)}" for path in others],
-            next_step="remove it, or bring the file",
-        )
-    return found
-
-
-def _kind(path: Path) -> str:
-    return "a device, a FIFO or a socket" if path.exists() else "a symlink to nothing"
 
 
 def find_index(names: Iterable[str], *, allow_pickle: bool = False) -> str | None:

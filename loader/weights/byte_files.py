@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -127,3 +128,28 @@ def read_head(file: ByteFile, start: int = 0) -> Head:
     content = bytearray(_LENGTH_BYTES + header_length(bytes(length), size_bytes, file.where))
     file.read_into(start, memoryview(content))
     return Head(bytes(content), size_bytes)
+
+
+def regular_files(paths: Iterable[Path]) -> list[Path]:
+    """Return which of *paths* are files.
+
+    Raises:
+        FormatError: a name that is there, and that no file can be read by.
+    """
+    found, others = [], []
+    for path in paths:
+        if path.is_file():
+            found.append(path)
+        elif not path.is_dir() and os.path.lexists(path):
+            others.append(path)
+    if others:
+        raise FormatError(
+            "what has a file's name and is none",
+            problems=[f"{path}: {_kind(path)}" for path in others],
+            next_step="remove it, or bring the file",
+        )
+    return found
+
+
+def _kind(path: Path) -> str:
+    return "a device, a FIFO or a socket" if path.exists() else "a symlink to nothing"

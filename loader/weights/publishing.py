@@ -62,8 +62,9 @@ class PartialFolder:
 
     def _open_kept(self, path: Path) -> None:
         """Take the folder that outlives its writer, unless another process is writing it."""
-        path.mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # that process has published it just now
+        # That process has published it just now, or what lies there is no folder.
+        with contextlib.suppress(FileNotFoundError, FileExistsError, NotADirectoryError):
+            path.mkdir(exist_ok=True)
             lock = lock_folder(path)
             if lock is not None and not os.path.samestat(os.fstat(lock), path.stat()):
                 os.close(lock)
@@ -216,14 +217,35 @@ def _publish(partial: Path, folder: Path) -> None:
 
 
 def lock_folder(path: Path) -> int | None:
-    """Return a descriptor that locks a folder until it is closed; None where another holds it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Return a descriptor that locks a folder until it is closed; None where another holds it.
+
+    Raises:
+        OSError: there is none; a symlink to one is none either.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write the file *path* in one step, and nowhere else, whatever others have laid beside it.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    descriptor, fresh = tempfile.mkstemp(".partial", f".{path.name}.", path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            os.fchmod(descriptor, 0o644)
+        Path(fresh).replace(path)
+    except BaseException:
+        Path(fresh).unlink(missing_ok=True)
+        raise
 
 
 def sweep(parent: Path, name: str, *, but: str | None = None) -> None:

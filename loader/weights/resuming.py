@@ -80,7 +80,8 @@ class ResumableWriter(CheckpointWriter):
     def _open_journal(self) -> None:
         """Take over what is noted and right; what is not, the new journal does not have."""
         path, fresh = self.path / _JOURNAL, self.path / f"{_JOURNAL}.new"
-        with fresh.open("wb") as file:
+        fresh.unlink(missing_ok=True)
+        with fresh.open("xb") as file:
             for name, at, size, digest in _read(path):
                 if self._is_right(name, at, size, digest):
                     self._written.add((name, at, size))

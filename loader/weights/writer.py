@@ -132,8 +132,7 @@ class CheckpointWriter:
         self.path = self._partial.path
         try:
             for plan in self._plans:
-                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-                descriptor = os.open(self.path / plan.file_name, flags, 0o644)
+                descriptor = _open_shard(self.path / plan.file_name)
                 self._descriptors[plan.file_name] = descriptor
                 # Its whole length from the start on: whoever maps it reads no further than that.
                 os.ftruncate(descriptor, plan.size_bytes)
@@ -353,6 +352,17 @@ def describe_index(plans: Sequence[ShardPlan]) -> dict[str, object]:
     total = sum(info.size_bytes for plan in plans for info in plan.tensors.values())
     names = {name: plan.file_name for plan in plans for name in plan.tensors}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+
+
+def _open_shard(path: Path) -> int:
+    """Return the descriptor of a file that has no other name: an earlier run may have left it."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o644)
+    if os.fstat(descriptor).st_nlink == 1:
+        return descriptor
+    os.close(descriptor)
+    path.unlink()
+    return os.open(path, flags | os.O_EXCL, 0o644)
 
 
 def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from loader.stores.model_files import regular_files
+from loader.weights.byte_files import regular_files
 from loader.weights.formats.places import CONFIG
 from loader.weights.formats.serving import is_sidecar
 from loader.weights.inspect import read_json
