@@ -261,6 +261,7 @@ def _drive(url: str, scheme: str, options: Mapping[str, Any]) -> Any:
 def _lacks(url: str, scheme: str, error: ImportError, package: str = "") -> ConfigError:
     """Return the error for a driver without its *package*; fsspec wraps what Python says of it."""
     package = package or error.name or getattr(error.__cause__, "name", None) or ""
+    package = package.partition(".")[0]  # what pip knows, of "pyarrow.fs"
     return ConfigError(
         f"{scheme}:// needs a package that is not installed",
         where=url,

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,7 +111,10 @@ def test_options_as_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         ("hdfs://h/x", "pyarrow"),
     ],
 )
-def test_a_package_that_is_missing_is_named(stores: Stores, url: str, package: str) -> None:
+def test_a_package_that_is_missing_is_named(
+    stores: Stores, url: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # some come with what other tests need
     with pytest.raises(ConfigError, match="not installed") as caught:
         stores.read_listings(url, ("job1",))
     assert caught.value.next_step == f"pip install {package}"
