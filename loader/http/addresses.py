@@ -33,6 +33,8 @@ _ADDRESSES = {
 _WITH_IPV4 = tuple(
     map(ipaddress.IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/48", "::ffff:0:0:0/96", "::/96"))
 )
+# Where its bytes begin after shorter prefixes of RFC 6052, without the octet 8, which none is in.
+_LOCAL_NAT64, _PLACES = ipaddress.IPv6Network("64:ff9b:1::/48"), (6, 7, 8)
 _ISATAP = (0x00005EFE, 0x02005EFE)  # RFC 5214, 6.1: before the IPv4 address in any network
 
 
@@ -69,4 +71,7 @@ def _ipv4_in(address: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
         int(address) >> 32 & 0xFFFFFFFF in _ISATAP
     ):
         found.append(ipaddress.IPv4Address(last))
+    if address in _LOCAL_NAT64:
+        octets = address.packed[:8] + address.packed[9:]
+        found += [ipaddress.IPv4Address(octets[place : place + 4]) for place in _PLACES]
     return [one for one in found if one is not None]
