@@ -15,13 +15,14 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TaskID,
-    TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.progress import Progress as Bars
 from rich.table import Column
+from rich.text import Text
 
+from loader.errors import one_line, redact
 from loader.fetch.progress import Progress, Report, Retries, Tell, Waits
 from loader.units import show_seconds
 
@@ -44,6 +45,14 @@ class _OfBytes(ProgressColumn):
     def render(self, task: Task) -> RenderableType:
         """Return what stands in the line of *task*."""
         return self._otherwise(task) if task.total is None else self._column.render(task)
+
+
+class _Label(ProgressColumn):
+    """The column of what each line is about; names in it come from listings."""
+
+    def render(self, task: Task) -> Text:
+        """Return what stands in the line of *task*."""
+        return Text(one_line(redact(task.description)))
 
 
 class BarProgress(Progress):
@@ -177,18 +186,23 @@ class BarProgress(Progress):
         return self._short(of, f"{done} ") if of else done
 
     def _show(self, line: str) -> None:
-        if line:
-            self._bars.console.print(line, markup=False, highlight=False)
+        show_above(self._bars, line)
 
     def _label(self) -> str:
         return f"{self._count}/{self._total} files"
+
+
+def show_above(bars: Bars, line: str) -> None:
+    """Print *line* above *bars* as a log line is shown: one, without secrets. Empty, it is none."""
+    if line:
+        bars.console.print(one_line(redact(line)), markup=False, highlight=False)
 
 
 def bars_for(console: Console) -> Bars:
     """Return bars with what *console* has room for: figures before the bar, the rate last."""
     width = console.width
     columns: list[ProgressColumn] = [
-        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+        _Label(Column(no_wrap=True)),
         _OfBytes(DownloadColumn()),
         _OfBytes(TimeRemainingColumn(), lambda task: show_seconds(task.elapsed or 0)),
     ]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress as Bars
 from rich.progress import TaskID
 
-from loader.cli.bars import bars_for
+from loader.cli.bars import bars_for, show_above
 from loader.fetch.progress import Progress, Report, Retries, Waits
 
 
@@ -92,6 +92,4 @@ class _Row(Progress):
             self._bars.update(self._task, description=label, completed=done, total=total)
 
     def _show(self, line: str) -> None:
-        if line:
-            told = f"{self._node}: {line}" if self._node else line
-            self._bars.console.print(told, markup=False, highlight=False)
+        show_above(self._bars, f"{self._node}: {line}" if line and self._node else line)

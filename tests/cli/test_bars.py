@@ -13,6 +13,7 @@ from rich.console import Console
 
 from loader.cli import display
 from loader.cli.bars import BarProgress
+from loader.cli.node_bars import NodeBars
 from loader.fetch.progress import LogProgress
 from loader.log_lines import set_up_logging
 
@@ -132,3 +133,32 @@ def test_a_step_that_is_done_at_once_is_not_shown() -> None:
     with BarProgress(console, 60).step("listing") as tell:
         tell("1 files")
     assert out.getvalue() == ""
+
+
+FORGED = "x\nFORGED\x1b[31m\u202e\u2028[bold]y?X-Amz-Signature=S3CR3T"
+
+
+def test_nobody_forges_a_line_above_the_bars_or_beside_one() -> None:
+    console, out = terminal(200)
+    bars = BarProgress(console, after_s=0)
+    bars.start(1, 1 << 30, 0)
+    bars.begin_file(FORGED, 1 << 30, 0)
+    bars.retry(FORGED, FORGED)
+    bars.wait_for(FORGED)
+    with bars.working(f"merged {FORGED}") as report:
+        report(1, 2)
+    bars.finish()
+    console, nodes_out = terminal(200)
+    with NodeBars(console) as nodes:
+        row = nodes.row(FORGED)
+        row.start(1, 9, 0)
+        row.retry(FORGED, FORGED)
+        row.wait_for(FORGED)
+        with row.working(FORGED) as report:
+            report(1, 2)
+    for text in (out.getvalue(), nodes_out.getvalue()):
+        assert "x\\nFORGED\\x1b[31m\\u202e\\u2028[bold]" in text
+        assert not set(text) & set("\u202e\u2028")
+        assert "\nFORGED" not in text
+        assert "FORGED\x1b" not in text
+        assert "S3CR3T" not in text
