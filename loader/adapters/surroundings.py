@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loader.errors import AdapterError
-from loader.stores.model_files import side_files
 from loader.weights.byte_files import regular_files
 from loader.weights.inspect import read_json
 from loader.weights.publishing import PartialFolder, disk_error
 from loader.weights.quantised import without_quantisation
+from loader.weights.side_files import list_side_files
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -45,15 +45,7 @@ def list_surroundings(base: Path, adapters: Sequence[Path]) -> dict[str, Path]:
         AdapterError: adapters whose tokenizers or chat templates differ.
         FormatError: one of the files is none.
     """
-    paths = [path for pattern in ("*", "*/*") for path in base.glob(pattern)]
-    found = {path.relative_to(base).as_posix(): path for path in paths}
-    plain = (
-        found[name]
-        for name in side_files(found)
-        if not _is_token_file(name) and not name.endswith(".index.json")
-    )
-    files = {path.relative_to(base).as_posix(): path for path in regular_files(plain)}
-    return files | list_tokenizer(base, adapters)
+    return list_side_files(base, _is_token_file) | list_tokenizer(base, adapters)
 
 
 def list_tokenizer(base: Path, adapters: Sequence[Path]) -> dict[str, Path]:

@@ -49,7 +49,6 @@ from loader.stores.model_files import (
     absent_shards,
     find_index,
     missing_files,
-    side_files,
     weight_files,
 )
 from loader.stores.registry import Stores, http_options, is_remote
@@ -59,6 +58,7 @@ from loader.types import JOB_ID, Artifact, Checkpoint, Head, Kind, Listing, Mani
 from loader.weights.byte_files import HEAD_BYTES, ByteFile, read_head
 from loader.weights.index import read_weight_map, shard_names
 from loader.weights.inspect import INDEXES, open_checkpoint
+from loader.weights.side_files import side_files
 
 _SMALL, _WHOLE = "download of small files", "download of the base"
 WHOLE = (Kind.FULL, Kind.WHISPER)

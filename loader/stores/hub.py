@@ -19,7 +19,8 @@ from loader.stores.base import Progress
 from loader.stores.hub_cache import drop_rotten
 from loader.stores.hub_errors import is_offline, leaves_the_cache, translate_error
 from loader.stores.hub_files import download_files
-from loader.stores.model_files import absent_shards, missing_files, side_files, weight_files
+from loader.stores.model_files import absent_shards, missing_files, weight_files
+from loader.weights.side_files import side_files
 
 _CONFIG, _SINGLE = "config.json", "model.safetensors"
 _ANSWER_S = 10

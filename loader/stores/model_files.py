@@ -8,15 +8,6 @@ from itertools import islice
 
 from loader.errors import FetchError
 
-_SIDE_FILE = re.compile(
-    r"[^/.][^/]*\.(json|txt|model|jinja|tiktoken|py|bpe|spm|vocab)"
-    r"|additional_chat_templates/[^/]+\.jinja"
-)
-# What sentence-transformers puts behind a model, each part in a folder of its own: how it pools,
-# and projections with weights of their own. modules.json names the folders.
-_MODULES = "modules.json"
-_PART = re.compile(r"[^/]+/config\.json|\d+_[^/]*/([^/]+\.json|model\.safetensors)")
-_PICKLED_PART = re.compile(r"(?P<folder>\d+_[^/]*)/pytorch_model\.bin")
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5,9}-of-\d{5,9}\.safetensors")
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
@@ -25,17 +16,6 @@ _NUMBERED = re.compile(
 )
 _MOST_SHARDS = 100_000
 _PICKLE = re.compile(r"(pytorch_model|model)(-\d{5,9}-of-\d{5,9})?\.bin")
-
-
-def side_files(names: Iterable[str]) -> tuple[str, ...]:
-    """Return configs, tokenizers, templates, code, and the parts that modules.json speaks of."""
-    found = set(names)
-    side = {name for name in found if _SIDE_FILE.fullmatch(name)}
-    if _MODULES in found:
-        side |= {name for name in found if _PART.fullmatch(name)}
-        pickled = filter(None, map(_PICKLED_PART.fullmatch, found))
-        side |= {m[0] for m in pickled if f"{m['folder']}/model.safetensors" not in found}
-    return tuple(sorted(side))
 
 
 def find_index(names: Iterable[str], *, allow_pickle: bool = False) -> str | None:

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from loader.adapters.merge import WeightedAdapter, merge
 from loader.adapters.surroundings import has_tokenizer
 from loader.errors import FormatError
-from loader.stores.model_files import side_files
 from loader.types import Kind
 from loader.weights.inspect import find_checkpoints, open_checkpoint
+from loader.weights.side_files import side_files
 from tests.models import tiny_llama, train_or_draw_lora
 
 MODULES = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loader.stores.model_files import find_index, missing_files, side_files, weight_files
+from loader.stores.model_files import find_index, missing_files, weight_files
+from loader.weights.side_files import side_files
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 

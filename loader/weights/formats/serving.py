@@ -10,17 +10,8 @@ import re
 from collections.abc import Iterable
 
 from loader.weights.frameworks import DTENSOR_FILE
+from loader.weights.side_files import is_side_file
 
-_SIDECAR = re.compile(
-    r"^(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|"
-    r"added_tokens|vocab|chat_template|preprocessor_config|processor_config|video_preprocessor_"
-    r"config|image_processor_config|tekken|normalizer|params|modules|sentence_bert_config|"
-    r"config_sentence_transformers)\.json$"
-    r"|^(configuration|modeling|tokenization|processing|image_processing|feature_extraction)_\w+\.py$"
-    r"|^(merges|vocab)\.txt$|\.(tiktoken|jinja)$|^(tokenizer|sentencepiece\.bpe|spiece)\.model$"
-)
-_TEMPLATES = re.compile(r"(^|/)additional_chat_templates/[^/]+\.jinja$")
-_INDEX = re.compile(r"\.(safetensors|bin)\.index\.json$")
 _WHOLE_WEIGHTS = re.compile(r"\.safetensors$|^(pytorch_model|adapter_model)[^/]*\.bin$")
 _DCP = re.compile(r"^(\.metadata|__\d+_\d+\.distcp|common\.pt|run_config\.yaml)$")  # Megatron's too
 _DCP_SAFETENSORS = re.compile(r"^shard-\d+-model-\d+-of-\d+\.safetensors$")
@@ -29,11 +20,6 @@ _ZERO_MODEL = re.compile(r"mp_rank_\d+_model_states\.pt$")
 _ZERO_PARTITION = re.compile(r"mp_rank_\d+_optim_states\.pt$")
 _UNIVERSAL = re.compile(r"(^|/)zero/[^/]+/fp32\.pt$")
 _ZERO_STAGE_3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt$")
-
-
-def is_sidecar(base: str) -> bool:
-    """Return whether a file of this base name is a config, a tokenizer or a chat template."""
-    return bool(_SIDECAR.search(base))
 
 
 def is_shard(name: str) -> bool:
@@ -67,7 +53,7 @@ def _is_needed(name: str, whole: set[str]) -> bool:
         return True
     if DTENSOR_FILE.match(base):
         return True
-    if _INDEX.search(base) or _TEMPLATES.search(name) or is_sidecar(base):
+    if is_side_file(base):
         return True
     return bool(_WHOLE_WEIGHTS.search(base)) and not base.startswith(("optimizer", "scheduler"))
 

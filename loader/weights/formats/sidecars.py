@@ -8,23 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from loader.weights.byte_files import regular_files
 from loader.weights.formats.places import CONFIG
-from loader.weights.formats.serving import is_sidecar
-from loader.weights.inspect import read_json
+from loader.weights.inspect import SHARE, read_json
+from loader.weights.side_files import list_side_files
 
 
 def find_sidecars(folders: Sequence[Path]) -> Mapping[str, Path]:
-    """Return name -> file of configs, tokenizer and chat templates; the first folder's counts.
+    """Return name -> file of what stands beside the weights; the first folder's counts.
 
     Raises:
         FormatError: one of them is no file.
     """
     found: dict[str, Path] = {}
     for folder in folders:
-        sidecars = (path for path in folder.glob("*") if is_sidecar(path.name))
-        for path in sorted(regular_files(sidecars)) if folder.is_dir() else ():
-            found.setdefault(path.name, path)
+        found = list_side_files(folder, SHARE.__eq__) | found
     return MappingProxyType(found)
 
 
@@ -35,6 +32,7 @@ def write_sidecars(sidecars: Mapping[str, Path], folder: Path, *, dtype: str | N
         FormatError: config.json is malformed.
     """
     for name, path in sidecars.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / name)
     if dtype and CONFIG in sidecars:
         config = read_json(sidecars[CONFIG])

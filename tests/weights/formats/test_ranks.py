@@ -56,6 +56,19 @@ def test_the_shards_of_two_nodes(case: Path, index: str, tmp_path: Path) -> None
     assert (out / "tokenizer.json").is_file()
 
 
+def test_the_parts_that_modules_speaks_of_come_along(case: Path, tmp_path: Path) -> None:
+    """Without them vLLM pools otherwise, and leaves a projection out, without a word."""
+    parts = {"modules.json": "[]", "1_Pooling/config.json": "{}", "2_Dense/config.json": "{1}"}
+    for name, text in parts.items():
+        path = case / "rank-0/checkpoint-10" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    (case / "rank-0/checkpoint-10/trainer_state.json").write_text("{}")
+    out = consolidate(found(case), tmp_path / "out")
+    assert {name: (out / name).read_text() for name in parts} == parts
+    assert not (out / "trainer_state.json").exists()
+
+
 def test_a_missing_shard_is_named_by_its_tensors(case: Path, tmp_path: Path) -> None:
     path = sorted(case.glob("rank-1/checkpoint-10/model-*"))[0]
     lost = sorted(load_file(path))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from loader.weights.formats.serving import is_shard, serving_files
+from loader.weights.side_files import side_files
 
 MODEL = ["config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "chat_template.jinja"]
 STATE = ["optimizer.pt", "scheduler.pt", "rng_state_0.pth", "trainer_state.json"]
@@ -25,6 +28,27 @@ def test_an_adapter_and_an_embedding_model() -> None:
     names = ["adapter_config.json", "adapter_model.safetensors", "modules.json"]
     names += ["1_Pooling/config.json", "config_sentence_transformers.json", "modeling_mine.py"]
     assert needed(*names, *STATE) == under(*names)
+
+
+READ_BY_SERVERS = [
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "sentence_xlm-roberta_config.json",
+    "1_Pooling/config.json",
+    "spm.model",
+    "bpe.codes",
+    "vocab.bpe",
+    "tokenizer.model.v3",
+    "moonvit.py",
+    "additional_chat_templates/tool.jinja",
+]
+
+
+@pytest.mark.parametrize("name", READ_BY_SERVERS)
+def test_one_rule_for_what_stands_beside_weights(name: str) -> None:
+    """What a base brings along comes with a checkpoint, too; ModelOpt's config says what F8 is."""
+    assert needed(name) == under(name)
+    assert name in side_files([name, "modules.json"])
 
 
 def test_the_optimizers_folder_of_fsdp() -> None:
