@@ -11,6 +11,7 @@ from loader.errors import UnsupportedError
 from loader.weights.header import TensorInfo, size_bytes
 from loader.weights.inspect import read_json
 from loader.weights.stored_forms import (
+    LAYOUT,
     STATE,
     Packed,
     find_four_bits,
@@ -103,7 +104,7 @@ def find_packed(
     for name, info in tensors.items():
         packed = (
             find_four_bits(name, tensors, read)
-            or find_scaled(name, info, tensors, about)
+            or find_scaled(name, info, tensors, about, read)
             or find_mxfp4(name, info, tensors)
             or find_words(name, info, tensors, about)
         )
@@ -114,7 +115,7 @@ def find_packed(
 
 def is_description(name: str) -> bool:
     """Return whether *name* is a small tensor whose bytes ``find_packed`` reads."""
-    return STATE in name
+    return STATE in name or name.endswith(LAYOUT)
 
 
 def check_dequantisable(
@@ -191,10 +192,16 @@ def check_plain(where: str, tensors: Mapping[str, TensorInfo]) -> None:
 def _find_strange(tensors: Mapping[str, TensorInfo], packed: Mapping[str, Packed]) -> list[str]:
     """Return what would remain when every weight is undone, and means nothing then."""
     left = plain_tensors(tensors, packed, "BF16")
+    modules = {found.removesuffix(".weight") for found in packed if found.endswith(".weight")}
     return [
         f"{name}: {info.dtype}"
         for name, info in left.items()
-        if name not in packed and (info.dtype not in _PLAIN or _LEFT_OVER.search(name))
+        if name not in packed
+        and (
+            info.dtype not in _PLAIN
+            or _LEFT_OVER.search(name)
+            or (name.rpartition(".")[0] in modules and not name.endswith("bias"))
+        )
     ]
 
 

@@ -32,6 +32,7 @@ from loader.weights.header import MAX_DIMENSIONS, TensorInfo, size_bytes
 
 Form = Literal["scaled", "four bits", "mxfp4", "packed"]
 STATE = ".quant_state.bitsandbytes__"
+LAYOUT = ".weight_format"
 _ABOUT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _SCALED = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
 _SCALES = ("_scale_inv", "_scale")
@@ -110,6 +111,7 @@ def find_scaled(
     info: TensorInfo,
     tensors: Mapping[str, TensorInfo],
     about: Mapping[str, object],
+    read: Callable[[str], bytes | memoryview],
 ) -> Packed | None:
     if info.dtype not in _SCALED or name.endswith(_SCALES) or f"{name}.absmax" in tensors:
         return None
@@ -127,6 +129,8 @@ def find_scaled(
     parts |= {f"scale {n}": other for n, other in enumerate(scales[1:])}
     scale = tensors[scales[0]]
     lacks = "several scales" if len(scales) > 1 else ""
+    if "weight_format" in parts and any(bytes(read(parts["weight_format"]))):
+        lacks = "its rows were tiled for a GPU (weight_format)"
     if "weight_g_idx" in parts:
         lacks = "its columns were reordered (weight_g_idx)"
     blocks = {

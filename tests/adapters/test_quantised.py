@@ -440,6 +440,7 @@ LEFT_OVER: dict[str, Callable[[Tensors], Tensors]] = {
         "x.weight_scale": torch.zeros(8, 1).to(torch.float8_e4m3fn),
         "x.weight_global_scale": torch.ones(1),
     },
+    "columns smoothed before": lambda t: t | {f"{Q}.pre_quant_scale": torch.ones(128)},
     "words of another method": lambda t: t | {"x.qweight": torch.zeros(8, 8, dtype=torch.int16)},
 }  # fmt: skip
 
@@ -451,6 +452,23 @@ def test_quantised_tensors_that_nothing_explains(
     folder = with_scheme(base, tmp_path / "ct", MX, "mxfp8-quantized", {})
     change(folder, LEFT_OVER[what])
     assert len(refused(folder, adapter, tmp_path / "out")) == 1
+
+
+def test_rows_that_bitsandbytes_tiled_are_refused(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """Its layouts of one sort of GPU; bitsandbytes itself reads ``row`` (0) alone by now."""
+
+    def quantise(name: str, weight: torch.Tensor) -> Tensors:
+        module = name.removesuffix(".weight")
+        mark = torch.tensor(2 if name.startswith(Q) else 0, dtype=torch.uint8)
+        stored, scale = weight.to(torch.int8), torch.ones(len(weight))
+        return {name: stored, f"{module}.SCB": scale, f"{module}.weight_format": mark}
+
+    about = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    folder = rewrite(base, tmp_path / "bnb", quantise, about)
+    (problem,) = refused(folder, adapter, tmp_path / "out")
+    assert "weight_format" in problem
 
 
 def test_a_method_that_is_not_known(base: Path, adapter: Path, tmp_path: Path) -> None:
