@@ -21,6 +21,7 @@ from loader.config.settings import Settings
 from loader.errors import CheckpointError, RequestError
 from loader.fetch.files import STATE
 from loader.log_lines import set_up_logging
+from loader.prepare.checkpoint_sources import refuse_unlike_nodes
 from loader.types import (
     CONFIG_VARIABLE,
     JOB_ID,
@@ -124,6 +125,8 @@ def fetch_adapter(
             next_step="choose the adapter's whole folder, with / at its end",
         )
     folder = found[0].path
+    home = f"{folder.relative_to(snapshot.root).as_posix()}/"
+    refuse_unlike_nodes((f.path for f in snapshot.files if f.path.startswith(home)), snapshot)
     return check_adapter(settings, base, folder, name or f"{job}/{folder.name}")
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from loader.arriving.delivery import Delivery
+from loader.errors import CheckpointError
 from loader.prepare.inputs import small_names
 from loader.serve.vllm.stages import Share, Stage
-from loader.types import Checkpoint, Kind
+from loader.types import Checkpoint, Kind, Snapshot
 from loader.weights.formats.places import home_folders
 from loader.weights.formats.serving import serving_files
 from loader.weights.inspect import ADAPTER_CONFIG, read_json
 
+_WEIGHTS = (".safetensors", ".bin")
+_RANK = re.compile(r"(?<=/)rank-\d+/")
 SHARDED = frozenset({Kind.DCP, Kind.ZERO, Kind.DTENSOR, Kind.RANK_SHARDS})
 
 
@@ -104,6 +108,30 @@ def find_share(checkpoint: Checkpoint, stage: Stage) -> Share | None:
         return None
     share = Share(stage, read_json(config))
     return share if stage.knows(share.config) else None
+
+
+def refuse_unlike_nodes(taken: Iterable[str], snapshot: Snapshot) -> None:
+    """Raise CheckpointError where nodes hold other weights under the name of a whole checkpoint.
+
+    *taken* are its files, the lowest rank's of copies; sharded ones are compared as they are read.
+    """
+    files = {file.path: file for file in snapshot.files if file.path.endswith(_WEIGHTS)}
+    copies: dict[tuple[str, str], list[str]] = {}
+    for path, file in files.items():
+        copies.setdefault((file.job, _RANK.sub("", path)), []).append(path)
+    problems = [
+        f"{other} differs from {path}"
+        for path in taken
+        if path in files
+        for other in sorted(copies[files[path].job, _RANK.sub("", path)])
+        if files[other].digest != files[path].digest
+    ]
+    if problems:
+        raise CheckpointError(
+            "nodes that hold other weights under one name",
+            problems=problems,
+            next_step="choose one node's in paths: rank-<N>/<checkpoint>/",
+        )
 
 
 def _relative(folder: Path, delivery: Delivery) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -32,12 +31,13 @@ from loader.prepare.checkpoint_sources import (
     Source,
     find_share,
     find_sources,
+    refuse_unlike_nodes,
 )
 from loader.prepare.consolidated import make_whole
 from loader.prepare.engine_start import Announcement
 from loader.prepare.wholeness import WholenessCheck
 from loader.serve.vllm.stages import Stage, find_stage
-from loader.types import Kind, ReadyModel, Snapshot
+from loader.types import Kind, ReadyModel
 from loader.weights.formats.refused import find_refusal
 from loader.weights.formats.serving import is_shard
 from loader.weights.inspect import (
@@ -52,9 +52,7 @@ from loader.weights.vocabulary import warn_of_ids
 if TYPE_CHECKING:
     from loader.weights.writer import CheckpointWriter  # torch
 
-_WEIGHTS = (".safetensors", ".bin")
 _log = logging.getLogger("podloader")
-_RANK = re.compile(r"(?<=/)rank-\d+/")
 _HEARING = ("preprocessor_config.json", "processor_config.json")  # how a Whisper hears
 
 
@@ -89,7 +87,7 @@ def make_ready(
         checkpoints = find_checkpoints(delivery.root, delivery.paths, delivery.read_header)
     found = find_sources(delivery, checkpoints)
     _refuse_unservable(found)
-    _refuse_unlike_nodes(found, snapshot)
+    refuse_unlike_nodes((p for s in found if s.kind not in SHARDED for p in s.files), snapshot)
     if stage is not None:
         found = tuple(_cut(found, stage, later))
     later -= _begin_shards(settings, delivery, found, later)
@@ -233,34 +231,6 @@ def _refuse_unservable(sources: Sequence[Source]) -> None:
             )
 
 
-def _refuse_unlike_nodes(sources: Sequence[Source], snapshot: Snapshot) -> None:
-    """Raise CheckpointError where nodes hold other weights under the name of a whole checkpoint.
-
-    Of copies the lowest rank's is taken; sharded ones are compared as they are read.
-    """
-    digests = {file.path: file.digest for file in snapshot.files}
-    named = {file.path: (file.job, _RANK.sub("", file.path)) for file in snapshot.files}
-    taken = {path for source in sources for path in source.files}
-    copies: dict[tuple[str, str], list[str]] = {}
-    for path in named.keys() - taken:
-        copies.setdefault(named[path], []).append(path)
-    problems = []
-    for source in sources:
-        if source.kind in SHARDED:
-            continue
-        for path in source.files:
-            if not path.endswith(_WEIGHTS) or path not in named:
-                continue
-            others = [p for p in copies.get(named[path], ()) if digests[p] != digests[path]]
-            problems += [f"{other} differs from {path}" for other in sorted(others)]
-    if problems:
-        raise CheckpointError(
-            "nodes that hold other weights under one name",
-            problems=problems,
-            next_step="choose one node's in paths: rank-<N>/<checkpoint>/",
-        )
-
-
 def _find_base_source(
     settings: Settings, sources: Sequence[Source], *, expected: bool = False
 ) -> Source | None:
@@ -312,7 +282,9 @@ def _serve_whole(
         check.begin(model.place, path, weights)
     if announce and weights:
         announce(weights, ready)
-    delivery.wait()
+    snapshot = delivery.wait()
+    if model.kind not in SHARDED:
+        refuse_unlike_nodes(model.files, snapshot)
     check.wait()
     return replace(ready, provenance=ready.provenance | {"files": dict(model.files)})
 

@@ -141,6 +141,16 @@ def test_what_cannot_be_attached(job: Job, base: Path, tmp_path: Path) -> None:
         fetch_named(settings, base, "job1/misfit")
 
 
+def test_nodes_with_other_adapters_under_one_name(
+    job: Job, base: Path, adapters: list[Path]
+) -> None:
+    job.put(adapters[1], "checkpoint-10", rank=1)
+    with pytest.raises(CheckpointError, match="under one name"):
+        fetch_adapter(settings_of(job), base, "job1", ["rank-*/checkpoint-10/"])
+    found = fetch_adapter(settings_of(job), base, "job1", ["rank-1/checkpoint-10/"])
+    assert found.path == job.root / "job1/rank-1/checkpoint-10"
+
+
 class Host:
     """Keeps what a running engine would serve."""
 

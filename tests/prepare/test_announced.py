@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from loader import boot
 from loader.arriving.filling import FillingFolder
-from loader.errors import FetchError
+from loader.errors import CheckpointError, FetchError
 from loader.types import ReadyModel
 from loader.weights.header import parse_header
 from tests.models import tiny_llama, train_or_draw_lora
@@ -115,6 +115,26 @@ def test_followed_while_it_comes(
     again = Follower()
     assert boot.prepare(settings, announce=again).path == ready.path
     assert not again.told  # all is here
+
+
+@pytest.mark.parametrize("unlike", [False, True])
+def test_nodes_with_other_weights_under_one_name(
+    origin: FaultyOrigin, tmp_path: Path, models: tuple[Path, Path], unlike: bool
+) -> None:
+    """Digests tell when the download is over: what has been followed is not served then."""
+    job, follower = Job(origin, tmp_path), Follower()
+    path = job.put(models[0], "checkpoint-10") / FILE
+    second = job.put(models[0], "checkpoint-10", rank=1) / FILE
+    second.write_bytes(path.read_bytes()[:-1] + (b"\x01" if unlike else path.read_bytes()[-1:]))
+    settings = job.settings("rank-*/checkpoint-10/")
+    if unlike:
+        with pytest.raises(CheckpointError, match="under one name") as error:
+            boot.prepare(settings, announce=follower)
+        assert len(error.value.problems) == 1
+    else:
+        follower.check(boot.prepare(settings, announce=follower))
+    for thread in follower.threads:
+        thread.join(30)
 
 
 @pytest.mark.parametrize("case", ["full", "merge", "attach"])
