@@ -16,6 +16,7 @@ from loader.stores.base import Progress, Store, count_up
 from loader.stores.registry import Stores, is_remote
 from loader.threads import map_on_threads
 from loader.types import Artifact, Checkpoint, Listing, Manifest
+from loader.weights.frameworks import TRACKER
 from loader.weights.inspect import find_checkpoints, open_checkpoint
 from loader.weights.publishing import temporary_folder
 from loader.weights.vocabulary import describe_ids
@@ -24,7 +25,7 @@ CONFIG = "config.json"
 ADDED_TOKENS = ("tokenizer_config.json", "added_tokens.json")
 _PARTS = (CONFIG, ".index.json", ".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata")
 _AT_ONCE = 8  # requests for small files
-_TELLING = ("/config.json", "/adapter_config.json", ".index.json", "/latest")
+_TELLING = ("/config.json", "/adapter_config.json", ".index.json", "/latest", f"/{TRACKER}")
 
 
 def inspect_source(

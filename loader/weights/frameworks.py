@@ -22,7 +22,9 @@ from pathlib import Path
 from loader.types import Checkpoint, Kind
 from loader.weights.layout import Place
 
-FSDP_WEIGHTS = "pytorch_model_fsdp.bin"  # accelerate's full state dict, on the first rank
+# accelerate's full state dict, on the first rank; of its second model with _1
+FSDP_WEIGHTS = re.compile(r"^pytorch_model_fsdp(_\d+)?\.bin$")
+TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's and verl's
 DTENSOR_FILE = re.compile(r"^model_world_size_(?P<world>\d+)_rank_(?P<rank>\d+)\.pt$")
 BESIDE = ("huggingface", "lora_adapter")  # verl's folders of config, tokenizer and adapter
 _DCP = re.compile(r"\.distcp$|^shard-\d+-model-\d+-of-\d+\.safetensors$")
@@ -33,17 +35,19 @@ _OPTIMIZER_FILES = re.compile(
     r"|_optim_states\.pt$"
 )
 _ZERO = re.compile(r"mp_rank_\d+_(optim|model)_states\.pt$")
-_ZERO_TAG = re.compile(r"^global_step\d+(_universal)?$")
+_ZERO_TAG = re.compile(r"^(global_step\d+(_universal)?|pytorch_model(_\d+)?)$")
+_ZERO_MODEL_TAG = re.compile(r"^pytorch_model(_\d+)?$")  # accelerate's, a tag for each model
 _MEGATRON_RANK = re.compile(r"^mp_rank_\d{2,}(_\d{3})*$")
 _MEGATRON = frozenset({"model_optim_rng.pt", "model_rng.pt"})
 _MOST_OF_NAME = 4096  # letters, more than any folder's
 _ITERATION = re.compile(r"^iter_\d+$")
+_STEP = re.compile(r"^(?:(?P<above>.*)/)?(?P<name>(iter_|global_step_)(?P<number>\d+))(/[^/]+)?$")
 
 
 def find_cut(places: Sequence[Place], by_folder: Mapping[str, Place]) -> dict[str, Checkpoint]:
     """Return the checkpoints that are cut between ranks, by folder, but for DeepSpeed's."""
     found = {**_find_megatron(places, by_folder), **_find_full_states(places)}
-    return found | _find_dcp(places, by_folder) | _find_dtensors(places)
+    return found | _find_dcp(places, by_folder) | _find_dtensors(places, by_folder)
 
 
 def find_zero(places: Sequence[Place], by_folder: Mapping[str, Place]) -> dict[str, Checkpoint]:
@@ -61,7 +65,7 @@ def find_zero(places: Sequence[Place], by_folder: Mapping[str, Place]) -> dict[s
     for relative, tagged_places in tags.items():
         owner = by_folder.get(relative)
         highest = max(tagged_places, key=lambda p: (len(p.base), p.base))
-        named = _read_latest(owner) if owner else []
+        named = _read_latest(owner, "latest") if owner else []
         chosen = next((p for p in tagged_places if [p.base] == named), highest)
         roots = [chosen.folder(rank).parent for rank in chosen.ranks]
         detail: dict[str, object] = {
@@ -70,6 +74,9 @@ def find_zero(places: Sequence[Place], by_folder: Mapping[str, Place]) -> dict[s
             "tags": [p.base for p in tagged_places],
             "files": len(chosen.names),
         }
+        models = [p.relative for p in tagged_places if _ZERO_MODEL_TAG.match(p.base)]
+        if len(models) > 1:
+            detail["models"] = models
         found[relative] = Checkpoint(Kind.ZERO, _folder_with_config(owner, roots[0]), detail)
     return found
 
@@ -93,13 +100,26 @@ def _is_optimizer(place: Place) -> bool:
     return parts and bool(_OPTIMIZER.match(place.folder(place.ranks[0]).name))
 
 
-def _read_latest(owner: Place) -> list[str]:
-    """Return the tags that ``latest`` names on the ranks that have it: one, as it should be."""
+def _read_latest(owner: Place, name: str) -> list[str]:
+    """Return what the file *name* says on the ranks that have it: one text, as it should be."""
     texts = set()
-    for rank in owner.holders("latest"):
-        with (owner.folder(rank) / "latest").open(encoding="utf-8", errors="replace") as file:
+    for rank in owner.holders(name):
+        with (owner.folder(rank) / name).open(encoding="utf-8", errors="replace") as file:
             texts.add(file.read(_MOST_OF_NAME).strip())
     return sorted(texts)
+
+
+def _missing_iteration(relative: str, by_folder: Mapping[str, Place]) -> dict[str, object]:
+    """Return what ``TRACKER`` names and what there is, where that is none of the iterations."""
+    if not (step := _STEP.match(relative)) or not (owner := by_folder.get(step["above"] or "")):
+        return {}
+    steps = [m for m in map(_STEP.match, by_folder) if m and m["above"] == step["above"]]
+    named = _read_latest(owner, TRACKER)
+    numbers = {m["number"].lstrip("0") for m in steps}
+    if not named or (len(named) == 1 and named[0].lstrip("0") in numbers):
+        return {}
+    tags = sorted({m["name"] for m in steps})
+    return {"tag": " and ".join(named), "tags": tags, "pointer": TRACKER}
 
 
 def _find_dcp(places: Sequence[Place], by_folder: Mapping[str, Place]) -> dict[str, Checkpoint]:
@@ -119,6 +139,7 @@ def _find_dcp(places: Sequence[Place], by_folder: Mapping[str, Place]) -> dict[s
             "folders": [str(place.folder(rank)) for rank in place.ranks],
             "files": sum(bool(_DCP.search(name)) for name in place.names),
             "has_metadata": ".metadata" in place.names,
+            **_missing_iteration(place.relative, by_folder),
         }
         if len(of_one) > 1:
             detail["models"] = [p.relative for p in of_one]
@@ -132,20 +153,28 @@ def _find_dcp(places: Sequence[Place], by_folder: Mapping[str, Place]) -> dict[s
 def _find_full_states(places: Sequence[Place]) -> dict[str, Checkpoint]:
     found = {}
     for place in places:
-        if FSDP_WEIGHTS in place.names:
-            folders = [str(place.folder(rank)) for rank in place.ranks]
-            home = _folder_with_config(place, place.folder(place.holders(FSDP_WEIGHTS)[0]))
-            found[place.relative] = Checkpoint(Kind.RANK_SHARDS, home, {"folders": folders})
+        if names := sorted(filter(FSDP_WEIGHTS.match, place.names)):
+            detail: dict[str, object] = {"folders": [str(place.folder(r)) for r in place.ranks]}
+            if len(names) > 1:
+                detail["models"] = names
+            home = _folder_with_config(place, place.folder(place.holders(names[0])[0]))
+            found[place.relative] = Checkpoint(Kind.RANK_SHARDS, home, detail)
     return found
 
 
-def _find_dtensors(places: Sequence[Place]) -> dict[str, Checkpoint]:
+def _find_dtensors(
+    places: Sequence[Place], by_folder: Mapping[str, Place]
+) -> dict[str, Checkpoint]:
     found = {}
     for place in places:
         names = [name for name in place.names if DTENSOR_FILE.match(name)]
         if names:
             folders = [str(place.folder(rank)) for rank in place.ranks]
-            detail: dict[str, object] = {"folders": folders, "files": len(names)}
+            detail: dict[str, object] = {
+                "folders": folders,
+                "files": len(names),
+                **_missing_iteration(place.relative, by_folder),
+            }
             home = place.folder(place.ranks[0])
             found[place.relative] = Checkpoint(
                 Kind.DTENSOR, _folder_with_config(place, home), detail

@@ -39,6 +39,7 @@ _WRAPPED = {
 }
 _Read = Callable[[Path], Header | None]
 _MOST_JSON_BYTES = 256 << 20
+_ANOTHER_MODEL = re.compile(r"^(model_\d+\.safetensors|pytorch_model_\d+\.bin)$")  # accelerate's
 _SHARD = re.compile(r"^(model|pytorch_model)-(\d{5,9})-of-(\d{5,9})\.(safetensors|bin)$")
 
 
@@ -251,6 +252,8 @@ def _describe_model(config: Mapping[str, object], names: frozenset[str]) -> dict
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict):
         detail["quantization"] = quantization.get("quant_method", "unnamed")
+    if others := sorted(filter(_ANOTHER_MODEL.match, names)):
+        detail["models"] = [weights[0], *others]
     return detail
 
 

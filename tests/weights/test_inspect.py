@@ -203,6 +203,46 @@ def test_a_second_model_beside_the_first_is_refused_by_name(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_1.bin"),
+        ("model.safetensors", "model_1.safetensors"),
+        ("pytorch_model.bin", "pytorch_model_1.bin"),
+        ("pytorch_model/mp_rank_00_model_states.pt", "pytorch_model_1/mp_rank_00_model_states.pt"),
+    ],
+)
+def test_the_models_that_accelerate_saves_beside_each_other(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
+    put(tmp_path, "j/rank-0/c/config.json", *(f"j/rank-0/c/{name}" for name in names))
+    put(tmp_path, "j/rank-0/c/latest", text="pytorch_model_1")
+    (found,) = find_checkpoints(tmp_path)
+    refusal = find_refusal(found)
+    assert refusal is not None
+    assert "2 models" in refusal.what
+    leave = (f"/c/{names[1]}", "/c/latest")
+    (found,) = find_checkpoints(tmp_path, [n for n in listed(tmp_path) if not n.endswith(leave)])
+    assert find_refusal(found) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["iter_0000010/__0_0.distcp", "global_step_10/actor/model_world_size_1_rank_0.pt"]
+)
+def test_an_iteration_that_is_missing_is_refused(tmp_path: Path, name: str) -> None:
+    """``latest_checkpointed_iteration.txt`` is Megatron's and verl's ``latest``."""
+    put(tmp_path, f"j/rank-0/c/{name}")
+    tracker = "j/rank-0/c/latest_checkpointed_iteration.txt"
+    put(tmp_path, tracker, text="20\n")
+    (found,) = find_checkpoints(tmp_path)
+    refusal = find_refusal(found)
+    assert refusal is not None
+    assert refusal.got == f"{name.partition('/')[0]}/"
+    put(tmp_path, tracker, text="10")
+    (found,) = find_checkpoints(tmp_path)
+    assert find_refusal(found) is None
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "optimizer_0/__0_0.distcp",

@@ -72,8 +72,10 @@ def has_weights(files: Files) -> bool:
 
 def _shards(files: Files, kind: str) -> list[str]:
     found = (n for n in files.names if (m := _SHARD.match(n)) and m["kind"] == kind)
-    whole = {_WHOLE[kind]} | ({FSDP_WEIGHTS} if kind == _PICKLED else set())
-    return sorted([*found, *(whole & files.names)])
+    whole = {_WHOLE[kind]} & files.names
+    if kind == _PICKLED:
+        whole |= set(filter(FSDP_WEIGHTS.match, files.names))
+    return sorted([*found, *whole])
 
 
 def _read_safetensors(file: ByteFile) -> dict[str, Piece]:

@@ -4,8 +4,9 @@
 
     iter_0000010/mp_rank_<tensor>[_<pipeline>[_<expert>]]/model_optim_rng.pt    Megatron, by rank
     <checkpoint>/optimizer_0/…                                an optimizer's state, no weights
-    <checkpoint>/latest                                       names a tag that is not there
-    <checkpoint>/{pytorch_model_fsdp_0, pytorch_model_fsdp_1} several models
+    <checkpoint>/latest, latest_checkpointed_iteration.txt    names what is not there
+    <checkpoint>/{pytorch_model_fsdp_0, pytorch_model_fsdp_1} several models, as accelerate saves
+    <checkpoint>/{model.safetensors, model_1.safetensors}     likewise
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def find_refusal(checkpoint: Checkpoint) -> LoaderError | None:
         return optimizer_alone(str(checkpoint.path), _listed(checkpoint, "found"))
     if checkpoint.kind is Kind.MEGATRON:
         return _megatron_by_rank(checkpoint)
-    if checkpoint.kind is Kind.ZERO:
-        return _without_its_tag(checkpoint)
+    if checkpoint.detail.get("tags") and (refusal := _without_its_tag(checkpoint)):
+        return refusal
     models = _listed(checkpoint, "models")
     return _several_models(checkpoint, models) if len(models) > 1 else None
 
@@ -74,13 +75,14 @@ def _without_its_tag(checkpoint: Checkpoint) -> CheckpointError | None:
     tag, tags = checkpoint.detail.get("tag"), _listed(checkpoint, "tags")
     if not tags or tag in tags:
         return None
+    pointer = checkpoint.detail.get("pointer", "latest")
     return CheckpointError(
-        "a DeepSpeed checkpoint whose file `latest` names a tag that is not there",
+        f"a checkpoint whose file `{pointer}` names one that is not there",
         where=str(checkpoint.path),
-        expected=f"{tag}/" if tag else "the name of a tag in `latest`",
+        expected=f"{tag}/" if tag else f"the name of a folder in `{pointer}`",
         got=", ".join(f"{name}/" for name in tags),
-        next_step=f"take {tag or 'it'}/ into the paths, or leave `latest` out of them and choose "
-        "one tag that is there",
+        next_step=f"take {tag or 'it'}/ into the paths, or leave `{pointer}` out of them and "
+        "choose one that is there",
     )
 
 
@@ -89,8 +91,10 @@ def _several_models(checkpoint: Checkpoint, models: list[str]) -> CheckpointErro
         f"{len(models)} models in one checkpoint, where one is served",
         where=str(checkpoint.path),
         problems=models,
-        next_step="choose one of them by its own folder in the paths, "
-        f"rank-*/{models[0]}/, beside the files of the folder above it",
+        next_step="leave the others out of the paths: they are files of one folder"
+        if models[0].endswith((".bin", ".safetensors"))
+        else f"choose one of them by its own folder in the paths, rank-*/{models[0]}/, beside the "
+        "files of the folder above it",
     )
 
 

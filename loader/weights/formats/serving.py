@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from loader.weights.frameworks import DTENSOR_FILE
+from loader.weights.frameworks import DTENSOR_FILE, TRACKER
 from loader.weights.side_files import is_side_file
 
 _WHOLE_WEIGHTS = re.compile(r"\.safetensors$|^(pytorch_model|adapter_model)[^/]*\.bin$")
@@ -49,7 +49,7 @@ def _is_needed(name: str, whole: set[str]) -> bool:
         return _run(name) not in whole
     if _DCP.match(base):
         return not _DCP_OPTIMIZER.search(name)
-    if _ZERO_MODEL.search(base) or base == "latest" or _UNIVERSAL.search(name):
+    if _ZERO_MODEL.search(base) or base in ("latest", TRACKER) or _UNIVERSAL.search(name):
         return True
     if DTENSOR_FILE.match(base):
         return True

@@ -60,8 +60,9 @@ def test_the_optimizers_folder_of_fsdp() -> None:
 def test_megatrons_arguments() -> None:
     names = (".metadata", "__0_0.distcp", "common.pt", "run_config.yaml")
     iteration = [f"iter_0000010/{name}" for name in names]
-    others = ["iter_0000010/metadata.json", "latest_checkpointed_iteration.txt"]
-    assert needed(*iteration, *others) == under(*iteration)
+    tracker = "latest_checkpointed_iteration.txt"  # says whether an iteration is missing
+    others = ["iter_0000010/metadata.json"]
+    assert needed(*iteration, tracker, *others) == under(*iteration, tracker)
 
 
 def test_zero_by_stage() -> None:
