@@ -322,6 +322,31 @@ def test_an_adapter_of_whisper_is_merged(job: Job, tmp_path: Path, kind: str) ->
         boot.prepare(job.settings("rank-0/a/", **own, adapter_policy="attach"))
 
 
+POOLING = '[{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]'
+
+
+@pytest.mark.parametrize(
+    ("modules", "engine_args", "mode"),
+    [
+        ("[]", {}, "attached"),
+        (POOLING, {}, "merged"),
+        (POOLING, {"runner": "generate"}, "attached"),
+        ("[]", {"runner": "pooling"}, "merged"),
+        ("[]", {"convert": "embed"}, "merged"),
+    ],
+)
+def test_an_adapter_of_what_vllm_pools_is_merged(
+    job: Job, base: Path, adapter: Path, tmp_path: Path, modules: str, engine_args: Any, mode: str
+) -> None:
+    """A model that could go on with text makes embeddings: no canary would prove the adapter."""
+    pooled = Path(shutil.copytree(base, tmp_path / "pooled"))
+    (pooled / "modules.json").write_text(modules)
+    job.put(adapter, "a")
+    own = {"base_model": str(pooled), "engine_args": engine_args}
+    ready = boot.prepare(job.settings("rank-0/a/", **own))
+    assert ready.provenance["kind"] == mode
+
+
 def test_pickled_weights_are_refused(job: Job, base: Path) -> None:
     place = job.put(base, "checkpoint-5")
     torch.save(load_file(place / "model.safetensors"), place / "pytorch_model.bin")

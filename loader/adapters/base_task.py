@@ -8,9 +8,12 @@ a LoRA of Whisper, say, and dies at the first transcription.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from loader.adapters.attach import Decision, NamedAdapter, Policy
 from loader.errors import AdapterError
+from loader.json_text import parse_json
+from loader.weights.inspect import MODULES
 
 _OTHER_TASKS = (
     "ForSequenceClassification",
@@ -34,18 +37,40 @@ def goes_on_with_text(config: Mapping[str, object]) -> bool:
     return True
 
 
+def is_pooled(folder: Path | None, engine_args: Mapping[str, object]) -> bool:
+    """Return whether vLLM makes embeddings or classes of the model in *folder*, whatever its class.
+
+    Source: vllm ``config/model.py``, ``_get_default_runner_type``.
+    """
+    asked = {str(engine_args.get(key) or "auto") for key in ("runner", "convert", "task")}
+    if asked - {"auto", "none"}:
+        return "generate" not in asked
+    modules = folder / MODULES if folder else None
+    if modules is None or not modules.is_file():
+        return False
+    try:
+        parts = parse_json(modules.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # the engine says more about it
+    found = parts if isinstance(parts, list) else []
+    types = [str(part.get("type")) for part in found if isinstance(part, dict)]
+    return any(name.endswith("Pooling") for name in types)
+
+
 def decide_for_base(
     decision: Decision,
     policy: Policy,
     adapters: list[NamedAdapter],
     config: Mapping[str, object],
+    *,
+    pooled: bool = False,
 ) -> Decision:
     """Return *decision*, or to merge where nothing could prove that attached adapters work.
 
     Raises:
         AdapterError: the policy is to attach, or there are several of them.
     """
-    if decision.mode == "merge" or goes_on_with_text(config):
+    if decision.mode == "merge" or (goes_on_with_text(config) and not pooled):
         return decision
     kind = str(config.get("model_type") or config.get("architectures"))
     if policy == "attach" or len(adapters) > 1:
@@ -56,4 +81,5 @@ def decide_for_base(
             expected="one adapter, to be merged",
             next_step="serve each alone" if len(adapters) > 1 else "set adapter_policy to auto",
         )
+    kind = f"{kind}, pooled," if pooled else kind
     return Decision("merge", f"merge: nothing proves an attached adapter of {kind} to work")

@@ -27,7 +27,7 @@ from loader.adapters.attach import (
     decide,
     name_adapters,
 )
-from loader.adapters.base_task import decide_for_base
+from loader.adapters.base_task import decide_for_base, is_pooled
 from loader.adapters.layers import Ask, Reason, reconsider
 from loader.adapters.plan_builder import Base
 from loader.adapters.surroundings import has_tokenizer
@@ -208,7 +208,8 @@ class _Job:
         """Decide by what the base in *folder* is for; its small files are there."""
         config = read_model_config(folder)
         policy = self.settings.adapter_policy
-        settled = decide_for_base(self.decision, policy, self.adapters, config)
+        pooled = is_pooled(folder, self.settings.engine_args)
+        settled = decide_for_base(self.decision, policy, self.adapters, config, pooled=pooled)
         if settled != self.decision:
             _log.info("adapters: %s", settled.why)
         self.decision = settled

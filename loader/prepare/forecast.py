@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from loader.adapters.attach import decide, name_adapters
-from loader.adapters.base_task import decide_for_base
+from loader.adapters.base_task import decide_for_base, is_pooled
 from loader.arriving.delivery import Delivery
 from loader.config.settings import Settings
 from loader.errors import LoaderError, redact
@@ -217,7 +217,9 @@ def _decide(
         by_configs=True,
     )
     if found.model is not None and found.model.config:
-        decision = decide_for_base(decision, settings.adapter_policy, named, found.model.config)
+        pooled = is_pooled(found.base.folder if found.base else None, settings.engine_args)
+        policy, config = settings.adapter_policy, found.model.config
+        decision = decide_for_base(decision, policy, named, config, pooled=pooled)
     return replace(found, mode=decision.mode, why=decision.why.partition(": ")[2])
 
 
