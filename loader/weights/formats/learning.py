@@ -137,7 +137,7 @@ def answer() -> None:
         sys.modules[name] = None  # type: ignore[assignment]
     for name in ("torch", "transformers.modeling_utils", "transformers.models.auto.modeling_auto"):
         importlib.import_module(name)
-    question = json.loads(asked.read())
+    question = parse_json(asked.read())
     about = "folder" in question
     told = read_model_names(Path(question["folder"])) if about else find_gaps(**question)
     with os.fdopen(answers, "w") as file:
