@@ -105,15 +105,17 @@ def test_no_name_of_a_tensor_is_worth_running_code(trap: Path) -> None:
         shutil.copytree(trap, folder)
         change(folder, model_type=folder.name)
     code = (
-        "import contextlib, sys; from pathlib import Path\n"
+        "import contextlib, json, sys; from pathlib import Path\n"
         "from loader.errors import UnsupportedError\n"
         "from loader.weights.formats.expected import read_model_names\n"
         "from loader.weights.formats.learning import learning_names\n"
+        "from loader.weights.gaps import find_gaps\n"
         "for folder in map(Path, sys.argv[1:]):\n"
         "    with learning_names() as learn, contextlib.suppress(UnsupportedError):\n"
         "        learn(folder)\n"
         "    with contextlib.suppress(UnsupportedError):\n"
-        "        read_model_names(folder)"
+        "        read_model_names(folder)\n"
+        "    find_gaps(json.loads((folder / 'config.json').read_text()), {'x.weight': (1,)})"
     )
     command = [sys.executable, "-c", code, *map(str, folders)]
     done = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True, check=True)
