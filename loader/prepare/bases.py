@@ -290,7 +290,7 @@ class HubBase:
         kept = {folder / name: sha256_text(sha) for name, sha in declared.items()}
         others = [n for n in chosen if n not in declared]
         own = digest_texts(digests(self.settings), folder, others)
-        files = own | {path.name: text for path, text in kept.items()}
+        files = own | {n: kept[folder / n] for n in declared}
         identity = {"hub": self.name, "commit": self.model.commit, "files": files}
         return BaseModel(folder, identity, kept)
 

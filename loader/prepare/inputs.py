@@ -18,6 +18,7 @@ from loader.fetch.files import STATE, Places
 from loader.fetch.folders import Folders
 from loader.fetch.missing_ranges import digest_text
 from loader.stores.model_files import weight_files
+from loader.weights.side_files import list_side_files
 
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _SHA256 = "sha256:"
@@ -35,19 +36,25 @@ def small_names(names: Collection[str]) -> list[str]:
 
 def weight_names(names: Collection[str]) -> list[str]:
     """Return the files that weights may be read from."""
-    stored = [n for n in names if n.endswith(".safetensors") and not n.startswith(".")]
-    return sorted(stored) or sorted(weight_files(names, allow_pickle=True))
+    beside = [n for n in names if "/" not in n]
+    stored = [n for n in beside if n.endswith(".safetensors") and not n.startswith(".")]
+    parts = [n for n in names if "/" in n and n.endswith(_OTHER_WEIGHTS)]
+    return sorted([*(stored or weight_files(beside, allow_pickle=True)), *parts])
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return the names of the files in *folder*."""
-    return [path.name for path in folder.iterdir() if path.is_file()]
+    """Return the names of the files in *folder*, and of the parts that its modules.json names."""
+    beside = [path.name for path in folder.iterdir() if path.is_file()]
+    return [*beside, *(name for name in list_side_files(folder) if "/" in name)]
 
 
 def digest_texts(digests: Digests, folder: Path, names: Collection[str]) -> dict[str, str]:
     """Return our own digest of each file. Raises as ``Digests.of`` does."""
     found = digests.of_all([folder / name for name in names], "crc64nvme")
-    return {path.name: digest_text(int.from_bytes(sum_, "big")) for path, sum_ in found.items()}
+    return {
+        path.relative_to(folder).as_posix(): digest_text(int.from_bytes(sum_, "big"))
+        for path, sum_ in found.items()
+    }
 
 
 def sha256_text(hexadecimal: str) -> str:

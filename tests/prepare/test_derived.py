@@ -160,6 +160,18 @@ def test_a_local_base_is_known_by_its_bytes(
     assert merged(job, moved).path not in (first.path, second.path)
 
 
+@pytest.mark.parametrize("part", ["1_Pooling/config.json", "2_Dense/model.safetensors"])
+def test_a_local_base_is_known_by_its_parts(job: Job, base: Path, part: str) -> None:
+    (base / "modules.json").write_text("[]")
+    (base / part).parent.mkdir()
+    (base / part).write_text("{}")
+    first = merged(job, base)
+    (base / part).write_text("{ }")
+    second = merged(job, base)
+    assert (second.path / part).read_text() == "{ }"
+    assert second.path != first.path
+
+
 def test_a_local_base_is_read_once(job: Job, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     time.sleep(0.1)  # what is younger may change without a trace
     first = merged(job, base)

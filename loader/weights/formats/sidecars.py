@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from loader.weights.formats.places import CONFIG
 from loader.weights.inspect import SHARE, read_json
+from loader.weights.quantised import HF_QUANT_CONFIG, without_quantisation
 from loader.weights.side_files import list_side_files
 
 
@@ -28,14 +29,18 @@ def find_sidecars(folders: Sequence[Path]) -> Mapping[str, Path]:
 def write_sidecars(sidecars: Mapping[str, Path], folder: Path, *, dtype: str | None) -> None:
     """Copy *sidecars* into *folder*; config.json says *dtype* ("bfloat16"), what is stored.
 
+    Plain weights are written then, whatever was said of a quantisation, which an engine believes.
+
     Raises:
         FormatError: config.json is malformed.
     """
     for name, path in sidecars.items():
+        if dtype and name == HF_QUANT_CONFIG:
+            continue
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / name)
     if dtype and CONFIG in sidecars:
-        config = read_json(sidecars[CONFIG])
+        config = without_quantisation(read_json(sidecars[CONFIG]))
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")

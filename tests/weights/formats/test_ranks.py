@@ -17,7 +17,7 @@ from loader.weights.formats.consolidation import consolidate
 from loader.weights.formats.rank_files import local_files
 from loader.weights.formats.ranks import RankShardsSource
 from tests.models import tiny_llama
-from tests.weights.formats.conftest import assert_same, found, tensors_of
+from tests.weights.formats.conftest import assert_same, edit_config, found, tensors_of
 
 INDEX = "model.safetensors.index.json"
 
@@ -67,6 +67,19 @@ def test_the_parts_that_modules_speaks_of_come_along(case: Path, tmp_path: Path)
     out = consolidate(found(case), tmp_path / "out")
     assert {name: (out / name).read_text() for name in parts} == parts
     assert not (out / "trainer_state.json").exists()
+
+
+def test_plain_weights_are_not_called_quantised(case: Path, tmp_path: Path) -> None:
+    """A job that trained what was dequantised may leave the base's word in its configs."""
+    folder = case / "rank-0/checkpoint-10"
+    about = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    edit_config(folder, quantization_config=about)
+    fields = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(fields))
+    out = consolidate(found(case), tmp_path / "out")
+    assert_same(tensors_of(out), wanted(case))
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert not (out / "hf_quant_config.json").exists()
 
 
 def test_a_missing_shard_is_named_by_its_tensors(case: Path, tmp_path: Path) -> None:
