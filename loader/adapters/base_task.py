@@ -79,7 +79,7 @@ def decide_for_base(
             problems=[adapter.name for adapter in adapters],
             got=kind,
             expected="one adapter, to be merged",
-            next_step="serve each alone" if len(adapters) > 1 else "set adapter_policy to auto",
+            next_step="serve it alone from the start, with adapter_policy: auto",
         )
     kind = f"{kind}, pooled," if pooled else kind
     return Decision("merge", f"merge: nothing proves an attached adapter of {kind} to work")

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from loader import boot
 from loader.adapters.attach import NamedAdapter, attach, decide
+from loader.adapters.base_task import decide_for_base, is_pooled
 from loader.config.settings import Settings
 from loader.errors import CheckpointError, RequestError
 from loader.fetch.files import STATE
@@ -31,6 +32,7 @@ from loader.types import (
     TrainingCheckpoints,
 )
 from loader.weights.inspect import find_checkpoints
+from loader.weights.quantised import read_model_config
 
 # A folder's name, or several below each other: no "..", no pattern, nothing that a shell or a URL
 # would read in another way.
@@ -138,7 +140,9 @@ def check_adapter(settings: Settings, base: Path, folder: Path, name: str) -> Se
         CheckpointError: no adapter, or a broken one.
     """
     named = NamedAdapter(name, folder)
-    decide("attach", [named])
+    config, args = read_model_config(base), settings.engine_args
+    decision = decide("attach", [named])
+    decide_for_base(decision, "attach", [named], config, pooled=is_pooled(base, args))
     own = settings.cache_folder or settings.training.download_folder / STATE / "models"
     output = own / f"tokenizer-{'-'.join(folder.parts[-3:])}"
     ready = attach(base, [named], output, allow_pickle=settings.allow_pickle)

@@ -47,6 +47,7 @@ from loader.types import CONFIG_VARIABLE, ReadyModel, ServedAdapter
 from tests import origin as faults
 from tests.models import tiny_llama, train_or_draw_lora
 from tests.origin import FaultyOrigin, serving, write_listing
+from tests.other_models import draw_whisper_lora, tiny_whisper
 from tests.serve.test_transformers import PROMPT, expected_text
 from tests.test_boot import Job
 
@@ -139,6 +140,18 @@ def test_what_cannot_be_attached(job: Job, base: Path, tmp_path: Path) -> None:
         fetch_named(settings, base, "job1/dora")
     with pytest.raises(AdapterError, match="does not fit"):
         fetch_named(settings, base, "job1/misfit")
+
+
+def test_over_a_model_of_another_task(job: Job, base: Path, tmp_path: Path) -> None:
+    """vLLM would take it, prove nothing, and with Whisper die at the next transcription."""
+    whisper = tiny_whisper(tmp_path / "whisper")
+    job.put(draw_whisper_lora(whisper, tmp_path / "lora"), "heard")
+    with pytest.raises(AdapterError, match="another task"):
+        fetch_named(settings_of(job), whisper, "job1/heard")
+    pooled = Path(shutil.copytree(base, tmp_path / "pooled"))
+    (pooled / "modules.json").write_text('[{"type": "sentence_transformers.models.Pooling"}]')
+    with pytest.raises(AdapterError, match="another task"):
+        fetch_named(settings_of(job), pooled, "job1/checkpoint-10")
 
 
 def test_nodes_with_other_adapters_under_one_name(
