@@ -50,6 +50,7 @@ class Leader(Nodes):
         self._links: dict[int, _Link] = {}
         self._strangers: dict[socket.socket, float] = {}  # until when each may be silent
         self._digests: Mapping[str, str] | None = None
+        self._why: Mapping[str, Any] = {}  # all end, which who comes late is told, too
         self._listening = _listen(place) if place.count > 1 else None
         if self._listening is not None:
             threading.Thread(target=self._accept, name="nodes", daemon=True).start()
@@ -104,7 +105,7 @@ class Leader(Nodes):
     def _accept(self) -> None:
         assert self._listening is not None
         self._listening.settimeout(_LOOK_S)
-        while not self._over:
+        while not self._over or self._why:
             try:
                 sock, _ = self._listening.accept()
             except TimeoutError:
@@ -157,9 +158,12 @@ class Leader(Nodes):
 
     def _admits(self, link: _Link, rank: int, hello: Mapping[str, Any]) -> bool:
         with self._changed:
-            if self._over:
-                return False
-            before = self._links.setdefault(rank, link)
+            why, is_over = self._why, self._over
+            before = link if is_over else self._links.setdefault(rank, link)
+        if why:
+            link.channel.send("failed", **why)
+        if is_over:
+            return False
         told = {"--nnodes": self.place.count, "vLLM": installed_release()}
         given = {"--nnodes": hello.get("nnodes"), "vLLM": hello.get("vllm")}
         problems = [
@@ -195,14 +199,26 @@ class Leader(Nodes):
     def _send(self, kind: str, **content: object) -> None:
         with self._changed:
             links = list(self._links.values())
+            if kind == "failed":
+                self._why = content
         for link in links:
             link.channel.send(kind, **content)
 
-    def _leave(self) -> None:
+    def close(self) -> None:
+        """Say that this node ends, as it should, or has failed."""
+        super().close()
+        self._why = {}
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
         if self._listening is not None:
             with contextlib.suppress(OSError):
                 self._listening.shutdown(socket.SHUT_RDWR)
             self._listening.close()
+
+    def _leave(self) -> None:
+        if not self._why:
+            self._stop_listening()
         with self._changed:
             links = list(self._links.values())
         for link in links:

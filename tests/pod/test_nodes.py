@@ -115,6 +115,17 @@ def test_a_failure_is_everybodys_error_and_names_its_node(start: Start, failing:
             assert node.is_told_nothing()
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_is_told_to_who_comes_late(start: Start, failing: int) -> None:
+    running = [start(rank) for rank in range(2)]
+    own = FetchError("a file is missing")
+    assert running[failing].nodes.fail(own) is own
+    other = running[1 - failing].failure()
+    assert running[1 - failing].nodes.fail(other) is other
+    late = start(2).failure()
+    assert (type(late), late.what) == (FetchError, other.what)
+
+
 @pytest.mark.parametrize("gone", [0, 1])
 def test_a_node_that_is_gone_without_a_word_is_named(start: Start, gone: int) -> None:
     running = [start(rank) for rank in range(3)]
