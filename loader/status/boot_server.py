@@ -125,7 +125,8 @@ class _Loop:
         """Return when nothing is accepted any more."""
         if not self._stopping.is_set():
             self._stopping.set()
-            self._waking.send(b"x")
+            with contextlib.suppress(OSError):  # awake it may have seen that, and be over
+                self._waking.send(b"x")
         self._stopped.wait()
 
     def run(self) -> None:
