@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ _MOST_STRANGERS = 200  # who have not said yet which node they are
 _MOST_HELLO_LETTERS = 4096
 _MOST_HOST_LETTERS = 253
 _LOOK_S = 0.5
+_LATE_S = 10.0  # a node that begins with this one has come by then
 
 
 @dataclass(eq=False, slots=True)
@@ -51,6 +52,8 @@ class Leader(Nodes):
         self._strangers: dict[socket.socket, float] = {}  # until when each may be silent
         self._digests: Mapping[str, str] | None = None
         self._why: Mapping[str, Any] = {}  # all end, which who comes late is told, too
+        self._told: set[int] = set()
+        self._wait_until = 0.0
         self._listening = _listen(place) if place.count > 1 else None
         if self._listening is not None:
             threading.Thread(target=self._accept, name="nodes", daemon=True).start()
@@ -159,9 +162,10 @@ class Leader(Nodes):
     def _admits(self, link: _Link, rank: int, hello: Mapping[str, Any]) -> bool:
         with self._changed:
             why, is_over = self._why, self._over
-            before = link if is_over else self._links.setdefault(rank, link)
+            before = self._links.setdefault(rank, link)
         if why:
             link.channel.send("failed", **why)
+            self._count({rank})
         if is_over:
             return False
         told = {"--nnodes": self.place.count, "vLLM": installed_release()}
@@ -198,16 +202,27 @@ class Leader(Nodes):
 
     def _send(self, kind: str, **content: object) -> None:
         with self._changed:
-            links = list(self._links.values())
-            if kind == "failed":
-                self._why = content
-        for link in links:
+            links = dict(self._links)
+            if kind == "failed" and not self._why:
+                self._why, self._wait_until = content, time.monotonic() + _LATE_S
+        for link in links.values():
             link.channel.send(kind, **content)
+        if kind == "failed":
+            self._count(links)
+
+    def _count(self, told: Iterable[int]) -> None:
+        with self._changed:
+            self._told.update(told)
+            self._changed.notify_all()
 
     def close(self) -> None:
-        """Say that this node ends, as it should, or has failed."""
+        """Say that this node ends; if it has failed, wait a moment for who is to be told of it."""
         super().close()
-        self._why = {}
+        with self._changed:
+            if self._why:
+                others, left_s = self.place.count - 1, self._wait_until - time.monotonic()
+                self._changed.wait_for(lambda: len(self._told) >= others, max(0.0, left_s))
+            self._why = {}
         self._stop_listening()
 
     def _stop_listening(self) -> None:

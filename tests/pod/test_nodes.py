@@ -6,6 +6,7 @@ import contextlib
 import errno
 import queue
 import socket
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -55,8 +56,9 @@ Start = Callable[..., Node]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """Start the node *rank* of *count*."""
+    monkeypatch.setattr(leader, "_LATE_S", 2.0)
     port = master_port()
     running: list[Node] = []
 
@@ -122,8 +124,12 @@ def test_a_failure_is_told_to_who_comes_late(start: Start, failing: int) -> None
     assert running[failing].nodes.fail(own) is own
     other = running[1 - failing].failure()
     assert running[1 - failing].nodes.fail(other) is other
+    ending = threading.Thread(target=running[0].nodes.close)
+    ending.start()
     late = start(2).failure()
     assert (type(late), late.what) == (FetchError, other.what)
+    ending.join(_SOON_S / 2)
+    assert not ending.is_alive()
 
 
 @pytest.mark.parametrize("gone", [0, 1])

@@ -163,7 +163,7 @@ def test_the_bases_download_is_told_of(hub: Hub, origin: FaultyOrigin, tmp_path:
 def test_every_file_of_the_base_is_a_span(hub: Hub, origin: FaultyOrigin, tmp_path: Path) -> None:
     job = Job(origin, tmp_path)
     adapter = train_or_draw_lora(hub.folder, tmp_path / "fits")
-    hub.wait_s = 0.1 
+    hub.wait_s = 0.1
     for cached in (False, True):
         done = prepare(job, hub, adapter)
         assert done.returncode == 0, done.stderr
