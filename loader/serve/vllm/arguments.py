@@ -50,6 +50,8 @@ _SIZING: Mapping[str, tuple[tuple[str, ...], type]] = {
     "load_format": ((), str),
     "hf_overrides": ((), str),
     "config": ((), str),
+    "runner": ((), str),
+    "convert": ((), str),
 }
 _FIELD = re.compile(r"^(--?[a-z][\w-]*)\.[^=\s]+")
 _WORKER_EXTENSION = "loader.serve.vllm.lora_manager.AdapterWorker"
@@ -139,9 +141,9 @@ def pod_arguments(
 
 
 def sizing_arguments(words: Sequence[str]) -> dict[str, object]:
-    """Return, as engine_args, those of ``vllm serve``'s *words* that decide how much room it takes.
+    """Return, as engine_args, those of ``vllm serve``'s *words* that decide what is prepared.
 
-    What vLLM will refuse itself is left to it.
+    They say how much room it takes and what the model is for; what vLLM will refuse itself is left to it.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name, (short, kind) in _SIZING.items():

@@ -140,12 +140,13 @@ def test_slots_for_adapters(
             {"gpu_memory_utilization": 0.5, "quantization": "fp8"},
         ),
         (["--config", "more.yaml"], {"config": "more.yaml"}),
+        (["--runner", "pooling", "--convert=embed"], {"runner": "pooling", "convert": "embed"}),
         (["-tp", "two"], {}),
         (["--dtype"], {}),
         ([], {}),
     ],
 )
-def test_what_of_a_command_line_decides_the_room(
+def test_what_of_a_command_line_decides_what_is_prepared(
     words: list[str], found: dict[str, object]
 ) -> None:
     assert sizing_arguments(words) == found
