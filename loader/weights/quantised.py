@@ -174,6 +174,7 @@ def check_plain(where: str, tensors: Mapping[str, TensorInfo]) -> None:
         f"{name}: {info.dtype}"
         for name, info in tensors.items()
         if info.dtype.startswith(("F8_", "F6_", "F4"))
+        or (name in weights and info.dtype not in _PLAIN)
         or (
             name.endswith((".weight_scale", ".weight_scale_inv"))
             and name.removesuffix("_inv").removesuffix("_scale") in weights

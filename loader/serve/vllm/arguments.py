@@ -143,7 +143,8 @@ def pod_arguments(
 def sizing_arguments(words: Sequence[str]) -> dict[str, object]:
     """Return, as engine_args, those of ``vllm serve``'s *words* that decide what is prepared.
 
-    They say how much room it takes and what the model is for; what vLLM will refuse itself is left to it.
+    They say how much room it takes and what the model is for. What vLLM will refuse itself is left
+    to it.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name, (short, kind) in _SIZING.items():

@@ -41,6 +41,8 @@ from loader.weights.formats.sidecars import find_sidecars, write_sidecars
 from loader.weights.formats.tensor_names import is_of_model, match_names
 from loader.weights.formats.work import Progress, even_shard_bytes, write_all
 from loader.weights.formats.zero import ZeroSource
+from loader.weights.header import TensorInfo
+from loader.weights.quantised import check_plain
 from loader.weights.resuming import Digest, ResumableWriter
 from loader.weights.writer import (
     MAX_SHARD_BYTES,
@@ -197,6 +199,8 @@ def plan_consolidation(
     targets = _targets({n: own for n, own in match.names.items() if n in kept}, source, dtype)
     copies = {name: others for name, others in match.copies.items() if name in kept}
     _check_copies(targets, copies, source, dtype, where)
+    if checkpoint.kind is not Kind.FULL:
+        check_plain(where, {t.name: TensorInfo(t.name, t.dtype, (), 0, 0) for t in targets})
     main = None if checkpoint.kind is Kind.FULL else _main_dtype(targets)
     return Consolidation(targets, sidecars, "model", main)
 

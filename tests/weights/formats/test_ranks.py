@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from loader.errors import CheckpointError, FormatError
+from loader.errors import CheckpointError, FormatError, UnsupportedError
 from loader.types import Kind
 from loader.weights.byte_files import LocalFile
 from loader.weights.formats import slabs
@@ -80,6 +80,17 @@ def test_plain_weights_are_not_called_quantised(case: Path, tmp_path: Path) -> N
     assert_same(tensors_of(out), wanted(case))
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     assert not (out / "hf_quant_config.json").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_quantised_weights_without_scales(case: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    for path in case.glob("rank-*/checkpoint-10/model-*.safetensors"):
+        tensors = load_file(path)
+        save_file({n: t.to(dtype) if "_proj" in n else t for n, t in tensors.items()}, path)
+    with pytest.raises(UnsupportedError, match="quantised weights") as error:
+        consolidate(found(case), tmp_path / "out")
+    assert len(error.value.problems) == 14
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_shard_is_named_by_its_tensors(case: Path, tmp_path: Path) -> None:
