@@ -108,7 +108,7 @@ class Pod:
         self._state = BootState(timeline, arrived=self._file_arrived, configured=self._hint)
         self.holds = settings.on_failure == "hold"
         """Whether a failed start is to be told until a signal comes."""
-        self._serving = self._ending = False
+        self._serving = self._ending = self._asked = False
         self._drained = self._cut_off = False
         self._folder: Path | None = None
         self._limit: threading.Timer | None = None
@@ -394,7 +394,7 @@ class Pod:
                 self._limit = self._limit or threading.Timer(0, self._engine.kill)
                 self._engine.kill()
             elif isinstance(event, NodeStopped):
-                os.kill(os.getpid(), event.signal)
+                self._drain(event.signal)
 
     def _file_arrived(self, path: str) -> None:
         if self._folder is not None and PurePosixPath(path).name == _CONFIG:
@@ -409,19 +409,26 @@ class Pod:
 
         In the main thread, maybe in the midst of ``get``: SimpleQueue is made for that.
         """
-        if self._ending or self._limit is not None:
+        if self._ending or self._asked:
             self._engine.kill()
         elif not self._serving:
             self._events.put(Asked(number))
         else:
-            if self._nodes.follows:
-                self._nodes.stop(number)  # node 0's engine drains, and needs this one for it
-            else:
-                self._engine.signal(signal.SIGTERM)
-            limit_s = self._settings.drain_timeout_s + KILL_AFTER_S
-            self._limit = threading.Timer(limit_s, self._cut)
-            self._limit.daemon = True
-            self._limit.start()
+            self._asked = True
+            self._drain(number)
+
+    def _drain(self, number: int) -> None:
+        """Let the engine end what it has begun, for a signal here or at another node."""
+        if self._limit is not None:
+            return
+        limit_s = self._settings.drain_timeout_s + KILL_AFTER_S
+        self._limit = threading.Timer(limit_s, self._cut)
+        self._limit.daemon = True
+        self._limit.start()
+        if self._nodes.follows:
+            self._nodes.stop(number)  # node 0's engine drains, and needs this one for it
+        else:
+            self._engine.signal(signal.SIGTERM)
 
     def _cut(self) -> None:
         self._cut_off = True
