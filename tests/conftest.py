@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,12 @@ from loader.http.client import HttpClient, HttpOptions
 from loader.stores.presigned import PresignedStore
 from tests.origin import FaultyOrigin, serving
 from tests.stores import moto
+
+
+@pytest.fixture(autouse=True)
+def logger_that_pytest_hears(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let lines reach ``caplog``, though an engine in this process has set up logging."""
+    monkeypatch.setattr(logging.getLogger("podloader"), "propagate", True)
 
 
 @pytest.fixture
