@@ -203,7 +203,7 @@ def test_a_signal_at_any_moment_ends_all_of_it(
     start: Start, tmp_path: Path, moment: str, number: int
 ) -> None:
     """A random while after each stage of a start has begun."""
-    pod = start(pause_s=0.3)
+    pod = start(pause_s=0.3, stall_s=5 if moment == "some weights" else 0)
     pod.wait_for(lambda body: MOMENTS[moment]({"weights": {"done": 0, "total": 0}} | body))
     time.sleep(random.Random(f"{moment} {number}").uniform(0, 3))
     family = [pod.pod, *pod.pod.children(recursive=True)]
