@@ -15,7 +15,7 @@ _SIDE_FILE = re.compile(
 # What trainers say of their own runs; everything else of these sorts may be a server's.
 _OF_TRAINERS = re.compile(
     r"(trainer_state|training_args|fsdp_config|metadata|[^/]*results)\.json"
-    r"|zero_to_fp32\.py|latest_checkpointed_iteration\.txt"
+    r"|zero_to_(fp32|torch)\.py|latest_checkpointed_iteration\.txt"
 )
 # What sentence-transformers puts behind a model, each part in a folder of its own: how it pools,
 # and projections with weights of their own. modules.json names the folders.
