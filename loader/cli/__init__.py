@@ -6,7 +6,7 @@ import sys
 
 __all__ = ["main"]
 
-_INTERRUPTED = 128 + 2  # as a shell tells of a process that SIGINT ended
+INTERRUPTED = 128 + 2  # as a shell tells of a process that SIGINT ended
 
 
 def main() -> None:
@@ -14,5 +14,5 @@ def main() -> None:
     try:
         from loader.cli.commands import main as run
     except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     run()

@@ -8,7 +8,8 @@ import os
 import sys
 from collections.abc import Iterator
 
-_INTERRUPTED = 128 + 2
+from loader.cli import INTERRUPTED
+
 _BROKEN_PIPE = 128 + 13  # as a shell tells of a process that SIGPIPE ended
 
 
@@ -35,7 +36,7 @@ def ending() -> Iterator[None]:
         code = _BROKEN_PIPE
         raise SystemExit(code) from None
     except KeyboardInterrupt:  # before there was a command
-        code = _INTERRUPTED
+        code = INTERRUPTED
         raise SystemExit(code) from None
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(bool(end.code))
